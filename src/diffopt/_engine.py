@@ -1,0 +1,375 @@
+"""leafwise(): an optimizer from the mathematics of one tensor.
+
+The only place that knows about buckets, None gradients, maximize, and how a rule is executed.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffopt import _hparams, _modes, _tree
+from diffopt._tensorlist import TensorList
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, refuse_gradients
+
+S = TypeVar("S", bound=tuple[Any, ...])
+H = TypeVar("H")
+Execution = Literal["auto", "leaf", "foreach"]
+
+_HALF = (torch.float16, torch.bfloat16)
+_WORKING_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+
+
+def leafwise(
+    state: type[S],
+    hparams: type[H],
+    init: Callable[[Tensor, Tensor], S],
+    rule: Callable[..., tuple[Any, S]],
+    *,
+    scalars: Callable[[Any, H], Any] | None = None,
+    maximize: bool = False,
+) -> Leafwise[S, H]:
+    """Make an optimizer from the mathematics of one tensor.
+
+    Args:
+        state: a NamedTuple class whose first field is `step`. The same class holds trees in the
+            state of the optimizer, and tensors in what `init` and `rule` see. A field a
+            configuration does not need holds `()`.
+        hparams: a record class made by `diffopt.rules.hparams`.
+        init: `(param, step) -> state` for one tensor; `zeros_like` makes its buffers.
+        rule: `(param, grad, state, hparams, scalars) -> (new_param, new_state)` for one tensor, in
+            out-of-place operations of `diffopt._ops` and operators. `state.step` has been
+            incremented: it is 1 at the first step. `hparams` has a number or a tensor that
+            broadcasts in each field.
+        scalars: `(step, hparams) -> anything`: what is computed once per step and not once per
+            tensor, such as bias corrections.
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer. Parameters in half precision are updated in float32 arithmetic, complex ones
+        as pairs of reals.
+
+    Example:
+        >>> from typing import Any, NamedTuple
+        >>> import torch
+        >>> from diffopt.rules import hparams, leafwise, number
+        >>> class SignState(NamedTuple):
+        ...     step: Any
+        >>> @hparams
+        ... class SignHParams:
+        ...     lr: float = number(1e-3, ge=0)
+        >>> def sign_descent(p, g, s, hp, _):
+        ...     return p - hp.lr * g.sign(), s
+        >>> opt = leafwise(SignState, SignHParams, lambda p, step: SignState(step), sign_descent)
+        >>> p, g = torch.zeros(2), torch.tensor([3.0, -2.0])
+        >>> opt.update(p, g, opt.init(p), opt.hparams(lr=0.5))[0]
+        tensor([-0.5000,  0.5000])
+    """
+    return Leafwise(hparams, state, init, rule, scalars, maximize)
+
+
+def zeros_like(param: Tensor) -> Tensor:
+    """A buffer for `param`: zeros of its shape, in float32 where it has half precision."""
+    return torch.zeros_like(param, dtype=_WORKING_DTYPE.get(param.dtype), requires_grad=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leafwise(Optimizer[S, H]):
+    """What `leafwise` returns.
+
+    Attributes:
+        execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
+            no derivative; "auto": foreach where no derivative can be asked for.
+    """
+
+    hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride]
+    state: type[S]
+    init_leaf: Callable[[Tensor, Tensor], S]
+    rule: Callable[..., tuple[Any, S]]
+    scalars: Callable[[Any, H], Any] | None = None
+    maximize: bool = False
+    execution: Execution = "auto"
+
+    def init(self, params: Tree) -> S:
+        tensors, spec = _tree.flatten(params)
+        _check_params(tensors, params)
+        device = tensors[0].device if tensors else torch.get_default_device()
+        step = torch.zeros((), dtype=_exact_dtype(device), device=device)
+        states = [self.init_leaf(p, step) for p in tensors]
+        columns = [list(column) for column in zip(*states, strict=True)][1:]
+        return self._pack(step, columns, spec)
+
+    def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
+        work = self._gather(params, grads, state, hparams)
+        step = _exact(state[0]) + 1
+        new_params, new_buffers = list(work.params), [list(column) for column in work.buffers]
+        for i, new_param, new_row in self._steps(work, step):
+            new_params[i] = new_param
+            for column, new in zip(new_buffers, new_row, strict=True):
+                column[i] = new
+        step = step if state[0].dtype in _HALF else step.to(state[0].dtype)
+        return _tree.unflatten(new_params, work.spec), self._pack(step, new_buffers, work.spec)
+
+    def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
+        refuse_gradients(grads, hparams)
+        with torch.no_grad():
+            work = self._gather(params, grads, state, _tree.map(_as_number, hparams))
+            if state[0].dtype in _HALF:
+                raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
+            step = _exact(state[0]) + 1
+            old, new = [state[0]], [step.to(state[0].dtype)]
+            for i, new_param, new_row in self._steps(work, _as_number(step)):
+                old += [work.params[i], *(c[i] for c in work.buffers if not _unused(c[i]))]
+                new += [new_param, *(b for b in new_row if not _unused(b))]
+            torch._foreach_copy_(old, new)
+
+    def _gather(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
+        """The arguments as lists in the order of the leaves of params, or an error."""
+        tensors, spec = _tree.flatten(params)
+        _check_params(tensors, params)
+        gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
+        _check_grads(gradients, tensors, params)
+        if not isinstance(state, self.state):
+            raise TypeError(f"state is a {type(state).__name__}, not a {self.state.__name__}")
+        buffers: list[list[Any]] = []
+        for name, field in zip(_names(self.state), state[1:], strict=True):
+            if _unused(field):
+                buffers.append([()] * len(tensors))
+                continue
+            buffers.append(_tree.leaves_like(field, spec, params, (f"state.{name}", "params")))
+            _check_buffers(buffers[-1], tensors, params, f"state.{name}")
+        if not isinstance(hparams, self.hparams):
+            raise TypeError(f"hparams is a {type(hparams).__name__}: make it by hparams(...)")
+        numbers = _hparams.broadcast(hparams, spec, params)
+        _check_numbers(numbers, tensors, params)
+        return _Work(params, spec, tensors, gradients, buffers, numbers)
+
+    def _steps(self, work: _Work, step: Any) -> Iterator[tuple[int, Tensor, list[Any]]]:
+        """Index, new tensor and new buffers of each leaf that has a gradient."""
+        batchable = self.execution != "leaf" and not _modes.differentiated(work.all_tensors())
+        if self.execution == "foreach" and not batchable:
+            raise ValueError('execution="foreach" carries no derivative, and one may be wanted')
+        for (device, dtype, _), indices in work.groups().items():
+            values = [_place(n.at(indices[0]), device, dtype) for n in work.numbers]
+            hparams = _hparams.assemble(self.hparams, values)
+            t = _place(step, device, dtype)
+            scalars = self.scalars(t, hparams) if self.scalars else None
+            batched = batchable and all(map(_is_scalar, values))
+            for batch in [indices] if batched else [[i] for i in indices]:
+                g = _enter([work.grads[i] for i in batch], batched)
+                p = _enter([work.params[i] for i in batch], batched)
+                old = [[column[i] for i in batch] for column in work.buffers]
+                s = self.state(t, *(_enter(column, batched) for column in old))
+                new_p, new_s = self.rule(p, -g if self.maximize else g, s, hparams, scalars)
+                new_params = _leave(new_p, [work.params[i] for i in batch])
+                columns = [_leave(n, o) for n, o in zip(new_s[1:], old, strict=True)]
+                for k, i in enumerate(batch):
+                    row = [column[k] for column in columns]
+                    self._check_result(work, i, new_params[k], row)
+                    yield i, new_params[k], row
+
+    def _check_result(self, work: _Work, i: int, param: Tensor, row: list[Any]) -> None:
+        """Shapes must come out as they went in: the rest would be broadcast in silence."""
+        named = [("params", work.params, param)]
+        named += [
+            (f"state.{name}", column, new)
+            for name, column, new in zip(_names(self.state), work.buffers, row, strict=True)
+            if not _unused(new)
+        ]
+        for name, column, new in named:
+            if column[i].shape != new.shape:
+                raise ValueError(
+                    f"{_tree.paths(work.tree, name)[i]} has shape {tuple(column[i].shape)}, "
+                    f"but its update has shape {tuple(new.shape)}"
+                )
+
+    def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
+        fields = [() if c and _unused(c[0]) else _tree.unflatten(c, spec) for c in buffers]
+        if not buffers:  # params without leaves
+            fields = [_tree.unflatten([], spec) for _ in _names(self.state)]
+        return self.state(step, *fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """The arguments of one update, leaf by leaf."""
+
+    tree: Tree
+    spec: _tree.Spec
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    buffers: list[list[Any]]
+    numbers: list[_hparams.Covered]
+
+    def all_tensors(self) -> Iterator[Tensor]:
+        values = (v for number in self.numbers for v in _tree.leaves(number.values))
+        for leaf in itertools.chain(self.params, self.grads, *self.buffers, values):
+            if isinstance(leaf, Tensor):
+                yield leaf
+
+    def groups(self) -> dict[tuple[Any, ...], list[int]]:
+        """Leaves that share device, dtype and hyperparameters, hence the per-step scalars too."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+            if grad is not None:
+                key = (param.device, param.dtype, tuple(n.cover[i] for n in self.numbers))
+                groups.setdefault(key, []).append(i)
+        return groups
+
+
+def _names(state: type[Any]) -> tuple[str, ...]:
+    return state._fields[1:]
+
+
+def _unused(field: Any) -> bool:
+    """Whether a field of a state is the () of a configuration that does not need it."""
+    return isinstance(field, tuple) and not field
+
+
+# Tensors as a rule sees them: real, at least float32, at least one-dimensional (a 0-d float32
+# tensor would be promoted by a 0-d float64 hyperparameter, and then not match its neighbours).
+
+
+def _enter(column: Sequence[Any], batched: bool) -> Any:
+    if _unused(column[0]):
+        return ()
+    tensors = [_enter_one(tensor) for tensor in column]
+    return TensorList(tensors) if batched else tensors[0]
+
+
+def _enter_one(tensor: Tensor) -> Tensor:
+    tensor = tensor.to(_WORKING_DTYPE.get(tensor.dtype, tensor.dtype))
+    tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _leave(result: Any, column: Sequence[Any]) -> list[Any]:
+    if _unused(column[0]):
+        return list(column)
+    tensors = result.tensors if isinstance(result, TensorList) else [result]
+    return [_leave_one(tensor, old) for tensor, old in zip(tensors, column, strict=True)]
+
+
+def _leave_one(tensor: Tensor, old: Tensor) -> Tensor:
+    tensor = torch.view_as_complex(tensor) if old.is_complex() else tensor
+    tensor = tensor.reshape(()) if old.dim() == 0 and tensor.dim() == 1 else tensor
+    return tensor.to(old.dtype)
+
+
+def _exact_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _exact(scalar: Tensor) -> Tensor:
+    """A 0-d tensor in float64: `beta ** step` in float32 costs parity in the sixth digit."""
+    return scalar.to(_exact_dtype(scalar.device))
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def _as_number(leaf: Any) -> Any:
+    """A number for a 0-d tensor on the CPU: torch's fused operations take only such."""
+    scalar = isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.device.type == "cpu"
+    return leaf.item() if scalar and not _modes.transformed() else leaf
+
+
+def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A hyperparameter as the rule's arithmetic wants it, for tensors of this device and dtype."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 0:
+        value = value if value.device.type == "cpu" else value.to(device)
+        return _exact(value)
+    value = value.to(_WORKING_DTYPE.get(dtype, dtype).to_real())
+    return value.unsqueeze(-1) if dtype.is_complex else value
+
+
+def _check_params(tensors: list[Any], tree: Tree) -> None:
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            path = _tree.paths(tree, "params")[i]
+            raise TypeError(f"{path} is {_tree.describe(tensor)}, not a tensor")
+    if _modes.compiling() or len({id(tensor) for tensor in tensors}) == len(tensors):
+        return
+    first = dict[int, str]()
+    for path, tensor in zip(_tree.paths(tree, "params"), tensors, strict=True):
+        if first.setdefault(id(tensor), path) != path:
+            raise ValueError(
+                f"{path} and {first[id(tensor)]} are the same tensor, which would be updated "
+                "twice: keep it at one path, as diffopt.nn.functionalize does"
+            )
+
+
+def _check_grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
+    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        if grad is None:
+            continue
+        _check_leaf(grad, param, tree, i, "grads", ("shape", "dtype", "device"))
+        if not (param.is_floating_point() or param.is_complex()):
+            path = _tree.paths(tree, "params")[i]
+            raise ValueError(f"{path} has dtype {param.dtype}, which cannot follow a gradient")
+        if grad.layout is not torch.strided:
+            path = _tree.paths(tree, "grads")[i]
+            raise ValueError(f"{path} has layout {grad.layout}, but must be dense")
+
+
+def _check_buffers(buffers: list[Any], params: list[Tensor], tree: Tree, name: str) -> None:
+    for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
+        _check_leaf(buffer, param, tree, i, name, ("shape", "device"))
+
+
+def _check_leaf(
+    leaf: Any, param: Tensor, tree: Tree, i: int, name: str, attributes: tuple[str, ...]
+) -> None:
+    if not isinstance(leaf, Tensor):
+        path = _tree.paths(tree, name)[i]
+        raise TypeError(f"{path} is {_tree.describe(leaf)}, not a tensor")
+    for attribute in attributes:
+        mine, theirs = getattr(leaf, attribute), getattr(param, attribute)
+        if mine != theirs:
+            if attribute == "shape":
+                mine, theirs = tuple(mine), tuple(theirs)
+            paths = [_tree.paths(tree, n)[i] for n in (name, "params")]
+            raise ValueError(
+                f"{paths[0]} has {attribute} {mine}, but {paths[1]} has {attribute} {theirs}"
+            )
+
+
+def _check_numbers(numbers: list[_hparams.Covered], params: list[Tensor], tree: Tree) -> None:
+    for number in numbers:
+        if not number.per_parameter:
+            continue
+        for i, param in enumerate(params):
+            value = number.at(i)
+            if isinstance(value, Tensor) and value.dim() > 0:
+                _check_number(value, param, tree, i, number.name)
+
+
+def _check_number(value: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
+    path = _tree.paths(tree, "params")[i]
+    try:
+        broadcast = torch.broadcast_shapes(value.shape, param.shape)
+    except RuntimeError:
+        broadcast = None
+    if broadcast != (param.shape or (1,)):
+        raise ValueError(
+            f"hparams.{name} has shape {tuple(value.shape)}, which does not broadcast to "
+            f"{path} of shape {tuple(param.shape)}"
+        )
+    if value.device != param.device:
+        raise ValueError(
+            f"hparams.{name} has device {value.device}, but {path} has device {param.device}"
+        )

@@ -1,0 +1,176 @@
+"""Records of hyperparameters: defaults, ranges, and a pytree whose leaves are the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
+
+from torch import Tensor
+
+from diffopt import _tree
+
+Hyperparameter: TypeAlias = Any
+"""A Python number, a tensor, or a tree of such whose structure is a prefix of the parameters'."""
+
+T = TypeVar("T")
+
+_FIELDS: dict[type, tuple[Field, ...]] = {}  # of every record class; dataclasses.fields won't trace
+
+
+class Field(NamedTuple):
+    """What `number` declared."""
+
+    name: str
+    bounds: dict[str, float | None]
+    per_parameter: bool
+
+
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "ge": (">=", lambda value, bound: value >= bound),
+    "gt": (">", lambda value, bound: value > bound),
+    "le": ("<=", lambda value, bound: value <= bound),
+    "lt": ("<", lambda value, bound: value < bound),
+}
+
+
+def number(
+    default: float,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    per_parameter: bool = True,
+) -> Any:
+    """A field of a record made by `hparams`.
+
+    Args:
+        default: the value where none is given.
+        ge: the least value allowed.
+        gt: a value that must be exceeded.
+        le: the greatest value allowed.
+        lt: a value that must not be reached.
+        per_parameter: whether a tree given for it is a prefix of the parameters. False for what
+            belongs to no parameter, such as the weights of a learned optimizer.
+
+    Returns:
+        A `dataclasses.field`.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    return dataclasses.field(
+        default=default, metadata={"bounds": bounds, "per_parameter": per_parameter}
+    )
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(number,))
+def hparams(cls: type[T]) -> type[T]:
+    """Make a class of annotated `number` fields a frozen record that is a pytree node.
+
+    Python numbers are checked against the field's range when the record is made; tensors are never
+    inspected, so that a record can be made inside `torch.vmap` and `torch.compile`.
+
+    Raises (when a record is made):
+        ValueError: a number is out of range; the message names field, value and range.
+        TypeError: a leaf of a field is neither a number nor a tensor.
+
+    Example:
+        >>> from diffopt.rules import hparams, number
+        >>> @hparams
+        ... class Decay:
+        ...     rate: float = number(0.1, ge=0, lt=1)
+        >>> Decay(rate=0.5)
+        Decay(rate=0.5)
+        >>> Decay(rate=2.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: hparams.rate is 2.0, but must be >= 0 and < 1
+    """
+    cls.__post_init__ = _check  # pyright: ignore[reportAttributeAccessIssue]
+    record = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
+    fields = dataclasses.fields(record)  # pyright: ignore[reportArgumentType]
+    _FIELDS[record] = tuple(Field(field.name, **field.metadata) for field in fields)
+    names = [field.name for field in _FIELDS[record]]
+
+    def flatten(node: T) -> tuple[list[Any], None]:
+        return [getattr(node, name) for name in names], None
+
+    def flatten_with_keys(node: T) -> tuple[list[tuple[Any, Any]], None]:
+        return [(_tree.GetAttrKey(name), getattr(node, name)) for name in names], None
+
+    def unflatten(values: Any, _: None) -> T:
+        return assemble(record, values)
+
+    _tree.register_node(
+        record,
+        flatten,
+        unflatten,  # pyright: ignore[reportArgumentType]
+        serialized_type_name=f"{record.__module__}.{record.__qualname__}",
+        flatten_with_keys_fn=flatten_with_keys,  # pyright: ignore[reportArgumentType]
+    )
+    return record
+
+
+def check_flags(**flags: object) -> None:
+    """Raise `TypeError` for a flag that is no bool, such as `sgd(momentum=0.9)`."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r}, not a bool: numbers go to hparams(...)")
+
+
+def assemble(record: type[T], values: Iterable[Any]) -> T:
+    """A record of these values, unchecked: trees in transit hold placeholders in their leaves."""
+    node = object.__new__(record)
+    for field, value in zip(_FIELDS[record], values, strict=True):
+        object.__setattr__(node, field.name, value)
+    return node
+
+
+class Covered(NamedTuple):
+    """One hyperparameter, its values and for each leaf of params the index of its value."""
+
+    name: str
+    per_parameter: bool
+    values: list[Any]
+    cover: Sequence[int]
+
+    def at(self, i: int) -> Any:
+        """The value for leaf `i`."""
+        return self.values[self.cover[i]]
+
+
+def broadcast(record: Any, spec: _tree.Spec, params: _tree.Tree) -> list[Covered]:
+    """Spread every field of a record over the leaves of params, whose structure is `spec`."""
+    covered: list[Covered] = []
+    for field in _FIELDS[type(record)]:
+        value, per_parameter = getattr(record, field.name), field.per_parameter
+        if per_parameter:
+            names = (f"hparams.{field.name}", "params")
+            values, cover = _tree.broadcast_prefix(value, spec, params, names)
+        else:
+            values, cover = [value], [0] * spec.num_leaves
+        covered.append(Covered(field.name, per_parameter, values, cover))
+    return covered
+
+
+def _check(record: Any) -> None:
+    for field in _FIELDS[type(record)]:
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            continue
+        leaves = _tree.leaves(value)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, bool) or not isinstance(leaf, (int, float, Tensor)):
+                path = _tree.paths(value, f"hparams.{field.name}")[i]
+                raise TypeError(f"{path} is {_tree.describe(leaf)}, not a number or a tensor")
+            if not isinstance(leaf, Tensor) and not _in_range(leaf, field.bounds):
+                path = _tree.paths(value, f"hparams.{field.name}")[i]
+                raise ValueError(f"{path} is {leaf}, but must be {_say(field.metadata['bounds'])}")
+
+
+def _in_range(value: float, bounds: dict[str, float | None]) -> bool:
+    return all(b is None or _BOUNDS[kind][1](value, b) for kind, b in bounds.items())
+
+
+def _say(bounds: dict[str, float | None]) -> str:
+    return " and ".join(f"{_BOUNDS[k][0]} {b}" for k, b in bounds.items() if b is not None)

@@ -1,0 +1,28 @@
+"""Which of torch's ways of running code is active."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def compiling() -> bool:
+    """Whether torch.compile or torch.export is tracing."""
+    return torch.compiler.is_compiling()
+
+
+def transformed() -> bool:
+    """Whether the code runs under a torch.func transform, or is being traced as if it did."""
+    return compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def differentiated(tensors: Iterable[Tensor]) -> bool:
+    """Whether a derivative may be asked of what is computed from `tensors`."""
+    if transformed() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

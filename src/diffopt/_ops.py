@@ -1,0 +1,89 @@
+"""The operations rules are written in, for a tensor or a TensorList.
+
+A coefficient is a number (then torch's fused form runs) or a tensor (then plain arithmetic, which
+carries its gradient). Every derivative is finite wherever the mathematics is.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes
+from diffopt._tensorlist import TensorList
+
+Leaf = TypeVar("Leaf", Tensor, TensorList)
+
+
+def is_zero(coefficient: Any) -> bool:
+    """Whether it is the plain number 0. A tensor is never looked into."""
+    return not isinstance(coefficient, Tensor) and coefficient == 0
+
+
+def after_first(step: Any) -> Any:
+    """0 at step 1, else 1, in the step's own precision."""
+    return (step > 1).to(step.dtype) if isinstance(step, Tensor) else float(step > 1)
+
+
+def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
+    """`x + coefficient * y`; `x` itself where the coefficient is the number 0."""
+    if is_zero(coefficient):
+        return x
+    if isinstance(coefficient, Tensor):
+        return x + coefficient * y
+    if isinstance(x, TensorList):
+        return TensorList(torch._foreach_add(x.tensors, y.tensors, alpha=coefficient))
+    return torch.add(x, y, alpha=coefficient)
+
+
+def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
+    """`x + weight * (y - x)`."""
+    if isinstance(weight, Tensor):
+        return x + weight * (y - x)
+    if isinstance(x, TensorList):
+        return TensorList(torch._foreach_lerp(x.tensors, y.tensors, weight))
+    return torch.lerp(x, y, weight)
+
+
+def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
+    """`x + coefficient * a * b`."""
+    if isinstance(coefficient, Tensor):
+        return x + coefficient * a * b
+    if isinstance(x, TensorList):
+        return TensorList(torch._foreach_addcmul(x.tensors, a.tensors, b.tensors, coefficient))
+    return torch.addcmul(x, a, b, value=coefficient)
+
+
+def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
+    """`x + coefficient * a / b`."""
+    if isinstance(coefficient, Tensor):
+        return x + coefficient * a / b
+    if isinstance(x, TensorList):
+        return TensorList(torch._foreach_addcdiv(x.tensors, a.tensors, b.tensors, coefficient))
+    return torch.addcdiv(x, a, b, value=coefficient)
+
+
+def maximum(x: Leaf, y: Leaf) -> Leaf:
+    """The greater of the two, element by element."""
+    if isinstance(x, TensorList):
+        return TensorList(torch._foreach_maximum(x.tensors, y.tensors))
+    return torch.maximum(x, y)
+
+
+def sqrt(x: Leaf) -> Leaf:
+    """The square root, with derivative 0 at 0.
+
+    An optimizer meets sqrt(0) where a gradient has been zero throughout. There the root is
+    multiplied by such a gradient, so the right derivative is that of the other factor, and the
+    infinite one of torch.sqrt would turn it into NaN.
+    """
+    if isinstance(x, TensorList):
+        return TensorList(torch._foreach_sqrt(x.tensors))
+    if not _modes.differentiated([x]):
+        return torch.sqrt(x)
+    zero = x == 0
+    return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)

@@ -1,0 +1,162 @@
+"""Pytrees: flattening, paths, structure checks and prefix broadcast.
+
+The only module that touches torch's private pytree module.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+Tree: TypeAlias = Any
+"""A tensor, or a container of trees that torch's pytree registry knows."""
+
+Spec: TypeAlias = pytree.TreeSpec
+
+flatten: Callable[[Tree], tuple[list[Any], Spec]] = pytree.tree_flatten
+leaves: Callable[[Tree], list[Any]] = pytree.tree_leaves
+map: Callable[..., Tree] = pytree.tree_map
+GetAttrKey = pytree.GetAttrKey
+register_node = pytree.register_pytree_node
+
+
+def unflatten(values: Iterable[Any], spec: Spec) -> Tree:
+    """The tree of structure `spec` that holds `values`."""
+    return pytree.tree_unflatten(values, spec)
+
+
+def is_leaf(node: Tree) -> bool:
+    """Whether `node` is no container."""
+    return pytree.tree_is_leaf(node)
+
+
+def paths(tree: Tree, name: str) -> list[str]:
+    """One name per leaf, such as `params['layers'][0].weight`."""
+    if is_leaf(tree):
+        return [name]
+    return [path for key, child in _children(tree) for path in paths(child, name + key)]
+
+
+def leaves_like(tree: Tree, spec: Spec, like: Tree, names: tuple[str, str]) -> list[Any]:
+    """The leaves of `tree` in the order of `spec`, the structure of `like`.
+
+    Dictionaries match by key, whatever the order of insertion. Raises `ValueError` with the path
+    of the first difference; `names` are those of `tree` and `like`.
+    """
+    found, structure = flatten(tree)
+    if structure == spec:
+        return found
+    difference = _difference(tree, like, names[0], prefix=False)
+    if difference:
+        raise ValueError(f"{names[0]} must have the structure of {names[1]}: {difference}")
+    return spec.flatten_up_to(tree)
+
+
+def broadcast_prefix(
+    prefix: Tree, spec: Spec, like: Tree, names: tuple[str, str]
+) -> tuple[list[Any], Sequence[int]]:
+    """The leaves of `prefix`, and for each leaf of `like` the index of the one that covers it.
+
+    `prefix` is a tree whose leaves stand where `like`, of structure `spec`, has whole subtrees.
+    Raises `ValueError` with the path of the first difference.
+    """
+    if is_leaf(prefix):
+        return [prefix], [0] * spec.num_leaves
+    values, structure = flatten(prefix)
+    if structure == spec:
+        return values, range(len(values))
+    difference = _difference(prefix, like, names[0], prefix=True)
+    if difference:
+        raise ValueError(f"{names[0]} must be a prefix of {names[1]}: {difference}")
+    cover = [0] * spec.num_leaves
+    positions = unflatten(range(spec.num_leaves), spec)
+    subtrees = structure.flatten_up_to(positions)
+    for index, subtree in enumerate(subtrees):
+        for position in leaves(subtree):
+            cover[position] = index
+    return values, cover
+
+
+def detach(tree: Tree) -> Tree:
+    """Cut every tensor of `tree` from the autograd graph: `x.detach()` leaf by leaf.
+
+    Args:
+        tree: any pytree: parameters, optimizer state, hyperparameters, a `Solution`, or a tuple of
+            them. Leaves that are no tensors stay as they are.
+
+    Returns:
+        The same structure; each tensor shares its data with the old one and has no history.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.adam()
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> params = {"w": torch.ones(2)}
+        >>> state, hp = opt.init(params), opt.hparams(lr=lr)
+        >>> params, state = opt.update(params, {"w": torch.ones(2)}, state, hp)
+        >>> params["w"].requires_grad
+        True
+        >>> params, state, hp = diffopt.detach((params, state, hp))
+        >>> params["w"].requires_grad, hp.lr.requires_grad
+        (False, False)
+    """
+    return map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """All leaves in one vector, and the function that puts such a vector back into the tree.
+
+    The leaves must be tensors of one dtype and device.
+    """
+    tensors, spec = flatten(tree)
+    shapes = [tensor.shape for tensor in tensors]
+    sizes = [tensor.numel() for tensor in tensors]
+
+    def unravel(vector: Tensor) -> Tree:
+        pieces = torch.split(vector, sizes)
+        return unflatten([p.reshape(s) for p, s in zip(pieces, shapes, strict=True)], spec)
+
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]), unravel
+
+
+def _children(node: Tree) -> list[tuple[str, Tree]]:
+    handler = pytree.SUPPORTED_NODES[pytree._get_node_type(node)]
+    if handler.flatten_with_keys_fn is not None:
+        return [(str(key), child) for key, child in handler.flatten_with_keys_fn(node)[0]]
+    return [(f"[{i}]", child) for i, child in enumerate(handler.flatten_fn(node)[0])]
+
+
+def _difference(tree: Tree, like: Tree, path: str, *, prefix: bool) -> str | None:
+    """Says where `tree` first departs from (a prefix of) `like`; None where it does not."""
+    if is_leaf(tree):
+        if prefix or is_leaf(like):
+            return None
+        return f"{path} is {describe(tree)}, where a {type(like).__name__} is expected"
+    if is_leaf(like):
+        return f"{path} is a {type(tree).__name__}, where {describe(like)} is expected"
+    dicts = isinstance(tree, dict) and isinstance(like, dict)
+    if not dicts and type(tree) is not type(like):
+        return f"{path} is a {type(tree).__name__}, where a {type(like).__name__} is expected"
+    mine, theirs = dict(_children(tree)), dict(_children(like))
+    for key in theirs.keys() - mine.keys() if dicts else [*theirs][len(mine) :]:
+        return f"{path}{key} is missing"
+    for key in mine.keys() - theirs.keys() if dicts else [*mine][len(theirs) :]:
+        return f"{path}{key} is not expected there"
+    for key, child in theirs.items():
+        difference = _difference(mine[key], child, path + key, prefix=prefix)
+        if difference:
+            return difference
+    return None
+
+
+def describe(leaf: object) -> str:
+    """A few words on a leaf for an error message."""
+    if isinstance(leaf, Tensor):
+        return f"a tensor of shape {tuple(leaf.shape)}"
+    return "None" if leaf is None else f"{leaf!r} of type {type(leaf).__name__}"

@@ -1,0 +1,78 @@
+"""Adagrad (Duchi et al. 2011)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from diffopt import _ops
+from diffopt._engine import Leafwise, leafwise, zeros_like
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._tree import Tree
+
+
+class AdagradState(NamedTuple):
+    """State of `adagrad`."""
+
+    step: Any
+    sum: Tree
+
+
+@hparams
+class AdagradHParams:
+    """Hyperparameters of `adagrad`."""
+
+    lr: Hyperparameter = number(1e-2, ge=0)
+    lr_decay: Hyperparameter = number(0.0, ge=0)
+    weight_decay: Hyperparameter = number(0.0, ge=0)
+    initial_accumulator_value: Hyperparameter = number(0.0, ge=0)
+    eps: Hyperparameter = number(1e-10, ge=0)
+
+
+def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]:
+    """Adagrad: gradients divided by the root of the sum of their squares so far.
+
+    With g_t = grad_t + weight_decay * p and G_0 = initial_accumulator_value,
+
+        G_t = G_{t-1} + g_t^2
+        p  <- p - lr / (1 + (t - 1) * lr_decay) * g_t / (sqrt(G_t) + eps)
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
+    `lr_decay` >= 0 (0), `weight_decay` >= 0 (0), `initial_accumulator_value` >= 0 (0), `eps` >= 0
+    (1e-10).
+
+    Args:
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer. `init` knows no hyperparameters, so `state.sum` starts at 0 and the first
+        step adds `initial_accumulator_value`; from then on it equals torch's.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.adagrad()
+        >>> params = [torch.tensor([1.0])]
+        >>> params, state = opt.update(
+        ...     params, [torch.tensor([3.0])], opt.init(params), opt.hparams(lr=0.1)
+        ... )
+        >>> params, state.sum
+        ([tensor([0.9000])], [tensor([9.])])
+
+    Source: Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning and
+    stochastic optimization", 2011; lr_decay as in torch.
+    """
+    check_flags(maximize=maximize)
+
+    def init(p: Any, step: Any) -> AdagradState:
+        return AdagradState(step, zeros_like(p))
+
+    def scalars(t: Any, hp: AdagradHParams) -> tuple[Any, Any]:
+        first = 1 - _ops.after_first(t)
+        return hp.lr / (1 + (t - 1) * hp.lr_decay), hp.initial_accumulator_value * first
+
+    def rule(p: Any, g: Any, s: AdagradState, hp: AdagradHParams, c: Any) -> tuple[Any, AdagradState]:
+        lr, initial = c
+        g = _ops.add(g, p, hp.weight_decay)
+        total = _ops.addcmul(s.sum, g, g, 1) + initial
+        return _ops.addcdiv(p, g, _ops.sqrt(total) + hp.eps, -lr), AdagradState(s.step, total)
+
+    return leafwise(AdagradState, AdagradHParams, init, rule, scalars=scalars, maximize=maximize)
