@@ -1,0 +1,166 @@
+"""minimize(): an inner loop, differentiated as its `adjoint` says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _tree
+from diffopt._gradient import value_and_grad
+from diffopt._tree import Tree
+from diffopt.adjoint import Adjoint, Truncated, Unrolled
+from diffopt.optimizer import Optimizer
+
+
+class Solution(NamedTuple):
+    """What `minimize` returns.
+
+    Attributes:
+        params: the parameters after the last step.
+        state: the optimizer's state after the last step: give it to the next call to go on.
+        losses: the loss before each step, shape [steps].
+        aux: what the loss returned besides its value, one entry per step; empty without `has_aux`.
+        buffers: what the loss returned as new buffers in the last step; None without `buffers`.
+    """
+
+    params: Tree
+    state: Any
+    losses: Tensor
+    aux: list[Any]
+    buffers: Tree
+
+
+def minimize(
+    loss: Callable[..., Any],
+    params: Tree,
+    *args: Any,
+    optimizer: Optimizer[Any, Any],
+    hparams: Any,
+    steps: int | None = None,
+    batches: Iterable[Any] | None = None,
+    state: Any = None,
+    buffers: Tree = None,
+    has_aux: bool = False,
+    adjoint: Adjoint | None = Unrolled(),  # noqa: B008 (frozen)
+) -> Solution:
+    """Take optimizer steps on a loss; the result can be differentiated.
+
+    Computes params_{t+1}, state_{t+1} = optimizer.update(params_t, grad loss(params_t), state_t,
+    hparams) for t = 0, ..., steps - 1. Works under autograd, under torch.func transforms in any
+    nesting, and under torch.compile. Under torch.no_grad() no graph is built.
+
+    Args:
+        loss: `loss(params, *args, *batch)` returns a 0-d tensor, or `(value, aux)` with `has_aux`.
+            With `buffers` it is called as `loss(params, buffers, *args, *batch)`, and the new
+            buffers follow the value: `(value, buffers)`, or `(value, buffers, aux)`.
+        params: a pytree of floating-point or complex tensors.
+        *args: further arguments of the loss, the same at every step.
+        optimizer: a pure optimizer.
+        hparams: its hyperparameters, from `optimizer.hparams(...)`.
+        steps: the number of steps. With `batches`, that many of them are used.
+        batches: one entry per step. A tuple or a list holds several arguments of the loss; anything
+            else is one argument.
+        state: the optimizer's initial state; `optimizer.init(params)` where it is None.
+        buffers: state of the model that the loss hands on from step to step, such as the running
+            statistics of batch normalisation.
+        has_aux: whether the loss returns something besides its value (and buffers).
+        adjoint: how the result is differentiated, see `diffopt.adjoint`. None builds no graph, for
+            evaluation: memory does not grow with the number of steps.
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        ValueError: neither `steps` nor `batches` is given, there are fewer batches than steps, the
+            loss is not scalar or does not depend on params; moreover what `optimizer.update`
+            raises.
+        TypeError: the loss does not return what `has_aux` and `buffers` announce, or a leaf of
+            params is no tensor.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.sgd()
+        >>> lr = torch.tensor(0.25, requires_grad=True)
+        >>> def loss(w, target):
+        ...     return 0.5 * ((w - target) ** 2).sum()
+        >>> sol = diffopt.minimize(
+        ...     loss, torch.zeros(2), torch.ones(2),
+        ...     optimizer=opt, hparams=opt.hparams(lr=lr), steps=2,
+        ... )
+        >>> sol.params  # 1 - (1 - lr)^2
+        tensor([0.4375, 0.4375], grad_fn=<AddBackward0>)
+        >>> sol.losses
+        tensor([1.0000, 0.5625], grad_fn=<StackBackward0>)
+        >>> torch.autograd.grad(sol.params.sum(), lr)  # 2 * 2 (1 - lr)
+        (tensor(3.),)
+    """
+    if steps is None and batches is None:
+        raise ValueError("minimize needs steps= or batches=")
+    if steps is not None and (isinstance(steps, bool) or steps < 0):
+        raise ValueError(f"steps is {steps!r}, but must be an integer >= 0")
+    _check_params(params)
+    adjoint = Truncated(0) if adjoint is None else adjoint
+    stateful = buffers is not None
+
+    def step(carry: Tree, batch: Any) -> tuple[Tree, Any]:
+        params, state, buffers = carry
+        inputs = (buffers, *args, *batch) if stateful else (*args, *batch)
+
+        def objective(params: Tree) -> tuple[Tensor, Any]:
+            return _outputs(loss(params, *inputs), stateful, has_aux)
+
+        value, (buffers, aux), grads = value_and_grad(
+            objective, params, second_order=adjoint.second_order
+        )
+        params, state = optimizer.update(params, grads, state, hparams)
+        return (params, state, buffers), (value, aux)
+
+    carry = (params, optimizer.init(params) if state is None else state, buffers)
+    carry, outputs = adjoint.run(step, carry, _arguments(steps, batches))
+    losses = torch.stack([value for value, _ in outputs]) if outputs else torch.empty(0)
+    aux = [aux for _, aux in outputs] if has_aux else []
+    return Solution(carry[0], carry[1], losses, aux, carry[2])
+
+
+def _check_params(params: Tree) -> None:
+    for i, leaf in enumerate(_tree.leaves(params)):
+        if not isinstance(leaf, Tensor):
+            path = _tree.paths(params, "params")[i]
+            raise TypeError(f"{path} is {_tree.describe(leaf)}, not a tensor")
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            path = _tree.paths(params, "params")[i]
+            raise ValueError(f"{path} has dtype {leaf.dtype}: what has no gradient is no parameter")
+
+
+def _arguments(steps: int | None, batches: Iterable[Any] | None) -> Iterator[Any]:
+    """The arguments of the loss that belong to each step, as tuples."""
+    if batches is None:
+        yield from itertools.repeat((), steps or 0)
+        return
+    count = 0
+    for batch in itertools.islice(batches, steps):
+        count += 1
+        yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    if steps is not None and count < steps:
+        raise ValueError(f"batches has {count} entries, but steps is {steps}")
+
+
+def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:
+    """What the loss returned as `(value, (buffers, aux))`."""
+    parts = ["value", *(["buffers"] * stateful), *(["aux"] * has_aux)]
+    values = (result,) if len(parts) == 1 else result
+    if not isinstance(values, tuple) or len(values) != len(parts):  # pyright: ignore
+        raise TypeError(f"loss must return {', '.join(parts)}, not {_tree.describe(result)}")
+    value: Any = values[0]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss returned {_tree.describe(value)} as its value, not a tensor")
+    if value.dim() != 0 or not value.is_floating_point():
+        raise ValueError(
+            "loss must return a real 0-d tensor, but its value has shape "
+            f"{tuple(value.shape)} and dtype {value.dtype}"
+        )
+    return value, (values[1] if stateful else None, values[-1] if has_aux else None)
