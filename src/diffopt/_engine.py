@@ -114,7 +114,7 @@ class Leafwise(Optimizer[S, H]):
         work = self._gather(params, grads, state, hparams)
         step = _exact(state[0]) + 1
         new_params, new_buffers = list(work.params), [list(column) for column in work.buffers]
-        for i, new_param, new_row in self._steps(work, step):
+        for i, new_param, new_row in self._steps(work, _as_number(step)):
             new_params[i] = new_param
             for column, new in zip(new_buffers, new_row, strict=True):
                 column[i] = new
@@ -124,7 +124,7 @@ class Leafwise(Optimizer[S, H]):
     def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            work = self._gather(params, grads, state, _tree.map(_as_number, hparams))
+            work = self._gather(params, grads, state, hparams)
             if state[0].dtype in _HALF:
                 raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
             step = _exact(state[0]) + 1
@@ -280,10 +280,11 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
-def _as_number(leaf: Any) -> Any:
-    """A number for a 0-d tensor on the CPU: torch's fused operations take only such."""
-    scalar = isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.device.type == "cpu"
-    return leaf.item() if scalar and not _modes.transformed() else leaf
+def _as_number(step: Tensor) -> Any:
+    """A number, for torch's fused scalar arguments, where that costs no wait and no derivative."""
+    if _modes.differentiated([step]) or step.device.type != "cpu" or type(step) is not Tensor:
+        return step
+    return step.item()
 
 
 def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

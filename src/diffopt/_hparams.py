@@ -165,7 +165,7 @@ def _check(record: Any) -> None:
                 raise TypeError(f"{path} is {_tree.describe(leaf)}, not a number or a tensor")
             if not isinstance(leaf, Tensor) and not _in_range(leaf, field.bounds):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
-                raise ValueError(f"{path} is {leaf}, but must be {_say(field.metadata['bounds'])}")
+                raise ValueError(f"{path} is {leaf}, but must be {_say(field.bounds)}")
 
 
 def _in_range(value: float, bounds: dict[str, float | None]) -> bool:

@@ -21,8 +21,13 @@ def transformed() -> bool:
     return compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def forward_differentiated() -> bool:
+    """Whether torch.autograd.forward_ad is active."""
+    return forward_ad._current_level >= 0
+
+
 def differentiated(tensors: Iterable[Tensor]) -> bool:
     """Whether a derivative may be asked of what is computed from `tensors`."""
-    if transformed() or forward_ad._current_level >= 0:
+    if transformed() or forward_differentiated():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

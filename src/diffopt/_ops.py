@@ -8,7 +8,7 @@ carries its gradient). Every derivative is finite wherever the mathematics is.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,22 @@ def sqrt(x: Leaf) -> Leaf:
     """
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_sqrt(x.tensors))
-    if not _modes.differentiated([x]):
-        return torch.sqrt(x)
-    zero = x == 0
-    return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    if _modes.transformed() or _modes.forward_differentiated():
+        zero = x == 0
+        return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
+    return cast(Tensor, _Sqrt.apply(x))
+
+
+class _Sqrt(torch.autograd.Function):
+    """What `sqrt` writes with torch.where, at the cost of torch.sqrt where autograd alone is on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        root = x.sqrt()
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        return grads[0] / (2 * torch.where(root == 0, torch.inf, root))

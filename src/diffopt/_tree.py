@@ -19,7 +19,7 @@ Tree: TypeAlias = Any
 
 Spec: TypeAlias = pytree.TreeSpec
 
-flatten: Callable[[Tree], tuple[list[Any], Spec]] = pytree.tree_flatten
+flatten: Callable[..., tuple[list[Any], Spec]] = pytree.tree_flatten
 leaves: Callable[[Tree], list[Any]] = pytree.tree_leaves
 map: Callable[..., Tree] = pytree.tree_map
 GetAttrKey = pytree.GetAttrKey

@@ -60,12 +60,12 @@ def functionalize(module: nn.Module) -> Functional:
         >>> buffers["running_mean"], model.buffers["running_mean"]
         (tensor([0.2000, 0.2000]), tensor([0., 0.]))
     """
-    named = dict(module.named_parameters())
-    params: dict[str, Tensor] = {k: p for k, p in named.items() if p.requires_grad}
-    frozen = named.keys() - params.keys()
-    buffers: dict[str, Tensor] = {k: p for k, p in named.items() if k in frozen}
-    buffers |= dict(module.named_buffers())
-    shapes = {name: param.shape for name, param in params.items()}
+    names = _slots(module)
+    canonical = {id(tensor): name for name, tensor in reversed(names.items())}
+    own = {name: tensor for name, tensor in names.items() if canonical[id(tensor)] == name}
+    params = {k: t for k, t in own.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+    buffers = {k: t for k, t in own.items() if k not in params}
+    aliases = {k: canonical[id(t)] for k, t in names.items() if k not in own}
 
     def apply(
         new_params: Mapping[str, Tensor],
@@ -73,18 +73,31 @@ def functionalize(module: nn.Module) -> Functional:
         *inputs: Any,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
-        _check_names("params", new_params, shapes.keys())
-        _check_names("buffers", new_buffers, names)
-        _check_shapes(new_params, shapes)
+        _check_names("params", new_params, params.keys())
+        _check_names("buffers", new_buffers, buffers.keys())
+        _check_shapes(new_params, params)
         # The module may write into its buffers, or replace them: functional_call leaves what it
-        # finds afterwards in this dictionary.
-        own = {k: b if k in frozen else b.clone() for k, b in new_buffers.items()}
-        tensors = {**new_params, **own}
-        outputs = functional_call(module, tensors, inputs, kwargs, strict=False)
-        return outputs, {name: tensors[name] for name in own}
+        # finds afterwards in this dictionary. Frozen parameters are only read.
+        tensors = {
+            k: b if isinstance(buffers[k], nn.Parameter) else b.clone()
+            for k, b in new_buffers.items()
+        }
+        tensors |= new_params
+        tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+        outputs = functional_call(module, tensors, inputs, kwargs, tie_weights=False)
+        return outputs, {name: tensors[name] for name in buffers}
 
-    names = buffers.keys()
     return Functional(apply, params, buffers)
+
+
+def _slots(module: nn.Module) -> dict[str, Tensor]:
+    """Every place that holds a tensor, once, though its module be reachable by several names."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, owner in module.named_modules()
+        for name, tensor in (*owner.named_parameters(recurse=False, remove_duplicate=False),
+                             *owner.named_buffers(recurse=False, remove_duplicate=False))
+    }
 
 
 def _check_names(argument: str, given: Mapping[str, Tensor], expected: Any) -> None:
@@ -96,10 +109,10 @@ def _check_names(argument: str, given: Mapping[str, Tensor], expected: Any) -> N
             raise ValueError(f"{argument}: the call {kind} {sorted(names)}")
 
 
-def _check_shapes(params: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> None:
-    for name, shape in shapes.items():
-        if params[name].shape != shape:
+def _check_shapes(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for name, tensor in own.items():
+        if params[name].shape != tensor.shape:
             raise ValueError(
                 f"params[{name!r}] has shape {tuple(params[name].shape)}, but the module's has "
-                f"{tuple(shape)}"
+                f"{tuple(tensor.shape)}"
             )

@@ -1,0 +1,40 @@
+"""Set-up for every test: pages as tests, and hypothesis without randomness."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+_blocks = Sybil(parsers=[PythonCodeBlockParser()])
+
+
+class Page(pytest.File):
+    """A Markdown page: one test, since its blocks share a namespace and need their order."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        if any(_blocks.parse(self.path)):
+            yield Blocks.from_parent(self, name="python")
+
+
+class Blocks(pytest.Item):
+    """The `python` blocks of a page."""
+
+    def runtest(self) -> None:
+        for block in _blocks.parse(self.path):
+            block.evaluate()
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        excinfo.traceback = excinfo.traceback.cut(path=self.path)
+        return super().repr_failure(excinfo, style)
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Page | None:
+    return Page.from_parent(parent, path=file_path) if file_path.suffix == ".md" else None
