@@ -93,7 +93,7 @@ class Leafwise(Optimizer[S, H]):
             no derivative; "auto": foreach where no derivative can be asked for.
     """
 
-    hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride]
+    hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     state: type[S]
     init_leaf: Callable[[Tensor, Tensor], S]
     rule: Callable[..., tuple[Any, S]]
@@ -361,11 +361,12 @@ def _check_numbers(numbers: list[_hparams.Covered], params: list[Tensor], tree: 
 
 def _check_number(value: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
     path = _tree.paths(tree, "params")[i]
-    try:
-        broadcast = torch.broadcast_shapes(value.shape, param.shape)
-    except RuntimeError:
-        broadcast = None
-    if broadcast != (param.shape or (1,)):
+    # What `value` must broadcast to; a 0-d parameter becomes one-dimensional in the rule.
+    shape = param.shape or torch.Size([1])
+    fits = value.dim() <= len(shape) and all(
+        mine in (1, theirs) for mine, theirs in zip(value.shape[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
         raise ValueError(
             f"hparams.{name} has shape {tuple(value.shape)}, which does not broadcast to "
             f"{path} of shape {tuple(param.shape)}"

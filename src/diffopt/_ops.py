@@ -8,7 +8,7 @@ carries its gradient). Every derivative is finite wherever the mathematics is.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch import Tensor
 from diffopt import _modes
 from diffopt._tensorlist import TensorList
 
-Leaf = TypeVar("Leaf", Tensor, TensorList)
+Leaf: TypeAlias = Any
+"""A tensor or a TensorList."""
 
 
 def is_zero(coefficient: Any) -> bool:
@@ -86,7 +87,7 @@ def sqrt(x: Leaf) -> Leaf:
     if _modes.transformed() or _modes.forward_differentiated():
         zero = x == 0
         return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
-    return cast(Tensor, _Sqrt.apply(x))
+    return _Sqrt.apply(x)
 
 
 class _Sqrt(torch.autograd.Function):

@@ -106,7 +106,11 @@ def detach(tree: Tree) -> Tree:
         >>> params["w"].requires_grad, hp.lr.requires_grad
         (False, False)
     """
-    return map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+    def cut(leaf: Any) -> Any:
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+    return map(cut, tree)
 
 
 def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:

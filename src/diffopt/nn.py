@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
@@ -23,7 +24,11 @@ class Functional(NamedTuple):
     buffers: dict[str, Tensor]
 
     def __call__(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *inputs: Any, **kwargs: Any
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        *inputs: Any,
+        **kwargs: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
         """The module's outputs at these tensors, and the buffers after the call."""
         return self.apply(params, buffers, *inputs, **kwargs)
@@ -35,7 +40,7 @@ def functionalize(module: nn.Module) -> Functional:
     The call computes `module(*inputs, **kwargs)` with `params` and `buffers` in place of the
     module's own tensors. What the module writes into its buffers goes into the new buffers that are
     returned; the module and the arguments are left alone. The module's mode (`train`, `eval`) is
-    that at the time of the call.
+    that at the time of the call. Under `torch.vmap`, buffers that are written to must be batched.
 
     Args:
         module: any module. A parameter with `requires_grad=False` counts as a buffer, so that no
@@ -63,7 +68,9 @@ def functionalize(module: nn.Module) -> Functional:
     names = _slots(module)
     canonical = {id(tensor): name for name, tensor in reversed(names.items())}
     own = {name: tensor for name, tensor in names.items() if canonical[id(tensor)] == name}
-    params = {k: t for k, t in own.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+    params: dict[str, Tensor] = {
+        k: t for k, t in own.items() if isinstance(t, nn.Parameter) and t.requires_grad
+    }
     buffers = {k: t for k, t in own.items() if k not in params}
     aliases = {k: canonical[id(t)] for k, t in names.items() if k not in own}
 
@@ -92,12 +99,14 @@ def functionalize(module: nn.Module) -> Functional:
 
 def _slots(module: nn.Module) -> dict[str, Tensor]:
     """Every place that holds a tensor, once, though its module be reachable by several names."""
-    return {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, owner in module.named_modules()
-        for name, tensor in (*owner.named_parameters(recurse=False, remove_duplicate=False),
-                             *owner.named_buffers(recurse=False, remove_duplicate=False))
-    }
+    slots: dict[str, Tensor] = {}
+    for prefix, owner in cast(Iterable[tuple[str, nn.Module]], module.named_modules()):
+        own = itertools.chain(
+            owner.named_parameters(recurse=False, remove_duplicate=False),
+            owner.named_buffers(recurse=False, remove_duplicate=False),
+        )
+        slots |= {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in own}
+    return slots
 
 
 def _check_names(argument: str, given: Mapping[str, Tensor], expected: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def _arguments(steps: int | None, batches: Iterable[Any] | None) -> Iterator[Any
     count = 0
     for batch in itertools.islice(batches, steps):
         count += 1
-        yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+        yield tuple(cast(list[Any], batch)) if isinstance(batch, (tuple, list)) else (batch,)
     if steps is not None and count < steps:
         raise ValueError(f"batches has {count} entries, but steps is {steps}")
 
@@ -152,10 +152,11 @@ def _arguments(steps: int | None, batches: Iterable[Any] | None) -> Iterator[Any
 def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:
     """What the loss returned as `(value, (buffers, aux))`."""
     parts = ["value", *(["buffers"] * stateful), *(["aux"] * has_aux)]
-    values = (result,) if len(parts) == 1 else result
-    if not isinstance(values, tuple) or len(values) != len(parts):  # pyright: ignore
-        raise TypeError(f"loss must return {', '.join(parts)}, not {_tree.describe(result)}")
-    value: Any = values[0]
+    values: Any = (result,) if len(parts) == 1 else result
+    if not isinstance(values, tuple) or len(cast(tuple[Any, ...], values)) != len(parts):
+        raise TypeError(f"loss must return ({', '.join(parts)}), not {_tree.describe(result)}")
+    named: dict[str, Any] = dict(zip(parts, cast(tuple[Any, ...], values), strict=True))
+    value = named["value"]
     if not isinstance(value, Tensor):
         raise TypeError(f"loss returned {_tree.describe(value)} as its value, not a tensor")
     if value.dim() != 0 or not value.is_floating_point():
@@ -163,4 +164,4 @@ def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:
             "loss must return a real 0-d tensor, but its value has shape "
             f"{tuple(value.shape)} and dtype {value.dtype}"
         )
-    return value, (values[1] if stateful else None, values[-1] if has_aux else None)
+    return value, (named.get("buffers"), named.get("aux"))

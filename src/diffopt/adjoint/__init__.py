@@ -2,5 +2,4 @@
 
 from diffopt.adjoint._base import Adjoint as Adjoint
 from diffopt.adjoint.truncated import Truncated as Truncated
-from diffopt.adjoint.unrolled import FirstOrder as FirstOrder
-from diffopt.adjoint.unrolled import Unrolled as Unrolled
+from diffopt.adjoint.unrolled import FirstOrder as FirstOrder, Unrolled as Unrolled

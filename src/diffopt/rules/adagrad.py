@@ -69,7 +69,9 @@ def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]
         first = 1 - _ops.after_first(t)
         return hp.lr / (1 + (t - 1) * hp.lr_decay), hp.initial_accumulator_value * first
 
-    def rule(p: Any, g: Any, s: AdagradState, hp: AdagradHParams, c: Any) -> tuple[Any, AdagradState]:
+    def rule(
+        p: Any, g: Any, s: AdagradState, hp: AdagradHParams, c: Any
+    ) -> tuple[Any, AdagradState]:
         lr, initial = c
         g = _ops.add(g, p, hp.weight_decay)
         total = _ops.addcmul(s.sum, g, g, 1) + initial

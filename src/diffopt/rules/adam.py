@@ -37,9 +37,7 @@ class AdamWHParams(AdamHParams):
     weight_decay: Hyperparameter = number(1e-2, ge=0)
 
 
-def adam(
-    *, amsgrad: bool = False, maximize: bool = False
-) -> Leafwise[AdamState, AdamHParams]:
+def adam(*, amsgrad: bool = False, maximize: bool = False) -> Leafwise[AdamState, AdamHParams]:
     """Adam: steps scaled by running averages of the gradient and of its square.
 
     With g_t = grad_t + weight_decay * p and m_0 = v_0 = 0,
@@ -75,9 +73,7 @@ def adam(
     return _adam(AdamHParams, decoupled=False, amsgrad=amsgrad, maximize=maximize)
 
 
-def adamw(
-    *, amsgrad: bool = False, maximize: bool = False
-) -> Leafwise[AdamState, AdamWHParams]:
+def adamw(*, amsgrad: bool = False, maximize: bool = False) -> Leafwise[AdamState, AdamWHParams]:
     """AdamW: `adam` with the weight decay taken out of the gradient.
 
     The parameter is first scaled, p <- p * (1 - lr * weight_decay), and then takes the step of
@@ -123,7 +119,7 @@ def _adam(hparams: Any, *, decoupled: bool, amsgrad: bool, maximize: bool) -> An
             g = _ops.add(g, p, hp.weight_decay)
         m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
         v = _ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
-        v_max = _ops.maximum(s.max_exp_avg_sq, v) if amsgrad else ()
+        v_max: Any = _ops.maximum(s.max_exp_avg_sq, v) if amsgrad else ()
         denominator = _ops.sqrt(v_max if amsgrad else v) / root_correction2 + hp.eps
         return _ops.addcdiv(p, m, denominator, -step_size), AdamState(s.step, m, v, v_max)
 

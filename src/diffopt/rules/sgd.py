@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, with momentum (Polyak 1964) and Nesterov's (Sutskever et al. 2013)."""
+"""Stochastic gradient descent: plain, with momentum (Polyak 1964), with Nesterov's."""
 
 from __future__ import annotations
 
