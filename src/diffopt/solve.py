@@ -24,7 +24,8 @@ class Solution(NamedTuple):
         state: the optimizer's state after the last step: give it to the next call to go on.
         losses: the loss before each step, shape [steps].
         aux: what the loss returned besides its value, one entry per step; empty without `has_aux`.
-        buffers: what the loss returned as new buffers in the last step; None without `buffers`.
+        buffers: what the loss returned as new buffers in the last step; `()` without
+            `buffers`.
     """
 
     params: Tree
@@ -100,7 +101,7 @@ def minimize(
     """
     if steps is None and batches is None:
         raise ValueError("minimize needs steps= or batches=")
-    if steps is not None and (isinstance(steps, bool) or steps < 0):
+    if steps is not None and (type(steps) is not int or steps < 0):
         raise ValueError(f"steps is {steps!r}, but must be an integer >= 0")
     _check_params(params)
     adjoint = Truncated(0) if adjoint is None else adjoint
@@ -119,7 +120,11 @@ def minimize(
         params, state = optimizer.update(params, grads, state, hparams)
         return (params, state, buffers), (value, aux)
 
-    carry = (params, optimizer.init(params) if state is None else state, buffers)
+    carry = (
+        params,
+        optimizer.init(params) if state is None else state,
+        buffers if stateful else (),
+    )
     carry, outputs = adjoint.run(step, carry, _arguments(steps, batches))
     losses = torch.stack([value for value, _ in outputs]) if outputs else torch.empty(0)
     aux = [aux for _, aux in outputs] if has_aux else []
@@ -164,4 +169,4 @@ def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:
             "loss must return a real 0-d tensor, but its value has shape "
             f"{tuple(value.shape)} and dtype {value.dtype}"
         )
-    return value, (named.get("buffers"), named.get("aux"))
+    return value, (named.get("buffers", ()), named.get("aux"))
