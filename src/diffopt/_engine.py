@@ -23,6 +23,7 @@ S = TypeVar("S", bound=tuple[Any, ...])
 H = TypeVar("H")
 Execution = Literal["auto", "leaf", "foreach"]
 
+_AS_IS = (torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 _WORKING_DTYPE = {
     torch.float16: torch.float32,
@@ -249,6 +250,8 @@ def _enter(column: Sequence[Any], batched: bool) -> Any:
 
 
 def _enter_one(tensor: Tensor) -> Tensor:
+    if tensor.dtype in _AS_IS and tensor.dim() > 0:
+        return tensor
     tensor = tensor.to(_WORKING_DTYPE.get(tensor.dtype, tensor.dtype))
     tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
@@ -262,6 +265,8 @@ def _leave(result: Any, column: Sequence[Any]) -> list[Any]:
 
 
 def _leave_one(tensor: Tensor, old: Tensor) -> Tensor:
+    if tensor.dtype == old.dtype and old.dim() > 0:
+        return tensor
     tensor = torch.view_as_complex(tensor) if old.is_complex() else tensor
     tensor = tensor.reshape(()) if old.dim() == 0 and tensor.dim() == 1 else tensor
     return tensor.to(old.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 
@@ -156,16 +157,22 @@ def broadcast(record: Any, spec: _tree.Spec, params: _tree.Tree) -> list[Covered
 def _check(record: Any) -> None:
     for field in _FIELDS[type(record)]:
         value = getattr(record, field.name)
-        if isinstance(value, Tensor):
-            continue
         leaves = _tree.leaves(value)
         for i, leaf in enumerate(leaves):
-            if isinstance(leaf, bool) or not isinstance(leaf, (int, float, Tensor)):
+            if isinstance(leaf, Tensor):
+                continue
+            if isinstance(leaf, bool) or not isinstance(leaf, numbers.Real):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
                 raise TypeError(f"{path} is {_tree.describe(leaf)}, not a number or a tensor")
-            if not isinstance(leaf, Tensor) and not _in_range(leaf, field.bounds):
+            if not _in_range(float(leaf), field.bounds):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
                 raise ValueError(f"{path} is {leaf}, but must be {_say(field.bounds)}")
+        if not all(isinstance(leaf, (int, float, Tensor)) for leaf in leaves):  # numpy's numbers
+            object.__setattr__(record, field.name, _tree.map(_plain, value))
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, Tensor) else float(leaf)
 
 
 def _in_range(value: float, bounds: dict[str, float | None]) -> bool:

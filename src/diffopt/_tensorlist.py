@@ -4,6 +4,7 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ class TensorList:
     """Stands where a rule expects one tensor; each operation runs on all of them at once.
 
     Every operator takes another TensorList of the same length, a Python number or a 0-d tensor.
-    The foreach kernels are neither batchable nor differentiable by a tensor hyperparameter: the
-    engine uses this class only where no derivative is wanted.
+    What torch has no foreach kernel for, any other function or method of tensors, runs tensor by
+    tensor. The foreach kernels are neither batchable nor differentiable by a tensor hyperparameter:
+    the engine uses this class only where no derivative is wanted.
     """
 
     __slots__ = ("tensors",)
@@ -52,6 +54,32 @@ class TensorList:
 
     __radd__ = __add__
     __rmul__ = __mul__
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> TensorList:
+        """`torch.sign(list)` and the like: `function` of each tensor."""
+        length = next(len(a) for a in args if isinstance(a, TensorList))
+        rows = ([a.tensors[i] if isinstance(a, cls) else a for a in args] for i in range(length))
+        return TensorList([function(*row, **(kwargs or {})) for row in rows])
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(Tensor, name)
+        if not callable(method):
+            raise AttributeError(f"a TensorList has no {name}: its tensors have many")
+        return functools.partial(_tensor_by_tensor(method), self)
+
+
+def _tensor_by_tensor(method: Any) -> Any:
+    def mapped(*args: Any, **kwargs: Any) -> TensorList:
+        return TensorList.__torch_function__(method, (), args, kwargs)
+
+    return mapped
+
+
+for _name in ("abs", "pow", "rpow", "rtruediv", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"):
+    setattr(TensorList, f"__{_name}__", _tensor_by_tensor(getattr(Tensor, f"__{_name}__")))
 
 
 def _operand(other: Any) -> Any:

@@ -1,0 +1,250 @@
+"""Parameters and hyperparameters in every kind of tree, and errors where trees do not fit."""
+
+import collections
+import copy
+import dataclasses
+import pickle
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import diffopt
+from diffopt import _tree
+from diffopt.rules import hparams, number
+
+
+class Pair(NamedTuple):
+    a: object
+    b: object
+
+
+@dataclasses.dataclass
+class Box:
+    inside: object
+
+
+pytree.register_dataclass(Box)
+
+
+class Opaque:
+    """A node that is registered without names for its children."""
+
+    def __init__(self, inside):
+        self.inside = inside
+
+
+pytree.register_pytree_node(Opaque, lambda o: ([o.inside], None), lambda c, _: Opaque(*c))
+
+X, Y = torch.tensor([1.0, 2.0]), torch.tensor(3.0)
+TREES = {
+    "tensor": X,
+    "list": [X, Y],
+    "tuple": (X, [Y]),
+    "dict": {"x": X, 1: {"y": Y}},
+    "ordered": collections.OrderedDict(x=X, y=Y),
+    "default": collections.defaultdict(list, x=X, y=Y),
+    "deque": collections.deque([X, Y]),
+    "named": Pair(X, {"y": Y}),
+    "dataclass": Box([X, Y]),
+    "opaque": [Opaque(X), Y],
+    "module": dict(torch.nn.Linear(2, 1).named_parameters()),
+    "empty": {"x": [], "y": ()},
+}
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_every_kind_of_tree(kind):
+    params = TREES[kind]
+    opt = diffopt.adam()
+    grads = pytree.tree_map(torch.ones_like, params)
+    new, state = opt.update(params, grads, opt.init(params), opt.hparams(lr=0.1))
+    assert pytree.tree_structure(new) == pytree.tree_structure(params)
+    assert pytree.tree_structure(state.exp_avg) == pytree.tree_structure(params)
+    for before, after in zip(pytree.tree_leaves(params), pytree.tree_leaves(new), strict=True):
+        torch.testing.assert_close(after, before - 0.1)
+    assert state.step == 1
+
+
+def test_dictionaries_match_by_key_whatever_their_order():
+    params, opt = {"x": X, "y": Y, "z": {"a": X.clone(), "b": Y.clone()}}, diffopt.sgd()
+    grads = {"z": {"b": torch.tensor(7.0), "a": 3 * X}, "y": torch.tensor(5.0), "x": X}
+    rates = {"z": {"b": 0.1, "a": 0.2}, "y": 0.3, "x": 0.4}
+    new, _ = opt.update(params, grads, opt.init(params), opt.hparams(lr=rates))
+    expected = {"x": 0.6 * X, "y": Y - 1.5, "z": {"a": 0.4 * X, "b": Y - 0.7}}
+    torch.testing.assert_close(new, expected)
+    new, _ = opt.update(params, grads, opt.init(params), opt.hparams(lr={"z": 0, "y": 1, "x": 0}))
+    torch.testing.assert_close(new, {**params, "y": Y - 5})
+
+
+def test_a_rate_for_each_weight():
+    params, opt = {"w": torch.zeros(2, 3)}, diffopt.sgd()
+    grads = {"w": torch.ones(2, 3)}
+    for shape in [(2, 3), (3,), (2, 1), (1,), ()]:
+        rate = torch.rand(shape)
+        new, _ = opt.update(params, grads, opt.init(params), opt.hparams(lr={"w": rate}))
+        torch.testing.assert_close(new["w"], -rate.expand(2, 3))
+
+
+def test_paths_name_every_leaf():
+    tree = {"x": [X, Pair(X, Box(Y))], 1: Opaque(Y)}
+    assert _tree.paths(tree, "params") == [
+        "params['x'][0]",
+        "params['x'][1].a",
+        "params['x'][1].b.inside",
+        "params[1][0]",
+    ]
+
+
+def test_ravel_and_back():
+    tree = {"x": torch.ones(2, 3), "y": [torch.tensor(2.0), torch.empty(0)]}
+    vector, unravel = _tree.ravel(tree)
+    assert vector.tolist() == [1, 1, 1, 1, 1, 1, 2]
+    torch.testing.assert_close(unravel(2 * vector), pytree.tree_map(lambda x: 2 * x, tree))
+
+
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        ({"x": [X]}, r"grads must have the structure of params: grads\['y'\] is missing"),
+        ({"x": [X], "y": Y, "z": Y}, r"grads\['z'\] is not expected there"),
+        ({"x": X, "y": Y}, r"grads\['x'\] is a tensor of shape \(2,\), where a list is expected"),
+        ({"x": [X, Y], "y": Y}, r"grads\['x'\]\[1\] is not expected there"),
+        ({"x": [], "y": Y}, r"grads\['x'\]\[0\] is missing"),
+        ({"x": (X,), "y": Y}, r"grads\['x'\] is a tuple, where a list is expected"),
+        ({"x": [[X]], "y": Y}, r"\['x'\]\[0\] is a list, where a tensor of shape \(2,\) is exp"),
+        (None, r"grads is None, where a dict is expected"),
+        ({"x": None, "y": Y}, r"grads\['x'\] is None, where a list is expected"),
+    ],
+)
+def test_gradients_of_another_structure(grads, message):
+    params, opt = {"x": [X], "y": Y}, diffopt.sgd()
+    with pytest.raises(ValueError, match=message):
+        opt.update(params, grads, opt.init(params), opt.hparams())
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        ({"x": 0.1}, r"hparams.lr must be a prefix of params: hparams.lr\['y'\] is missing"),
+        ({"x": 0.1, "y": 0.1, "z": 1.0}, r"hparams.lr\['z'\] is not expected there"),
+        ((0.1, 0.2), r"hparams.lr is a tuple, where a dict is expected"),
+        ({"x": 0.1, "y": [0.1]}, r"lr\['y'\] is a list, where a tensor of shape \(\) is expected"),
+        ({"x": [0.1, 0.2], "y": 0.1}, r"hparams.lr\['x'\]\[1\] is not expected there"),
+        (torch.ones(3), r"hparams.lr has shape \(3,\), .* to params\['x'\]\[0\] of shape \(2,\)"),
+        ({"x": torch.ones(1, 2), "y": 0.1}, r"shape \(1, 2\), which does not broadcast"),
+    ],
+)
+def test_hyperparameters_that_are_no_prefix(lr, message):
+    params, opt = {"x": [X], "y": Y}, diffopt.sgd()
+    record = opt.hparams(lr=lr)
+    with pytest.raises(ValueError, match=message):
+        opt.update(params, params, opt.init(params), record)
+
+
+@pytest.mark.parametrize("name", ["same tensor", "same parameter"])
+def test_tied_tensors_are_refused(name):
+    tied = X.clone() if name == "same tensor" else torch.nn.Parameter(X)
+    params, opt = {"a": tied, "b": {"c": tied}}, diffopt.sgd()
+    message = r"params\['b'\]\['c'\] and params\['a'\] are the same tensor"
+    with pytest.raises(ValueError, match=message):
+        opt.init(params)
+    state = opt.init({"a": X.clone(), "b": {"c": X.clone()}})
+    for update in (opt.update, opt.update_):
+        with pytest.raises(ValueError, match=message):
+            update(params, {"a": X, "b": {"c": X}}, state, opt.hparams())
+    assert torch.equal(tied, X)
+
+
+# Records of hyperparameters
+
+
+@hparams
+class Numbers:
+    rate: object = number(0.1, gt=0, le=1)
+    weights: object = number(0.0, per_parameter=False)
+
+
+def test_a_record_is_a_tree():
+    record = Numbers(rate={"a": X, "b": 0.5})
+    doubled = pytree.tree_map(lambda x: 2 * x, record)
+    assert isinstance(doubled, Numbers)
+    torch.testing.assert_close(doubled.rate["a"], 2 * X)
+    assert doubled.rate["b"] == 1.0
+    assert _tree.paths(record, "hparams") == [
+        "hparams.rate['a']",
+        "hparams.rate['b']",
+        "hparams.weights",
+    ]
+
+
+def test_a_record_travels():
+    record = diffopt.adam().hparams(lr={"a": X, "b": 0.5})
+    for twin in (pickle.loads(pickle.dumps(record)), copy.deepcopy(record)):
+        torch.testing.assert_close(twin.lr["a"], X)
+        assert twin.beta1 == 0.9
+    assert dataclasses.replace(record, lr=0.2).lr == 0.2
+
+
+def test_a_record_is_frozen_and_takes_keywords_only():
+    record = diffopt.adam().hparams()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        record.lr = 1.0
+    with pytest.raises(TypeError):
+        diffopt.adam().hparams(0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'betas'"):
+        diffopt.adam().hparams(betas=(0.9, 0.99))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"rate": 0.0}, ValueError, r"^hparams.rate is 0.0, but must be > 0 and <= 1$"),
+        ({"rate": 1.5}, ValueError, r"hparams.rate is 1.5, but must be > 0 and <= 1"),
+        ({"rate": float("nan")}, ValueError, r"hparams.rate is nan, but must be"),
+        ({"rate": {"a": [0.5, -1]}}, ValueError, r"hparams.rate\['a'\]\[1\] is -1, but must be"),
+        ({"rate": "0.1"}, TypeError, r"hparams.rate is '0.1' of type str, not a number or a ten"),
+        ({"rate": None}, TypeError, r"hparams.rate is None, not a number or a tensor"),
+        ({"rate": True}, TypeError, r"hparams.rate is True of type bool"),
+    ],
+)
+def test_numbers_are_checked_when_the_record_is_made(values, error, message):
+    with pytest.raises(error, match=message):
+        Numbers(**values)
+
+
+def test_tensors_are_never_inspected():
+    with torch.device("meta"):
+        Numbers(rate=torch.empty(()))
+    assert torch.vmap(lambda rate: Numbers(rate=rate).rate * 2)(-X).tolist() == [-2.0, -4.0]
+
+
+def test_numpy_numbers_count_as_numbers():
+    opt = diffopt.sgd()
+    for rate in (np.float64(0.5), np.float32(0.5)):
+        new, _ = opt.update(X, X, opt.init(X), opt.hparams(lr=rate))
+        torch.testing.assert_close(new, 0.5 * X)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: diffopt.sgd(momentum=0.9),
+        lambda: diffopt.sgd(nesterov=1),
+        lambda: diffopt.adam(amsgrad="yes"),
+        lambda: diffopt.rmsprop(centered=None),
+        lambda: diffopt.adagrad(maximize=0),
+    ],
+)
+def test_flags_are_no_numbers(make):
+    with pytest.raises(TypeError, match=r"is .*, not a bool: numbers go to hparams"):
+        make()
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(ValueError, match="nesterov=True needs momentum=True"):
+        diffopt.sgd(nesterov=True, momentum=False)
+    with pytest.raises(TypeError, match="momentum"):
+        diffopt.sgd(momentum=False).hparams(momentum=0.9)
