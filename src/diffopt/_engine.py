@@ -77,7 +77,9 @@ def leafwise(
         >>> opt.update(p, g, opt.init(p), opt.hparams(lr=0.5))[0]
         tensor([-0.5000,  0.5000])
     """
-    return Leafwise(hparams, state, init, rule, scalars, maximize)
+    fields = init(torch.empty(0), torch.empty(()))
+    unused = tuple(_unused(field) for field in fields[1:])
+    return Leafwise(hparams, state, unused, init, rule, scalars, maximize)
 
 
 def zeros_like(param: Tensor) -> Tensor:
@@ -90,12 +92,14 @@ class Leafwise(Optimizer[S, H]):
     """What `leafwise` returns.
 
     Attributes:
+        unused: which fields of the state, after `step`, hold `()` in this configuration.
         execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
             no derivative; "auto": foreach where no derivative can be asked for.
     """
 
     hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     state: type[S]
+    unused: tuple[bool, ...]
     init_leaf: Callable[[Tensor, Tensor], S]
     rule: Callable[..., tuple[Any, S]]
     scalars: Callable[[Any, H], Any] | None = None
@@ -108,7 +112,7 @@ class Leafwise(Optimizer[S, H]):
         device = tensors[0].device if tensors else torch.get_default_device()
         step = torch.zeros((), dtype=_exact_dtype(device), device=device)
         states = [self.init_leaf(p, step) for p in tensors]
-        columns = [list(column) for column in zip(*states, strict=True)][1:]
+        columns = [[state[k + 1] for state in states] for k in range(len(self.unused))]
         return self._pack(step, columns, spec)
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
@@ -144,21 +148,24 @@ class Leafwise(Optimizer[S, H]):
         if not isinstance(state, self.state):
             raise TypeError(f"state is a {type(state).__name__}, not a {self.state.__name__}")
         buffers: list[list[Any]] = []
-        for name, field in zip(_names(self.state), state[1:], strict=True):
-            if _unused(field):
-                buffers.append([()] * len(tensors))
-                continue
-            buffers.append(_tree.leaves_like(field, spec, params, (f"state.{name}", "params")))
-            _check_buffers(buffers[-1], tensors, params, f"state.{name}")
+        for name, field, unused in zip(self._names(), state[1:], self.unused, strict=True):
+            if unused != _unused(field):
+                expected = "()" if unused else "a tree like params"
+                raise ValueError(f"{name} must be {expected}: make the state by this init()")
+            column: list[Any] = [()] * len(tensors)
+            if not unused:
+                column = _tree.leaves_like(field, spec, params, (name, "params"))
+                _check_buffers(column, tensors, params, name)
+            buffers.append(column)
         if not isinstance(hparams, self.hparams):
             raise TypeError(f"hparams is a {type(hparams).__name__}: make it by hparams(...)")
         numbers = _hparams.broadcast(hparams, spec, params)
         _check_numbers(numbers, tensors, params)
-        return _Work(params, spec, tensors, gradients, buffers, numbers)
+        return _Work(spec, tensors, gradients, buffers, numbers)
 
     def _steps(self, work: _Work, step: Any) -> Iterator[tuple[int, Tensor, list[Any]]]:
         """Index, new tensor and new buffers of each leaf that has a gradient."""
-        batchable = self.execution != "leaf" and not _modes.differentiated(work.all_tensors())
+        batchable = self.execution != "leaf" and not _modes.differentiated(work.tensors(step))
         if self.execution == "foreach" and not batchable:
             raise ValueError('execution="foreach" carries no derivative, and one may be wanted')
         for (device, dtype, _), indices in work.groups().items():
@@ -176,46 +183,29 @@ class Leafwise(Optimizer[S, H]):
                 new_params = _leave(new_p, [work.params[i] for i in batch])
                 columns = [_leave(n, o) for n, o in zip(new_s[1:], old, strict=True)]
                 for k, i in enumerate(batch):
-                    row = [column[k] for column in columns]
-                    self._check_result(work, i, new_params[k], row)
-                    yield i, new_params[k], row
+                    yield i, new_params[k], [column[k] for column in columns]
 
-    def _check_result(self, work: _Work, i: int, param: Tensor, row: list[Any]) -> None:
-        """Shapes must come out as they went in: the rest would be broadcast in silence."""
-        named = [("params", work.params, param)]
-        named += [
-            (f"state.{name}", column, new)
-            for name, column, new in zip(_names(self.state), work.buffers, row, strict=True)
-            if not _unused(new)
-        ]
-        for name, column, new in named:
-            if column[i].shape != new.shape:
-                raise ValueError(
-                    f"{_tree.paths(work.tree, name)[i]} has shape {tuple(column[i].shape)}, "
-                    f"but its update has shape {tuple(new.shape)}"
-                )
+    def _names(self) -> list[str]:
+        return [f"state.{name}" for name in self.state._fields[1:]]  # pyright: ignore[reportAttributeAccessIssue]
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
-        fields = [() if c and _unused(c[0]) else _tree.unflatten(c, spec) for c in buffers]
-        if not buffers:  # params without leaves
-            fields = [_tree.unflatten([], spec) for _ in _names(self.state)]
-        return self.state(step, *fields)
+        columns = zip(self.unused, buffers, strict=True)
+        return self.state(step, *(() if u else _tree.unflatten(c, spec) for u, c in columns))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """The arguments of one update, leaf by leaf."""
 
-    tree: Tree
     spec: _tree.Spec
     params: list[Tensor]
     grads: list[Tensor | None]
     buffers: list[list[Any]]
     numbers: list[_hparams.Covered]
 
-    def all_tensors(self) -> Iterator[Tensor]:
+    def tensors(self, step: Any) -> Iterator[Tensor]:
         values = (v for number in self.numbers for v in _tree.leaves(number.values))
-        for leaf in itertools.chain(self.params, self.grads, *self.buffers, values):
+        for leaf in itertools.chain([step], self.params, self.grads, *self.buffers, values):
             if isinstance(leaf, Tensor):
                 yield leaf
 
@@ -227,10 +217,6 @@ class _Work:
                 key = (param.device, param.dtype, tuple(n.cover[i] for n in self.numbers))
                 groups.setdefault(key, []).append(i)
         return groups
-
-
-def _names(state: type[Any]) -> tuple[str, ...]:
-    return state._fields[1:]
 
 
 def _unused(field: Any) -> bool:
@@ -265,11 +251,14 @@ def _leave(result: Any, column: Sequence[Any]) -> list[Any]:
 
 
 def _leave_one(tensor: Tensor, old: Tensor) -> Tensor:
-    if tensor.dtype == old.dtype and old.dim() > 0:
-        return tensor
-    tensor = torch.view_as_complex(tensor) if old.is_complex() else tensor
-    tensor = tensor.reshape(()) if old.dim() == 0 and tensor.dim() == 1 else tensor
-    return tensor.to(old.dtype)
+    if tensor.dtype != old.dtype or old.dim() == 0:
+        tensor = torch.view_as_complex(tensor) if old.is_complex() else tensor
+        tensor = tensor.reshape(()) if tensor.numel() == 1 and old.dim() == 0 else tensor
+        tensor = tensor.to(old.dtype)
+    if tensor.shape != old.shape:
+        shapes = tuple(tensor.shape), tuple(old.shape)
+        raise ValueError(f"the rule returned shape {shapes[0]} for a tensor of shape {shapes[1]}")
+    return tensor
 
 
 def _exact_dtype(device: torch.device) -> torch.dtype:

@@ -31,14 +31,17 @@ def after_first(step: Any) -> Any:
 
 
 def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
-    """`x + coefficient * y`; `x` itself where the coefficient is the number 0."""
-    if is_zero(coefficient):
-        return x
+    """`x + coefficient * y`."""
     if isinstance(coefficient, Tensor):
         return x + coefficient * y
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_add(x.tensors, y.tensors, alpha=coefficient))
     return torch.add(x, y, alpha=coefficient)
+
+
+def add_decay(grad: Leaf, param: Leaf, weight_decay: Any) -> Leaf:
+    """`grad + weight_decay * param`; `grad` itself where the decay is the number 0."""
+    return grad if is_zero(weight_decay) else add(grad, param, weight_decay)
 
 
 def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:

@@ -73,7 +73,7 @@ def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]
         p: Any, g: Any, s: AdagradState, hp: AdagradHParams, c: Any
     ) -> tuple[Any, AdagradState]:
         lr, initial = c
-        g = _ops.add(g, p, hp.weight_decay)
+        g = _ops.add_decay(g, p, hp.weight_decay)
         total = _ops.addcmul(s.sum, g, g, 1) + initial
         return _ops.addcdiv(p, g, _ops.sqrt(total) + hp.eps, -lr), AdagradState(s.step, total)
 

@@ -116,7 +116,7 @@ def _adam(hparams: Any, *, decoupled: bool, amsgrad: bool, maximize: bool) -> An
         if decoupled:
             p = p * (1 - hp.lr * hp.weight_decay)
         else:
-            g = _ops.add(g, p, hp.weight_decay)
+            g = _ops.add_decay(g, p, hp.weight_decay)
         m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
         v = _ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
         v_max: Any = _ops.maximum(s.max_exp_avg_sq, v) if amsgrad else ()

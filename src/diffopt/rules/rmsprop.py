@@ -86,7 +86,7 @@ def rmsprop(
         )
 
     def rule(p: Any, g: Any, s: RMSpropState, hp: Any, _: None) -> tuple[Any, RMSpropState]:
-        g = _ops.add(g, p, hp.weight_decay)
+        g = _ops.add_decay(g, p, hp.weight_decay)
         v = _ops.addcmul(hp.alpha * s.square_avg, g, g, 1 - hp.alpha)
         a: Any = _ops.lerp(s.grad_avg, g, 1 - hp.alpha) if centered else ()
         denominator = _ops.sqrt(_ops.addcmul(v, a, a, -1) if centered else v) + hp.eps

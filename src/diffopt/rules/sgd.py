@@ -85,10 +85,10 @@ def sgd(
         return 1 if _ops.is_zero(hp.momentum) else 1 - hp.dampening * _ops.after_first(t)
 
     def plain(p: Any, g: Any, s: SGDState, hp: SGDHParams, _: None) -> tuple[Any, SGDState]:
-        return _ops.add(p, _ops.add(g, p, hp.weight_decay), -hp.lr), s
+        return _ops.add(p, _ops.add_decay(g, p, hp.weight_decay), -hp.lr), s
 
     def rule(p: Any, g: Any, s: SGDState, hp: MomentumHParams, c: Any) -> tuple[Any, SGDState]:
-        g = _ops.add(g, p, hp.weight_decay)
+        g = _ops.add_decay(g, p, hp.weight_decay)
         b = _ops.add(hp.momentum * s.momentum_buffer, g, c)
         d = _ops.add(g, b, hp.momentum) if nesterov else b
         return _ops.add(p, d, -hp.lr), SGDState(s.step, b)
