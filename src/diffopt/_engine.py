@@ -186,7 +186,8 @@ class Leafwise(Optimizer[S, H]):
                     yield i, new_params[k], [column[k] for column in columns]
 
     def _names(self) -> list[str]:
-        return [f"state.{name}" for name in self.state._fields[1:]]  # pyright: ignore[reportAttributeAccessIssue]
+        fields: Any = getattr(self.state, "_fields")  # noqa: B009 (of every NamedTuple)
+        return [f"state.{name}" for name in fields[1:]]
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
         columns = zip(self.unused, buffers, strict=True)

@@ -1,0 +1,117 @@
+"""The conformance kit: everything an optimizer, a user's own included, must satisfy, in one call.
+
+Import it in tests only: it needs hypothesis (`pip install diffopt[testing]`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from diffopt.optimizer import Optimizer
+from diffopt.testing import _derivatives, _errors, _transforms, _trees, _values
+from diffopt.testing._case import DTYPES, SHAPES, Case as Case, Reference
+
+
+def check(
+    optimizer: Optimizer[Any, Any],
+    *,
+    hparams: Mapping[str, Any] | None = None,
+    reference: Reference | None = None,
+    skip: Collection[str] = (),
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    backend: str = "aot_eager",
+) -> None:
+    """Run every check of `CHECKS` on an optimizer.
+
+    Args:
+        optimizer: what is checked: any `Optimizer`, made by `diffopt.rules.leafwise` or not.
+        hparams: keyword arguments of `optimizer.hparams`: generic numbers, such as `lr=0.1`.
+        reference: makes the optimizer that must give the same values, from a list of tensors:
+            `lambda tensors: torch.optim.SGD(tensors, lr=0.1)`. None: nothing is compared.
+        skip: names of checks to leave out.
+        shapes: shapes of the tensors it can update; the first two must not be empty.
+        dtypes: dtypes of the tensors it can update; float64 must be among them.
+        backend: the backend of `torch.compile`; "inductor" to compile for real.
+
+    Raises:
+        AssertionError: a check failed; the message begins with the check's name.
+        ValueError: `skip` has what is no check.
+
+    Example:
+        >>> from typing import Any, NamedTuple
+        >>> import torch
+        >>> from diffopt import testing
+        >>> from diffopt.rules import hparams, leafwise, number
+        >>> class State(NamedTuple):
+        ...     step: Any
+        >>> @hparams
+        ... class HParams:
+        ...     lr: float = number(1e-3, ge=0)
+        >>> descent = leafwise(
+        ...     State,
+        ...     HParams,
+        ...     lambda p, step: State(step),
+        ...     lambda p, g, s, hp, _: (p - hp.lr * g, s),
+        ... )
+        >>> testing.check(
+        ...     descent,
+        ...     hparams={"lr": 0.1},
+        ...     reference=lambda tensors: torch.optim.SGD(tensors, lr=0.1),
+        ... )
+        >>> testing.check(descent, reference=lambda tensors: torch.optim.SGD(tensors, lr=0.2))
+        Traceback (most recent call last):
+            ...
+        AssertionError: parity: params[0] differs...
+    """
+    if unknown := set(skip) - CHECKS.keys():
+        raise ValueError(f"skip has {sorted(unknown)}, but the checks are {list(CHECKS)}")
+    case = Case(optimizer, hparams or {}, reference, shapes, dtypes, backend)
+    for name, run in CHECKS.items():
+        if name not in skip:
+            run(case)
+
+
+def _named(name: str, function: Callable[[Case], None]) -> Callable[[Case], None]:
+    """The same check, whose every failure is an AssertionError that begins with its name."""
+
+    @functools.wraps(function)
+    def run(case: Case) -> None:
+        try:
+            function(case)
+        except Exception as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+    return run
+
+
+CHECKS: Mapping[str, Callable[[Case], None]] = {
+    function.__name__: _named(function.__name__, function)
+    for function in (
+        _values.parity,
+        _values.numbers,
+        _values.half_step,
+        _values.half_zero_gradient,
+        _values.half_long_run,
+        _derivatives.derivatives,
+        _derivatives.derivatives_from_init,
+        _derivatives.derivatives_per_weight,
+        _derivatives.jvp,
+        _derivatives.zero_gradient,
+        _transforms.vmap,
+        _transforms.compiled,
+        _trees.kept,
+        _trees.pure,
+        _trees.no_gradient,
+        _trees.in_place,
+        _trees.key_order,
+        _trees.complex_pairs,
+        _trees.prefix,
+        _errors.errors,
+    )
+}
+"""Every check by its name: a function of a `Case` that raises `AssertionError`."""

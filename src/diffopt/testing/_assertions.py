@@ -1,0 +1,76 @@
+"""Assertions on trees, which name the leaf at fault."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from diffopt import _tree
+from diffopt._tree import Tree
+from diffopt.testing._case import Point
+
+
+def same(
+    actual: Tree, expected: Tree, name: str, rtol: float | None = None, atol: float | None = None
+) -> None:
+    """Equal structures and dtypes, and values as close as the tolerances say."""
+    same_structure(actual, expected, name)
+    if rtol is not None and atol is None:
+        atol = rtol / 10
+    for path, mine, theirs in zip(
+        _tree.paths(expected, name), _tree.leaves(actual), _tree.leaves(expected), strict=True
+    ):
+        try:
+            torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
+        except AssertionError as error:
+            raise AssertionError(f"{path} differs: {error}") from error
+
+
+def same_structure(actual: Tree, expected: Tree, name: str) -> None:
+    mine, theirs = _tree.flatten(actual)[1], _tree.flatten(expected)[1]
+    if mine != theirs:
+        raise AssertionError(f"{name} has the structure {mine}, but {theirs} is expected")
+
+
+def finite(tree: Tree, name: str) -> None:
+    for path, tensor in named(tree, name):
+        if not tensor.isfinite().all():
+            raise AssertionError(f"{path} is not finite: {tensor}")
+
+
+def disjoint(old: Iterable[tuple[str, Tensor]], new: Iterable[tuple[str, Tensor]]) -> None:
+    """No two of the new tensors, nor a new and an old one, share memory."""
+    owners = {t.untyped_storage().data_ptr(): path for path, t in old if t.numel()}
+    for path, tensor in new:
+        owner = owners.setdefault(tensor.untyped_storage().data_ptr(), path)
+        if tensor.numel() and owner != path:
+            raise AssertionError(f"{path} shares its memory with {owner}")
+
+
+class Snapshot:
+    """Remembers tensors in order to say which has been written to."""
+
+    def __init__(self, point: Point) -> None:
+        self.tensors = named(point, "arguments")
+        self.copies = [tensor.clone() for _, tensor in self.tensors]
+        self.versions = [tensor._version for _, tensor in self.tensors]
+
+    def check(self) -> None:
+        """Raise `AssertionError` with the path of the first tensor that was changed."""
+        for (path, tensor), copy, version in zip(
+            self.tensors, self.copies, self.versions, strict=True
+        ):
+            same = tensor.is_meta or torch.equal(tensor, copy)
+            if not same or tensor._version != version:
+                raise AssertionError(f"{path} was changed")
+
+
+def named(tree: Tree, name: str) -> list[tuple[str, Tensor]]:
+    """The path and value of every tensor."""
+    pairs = zip(_tree.paths(tree, name), _tree.leaves(tree), strict=True)
+    return [(path, leaf) for path, leaf in pairs if isinstance(leaf, Tensor)]

@@ -1,0 +1,158 @@
+"""What is checked, and typical arguments of its update."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffopt import _hparams, _tree
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer
+
+Reference: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+SHAPES = ((3,), (), (0,), (2, 3))
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+)
+MARGIN = 0.05  # how far from the end of its range a hyperparameter is where derivatives are taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An optimizer in one configuration: what every check is a function of.
+
+    Attributes:
+        optimizer: what is checked.
+        hparams: keyword arguments of `optimizer.hparams`, numbers as a rule; what is missing has
+            its default. Values are compared at these. Derivatives are too, except that a number
+            within 0.05 of the end of its range is moved to 0.05 from it, so that finite
+            differences stay inside.
+        reference: makes the `torch.optim` optimizer (or one like it) for a list of tensors, with
+            the numbers of `hparams`; None where there is nothing to compare with.
+        shapes: shapes of the tensors it can update. The first two, not empty, are those of the
+            trees on which derivatives are taken.
+        dtypes: dtypes of the tensors it can update; float64 must be among them.
+        backend: the backend of `torch.compile`. "aot_eager" traces everything and generates no
+            code; "inductor" compiles for real and takes ten times as long.
+    """
+
+    optimizer: Optimizer[Any, Any]
+    hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    reference: Reference | None = None
+    shapes: Sequence[tuple[int, ...]] = SHAPES
+    dtypes: Sequence[torch.dtype] = DTYPES
+    backend: str = "aot_eager"
+
+    def record(self) -> Any:
+        """The hyperparameters as given."""
+        return self.optimizer.hparams(**self.hparams)
+
+    def interior(self) -> Any:
+        """The hyperparameters at which derivatives are taken: 0-d float64 tensors."""
+        moved = map_fields(inside, self.record())
+        return _tree.map(lambda leaf: torch.as_tensor(leaf, dtype=torch.float64), moved)
+
+
+class Point(NamedTuple):
+    """The arguments of one update."""
+
+    params: Tree
+    grads: Tree
+    state: Any
+    hparams: Any
+
+
+def generic_point(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64) -> Point:
+    """The arguments of a third step."""
+
+    def tree(seed: int) -> Tree:
+        first, second = (
+            random_tensor(shape, dtype, seed + i) for i, shape in enumerate(case.shapes[:2])
+        )
+        return {"first": first, "rest": [second]}
+
+    hparams = case.interior()
+    start = Point(tree(seed), tree(seed + 10), case.optimizer.init(tree(seed)), hparams)
+    params, state = twice(case.optimizer, start)
+    return Point(params, tree(seed + 20), state, hparams)
+
+
+def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Entries of either sign, in size between 0.5 and 1.5: no kink is near."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = (*shape, 2) if dtype.is_complex else tuple(shape)
+    numbers = 2 * torch.rand(parts, generator=generator, dtype=torch.float64) - 1
+    numbers = numbers + 0.5 * numbers.sign()
+    return (torch.view_as_complex(numbers) if dtype.is_complex else numbers).to(dtype)
+
+
+def run_steps(case: Case, point: Point, steps: int = 2) -> tuple[Tree, Any]:
+    """Some steps with gradients that depend on the params."""
+    params, state = point.params, point.state
+    for step in range(steps):
+        grads = _tree.map(lambda g, p, c=0.3 * step: g + c * p, point.grads, params)
+        params, state = case.optimizer.update(params, grads, state, point.hparams)
+    return params, state
+
+
+def twice(optimizer: Optimizer[Any, Any], point: Point) -> tuple[Tree, Any]:
+    """Two steps with the same gradients."""
+    params, state = optimizer.update(*point)
+    return optimizer.update(params, point.grads, state, point.hparams)
+
+
+def objective(params: Tree) -> Tensor:
+    """A function of the params whose derivative is zero nowhere near them, nor at zeros."""
+    return total(_tree.map(lambda p: (1 + p).square(), params))
+
+
+def total(tree: Tree) -> Any:
+    return sum(leaf.sum() for leaf in _tree.leaves(tree))
+
+
+def clone(tree: Any) -> Any:
+    return _tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def as_dtype(dtype: torch.dtype | None, tree: Any) -> Any:
+    """All leaves as tensors of this dtype; None leaves them alone."""
+    return tree if dtype is None else _tree.map(lambda v: torch.as_tensor(v, dtype=dtype), tree)
+
+
+def record_fields(hparams: Any) -> tuple[_hparams.Field, ...]:
+    """What `number` declared of this record; nothing where it is none of ours."""
+    return _hparams._FIELDS.get(type(hparams), ())
+
+
+def map_fields(function: Callable[[_hparams.Field, Any], Any], hparams: Any) -> Any:
+    """`function(field, value)` in the place of every field's value, in every record."""
+
+    def on_record(node: Any) -> Any:
+        fields = record_fields(node)
+        values = [function(field, getattr(node, field.name)) for field in fields]
+        return _hparams.assemble(type(node), values) if fields else node
+
+    return _tree.map(on_record, hparams, is_leaf=lambda node: bool(record_fields(node)))
+
+
+def inside(field: _hparams.Field, value: Any) -> Any:
+    """A number moved away from the ends of its field's range."""
+    if isinstance(value, (int, float)):
+        low = [b for kind in ("ge", "gt") if (b := field.bounds[kind]) is not None]
+        high = [b for kind in ("le", "lt") if (b := field.bounds[kind]) is not None]
+        value = max([value, *(bound + MARGIN for bound in low)])
+        value = min([value, *(bound - MARGIN for bound in high)])
+    return value

@@ -1,0 +1,183 @@
+"""Checks of derivatives: against finite differences, and where gradients are zero.
+
+Params and buffers after two steps are differentiated by everything that goes in but the step
+count: a rule may treat the first step as a case of its own.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _hparams, _tree
+from diffopt._engine import Leafwise
+from diffopt._tree import Tree
+from diffopt.testing._assertions import finite, same
+from diffopt.testing._case import (
+    Case,
+    Point,
+    generic_point,
+    map_fields,
+    objective,
+    random_tensor,
+    run_steps,
+    total,
+)
+
+
+def derivatives(case: Case) -> None:
+    """First and second order, forward and reverse mode, from a state after two steps."""
+    gradcheck(case, generic_point(case))
+
+
+def derivatives_from_init(case: Case) -> None:
+    """The same from the initial state: buffers of zeros, the greatest bias corrections."""
+    point = generic_point(case)
+    point = point._replace(state=case.optimizer.init(point.params))
+    gradcheck(case, point, wrt=("params", "grads", "hparams"))
+
+
+def derivatives_per_weight(case: Case) -> None:
+    """The same where every weight has hyperparameters of its own (elementwise optimizers)."""
+    if not isinstance(case.optimizer, Leafwise):
+        return
+    point = generic_point(case)
+
+    def spread(field: _hparams.Field, value: Tensor) -> Tree:
+        if not field.per_parameter:
+            return value
+        return _tree.map(lambda p: value * (1 - 0.1 * p.abs()), point.params)
+
+    gradcheck(case, point._replace(hparams=map_fields(spread, point.hparams)))
+
+
+def jvp(case: Case) -> None:
+    """`torch.func.jvp` of two steps, and of their gradient, equals central differences."""
+    steps, inputs, _ = as_function(case, generic_point(case))
+    directions = tuple(random_tensor(x.shape, x.dtype, 50 + i) for i, x in enumerate(inputs))
+
+    def gradient(*inputs: Tensor) -> Tensor:
+        return ravel(torch.func.grad(lambda x: steps(*x).square().sum())(inputs))
+
+    for function in (steps, gradient):
+        derivative = torch.func.jvp(function, inputs, directions)[1]
+        difference = central_difference(function, inputs, directions)
+        same(derivative, difference, "the jvp", rtol=1e-5)
+
+
+def zero_gradient(case: Case) -> None:
+    """A tensor that is zero, and its gradients too, has finite derivatives of either order.
+
+    All others are as if it were not there; in an elementwise optimizer, so for a single weight.
+    """
+    point = generic_point(case)
+    extended = meta_gradients(case, with_zeros(case, point))
+    finite(extended, "derivative")
+    for order, without in enumerate(meta_gradients(case, point)[:2]):
+        params, grads, hparams = extended[order]
+        del params["zero"], grads["zero"]
+        kept = _tree.map(beginning, (params, grads, hparams), without)
+        same(kept, without, "derivative", rtol=1e-9)
+
+
+def meta_gradients(case: Case, point: Point) -> list[tuple[Tree, Tree, Any]]:
+    """First derivatives of an objective, those of their sum by hyperparameters, and by anything."""
+    leaves, spec = _tree.flatten((point.params, point.grads, point.hparams))
+    inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+    params, grads, hparams = _tree.unflatten(inputs, spec)
+    state = case.optimizer.init(point.params)
+
+    def derive(value: Any) -> Any:
+        found = torch.autograd.grad(value, inputs, create_graph=True, materialize_grads=True)
+        return _tree.unflatten(found, spec)
+
+    with anomaly_mode():
+        end, _ = run_steps(case, Point(params, grads, state, hparams), steps=3)
+        first = derive(objective(end))
+        return [first, derive(total(first[2])), derive(total(first))]
+
+
+def with_zeros(case: Case, point: Point) -> Point:
+    """The same problem with a tensor of zeros more and, if elementwise, one zero per tensor."""
+    elementwise = isinstance(case.optimizer, Leafwise)
+
+    def longer(x: Tensor) -> Tensor:
+        return torch.cat([x.flatten(), x.new_zeros(1)]) if elementwise else x
+
+    zero = torch.zeros_like(point.params["rest"][0])
+    params = {**_tree.map(longer, point.params), "zero": zero.clone()}
+    grads = {**_tree.map(longer, point.grads), "zero": zero.clone()}
+    return point._replace(params=params, grads=grads)
+
+
+@contextlib.contextmanager
+def anomaly_mode() -> Generator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Anomaly Detection")
+        with torch.autograd.set_detect_anomaly(True):
+            yield
+
+
+def as_function(
+    case: Case, point: Point, wrt: Collection[str] = Point._fields
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], list[str]]:
+    """Two steps as a function of tensors to a vector, with its arguments at `point`, and names."""
+    leaves, spec = _tree.flatten(point)
+    roots = tuple(f"point.{name}" for name in wrt)
+    names = {i: path for i, path in smooth(point, "point") if path.startswith(roots)}
+
+    def function(*inputs: Tensor) -> Tensor:
+        values = list(leaves)
+        for i, value in zip(names, inputs, strict=True):
+            values[i] = value
+        end = run_steps(case, _tree.unflatten(values, spec))
+        results = _tree.leaves(end)
+        return ravel(results[i] for i, _ in smooth(end, "result"))
+
+    return function, tuple(leaves[i].detach().clone() for i in names), list(names.values())
+
+
+def smooth(tree: Tree, name: str) -> list[tuple[int, str]]:
+    """Index and path of every leaf but step counts, and other integers."""
+    return [
+        (i, path)
+        for i, (path, leaf) in enumerate(
+            zip(_tree.paths(tree, name), _tree.leaves(tree), strict=True)
+        )
+        if leaf.is_floating_point() and not path.endswith(".step")
+    ]
+
+
+def gradcheck(case: Case, point: Point, wrt: Collection[str] = Point._fields) -> None:
+    function, constants, names = as_function(case, point, wrt)
+    inputs = [x.requires_grad_() for x in constants]
+    try:
+        torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+        torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    except RuntimeError as error:
+        raise AssertionError(f"{error}\nThe inputs are {dict(enumerate(names))}") from error
+
+
+def central_difference(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]
+) -> Tensor:
+    width = 1e-6
+    ahead = [x + width * d for x, d in zip(inputs, directions, strict=True)]
+    behind = [x - width * d for x, d in zip(inputs, directions, strict=True)]
+    return (function(*ahead) - function(*behind)) / (2 * width)
+
+
+def ravel(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def beginning(x: Tensor, like: Tensor) -> Tensor:
+    return x.flatten()[: like.numel()].view_as(like)

@@ -1,0 +1,169 @@
+"""Checks of what is refused, and of the messages."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from diffopt import _tree
+from diffopt._engine import Leafwise
+from diffopt.testing._assertions import Snapshot
+from diffopt.testing._case import Case, Point, clone, generic_point, map_fields, record_fields
+
+
+class Wrong(NamedTuple):
+    """What a call must refuse, and how: its name, arguments, error, and what the message says."""
+
+    what: str
+    changes: dict[str, Any]
+    error: type[Exception]
+    says: tuple[str, ...]
+
+
+def errors(case: Case) -> None:
+    """Wrong arguments raise, with a message that says where and what, and change nothing."""
+    point = generic_point(case)
+    update, update_ = case.optimizer.update, case.optimizer.update_
+    for wrong in (*wrong_params(point), *wrong_grads(point)):
+        refuse((update, update_), point, wrong)
+    if isinstance(case.optimizer, Leafwise):
+        for wrong in (*wrong_state(point), *wrong_hparams(point)):
+            refuse((update, update_), point, wrong)
+    for wrong in waiting(point):
+        refuse((update_,), point, wrong)
+    for wrong in wrong_numbers(case):
+        raises(functools.partial(case.optimizer.hparams, **wrong.changes), wrong)
+
+
+def refuse(calls: Iterable[Callable[..., object]], point: Point, wrong: Wrong) -> None:
+    """Each call raises and leaves its arguments as they are."""
+    point = clone(point)._replace(**wrong.changes)
+    before = Snapshot(point)
+    for call in calls:
+        raises(functools.partial(call, *point), wrong)
+        before.check()
+
+
+def raises(call: Callable[[], object], wrong: Wrong) -> None:
+    try:
+        call()
+    except Exception as error:
+        missing = [text for text in wrong.says if text not in str(error)]
+        if not isinstance(error, wrong.error) or missing:
+            raise AssertionError(
+                f"{wrong.what} must raise a {wrong.error.__name__} that says {list(wrong.says)}, "
+                f"but raised {error!r}"
+            ) from error
+    else:
+        raise AssertionError(f"{wrong.what} raised no {wrong.error.__name__}")
+
+
+def wrong_params(point: Point) -> Iterator[Wrong]:
+    tied = torch.zeros_like(point.params["first"])
+    for what, params, error, says in (
+        ("a number", {**point.params, "rest": [2.0]}, TypeError, ("params['rest'][0]", "2.0")),
+        ("None", {**point.params, "rest": [None]}, TypeError, ("params['rest'][0]", "None")),
+        (
+            "a tied tensor",
+            {"first": tied, "rest": [tied]},
+            ValueError,
+            ("params['first']", "params['rest'][0]", "same tensor"),
+        ),
+    ):
+        yield Wrong(f"params with {what}", {"params": params}, error, says)
+
+
+def wrong_grads(point: Point) -> Iterator[Wrong]:
+    first, rest = point.grads["first"], point.grads["rest"]
+    path, theirs = "grads['first']", "params['first']"
+    longer = torch.zeros(7, *first.shape, dtype=first.dtype)
+    shapes = (str(tuple(longer.shape)), str(tuple(first.shape)))
+    for what, grads, error, says in (
+        ("a list for a dict", [first, rest], ValueError, ("grads", "list", "dict")),
+        ("a missing key", {"rest": rest}, ValueError, (path, "missing")),
+        ("an extra key", {**point.grads, "more": first}, ValueError, ("grads['more']",)),
+        ("a list for a tensor", {"first": [first], "rest": rest}, ValueError, (path, "list")),
+        ("a tensor for a list", {"first": first, "rest": first}, ValueError, ("grads['rest']",)),
+        ("a number", {"first": 1.5, "rest": rest}, TypeError, (path, "1.5")),
+        ("other shapes", {"first": longer, "rest": rest}, ValueError, (path, theirs, *shapes)),
+        (
+            "another dtype",
+            {"first": first.float(), "rest": rest},
+            ValueError,
+            (path, theirs, "float32", "float64"),
+        ),
+        (
+            "another device",
+            {"first": first.to("meta"), "rest": rest},
+            ValueError,
+            (path, theirs, "meta", "cpu"),
+        ),
+    ):
+        yield Wrong(f"grads with {what}", {"grads": grads}, error, says)
+
+
+def wrong_state(point: Point) -> Iterator[Wrong]:
+    state = point.state
+    yield Wrong("a tuple as state", {"state": tuple(state)}, TypeError, ("state", "tuple"))
+    for name in [name for name in state._fields[1:] if getattr(state, name) != ()]:
+        tree, path = getattr(state, name), f"state.{name}['first']"
+        longer = torch.zeros(7, *tree["first"].shape, dtype=torch.float64)
+        for what, field, error, says in (
+            ("no tensor", {**tree, "first": 1.5}, TypeError, (path, "1.5")),
+            ("a missing key", {"rest": tree["rest"]}, ValueError, (path, "missing")),
+            (
+                "another shape",
+                {**tree, "first": longer},
+                ValueError,
+                (path, str(tuple(longer.shape))),
+            ),
+        ):
+            changes = {"state": state._replace(**{name: field})}
+            yield Wrong(f"state.{name} with {what}", changes, error, says)
+
+
+def wrong_hparams(point: Point) -> Iterator[Wrong]:
+    yield Wrong("a dict as hparams", {"hparams": {"lr": 0.1}}, TypeError, ("hparams", "dict"))
+    shape = (7, *point.params["first"].shape)
+    for field in [f for f in record_fields(point.hparams) if f.per_parameter]:
+        path = f"hparams.{field.name}"
+        for what, value, says in (
+            ("no prefix", {"nope": 0.1}, (path, "prefix", "params")),
+            ("a shape that is too long", torch.ones(shape), (path, str(shape), "params['first']")),
+        ):
+            changed = map_fields(
+                lambda f, v, x=(field, value): x[1] if f is x[0] else v, point.hparams
+            )
+            yield Wrong(f"{path} with {what}", {"hparams": changed}, ValueError, says)
+
+
+def waiting(point: Point) -> Iterator[Wrong]:
+    """Arguments that ask for a gradient, which an update in place would drop."""
+    for name in ("grads", "hparams"):
+        tree = _tree.map(lambda x: x.requires_grad_(), clone(getattr(point, name)))
+        if _tree.leaves(tree):
+            says = (_tree.paths(tree, name)[0], "requires a gradient")
+            yield Wrong(
+                f"update_ with {name} that require a gradient", {name: tree}, ValueError, says
+            )
+
+
+def wrong_numbers(case: Case) -> Iterator[Wrong]:
+    """Arguments of `optimizer.hparams` that must be refused."""
+    for field in record_fields(case.record()):
+        path = f"hparams.{field.name}"
+        text = {**case.hparams, field.name: "0.1"}
+        yield Wrong(f"{path} as text", text, TypeError, (path, "'0.1'"))
+        beyond = {"ge": -1.0, "gt": 0.0, "le": 1.0, "lt": 0.0}
+        for kind, bound in field.bounds.items():
+            if bound is not None:
+                bad = bound + beyond[kind]
+                beyond_it = {**case.hparams, field.name: bad}
+                says = (path, str(bad), str(bound))
+                yield Wrong(f"{path} out of range", beyond_it, ValueError, says)

@@ -1,0 +1,267 @@
+"""Checks on trees that hypothesis draws: structure, purity, None, execution, prefixes."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _hparams, _tree
+from diffopt._engine import Leafwise
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer
+from diffopt.testing._assertions import Snapshot, disjoint, named, same, same_structure
+from diffopt.testing._case import Case, Point, as_dtype, clone, map_fields, random_tensor, twice
+
+try:
+    from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+except ImportError as error:
+    raise ImportError("diffopt.testing needs hypothesis: pip install diffopt[testing]") from error
+
+SETTINGS = settings(
+    max_examples=10,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=(Phase.generate, Phase.shrink),
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+class Pair(NamedTuple):
+    left: Tree
+    right: Tree
+
+
+def trees(case: Case) -> st.SearchStrategy[Tree]:
+    shapes, dtypes = st.sampled_from(case.shapes), st.sampled_from(case.dtypes)
+    tensors = st.builds(random_tensor, shapes, dtypes, st.integers(0, 9))
+
+    def containers(children: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
+        dicts = st.dictionaries(st.sampled_from("abc"), children, max_size=3)
+        pairs = st.builds(Pair, children, children)
+        lists = st.lists(children, max_size=3)
+        return st.one_of(dicts, dicts.map(OrderedDict), pairs, lists, lists.map(tuple))
+
+    return st.recursive(tensors, containers, max_leaves=4).filter(_tree.leaves)
+
+
+@st.composite
+def points(draw: st.DrawFn, case: Case) -> Point:
+    """The arguments of a second step; some gradients are None."""
+    return second_step(case, draw(trees(case)), lambda: draw(st.integers(0, 3)) == 3)
+
+
+def every_tensor(case: Case) -> Point:
+    """The arguments of a second step for a tensor of each shape and dtype; each third has None."""
+    kinds = itertools.product(case.shapes, case.dtypes)
+    params = [random_tensor(shape, dtype, i) for i, (shape, dtype) in enumerate(kinds)]
+    return second_step(case, params, functools.partial(next, itertools.cycle((0, 0, 1))))
+
+
+def second_step(case: Case, params: Tree, is_none: Callable[[], int]) -> Point:
+    grads = _tree.map(lambda p: random_tensor(p.shape, p.dtype, 10), params)
+    hparams = case.record()
+    params, state = case.optimizer.update(params, grads, case.optimizer.init(params), hparams)
+    some = _tree.map(lambda g: None if is_none() else g, grads)
+    return Point(params, some, state, hparams)
+
+
+def drawn(body: Callable[[Case, Point], None]) -> Callable[[Case], None]:
+    """The check that `body` holds for every kind of tensor and every tree hypothesis draws."""
+
+    @functools.wraps(body)
+    def run(case: Case) -> None:
+        body(case, every_tensor(case))
+
+        @SETTINGS
+        @given(points(case))
+        def holds(point: Point) -> None:
+            body(case, point)
+
+        holds()
+
+    return run
+
+
+@drawn
+def kept(case: Case, point: Point) -> None:
+    """Structures, shapes, dtypes come out as they went in, whatever the hyperparameters' dtype."""
+    old = (point.params, point.state)
+    for dtype in (None, torch.float64, torch.float32):
+        new = case.optimizer.update(*point._replace(hparams=as_dtype(dtype, point.hparams)))
+        same_structure(new, old, "result")
+        for path, mine, theirs in zip(
+            _tree.paths(old, "result"), _tree.leaves(new), _tree.leaves(old), strict=True
+        ):
+            for attribute in ("shape", "dtype", "device", "layout"):
+                if getattr(mine, attribute) != getattr(theirs, attribute):
+                    raise AssertionError(f"{path} has another {attribute}: {mine}, was {theirs}")
+
+
+@drawn
+def pure(case: Case, point: Point) -> None:
+    """The arguments are left alone; results share no memory with them, nor with each other."""
+    exempt = {
+        id(leaf)
+        for column in (point.params, *columns(point, point.state))
+        for leaf, grad in zip(_tree.leaves(column), _tree.leaves(point.grads), strict=True)
+        if grad is None
+    }
+    for hparams in (point.hparams, as_dtype(torch.float64, point.hparams), least(point.hparams)):
+        arguments = point._replace(hparams=hparams)
+        before = Snapshot(arguments)
+        new = named(case.optimizer.update(*arguments), "result")
+        before.check()
+        disjoint(named(arguments, "arguments"), [n for n in new if id(n[1]) not in exempt])
+    disjoint(named(point.params, "params"), named(case.optimizer.init(point.params), "state"))
+
+
+@drawn
+def no_gradient(case: Case, point: Point) -> None:
+    """A parameter without a gradient, and its state, are the very same tensors afterwards."""
+    if _tree.is_leaf(point.params):
+        return
+    params, state = case.optimizer.update(*point)
+    old = (point.params, *columns(point, point.state))
+    for before, after in zip(old, (params, *columns(point, state)), strict=True):
+        paths = _tree.paths(point.params, "params")
+        for path, grad, x, y in zip(
+            paths, *map(_tree.leaves, (point.grads, before, after)), strict=True
+        ):
+            if grad is None and x is not y:
+                raise AssertionError(f"{path} has no gradient, but it or its state was replaced")
+
+
+@drawn
+def in_place(case: Case, point: Point) -> None:
+    """`update_` overwrites with what `update` returns; leaf and foreach execution agree."""
+    expected = twice(case.optimizer, point)
+    for optimizer in executions(case.optimizer):
+        same(twice(optimizer, point), expected, "result")
+        mine = clone(point)
+        for _ in range(2):
+            optimizer.update_(*mine)
+        same((mine.params, mine.state), expected, "what update_ leaves")
+
+
+def executions(optimizer: Optimizer[Any, Any]) -> list[Optimizer[Any, Any]]:
+    if not isinstance(optimizer, Leafwise):
+        return [optimizer]
+    return [dataclasses.replace(optimizer, execution=how) for how in ("auto", "leaf", "foreach")]
+
+
+@drawn
+def key_order(case: Case, point: Point) -> None:
+    """Gradients are found by key, whatever the order of the dictionary they come in."""
+    other = point._replace(grads=reordered(point.grads))
+    same(case.optimizer.update(*other), case.optimizer.update(*point), "result")
+
+
+def reordered(tree: Tree) -> Tree:
+    """The same tree with the keys of every dictionary in the opposite order."""
+    if _tree.is_leaf(tree):
+        return tree
+    if isinstance(tree, dict):
+        return type(tree)([(key, reordered(tree[key])) for key in reversed(tree)])
+    children, spec = _tree.flatten(tree, is_leaf=lambda node: node is not tree)
+    return _tree.unflatten([reordered(child) for child in children], spec)
+
+
+@drawn
+def complex_pairs(case: Case, point: Point) -> None:
+    """A complex tensor is updated as the pairs of reals that it is."""
+    pairs = Point(*_tree.map(as_pairs, tuple(point)))
+    new = case.optimizer.update(*point)
+    same(_tree.map(as_pairs, new), case.optimizer.update(*pairs), "result")
+
+
+def as_pairs(leaf: Any) -> Any:
+    is_complex = isinstance(leaf, Tensor) and leaf.is_complex()
+    return torch.view_as_real(leaf).clone() if is_complex else leaf
+
+
+def prefix(case: Case) -> None:
+    """A hyperparameter given for a subtree is one given for each of its leaves.
+
+    In an elementwise optimizer a tensor with hyperparameters of its own moves as if it were alone.
+    """
+
+    @SETTINGS
+    @given(st.data(), points(case))
+    def holds(data: st.DataObject, point: Point) -> None:
+        short, long = data.draw(prefixes(point))
+        params, state = case.optimizer.update(*point._replace(hparams=short))
+        leafwise = point._replace(hparams=long)
+        same((params, state), case.optimizer.update(*leafwise), "result")
+        if isinstance(case.optimizer, Leafwise):
+            for i, leaf in enumerate(_tree.leaves(params)):
+                same(leaf, case.optimizer.update(*alone(leafwise, i))[0], "one tensor")
+
+    holds()
+
+
+def alone(point: Point, i: int) -> Point:
+    """The arguments for the `i`-th tensor only; each field of state and hparams has one for it."""
+    spec = _tree.flatten(point.params)[1]
+
+    def at(tree: Tree) -> Tree:
+        return _tree.leaves(tree)[i] if _tree.flatten(tree)[1] == spec else tree
+
+    state = type(point.state)(point.state[0], *map(at, point.state[1:]))
+    hparams = map_fields(lambda _, value: at(value), point.hparams)
+    return Point(at(point.params), at(point.grads), state, hparams)
+
+
+@st.composite
+def prefixes(draw: st.DrawFn, point: Point) -> tuple[Any, Any]:
+    """Hyperparameters as prefix trees, and the same spread over all leaves of the params."""
+
+    def cut(tree: Tree, number: float) -> tuple[Tree, Tree]:
+        if _tree.is_leaf(tree) or draw(st.booleans()):
+            value = draw(st.sampled_from([0.7, 0.8, 0.9])) * number
+            value = torch.tensor(value) if draw(st.booleans()) else value
+            return value, _tree.map(lambda _: value, tree)
+        children, spec = _tree.flatten(tree, is_leaf=lambda node: node is not tree)
+        both = [cut(child, number) for child in children]
+        return tuple(_tree.unflatten([pair[i] for pair in both], spec) for i in (0, 1))
+
+    def choose(field: _hparams.Field, value: Any) -> Choice:
+        free = field.per_parameter and isinstance(value, (int, float))
+        return Choice(*(cut(point.params, value) if free else (value, value)))
+
+    chosen = map_fields(choose, point.hparams)
+    return tuple(_tree.map(lambda c, i=i: c.trees[i], chosen) for i in (0, 1))
+
+
+class Choice:
+    """A short and a long tree, as one leaf."""
+
+    def __init__(self, *trees: Tree) -> None:
+        self.trees = trees
+
+
+def columns(point: Point, state: Any) -> list[Tree]:
+    """The trees in a state that have the structure of the params."""
+    spec = _tree.flatten(point.params)[1]
+    nodes, _ = _tree.flatten(state, is_leaf=lambda node: _tree.flatten(node)[1] == spec)
+    return [node for node in nodes if _tree.flatten(node)[1] == spec]
+
+
+def least(hparams: Any) -> Any:
+    """Every field at the lower end of its range, where rules may take a short cut."""
+
+    def bound(field: _hparams.Field, value: Any) -> Any:
+        return value if field.bounds["ge"] is None else field.bounds["ge"]
+
+    return map_fields(bound, hparams)

@@ -1,0 +1,108 @@
+"""Checks of values: against a reference, numbers against tensors, half precision."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _tree
+from diffopt._tree import Tree
+from diffopt.testing._assertions import finite, same
+from diffopt.testing._case import (
+    Case,
+    Point,
+    as_dtype,
+    clone,
+    generic_point,
+    map_fields,
+    random_tensor,
+    run_steps,
+    twice,
+)
+
+PARITY = {  # relative tolerance to the reference after some steps
+    torch.float64: 1e-12,
+    torch.complex128: 1e-12,
+    torch.float32: 1e-5,
+    torch.complex64: 1e-5,
+}
+
+
+def parity(case: Case) -> None:
+    """`update` and `update_` follow the reference for six steps."""
+    if case.reference is None:
+        return
+    for dtype in [dtype for dtype in case.dtypes if dtype in PARITY]:
+        start = [random_tensor(shape, dtype, i) for i, shape in enumerate(case.shapes)]
+        theirs, pure, in_place = clone(start), clone(start), clone(start)
+        reference, record = case.reference(theirs), case.record()
+        state, state_ = case.optimizer.init(pure), case.optimizer.init(in_place)
+        for step in range(6):
+            grads = [random_tensor(p.shape, dtype, 10 * step + i) for i, p in enumerate(start)]
+            for tensor, grad in zip(theirs, grads, strict=True):
+                tensor.grad = grad.clone()
+            reference.step()
+            pure, state = case.optimizer.update(pure, grads, state, record)
+            case.optimizer.update_(in_place, grads, state_, record)
+        same(pure, theirs, "params", rtol=PARITY[dtype])
+        same(in_place, theirs, "params", rtol=PARITY[dtype])
+
+
+def numbers(case: Case) -> None:
+    """A number and a 0-d tensor as hyperparameter have the same effect, to float64's accuracy."""
+    point = generic_point(case)
+    numbers = point._replace(hparams=_tree.map(Tensor.item, point.hparams))
+    same(run_steps(case, point), run_steps(case, numbers), "result", rtol=1e-12)
+
+
+def half_step(case: Case) -> None:
+    """A step in half precision is float32's, rounded at the end."""
+    for dtype in halves(case):
+        point = generic_point(case, dtype=dtype)
+        params, grads = as_dtype(torch.float32, (point.params, point.grads))
+        expected, _ = case.optimizer.update(params, grads, point.state, point.hparams)
+        new, _ = case.optimizer.update(*point)
+        same(new, as_dtype(dtype, expected), "params", rtol=1e-5)
+
+
+def half_zero_gradient(case: Case) -> None:
+    """Zero gradients leave params in half precision as they are, and the state finite."""
+    hparams = map_fields(lambda f, v: 0.0 if f.name == "weight_decay" else v, case.record())
+    for dtype in halves(case):
+        params = generic_point(case, dtype=dtype).params
+        zeros, state = _tree.map(torch.zeros_like, params), case.optimizer.init(params)
+        new_params, new_state = twice(case.optimizer, Point(params, zeros, state, hparams))
+        finite(new_state, "state")
+        same(new_params, params, "params", rtol=0)
+
+
+def half_long_run(case: Case) -> None:
+    """After 1000 steps in bfloat16 the steps are counted and the params near float32's."""
+    if torch.bfloat16 not in case.dtypes:
+        return
+    params, state = long_run(case, torch.bfloat16)
+    expected, expected_state = long_run(case, torch.float32)
+    if getattr(state, "step", 1000) != 1000:
+        raise AssertionError(f"state.step is {state.step} after 1000 steps")
+    same(state, expected_state, "state", rtol=0.1, atol=0.1)
+    same(as_dtype(torch.float32, params), expected, "params", rtol=0.1, atol=0.1)
+
+
+def long_run(case: Case, dtype: torch.dtype) -> tuple[Tree, Any]:
+    params, grads, _, _ = generic_point(case, dtype=dtype)
+    state, hparams = case.optimizer.init(params), case.record()
+    for step in range(1000):
+        wave = _tree.map(functools.partial(torch.mul, math.sin(step)), grads)
+        case.optimizer.update_(params, wave, state, hparams)
+    return params, state
+
+
+def halves(case: Case) -> list[torch.dtype]:
+    return [dtype for dtype in case.dtypes if dtype in (torch.float16, torch.bfloat16)]
