@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -64,8 +65,8 @@ def numbers(case: Case) -> None:
 
 def half_step(case: Case) -> None:
     """A step in half precision is float32's, rounded at the end."""
-    for dtype in halves(case):
-        point = generic_point(case, dtype=dtype)
+    for dtype, seed in itertools.product(halves(case), range(5)):
+        point = generic_point(case, seed, dtype)
         params, grads = as_dtype(torch.float32, (point.params, point.grads))
         expected, _ = case.optimizer.update(params, grads, point.state, point.hparams)
         new, _ = case.optimizer.update(*point)
