@@ -2,19 +2,21 @@
 
 import importlib
 import json
-import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 np = pytest.importorskip("numpy")
+Image = pytest.importorskip("PIL.Image")
 
 FOLDER = Path(__file__).parents[1] / "examples" / "meta_learning"
 MODULES = ("glyphs", "omniglot", "runner", "options", "report", "maml")
@@ -55,18 +57,32 @@ def test_no_class_looks_like_another_of_its_own_or_another_set(example, characte
     assert (alike == np.eye(len(sets), dtype=bool)).all()
 
 
-def test_no_test_class_looks_like_a_rotated_training_character(example, characters):
+def test_no_held_out_class_looks_like_a_turned_training_character(example, characters):
     glyphs = example.glyphs
-    rotated = glyphs.rotations(characters.train)
-    assert (glyphs.similarity(characters.test, rotated) <= glyphs.LOOK_ALIKE).all()
+    held_out = np.concatenate([characters.validation, characters.test])
+    turned = glyphs.rotations(characters.train)
+    assert (glyphs.similarity(held_out, turned) <= glyphs.LOOK_ALIKE).all()
 
 
-def test_look_alikes_and_symmetric_rotations_are_left_out(example):
+@pytest.mark.parametrize("alike", ["AАΑ", "Ss", "nп", "OОΟՕ"])
+def test_look_alikes_are_one_class(example, alike):
+    images = example.glyphs.render(alike, example.glyphs.font_files())
+    assert len(example.glyphs.distinct(images)) == 1
+    assert len(example.glyphs.distinct(images[1:], seen=images[:1])) == 0
+
+
+@pytest.mark.parametrize("pair", ["69", "nu", "bq", "dp", "oo", "XX"])
+def test_half_turns_are_one_class(example, pair):
+    images = example.glyphs.render(pair, example.glyphs.font_files())
+    images[1] = np.rot90(images[1], 2, axes=(1, 2))
+    assert len(example.glyphs.distinct(images)) == 1
+
+
+@pytest.mark.parametrize("letter", "oOX0")
+def test_a_symmetric_character_is_not_turned_by_a_quarter(example, characters, letter):
     glyphs = example.glyphs
-    images = glyphs.render("AАΑo", glyphs.font_files())  # Latin, Cyrillic and Greek A
-    assert len(glyphs.distinct(images)) == 2
-    assert len(glyphs.distinct(glyphs.rotations(images[3:]))) == 1
-    assert len(glyphs.distinct(images[:1], seen=images[1:2])) == 0
+    images = np.rot90(glyphs.render(letter, glyphs.font_files()), axes=(2, 3))
+    assert not (characters.train == images).all(axis=(1, 2, 3)).any()
 
 
 def options(**changes) -> Namespace:
@@ -92,35 +108,145 @@ def test_tasks_depend_on_the_seed_alone(example, characters):
 
 
 def command(out: Path, *arguments: str) -> list[str]:
-    json_file = str(out.with_suffix(".json"))
-    files = ["--out", str(out), "--json", json_file]
+    files = ["--out", str(out), "--json", str(out.with_suffix(".json"))]
     return [sys.executable, str(FOLDER / "maml.py"), *SMALL, *files, *arguments]
 
 
+def complete(out: Path, *arguments: str) -> str:
+    done = subprocess.run(command(out, *arguments), capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> tuple[Path, str]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of a small run."""
     out = tmp_path_factory.mktemp("maml") / "unbroken"
-    done = subprocess.run(command(out), capture_output=True, text=True, check=True, timeout=300)
-    assert done.stderr == ""
-    return out, done.stdout
+    return out, complete(out)
 
 
 def test_a_run_ends_with_a_table_figures_and_a_picture(unbroken):
     out, printed = unbroken
-    figures = json.loads(out.with_suffix(".json").read_text())["rows"]["maml"]
-    assert f"{figures['accuracy']:.1%} ± {100 * figures['interval']:.1f}" in printed
-    assert list(figures["curve"]) == [str(step) for step in range(0, 41, 4)]
+    row = json.loads(out.with_suffix(".json").read_text())["rows"]["maml"]
+    assert f"{row['accuracy']:.1%} ± {100 * row['interval']:.1f}" in printed
+    assert list(row["curve"]) == [str(step) for step in range(0, 41, 4)]
     assert (out / "maml.png").read_bytes().startswith(b"\x89PNG")
-    assert str(out / "maml.png") in printed
+    assert str(out / "maml.png") in printed.replace("\n", "")
 
 
 def test_a_killed_run_resumes_to_the_same_figures(unbroken, tmp_path):
     out = tmp_path / "killed"
-    code = f"import runner, maml; maml.main()"
-    ...
+    kill_in_the_middle(out)
+    saved = torch.load(out / "maml.pt", weights_only=True)
+    assert saved["step"] < 40
+    complete(out, "--resume")
+    expected = unbroken[0].with_suffix(".json").read_bytes()
+    assert out.with_suffix(".json").read_bytes() == expected
 
 
-def test_resuming_with_other_options_is_refused(unbroken):
-    out, _ = unbroken
-    ...
+def kill_in_the_middle(out: Path) -> None:
+    """Kill a run by SIGKILL as soon as it has written a checkpoint."""
+    run = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (out / "maml.pt").exists():
+            assert run.poll() is None
+            time.sleep(0.02)
+    finally:
+        run.kill()
+        run.wait()
+
+
+def parse(example: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Namespace:
+    monkeypatch.setattr(sys, "argv", ["maml.py", *arguments])
+    return example.options.parse(list(example.maml.ROWS))[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ways", "200"], "--ways 200: the smallest set has only "),
+        (["--ways", "1"], "argument --ways: must be a whole number >= 2, not '1'"),
+        (["--shots", "8"], "make 13 samples of a class, which has only 12"),
+        (["--steps", "0"], "argument --steps: must be a whole number >= 1, not '0'"),
+        (["--seed", "-1"], "argument --seed: must be a whole number >= 0, not '-1'"),
+        (["--json", "no/such/folder/file"], "not a file in an existing folder"),
+        (["--data", "omniglot"], "--data omniglot needs --root DIR"),
+    ],
+)
+def test_a_bad_option_is_named(example, characters, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(example.glyphs, "load", lambda: characters)
+    with pytest.raises(SystemExit, match="2"):
+        parse(example, monkeypatch, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_an_order_without_rows_is_refused(example, characters, monkeypatch):
+    monkeypatch.setattr(example.glyphs, "load", lambda: characters)
+    given = parse(example, monkeypatch, "--order", "first", "--rows", "maml")
+    with pytest.raises(SystemExit, match="--order first leaves none of --rows maml"):
+        example.maml.chosen_rows(given)
+
+
+def test_the_order_chooses_rows(example, characters, monkeypatch):
+    monkeypatch.setattr(example.glyphs, "load", lambda: characters)
+    first = example.maml.chosen_rows(parse(example, monkeypatch, "--order", "first"))
+    second = example.maml.chosen_rows(parse(example, monkeypatch, "--order", "second"))
+    assert first == ["untrained", "scratch", "first-order"]
+    assert second == ["untrained", "scratch", "maml", "maml-rates"]
+
+
+def test_resuming_with_other_options_is_refused(example, characters, monkeypatch, tmp_path):
+    monkeypatch.setattr(example.glyphs, "load", lambda: characters)
+    where = ["--out", str(tmp_path)]
+    example.options.open_run(parse(example, monkeypatch, *where), [])
+    other = parse(example, monkeypatch, *where, "--resume", "--shots", "2", "--seed", "7")
+    with pytest.raises(SystemExit, match=r"cannot resume: .* has --shots 1, --seed 0"):
+        example.options.open_run(other, [])
+
+
+def test_a_fresh_run_clears_its_own_checkpoints_only(example, characters, monkeypatch, tmp_path):
+    monkeypatch.setattr(example.glyphs, "load", lambda: characters)
+    own, foreign = tmp_path / "maml.pt", tmp_path / "mine.pt"
+    own.touch()
+    foreign.touch()
+    example.options.open_run(parse(example, monkeypatch, "--out", str(tmp_path)), [own])
+    assert not own.exists()
+    assert foreign.exists()
+
+
+def use_torchvision(monkeypatch: pytest.MonkeyPatch, omniglot: Any) -> None:
+    datasets = SimpleNamespace(Omniglot=omniglot)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=datasets))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+
+
+def test_omniglot_without_torchvision_says_so(example, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(SystemExit, match="needs torchvision: pip install torchvision"):
+        example.omniglot.load("somewhere")
+
+
+def test_omniglot_without_its_files_says_so(example, monkeypatch):
+    def missing(root: str, background: bool, transform: Any) -> None:
+        raise RuntimeError("Dataset not found or corrupted.")
+
+    use_torchvision(monkeypatch, missing)
+    with pytest.raises(SystemExit, match=r"no Omniglot under somewhere: .*download=True"):
+        example.omniglot.load("somewhere")
+
+
+def test_omniglot_becomes_arrays_like_the_glyphs(example, monkeypatch):
+    """A stand-in for torchvision.datasets.Omniglot: black ink on white, sorted by class."""
+
+    def stand_in(root: str, background: bool, transform: Any) -> list[tuple[Any, int]]:
+        paper = Image.new("1", (105, 105), 1)
+        paper.paste(0, (0, 0, 50, 50))
+        classes = 102 if background else 3
+        return [(transform(paper), label) for label in range(classes) for _ in range(20)]
+
+    use_torchvision(monkeypatch, stand_in)
+    train, validation, test, _ = example.omniglot.load("somewhere")
+    assert [len(train), len(validation), len(test)] == [8, 100, 3]
+    assert train.shape[1:] == (20, 28, 28)
+    assert train.dtype == np.uint8
+    assert (train[0, 0, 0, 0], train[0, 0, -1, -1]) == (255, 0)

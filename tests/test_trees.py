@@ -158,6 +158,51 @@ def test_tied_tensors_are_refused(name):
     assert torch.equal(tied, X)
 
 
+def test_memory_is_written_once():
+    opt, memory = diffopt.sgd(), torch.zeros(4)
+    for params, message in [
+        ({"a": memory, "b": memory.view(4)}, r"params\['b'\] and params\['a'\] are views of the"),
+        ({"a": torch.zeros(1).expand(4), "b": memory}, r"params\['a'\] is an expanded tensor"),
+    ]:
+        state, grads = opt.init(params), pytree.tree_map(torch.ones_like, params)
+        with pytest.raises(ValueError, match=message):
+            opt.update_(params, grads, state, opt.hparams(lr=1.0))
+        assert not memory.any()
+        assert state.step == 0
+    opt.update_([memory[:2], memory[2:]], [X, 3 * X], opt.init([X, X.clone()]), opt.hparams(lr=1.0))
+    torch.testing.assert_close(memory, -torch.tensor([1.0, 2.0, 3.0, 6.0]))
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (3, TypeError, "state.step is 3 of type int, not a tensor"),
+        (torch.zeros(2), ValueError, r"state.step has shape \(2,\), but must be a 0-d tensor"),
+        (torch.zeros((), device="meta"), ValueError, "state.step has device meta, but params has"),
+    ],
+)
+def test_the_step_is_a_scalar(step, error, message):
+    opt = diffopt.sgd()
+    state = opt.init(X)._replace(step=step)
+    for update in (opt.update, opt.update_):
+        with pytest.raises(error, match=message):
+            update(X, X, state, opt.hparams())
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (torch.ones((), device="meta"), "hparams.lr has device meta, but params has device cpu"),
+        (torch.ones((), dtype=torch.complex64), "hparams.lr has dtype torch.complex64"),
+        (torch.tensor(True), "hparams.lr has dtype torch.bool, but must be real"),
+    ],
+)
+def test_tensors_that_are_no_hyperparameter(lr, message):
+    opt = diffopt.sgd()
+    with pytest.raises(ValueError, match=message):
+        opt.update(X, X, opt.init(X), opt.hparams(lr=lr))
+
+
 # Records of hyperparameters
 
 

@@ -130,6 +130,7 @@ class Leafwise(Optimizer[S, H]):
         refuse_gradients(grads, hparams)
         with torch.no_grad():
             work = self._gather(params, grads, state, hparams)
+            _check_writable(work, params)
             if state[0].dtype in _HALF:
                 raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
             step = _exact(state[0]) + 1
@@ -147,6 +148,7 @@ class Leafwise(Optimizer[S, H]):
         _check_grads(gradients, tensors, params)
         if not isinstance(state, self.state):
             raise TypeError(f"state is a {type(state).__name__}, not a {self.state.__name__}")
+        _check_step(state[0], tensors, params)
         buffers: list[list[Any]] = []
         for name, field, unused in zip(self._names(), state[1:], self.unused, strict=True):
             if unused != _unused(field):
@@ -344,29 +346,65 @@ def _check_leaf(
             )
 
 
+def _check_step(step: Any, params: list[Tensor], tree: Tree) -> None:
+    if not isinstance(step, Tensor):
+        raise TypeError(f"state.step is {_tree.describe(step)}, not a tensor")
+    if step.dim() != 0:
+        raise ValueError(f"state.step has shape {tuple(step.shape)}, but must be a 0-d tensor")
+    if params:
+        _check_reachable(step, params[0], tree, 0, "state.step")
+
+
+def _check_reachable(scalar: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
+    """A 0-d tensor may be on another device, but not on the one where nothing has a value."""
+    if scalar.is_meta and not param.is_meta:
+        path = _tree.paths(tree, "params")[i]
+        raise ValueError(f"{name} has device meta, but {path} has device {param.device}")
+
+
+def _check_writable(work: _Work, tree: Tree) -> None:
+    """No memory may be written twice: by one expanded tensor, or by two that are one view."""
+    seen: dict[tuple[Any, ...], int] = {}
+    for i, param in enumerate(work.params):
+        strides = param.stride()
+        if any(size > 1 and step == 0 for size, step in zip(param.shape, strides, strict=True)):
+            path = _tree.paths(tree, "params")[i]
+            raise ValueError(f"{path} is an expanded tensor, which cannot be written to: clone it")
+        if param.numel() and not (param.is_meta or _modes.transformed()):
+            first = seen.setdefault((param.data_ptr(), param.shape, strides), i)
+            if first != i:
+                paths = _tree.paths(tree, "params")
+                raise ValueError(f"{paths[i]} and {paths[first]} are views of the same memory")
+
+
 def _check_numbers(numbers: list[_hparams.Covered], params: list[Tensor], tree: Tree) -> None:
     for number in numbers:
         if not number.per_parameter:
             continue
-        for i, param in enumerate(params):
+        tensors = any(isinstance(value, Tensor) for value in number.values)
+        for i, param in enumerate(params if tensors else ()):
             value = number.at(i)
-            if isinstance(value, Tensor) and value.dim() > 0:
-                _check_number(value, param, tree, i, number.name)
+            if isinstance(value, Tensor):
+                _check_number(value, param, tree, i, f"hparams.{number.name}")
 
 
 def _check_number(value: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
-    path = _tree.paths(tree, "params")[i]
-    # What `value` must broadcast to; a 0-d parameter becomes one-dimensional in the rule.
+    if value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {value.dtype}, but must be real")
+    if value.dim() == 0:
+        _check_reachable(value, param, tree, i, name)
+        return
+    # A 0-d parameter becomes one-dimensional in the rule.
     shape = param.shape or torch.Size([1])
     fits = value.dim() <= len(shape) and all(
         mine in (1, theirs) for mine, theirs in zip(value.shape[::-1], shape[::-1], strict=False)
     )
+    if fits and value.device == param.device:
+        return
+    path = _tree.paths(tree, "params")[i]
     if not fits:
         raise ValueError(
-            f"hparams.{name} has shape {tuple(value.shape)}, which does not broadcast to "
+            f"{name} has shape {tuple(value.shape)}, which does not broadcast to "
             f"{path} of shape {tuple(param.shape)}"
         )
-    if value.device != param.device:
-        raise ValueError(
-            f"hparams.{name} has device {value.device}, but {path} has device {param.device}"
-        )
+    raise ValueError(f"{name} has device {value.device}, but {path} has device {param.device}")

@@ -51,9 +51,10 @@ def functionalize(module: nn.Module) -> Functional:
         A `Functional`, which unpacks as `apply, params, buffers`. Its `params` are the module's own
         tensors: gradients of a solution that started there arrive in the module's parameters.
 
-    Raises (from the call):
-        ValueError: `params` or `buffers` miss a name, have one too many, or a parameter's shape is
-            not the module's.
+    Raises:
+        TypeError: `module` is no module.
+        ValueError: (from the call) `params` or `buffers` miss a name, have one too many, or a
+            parameter's shape is not the module's.
 
     Example:
         >>> import torch, diffopt
@@ -65,6 +66,8 @@ def functionalize(module: nn.Module) -> Functional:
         >>> buffers["running_mean"], model.buffers["running_mean"]
         (tensor([0.2000, 0.2000]), tensor([0., 0.]))
     """
+    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"module is {module!r}, not a torch.nn.Module")
     names = _slots(module)
     canonical = {id(tensor): name for name, tensor in reversed(names.items())}
     own = {name: tensor for name, tensor in names.items() if canonical[id(tensor)] == name}

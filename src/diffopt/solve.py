@@ -79,8 +79,8 @@ def minimize(
         ValueError: neither `steps` nor `batches` is given, there are fewer batches than steps, the
             loss is not scalar or does not depend on params; moreover what `optimizer.update`
             raises.
-        TypeError: the loss does not return what `has_aux` and `buffers` announce, or a leaf of
-            params is no tensor.
+        TypeError: the loss does not return what `has_aux` and `buffers` announce, a leaf of params
+            is no tensor, `optimizer` no `Optimizer` or `adjoint` no `Adjoint`.
 
     Example:
         >>> import torch, diffopt
@@ -103,8 +103,12 @@ def minimize(
         raise ValueError("minimize needs steps= or batches=")
     if steps is not None and (type(steps) is not int or steps < 0):
         raise ValueError(f"steps is {steps!r}, but must be an integer >= 0")
-    _check_params(params)
+    if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"optimizer is {optimizer!r}, not a diffopt optimizer such as adam()")
     adjoint = Truncated(0) if adjoint is None else adjoint
+    if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled()")
+    _check_params(params)
     stateful = buffers is not None
 
     def step(carry: Tree, batch: Any) -> tuple[Tree, Any]:
