@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class Leafwise(Optimizer[S, H]):
         work = self._gather(params, grads, state, hparams)
         step = _exact(state[0]) + 1
         new_params, new_buffers = list(work.params), [list(column) for column in work.buffers]
-        for i, new_param, new_row in self._steps(work, _as_number(step)):
+        for i, new_param, *new_row in self._steps(work, _as_number(step)):
             new_params[i] = new_param
             for column, new in zip(new_buffers, new_row, strict=True):
                 column[i] = new
@@ -135,7 +135,7 @@ class Leafwise(Optimizer[S, H]):
                 raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
             step = _exact(state[0]) + 1
             old, new = [state[0]], [step.to(state[0].dtype)]
-            for i, new_param, new_row in self._steps(work, _as_number(step)):
+            for i, new_param, *new_row in self._steps(work, _as_number(step)):
                 old += [work.params[i], *(c[i] for c in work.buffers if not _unused(c[i]))]
                 new += [new_param, *(b for b in new_row if not _unused(b))]
             torch._foreach_copy_(old, new)
@@ -165,7 +165,7 @@ class Leafwise(Optimizer[S, H]):
         _check_numbers(numbers, tensors, params)
         return _Work(spec, tensors, gradients, buffers, numbers)
 
-    def _steps(self, work: _Work, step: Any) -> Iterator[tuple[int, Tensor, list[Any]]]:
+    def _steps(self, work: _Work, step: Any) -> Iterator[tuple[Any, ...]]:
         """Index, new tensor and new buffers of each leaf that has a gradient."""
         batchable = self.execution != "leaf" and not _modes.differentiated(work.tensors(step))
         if self.execution == "foreach" and not batchable:
@@ -176,16 +176,14 @@ class Leafwise(Optimizer[S, H]):
             t = _place(step, device, dtype)
             scalars = self.scalars(t, hparams) if self.scalars else None
             batched = batchable and all(map(_is_scalar, values))
-            for batch in [indices] if batched else [[i] for i in indices]:
-                g = _enter([work.grads[i] for i in batch], batched)
-                p = _enter([work.params[i] for i in batch], batched)
-                old = [[column[i] for i in batch] for column in work.buffers]
-                s = self.state(t, *(_enter(column, batched) for column in old))
-                new_p, new_s = self.rule(p, -g if self.maximize else g, s, hparams, scalars)
-                new_params = _leave(new_p, [work.params[i] for i in batch])
-                columns = [_leave(n, o) for n, o in zip(new_s[1:], old, strict=True)]
-                for k, i in enumerate(batch):
-                    yield i, new_params[k], [column[k] for column in columns]
+            batches: list[Any] = [indices] if batched else indices
+            for batch in batches:
+                p, g, *buffers = (_pick(c, batch) for c in (work.params, work.grads, *work.buffers))
+                g = -_enter(g) if self.maximize else _enter(g)
+                s = self.state(t, *map(_enter, buffers))
+                new_p, new_s = self.rule(_enter(p), g, s, hparams, scalars)
+                new = map(_leave, (new_p, *new_s[1:]), (p, *buffers))
+                yield from zip(batch, *new, strict=True) if batched else [(batch, *new)]
 
     def _names(self) -> list[str]:
         fields: Any = getattr(self.state, "_fields")  # noqa: B009 (of every NamedTuple)
@@ -231,37 +229,35 @@ def _unused(field: Any) -> bool:
 # tensor would be promoted by a 0-d float64 hyperparameter, and then not match its neighbours).
 
 
-def _enter(column: Sequence[Any], batched: bool) -> Any:
-    if _unused(column[0]):
-        return ()
-    tensors = [_enter_one(tensor) for tensor in column]
-    return TensorList(tensors) if batched else tensors[0]
+def _pick(column: Sequence[Any], batch: int | list[int]) -> Any:
+    return column[batch] if isinstance(batch, int) else [column[i] for i in batch]
 
 
-def _enter_one(tensor: Tensor) -> Tensor:
-    if tensor.dtype in _AS_IS and tensor.dim() > 0:
-        return tensor
-    tensor = tensor.to(_WORKING_DTYPE.get(tensor.dtype, tensor.dtype))
+def _enter(value: Any) -> Any:
+    if isinstance(value, list):
+        column = cast(list[Any], value)
+        return () if _unused(column[0]) else TensorList(map(_enter, column))
+    if _unused(value) or (value.dtype in _AS_IS and value.dim() > 0):
+        return value
+    tensor = value.to(_WORKING_DTYPE.get(value.dtype, value.dtype))
     tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _leave(result: Any, column: Sequence[Any]) -> list[Any]:
-    if _unused(column[0]):
-        return list(column)
-    tensors = result.tensors if isinstance(result, TensorList) else [result]
-    return [_leave_one(tensor, old) for tensor, old in zip(tensors, column, strict=True)]
-
-
-def _leave_one(tensor: Tensor, old: Tensor) -> Tensor:
-    if tensor.dtype != old.dtype or old.dim() == 0:
-        tensor = torch.view_as_complex(tensor) if old.is_complex() else tensor
-        tensor = tensor.reshape(()) if tensor.numel() == 1 and old.dim() == 0 else tensor
-        tensor = tensor.to(old.dtype)
-    if tensor.shape != old.shape:
-        shapes = tuple(tensor.shape), tuple(old.shape)
+def _leave(value: Any, old: Any) -> Any:
+    if isinstance(old, list):
+        column = cast(list[Any], old)
+        return column if _unused(column[0]) else list(map(_leave, value, column))
+    if _unused(old):
+        return old
+    if value.dtype != old.dtype or old.dim() == 0:
+        value = torch.view_as_complex(value) if old.is_complex() else value
+        value = value.reshape(()) if value.numel() == 1 and old.dim() == 0 else value
+        value = value.to(old.dtype)
+    if value.shape != old.shape:
+        shapes = tuple(value.shape), tuple(old.shape)
         raise ValueError(f"the rule returned shape {shapes[0]} for a tensor of shape {shapes[1]}")
-    return tensor
+    return value
 
 
 def _exact_dtype(device: torch.device) -> torch.dtype:
