@@ -250,3 +250,12 @@ def test_omniglot_becomes_arrays_like_the_glyphs(example, monkeypatch):
     assert train.shape[1:] == (20, 28, 28)
     assert train.dtype == np.uint8
     assert (train[0, 0, 0, 0], train[0, 0, -1, -1]) == (255, 0)
+
+
+@pytest.mark.parametrize("pixels", [14, 28])
+def test_the_network_fits_glyphs_and_omniglot(example, pixels):
+    learner = example.maml.Learner(example.maml.ROWS["maml"], options(), pixels)
+    answers = learner.answers(
+        torch.rand(5, 1, pixels, pixels), torch.arange(5), torch.rand(7, 1, pixels, pixels)
+    )
+    assert answers.shape == (7,)
