@@ -1,6 +1,8 @@
 """Every optimizer of the registry passes every check of the conformance kit."""
 
 import dataclasses
+import os
+import shutil
 from collections import defaultdict
 
 import pytest
@@ -17,6 +19,9 @@ def test_conforms(row, check):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
+)
 @pytest.mark.parametrize("row", ["sgd-momentum", "adam-amsgrad"])
 def test_compiles_for_real(row):
     CHECKS["compiled"](dataclasses.replace(REGISTRY[row], backend="inductor"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -234,22 +234,20 @@ def _pick(column: Sequence[Any], batch: int | list[int]) -> Any:
 
 
 def _enter(value: Any) -> Any:
-    if isinstance(value, list):
-        column = cast(list[Any], value)
-        return () if _unused(column[0]) else TensorList(map(_enter, column))
-    if _unused(value) or (value.dtype in _AS_IS and value.dim() > 0):
-        return value
-    tensor = value.to(_WORKING_DTYPE.get(value.dtype, value.dtype))
-    tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    if isinstance(value, Tensor):
+        if value.dtype in _AS_IS and value.dim() > 0:
+            return value
+        tensor = value.to(_WORKING_DTYPE.get(value.dtype, value.dtype))
+        tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
+        return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    if _unused(value) or _unused(value[0]):
+        return ()
+    return TensorList(map(_enter, value))
 
 
 def _leave(value: Any, old: Any) -> Any:
-    if isinstance(old, list):
-        column = cast(list[Any], old)
-        return column if _unused(column[0]) else list(map(_leave, value, column))
-    if _unused(old):
-        return old
+    if not isinstance(old, Tensor):
+        return old if _unused(old) or _unused(old[0]) else list(map(_leave, value, old))
     if value.dtype != old.dtype or old.dim() == 0:
         value = torch.view_as_complex(value) if old.is_complex() else value
         value = value.reshape(()) if value.numel() == 1 and old.dim() == 0 else value
@@ -331,6 +329,8 @@ def _check_leaf(
     if not isinstance(leaf, Tensor):
         path = _tree.paths(tree, name)[i]
         raise TypeError(f"{path} is {_tree.describe(leaf)}, not a tensor")
+    if leaf.shape == param.shape and leaf.dtype == param.dtype and leaf.device == param.device:
+        return
     for attribute in attributes:
         mine, theirs = getattr(leaf, attribute), getattr(param, attribute)
         if mine != theirs:
@@ -375,21 +375,20 @@ def _check_writable(work: _Work, tree: Tree) -> None:
 
 def _check_numbers(numbers: list[_hparams.Covered], params: list[Tensor], tree: Tree) -> None:
     for number in numbers:
-        if not number.per_parameter:
-            continue
-        tensors = any(isinstance(value, Tensor) for value in number.values)
-        for i, param in enumerate(params if tensors else ()):
-            value = number.at(i)
-            if isinstance(value, Tensor):
-                _check_number(value, param, tree, i, f"hparams.{number.name}")
+        name = f"hparams.{number.name}"
+        tensors = [v for v in number.values if isinstance(v, Tensor)] if params else []
+        for value in tensors if number.per_parameter else ():
+            if value.is_complex() or value.dtype == torch.bool:
+                raise ValueError(f"{name} has dtype {value.dtype}, but must be real")
+            if value.dim() == 0:
+                _check_reachable(value, params[0], tree, 0, name)
+                continue
+            for i, param in enumerate(params):
+                if number.at(i) is value:
+                    _check_number(value, param, tree, i, name)
 
 
 def _check_number(value: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
-    if value.is_complex() or value.dtype == torch.bool:
-        raise ValueError(f"{name} has dtype {value.dtype}, but must be real")
-    if value.dim() == 0:
-        _check_reachable(value, param, tree, i, name)
-        return
     # A 0-d parameter becomes one-dimensional in the rule.
     shape = param.shape or torch.Size([1])
     fits = value.dim() <= len(shape) and all(
