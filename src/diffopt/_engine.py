@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from diffopt import _hparams, _modes, _tree
+from diffopt import _checks, _hparams, _modes, _tree
 from diffopt._tensorlist import TensorList
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
@@ -108,7 +108,7 @@ class Leafwise(Optimizer[S, H]):
 
     def init(self, params: Tree) -> S:
         tensors, spec = _tree.flatten(params)
-        _check_params(tensors, params)
+        _checks.params(tensors, params)
         device = tensors[0].device if tensors else torch.get_default_device()
         step = torch.zeros((), dtype=_exact_dtype(device), device=device)
         states = [self.init_leaf(p, step) for p in tensors]
@@ -130,7 +130,7 @@ class Leafwise(Optimizer[S, H]):
         refuse_gradients(grads, hparams)
         with torch.no_grad():
             work = self._gather(params, grads, state, hparams)
-            _check_writable(work, params)
+            _checks.writable(work.params, params)
             if state[0].dtype in _HALF:
                 raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
             step = _exact(state[0]) + 1
@@ -143,12 +143,12 @@ class Leafwise(Optimizer[S, H]):
     def _gather(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
         """The arguments as lists in the order of the leaves of params, or an error."""
         tensors, spec = _tree.flatten(params)
-        _check_params(tensors, params)
+        _checks.params(tensors, params)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        _check_grads(gradients, tensors, params)
+        _checks.grads(gradients, tensors, params)
         if not isinstance(state, self.state):
             raise TypeError(f"state is a {type(state).__name__}, not a {self.state.__name__}")
-        _check_step(state[0], tensors, params)
+        _checks.step(state[0], tensors, params)
         buffers: list[list[Any]] = []
         for name, field, unused in zip(self._names(), state[1:], self.unused, strict=True):
             if unused != _unused(field):
@@ -157,12 +157,12 @@ class Leafwise(Optimizer[S, H]):
             column: list[Any] = [()] * len(tensors)
             if not unused:
                 column = _tree.leaves_like(field, spec, params, (name, "params"))
-                _check_buffers(column, tensors, params, name)
+                _checks.buffers(column, tensors, params, name)
             buffers.append(column)
         if not isinstance(hparams, self.hparams):
             raise TypeError(f"hparams is a {type(hparams).__name__}: make it by hparams(...)")
         numbers = _hparams.broadcast(hparams, spec, params)
-        _check_numbers(numbers, tensors, params)
+        _checks.numbers(numbers, tensors, params)
         return _Work(spec, tensors, gradients, buffers, numbers)
 
     def _steps(self, work: _Work, step: Any) -> Iterator[tuple[Any, ...]]:
@@ -287,119 +287,3 @@ def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return _exact(value)
     value = value.to(_WORKING_DTYPE.get(dtype, dtype).to_real())
     return value.unsqueeze(-1) if dtype.is_complex else value
-
-
-def _check_params(tensors: list[Any], tree: Tree) -> None:
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            path = _tree.paths(tree, "params")[i]
-            raise TypeError(f"{path} is {_tree.describe(tensor)}, not a tensor")
-    if _modes.compiling() or len({id(tensor) for tensor in tensors}) == len(tensors):
-        return
-    first = dict[int, str]()
-    for path, tensor in zip(_tree.paths(tree, "params"), tensors, strict=True):
-        if first.setdefault(id(tensor), path) != path:
-            raise ValueError(
-                f"{path} and {first[id(tensor)]} are the same tensor, which would be updated "
-                "twice: keep it at one path, as diffopt.nn.functionalize does"
-            )
-
-
-def _check_grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
-    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
-        if grad is None:
-            continue
-        _check_leaf(grad, param, tree, i, "grads", ("shape", "dtype", "device"))
-        if not (param.is_floating_point() or param.is_complex()):
-            path = _tree.paths(tree, "params")[i]
-            raise ValueError(f"{path} has dtype {param.dtype}, which cannot follow a gradient")
-        if grad.layout is not torch.strided:
-            path = _tree.paths(tree, "grads")[i]
-            raise ValueError(f"{path} has layout {grad.layout}, but must be dense")
-
-
-def _check_buffers(buffers: list[Any], params: list[Tensor], tree: Tree, name: str) -> None:
-    for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
-        _check_leaf(buffer, param, tree, i, name, ("shape", "device"))
-
-
-def _check_leaf(
-    leaf: Any, param: Tensor, tree: Tree, i: int, name: str, attributes: tuple[str, ...]
-) -> None:
-    if not isinstance(leaf, Tensor):
-        path = _tree.paths(tree, name)[i]
-        raise TypeError(f"{path} is {_tree.describe(leaf)}, not a tensor")
-    if leaf.shape == param.shape and leaf.dtype == param.dtype and leaf.device == param.device:
-        return
-    for attribute in attributes:
-        mine, theirs = getattr(leaf, attribute), getattr(param, attribute)
-        if mine != theirs:
-            if attribute == "shape":
-                mine, theirs = tuple(mine), tuple(theirs)
-            paths = [_tree.paths(tree, n)[i] for n in (name, "params")]
-            raise ValueError(
-                f"{paths[0]} has {attribute} {mine}, but {paths[1]} has {attribute} {theirs}"
-            )
-
-
-def _check_step(step: Any, params: list[Tensor], tree: Tree) -> None:
-    if not isinstance(step, Tensor):
-        raise TypeError(f"state.step is {_tree.describe(step)}, not a tensor")
-    if step.dim() != 0:
-        raise ValueError(f"state.step has shape {tuple(step.shape)}, but must be a 0-d tensor")
-    if params:
-        _check_reachable(step, params[0], tree, 0, "state.step")
-
-
-def _check_reachable(scalar: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
-    """A 0-d tensor may be on another device, but not on the one where nothing has a value."""
-    if scalar.is_meta and not param.is_meta:
-        path = _tree.paths(tree, "params")[i]
-        raise ValueError(f"{name} has device meta, but {path} has device {param.device}")
-
-
-def _check_writable(work: _Work, tree: Tree) -> None:
-    """No memory may be written twice: by one expanded tensor, or by two that are one view."""
-    seen: dict[tuple[Any, ...], int] = {}
-    for i, param in enumerate(work.params):
-        strides = param.stride()
-        if any(size > 1 and step == 0 for size, step in zip(param.shape, strides, strict=True)):
-            path = _tree.paths(tree, "params")[i]
-            raise ValueError(f"{path} is an expanded tensor, which cannot be written to: clone it")
-        if param.numel() and not (param.is_meta or _modes.transformed()):
-            first = seen.setdefault((param.data_ptr(), param.shape, strides), i)
-            if first != i:
-                paths = _tree.paths(tree, "params")
-                raise ValueError(f"{paths[i]} and {paths[first]} are views of the same memory")
-
-
-def _check_numbers(numbers: list[_hparams.Covered], params: list[Tensor], tree: Tree) -> None:
-    for number in numbers:
-        name = f"hparams.{number.name}"
-        tensors = [v for v in number.values if isinstance(v, Tensor)] if params else []
-        for value in tensors if number.per_parameter else ():
-            if value.is_complex() or value.dtype == torch.bool:
-                raise ValueError(f"{name} has dtype {value.dtype}, but must be real")
-            if value.dim() == 0:
-                _check_reachable(value, params[0], tree, 0, name)
-                continue
-            for i, param in enumerate(params):
-                if number.at(i) is value:
-                    _check_number(value, param, tree, i, name)
-
-
-def _check_number(value: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
-    # A 0-d parameter becomes one-dimensional in the rule.
-    shape = param.shape or torch.Size([1])
-    fits = value.dim() <= len(shape) and all(
-        mine in (1, theirs) for mine, theirs in zip(value.shape[::-1], shape[::-1], strict=False)
-    )
-    if fits and value.device == param.device:
-        return
-    path = _tree.paths(tree, "params")[i]
-    if not fits:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, which does not broadcast to "
-            f"{path} of shape {tuple(param.shape)}"
-        )
-    raise ValueError(f"{name} has device {value.device}, but {path} has device {param.device}")

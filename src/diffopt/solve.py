@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _checks, _tree
 from diffopt._gradient import value_and_grad
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, Truncated, Unrolled
@@ -136,10 +136,9 @@ def minimize(
 
 
 def _check_params(params: Tree) -> None:
-    for i, leaf in enumerate(_tree.leaves(params)):
-        if not isinstance(leaf, Tensor):
-            path = _tree.paths(params, "params")[i]
-            raise TypeError(f"{path} is {_tree.describe(leaf)}, not a tensor")
+    leaves = _tree.leaves(params)
+    _checks.params(leaves, params)
+    for i, leaf in enumerate(leaves):
         if not (leaf.is_floating_point() or leaf.is_complex()):
             path = _tree.paths(params, "params")[i]
             raise ValueError(f"{path} has dtype {leaf.dtype}: what has no gradient is no parameter")

@@ -1,0 +1,136 @@
+"""What the arguments of an update must satisfy; an error names the first leaf at fault.
+
+Every function takes lists in the order of the leaves, and the tree of params for its paths.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _hparams, _modes, _tree
+from diffopt._tree import Tree
+
+
+def params(tensors: list[Any], tree: Tree) -> None:
+    """Tensors, each at one path."""
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            path = _tree.paths(tree, "params")[i]
+            raise TypeError(f"{path} is {_tree.describe(tensor)}, not a tensor")
+    if _modes.compiling() or len({id(tensor) for tensor in tensors}) == len(tensors):
+        return
+    first = dict[int, str]()
+    for path, tensor in zip(_tree.paths(tree, "params"), tensors, strict=True):
+        if first.setdefault(id(tensor), path) != path:
+            raise ValueError(
+                f"{path} and {first[id(tensor)]} are the same tensor, which would be updated "
+                "twice: keep it at one path, as diffopt.nn.functionalize does"
+            )
+
+
+def grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
+    """None, or a dense tensor of the parameter's shape, dtype and device."""
+    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        if grad is None:
+            continue
+        _leaf(grad, param, tree, i, "grads", ("shape", "dtype", "device"))
+        if not (param.is_floating_point() or param.is_complex()):
+            path = _tree.paths(tree, "params")[i]
+            raise ValueError(f"{path} has dtype {param.dtype}, which cannot follow a gradient")
+        if grad.layout is not torch.strided:
+            path = _tree.paths(tree, "grads")[i]
+            raise ValueError(f"{path} has layout {grad.layout}, but must be dense")
+
+
+def buffers(buffers: list[Any], params: list[Tensor], tree: Tree, name: str) -> None:
+    """Tensors of the parameter's shape and device."""
+    for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
+        _leaf(buffer, param, tree, i, name, ("shape", "device"))
+
+
+def _leaf(
+    leaf: Any, param: Tensor, tree: Tree, i: int, name: str, attributes: tuple[str, ...]
+) -> None:
+    if not isinstance(leaf, Tensor):
+        path = _tree.paths(tree, name)[i]
+        raise TypeError(f"{path} is {_tree.describe(leaf)}, not a tensor")
+    if leaf.shape == param.shape and leaf.dtype == param.dtype and leaf.device == param.device:
+        return
+    for attribute in attributes:
+        mine, theirs = getattr(leaf, attribute), getattr(param, attribute)
+        if mine != theirs:
+            if attribute == "shape":
+                mine, theirs = tuple(mine), tuple(theirs)
+            paths = [_tree.paths(tree, n)[i] for n in (name, "params")]
+            raise ValueError(
+                f"{paths[0]} has {attribute} {mine}, but {paths[1]} has {attribute} {theirs}"
+            )
+
+
+def step(step: Any, params: list[Tensor], tree: Tree) -> None:
+    """A 0-d tensor."""
+    if not isinstance(step, Tensor):
+        raise TypeError(f"state.step is {_tree.describe(step)}, not a tensor")
+    if step.dim() != 0:
+        raise ValueError(f"state.step has shape {tuple(step.shape)}, but must be a 0-d tensor")
+    if params:
+        _reachable(step, params[0], tree, 0, "state.step")
+
+
+def _reachable(scalar: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
+    """A 0-d tensor may be on another device, but not on the one where nothing has a value."""
+    if scalar.is_meta and not param.is_meta:
+        path = _tree.paths(tree, "params")[i]
+        raise ValueError(f"{name} has device meta, but {path} has device {param.device}")
+
+
+def writable(params: list[Tensor], tree: Tree) -> None:
+    """No memory may be written twice: by one expanded tensor, or by two that are one view."""
+    seen: dict[tuple[Any, ...], int] = {}
+    for i, param in enumerate(params):
+        strides = param.stride()
+        if any(size > 1 and step == 0 for size, step in zip(param.shape, strides, strict=True)):
+            path = _tree.paths(tree, "params")[i]
+            raise ValueError(f"{path} is an expanded tensor, which cannot be written to: clone it")
+        if param.numel() and not (param.is_meta or _modes.transformed()):
+            first = seen.setdefault((param.data_ptr(), param.shape, strides), i)
+            if first != i:
+                paths = _tree.paths(tree, "params")
+                raise ValueError(f"{paths[i]} and {paths[first]} are views of the same memory")
+
+
+def numbers(numbers: list[_hparams.Covered], params: list[Tensor], tree: Tree) -> None:
+    """Tensors among hyperparameters are real and broadcast to their parameters."""
+    for number in numbers:
+        name = f"hparams.{number.name}"
+        tensors = [v for v in number.values if isinstance(v, Tensor)] if params else []
+        for value in tensors if number.per_parameter else ():
+            if value.is_complex() or value.dtype == torch.bool:
+                raise ValueError(f"{name} has dtype {value.dtype}, but must be real")
+            if value.dim() == 0:
+                _reachable(value, params[0], tree, 0, name)
+                continue
+            for i, param in enumerate(params):
+                if number.at(i) is value:
+                    _number(value, param, tree, i, name)
+
+
+def _number(value: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
+    # A 0-d parameter becomes one-dimensional in the rule.
+    shape = param.shape or torch.Size([1])
+    fits = value.dim() <= len(shape) and all(
+        mine in (1, theirs) for mine, theirs in zip(value.shape[::-1], shape[::-1], strict=False)
+    )
+    if fits and value.device == param.device:
+        return
+    path = _tree.paths(tree, "params")[i]
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, which does not broadcast to "
+            f"{path} of shape {tuple(param.shape)}"
+        )
+    raise ValueError(f"{name} has device {value.device}, but {path} has device {param.device}")
