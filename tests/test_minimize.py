@@ -584,6 +584,38 @@ def test_a_parameter_the_loss_ignores_has_a_zero_gradient():
     torch.testing.assert_close(torch.vmap(solve)(TARGET[None]), expected[None])
 
 
+@pytest.mark.parametrize("make", [diffopt.sgd, diffopt.adam])
+def test_complex_parameters(make):
+    """As the pair of their real and imaginary parts, with derivatives."""
+    opt, target = make(), torch.tensor([1.0 - 2.0j, 0.5j], dtype=torch.complex128)
+    start = torch.tensor([0.3 + 0.1j, -1.0 + 0.2j], dtype=torch.complex128)
+
+    def solve(start, lr, *, real=False):
+        def loss(w):
+            w = torch.view_as_complex(w) if real else w
+            return (w - target).abs().pow(3).sum()
+
+        return diffopt.minimize(
+            loss, start, optimizer=opt, hparams=opt.hparams(lr=lr), steps=3
+        ).params
+
+    lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    pairs = solve(torch.view_as_real(start), lr, real=True)
+    torch.testing.assert_close(torch.view_as_real(solve(start, lr)), pairs)
+    assert torch.autograd.gradcheck(solve, (start.requires_grad_(), lr))
+    assert torch.autograd.gradgradcheck(solve, (start, lr))
+
+    def of_complex(lr):
+        return solve(start.detach(), lr).abs().sum()
+
+    def of_pairs(lr):
+        pairs = solve(torch.view_as_real(start.detach()), lr, real=True)
+        return torch.view_as_complex(pairs).abs().sum()
+
+    lr = lr.detach()
+    torch.testing.assert_close(torch.func.grad(of_complex)(lr), torch.func.grad(of_pairs)(lr))
+
+
 def test_no_steps():
     sol = run(START, steps=0, lr=0.1)
     assert sol.params is START

@@ -233,6 +233,19 @@ def test_a_record_travels():
     assert dataclasses.replace(record, lr=0.2).lr == 0.2
 
 
+@pytest.mark.parametrize("make", [diffopt.sgd, diffopt.adam, diffopt.rmsprop, diffopt.adagrad])
+def test_a_checkpoint_goes_on_as_if_unbroken(make, tmp_path):
+    opt, params = make(), {"x": X, "y": Y}
+    record, state = opt.hparams(lr={"x": torch.tensor(0.1), "y": 0.2}), opt.init(params)
+    params, state = opt.update(params, params, state, record)
+    torch.save((params, state, record), tmp_path / "checkpoint.pt")
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert [type(part) for part in loaded] == [dict, type(state), type(record)]
+    torch.testing.assert_close(
+        opt.update(loaded[0], loaded[0], *loaded[1:]), opt.update(params, params, state, record)
+    )
+
+
 def test_a_record_is_frozen_and_takes_keywords_only():
     record = diffopt.adam().hparams()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 
+import torch
 from torch import Tensor
 
 from diffopt import _tree
@@ -102,6 +103,7 @@ def hparams(cls: type[T]) -> type[T]:
     def unflatten(values: Any, _: None) -> T:
         return assemble(record, values)
 
+    torch.serialization.add_safe_globals([record])
     _tree.register_node(
         record,
         flatten,
