@@ -77,7 +77,8 @@ def leafwise(
         >>> opt.update(p, g, opt.init(p), opt.hparams(lr=0.5))[0]
         tensor([-0.5000,  0.5000])
     """
-    torch.serialization.add_safe_globals([state])  # a checkpoint loads with weights_only=True
+    if not _modes.compiling():  # then it does not trace
+        torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
     fields = init(torch.empty(0), torch.empty(()))
     unused = tuple(_unused(field) for field in fields[1:])
     return Leafwise(hparams, state, unused, init, rule, scalars, maximize)

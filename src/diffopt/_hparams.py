@@ -103,7 +103,7 @@ def hparams(cls: type[T]) -> type[T]:
     def unflatten(values: Any, _: None) -> T:
         return assemble(record, values)
 
-    torch.serialization.add_safe_globals([record])
+    torch.serialization.add_safe_globals([record])  # pyright: ignore[reportUnknownMemberType]
     _tree.register_node(
         record,
         flatten,
