@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffopt.testing import CHECKS
-from registry import REGISTRY
+from registry import PAIRS, REGISTRY
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -30,8 +30,9 @@ def test_compiles_for_real(row):
 def numbers_of(reference):
     """The names of the numeric arguments of a torch optimizer, pairs taken apart as ours are."""
     defaults = dict(reference([torch.zeros(())]).defaults)
-    if "betas" in defaults:
-        defaults["beta1"], defaults["beta2"] = defaults.pop("betas")
+    for pair, fields in PAIRS.items():
+        if pair in defaults:
+            defaults |= dict(zip(fields, defaults.pop(pair), strict=True))
     return {name for name, value in defaults.items() if type(value) in (int, float)}
 
 

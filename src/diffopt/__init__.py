@@ -3,9 +3,15 @@
 from diffopt import adjoint as adjoint, nn as nn
 from diffopt._tree import detach as detach
 from diffopt.optimizer import Optimizer as Optimizer
+from diffopt.rules.adadelta import adadelta as adadelta
 from diffopt.rules.adagrad import adagrad as adagrad
 from diffopt.rules.adam import adam as adam, adamw as adamw
+from diffopt.rules.adamax import adamax as adamax
+from diffopt.rules.asgd import asgd as asgd
+from diffopt.rules.nadam import nadam as nadam
+from diffopt.rules.radam import radam as radam
 from diffopt.rules.rmsprop import rmsprop as rmsprop
+from diffopt.rules.rprop import rprop as rprop
 from diffopt.rules.sgd import sgd as sgd
 from diffopt.solve import Solution as Solution, minimize as minimize
 

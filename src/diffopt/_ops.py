@@ -71,6 +71,21 @@ def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     return torch.addcdiv(x, a, b, value=coefficient)
 
 
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """`x` where the condition holds, else `y`; the condition may be a plain bool."""
+    if isinstance(condition, bool):
+        return x if condition else y
+    return torch.where(condition, x, y)
+
+
+def clamp(x: Leaf, least: Any, greatest: Any) -> Leaf:
+    """`x`, but no less than `least` and no more than `greatest`."""
+    if isinstance(least, Tensor) or isinstance(greatest, Tensor):
+        least, greatest = (torch.as_tensor(v) for v in (least, greatest))
+        return torch.minimum(torch.maximum(x, least), greatest)
+    return x.clamp(least, greatest)
+
+
 def maximum(x: Leaf, y: Leaf) -> Leaf:
     """The greater of the two, element by element."""
     if isinstance(x, TensorList):

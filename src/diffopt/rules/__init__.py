@@ -2,7 +2,13 @@
 
 from diffopt._engine import Leafwise as Leafwise, leafwise as leafwise, zeros_like as zeros_like
 from diffopt._hparams import hparams as hparams, number as number
+from diffopt.rules.adadelta import adadelta as adadelta
 from diffopt.rules.adagrad import adagrad as adagrad
 from diffopt.rules.adam import adam as adam, adamw as adamw
+from diffopt.rules.adamax import adamax as adamax
+from diffopt.rules.asgd import asgd as asgd
+from diffopt.rules.nadam import nadam as nadam
+from diffopt.rules.radam import radam as radam
 from diffopt.rules.rmsprop import rmsprop as rmsprop
+from diffopt.rules.rprop import rprop as rprop
 from diffopt.rules.sgd import sgd as sgd

@@ -1,0 +1,80 @@
+"""Adadelta (Zeiler 2012)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from diffopt import _ops
+from diffopt._engine import Leafwise, leafwise, zeros_like
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._tree import Tree
+
+
+class AdadeltaState(NamedTuple):
+    """State of `adadelta`."""
+
+    step: Any
+    square_avg: Tree
+    acc_delta: Tree
+
+
+@hparams
+class AdadeltaHParams:
+    """Hyperparameters of `adadelta`."""
+
+    lr: Hyperparameter = number(1.0, ge=0)
+    rho: Hyperparameter = number(0.9, ge=0, le=1)
+    eps: Hyperparameter = number(1e-6, ge=0)
+    weight_decay: Hyperparameter = number(0.0, ge=0)
+
+
+def adadelta(*, maximize: bool = False) -> Leafwise[AdadeltaState, AdadeltaHParams]:
+    """Adadelta: steps in the units of the parameter, from running averages of squares.
+
+    With g_t = grad_t + weight_decay * p and v_0 = u_0 = 0,
+
+        v_t = rho * v_{t-1} + (1 - rho) * g_t^2
+        d_t = sqrt(u_{t-1} + eps) / sqrt(v_t + eps) * g_t
+        u_t = rho * u_{t-1} + (1 - rho) * d_t^2
+        p  <- p - lr * d_t
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1), `rho` in
+    [0, 1] (0.9), `eps` >= 0 (1e-6), `weight_decay` >= 0 (0).
+
+    Args:
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        TypeError: a flag is no bool.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.adadelta()
+        >>> params = [torch.tensor([1.0])]
+        >>> hp = opt.hparams(rho=0.0, eps=1.0)
+        >>> params, state = opt.update(params, [torch.zeros(1)], opt.init(params), hp)
+        >>> params, state = opt.update(params, [torch.ones(1)], state, hp)
+        >>> params  # 1 - 1 / sqrt(2)
+        [tensor([0.2929])]
+
+    Source: Zeiler, "ADADELTA: an adaptive learning rate method", 2012, algorithm 1; the learning
+    rate as in torch.
+    """
+    check_flags(maximize=maximize)
+
+    def init(p: Any, step: Any) -> AdadeltaState:
+        return AdadeltaState(step, zeros_like(p), zeros_like(p))
+
+    def rule(
+        p: Any, g: Any, s: AdadeltaState, hp: AdadeltaHParams, _: None
+    ) -> tuple[Any, AdadeltaState]:
+        g = _ops.add_decay(g, p, hp.weight_decay)
+        v = _ops.addcmul(hp.rho * s.square_avg, g, g, 1 - hp.rho)
+        d = _ops.sqrt(s.acc_delta + hp.eps) / _ops.sqrt(v + hp.eps) * g
+        u = _ops.addcmul(hp.rho * s.acc_delta, d, d, 1 - hp.rho)
+        return _ops.add(p, d, -hp.lr), AdadeltaState(s.step, v, u)
+
+    return leafwise(AdadeltaState, AdadeltaHParams, init, rule, maximize=maximize)

@@ -1,0 +1,82 @@
+"""Adamax: Adam in the infinity norm (Kingma and Ba 2015)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from diffopt import _ops
+from diffopt._engine import Leafwise, leafwise, zeros_like
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._tree import Tree
+
+
+class AdamaxState(NamedTuple):
+    """State of `adamax`."""
+
+    step: Any
+    exp_avg: Tree
+    exp_inf: Tree
+
+
+@hparams
+class AdamaxHParams:
+    """Hyperparameters of `adamax`."""
+
+    lr: Hyperparameter = number(2e-3, ge=0)
+    beta1: Hyperparameter = number(0.9, ge=0, lt=1)
+    beta2: Hyperparameter = number(0.999, ge=0, lt=1)
+    eps: Hyperparameter = number(1e-8, ge=0)
+    weight_decay: Hyperparameter = number(0.0, ge=0)
+
+
+def adamax(*, maximize: bool = False) -> Leafwise[AdamaxState, AdamaxHParams]:
+    """Adamax: steps scaled by the greatest gradient so far, slowly forgotten.
+
+    With g_t = grad_t + weight_decay * p and m_0 = u_0 = 0,
+
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        u_t = max(beta2 * u_{t-1}, |g_t| + eps)
+        p  <- p - lr / (1 - beta1^t) * m_t / u_t
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (2e-3),
+    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0).
+
+    Args:
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer. Where the two sides of the maximum are equal they share its derivative.
+
+    Raises:
+        TypeError: a flag is no bool.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.adamax()
+        >>> params = [torch.tensor([1.0, 1.0])]
+        >>> params, state = opt.update(
+        ...     params, [torch.tensor([5.0, -5.0])], opt.init(params), opt.hparams(lr=0.1)
+        ... )
+        >>> params
+        [tensor([0.9000, 1.1000])]
+
+    Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 2; eps as
+    in torch.
+    """
+    check_flags(maximize=maximize)
+
+    def init(p: Any, step: Any) -> AdamaxState:
+        return AdamaxState(step, zeros_like(p), zeros_like(p))
+
+    def scalars(t: Any, hp: AdamaxHParams) -> Any:
+        return hp.lr / (1 - hp.beta1**t)
+
+    def rule(
+        p: Any, g: Any, s: AdamaxState, hp: AdamaxHParams, step_size: Any
+    ) -> tuple[Any, AdamaxState]:
+        g = _ops.add_decay(g, p, hp.weight_decay)
+        m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        u = _ops.maximum(hp.beta2 * s.exp_inf, abs(g) + hp.eps)
+        return _ops.addcdiv(p, m, u, -step_size), AdamaxState(s.step, m, u)
+
+    return leafwise(AdamaxState, AdamaxHParams, init, rule, scalars=scalars, maximize=maximize)

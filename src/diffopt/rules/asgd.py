@@ -1,0 +1,86 @@
+"""Averaged stochastic gradient descent (Polyak and Juditsky 1992)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from diffopt import _ops
+from diffopt._engine import Leafwise, leafwise, zeros_like
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._tree import Tree
+
+
+class ASGDState(NamedTuple):
+    """State of `asgd`."""
+
+    step: Any
+    ax: Tree
+    eta: Tree
+
+
+@hparams
+class ASGDHParams:
+    """Hyperparameters of `asgd`."""
+
+    lr: Hyperparameter = number(1e-2, ge=0)
+    lambd: Hyperparameter = number(1e-4)
+    alpha: Hyperparameter = number(0.75)
+    t0: Hyperparameter = number(1e6)
+    weight_decay: Hyperparameter = number(0.0, ge=0)
+
+
+def asgd(*, maximize: bool = False) -> Leafwise[ASGDState, ASGDHParams]:
+    """Gradient descent with a decaying rate, and the average of its iterates.
+
+    With g_t = grad_t + weight_decay * p, e_1 = lr and a_0 = 0,
+
+        p  <- p * (1 - lambd * e_t) - e_t * g_t
+        a_t = a_{t-1} + (p - a_{t-1}) / max(1, t - 1 - t0)
+        e_{t+1} = lr / (1 + lambd * lr * t)^alpha
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
+    `lambd` (1e-4), `alpha` (0.75), `t0` (1e6), `weight_decay` >= 0 (0).
+
+    Args:
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer. The average a is `state.ax`: the iterates themselves until step `t0`. As in
+        torch the rate of a step, `state.eta`, is made of the hyperparameters of the step before;
+        it has the shape of the parameter and starts at 0, where the first step puts `lr`.
+
+    Raises:
+        TypeError: a flag is no bool.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.asgd()
+        >>> params, state = [torch.tensor([1.0])], opt.init([torch.tensor([1.0])])
+        >>> hp = opt.hparams(lr=0.1, lambd=0.0, t0=0.0)
+        >>> for _ in range(3):
+        ...     params, state = opt.update(params, [torch.ones(1)], state, hp)
+        >>> params, state.ax  # the average of 0.8 and 0.7
+        ([tensor([0.7000])], [tensor([0.7500])])
+
+    Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992, with
+    the schedules of torch.
+    """
+    check_flags(maximize=maximize)
+
+    def init(p: Any, step: Any) -> ASGDState:
+        return ASGDState(step, zeros_like(p), zeros_like(p))
+
+    def scalars(t: Any, hp: ASGDHParams) -> tuple[Any, Any, Any]:
+        averaged = (t - 1 - hp.t0) * _ops.after_first(t)
+        weight = 1 / _ops.where(averaged > 1, averaged, 1.0)
+        next_eta = hp.lr / (1 + hp.lambd * hp.lr * t) ** hp.alpha
+        return hp.lr * (1 - _ops.after_first(t)), weight, next_eta
+
+    def rule(p: Any, g: Any, s: ASGDState, hp: ASGDHParams, c: Any) -> tuple[Any, ASGDState]:
+        first_eta, weight, next_eta = c
+        g = _ops.add_decay(g, p, hp.weight_decay)
+        eta = s.eta + first_eta
+        p = p * (1 - hp.lambd * eta) - eta * g
+        return p, ASGDState(s.step, _ops.lerp(s.ax, p, weight), 0 * eta + next_eta)
+
+    return leafwise(ASGDState, ASGDHParams, init, rule, scalars=scalars, maximize=maximize)

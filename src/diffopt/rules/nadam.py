@@ -1,0 +1,100 @@
+"""NAdam: Adam with Nesterov's momentum (Dozat 2016)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from diffopt import _ops
+from diffopt._engine import Leafwise, leafwise, zeros_like
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._tree import Tree
+
+
+class NAdamState(NamedTuple):
+    """State of `nadam`."""
+
+    step: Any
+    exp_avg: Tree
+    exp_avg_sq: Tree
+    mu_product: Tree
+
+
+@hparams
+class NAdamHParams:
+    """Hyperparameters of `nadam`."""
+
+    lr: Hyperparameter = number(2e-3, ge=0)
+    beta1: Hyperparameter = number(0.9, ge=0, lt=1)
+    beta2: Hyperparameter = number(0.999, ge=0, lt=1)
+    eps: Hyperparameter = number(1e-8, ge=0)
+    weight_decay: Hyperparameter = number(0.0, ge=0)
+    momentum_decay: Hyperparameter = number(4e-3, ge=0)
+
+
+def nadam(
+    *, decoupled_weight_decay: bool = False, maximize: bool = False
+) -> Leafwise[NAdamState, NAdamHParams]:
+    """NAdam: Adam whose momentum looks one step ahead.
+
+    With g_t = grad_t + weight_decay * p, m_0 = v_0 = 0, M_0 = 1,
+
+        mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2)
+        M_t = M_{t-1} * mu_t
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        n_t = (1 - mu_t) / (1 - M_t) * g_t + mu_{t+1} / (1 - M_t * mu_{t+1}) * m_t
+        p  <- p - lr * n_t / (sqrt(v_t / (1 - beta2^t)) + eps)
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (2e-3),
+    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0),
+    `momentum_decay` >= 0 (4e-3).
+
+    Args:
+        decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
+            adding to its gradient.
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer. `state.mu_product` has the shape of the parameter, since each weight may have
+        a `beta1` of its own; it starts at 0, which stands for 1.
+
+    Raises:
+        TypeError: a flag is no bool.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.nadam()
+        >>> params = [torch.tensor([1.0])]
+        >>> params, state = opt.update(
+        ...     params, [torch.tensor([5.0])], opt.init(params), opt.hparams(lr=0.1, beta1=0.0)
+        ... )
+        >>> params
+        [tensor([0.9000])]
+
+    Source: Dozat, "Incorporating Nesterov momentum into Adam", 2016, as in torch.
+    """
+    check_flags(decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
+
+    def init(p: Any, step: Any) -> NAdamState:
+        return NAdamState(step, zeros_like(p), zeros_like(p), zeros_like(p))
+
+    def scalars(t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any]:
+        mu, mu_next = (
+            hp.beta1 * (1 - 0.5 * 0.96 ** (when * hp.momentum_decay)) for when in (t, t + 1)
+        )
+        return 1 - _ops.after_first(t), mu, mu_next, 1 - hp.beta2**t
+
+    def rule(p: Any, g: Any, s: NAdamState, hp: NAdamHParams, c: Any) -> tuple[Any, NAdamState]:
+        first, mu, mu_next, correction2 = c
+        if decoupled_weight_decay:
+            p = p * (1 - hp.lr * hp.weight_decay)
+        else:
+            g = _ops.add_decay(g, p, hp.weight_decay)
+        product = (s.mu_product + first) * mu
+        m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        v = _ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
+        n = g * (1 - mu) / (1 - product) + m * mu_next / (1 - product * mu_next)
+        denominator = _ops.sqrt(v / correction2) + hp.eps
+        return _ops.addcdiv(p, n, denominator, -hp.lr), NAdamState(s.step, m, v, product)
+
+    return leafwise(NAdamState, NAdamHParams, init, rule, scalars=scalars, maximize=maximize)

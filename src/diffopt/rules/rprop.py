@@ -1,0 +1,90 @@
+"""Rprop: steps by the signs of gradients (Riedmiller and Braun 1993)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from diffopt import _ops
+from diffopt._engine import Leafwise, leafwise, zeros_like
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._tree import Tree
+
+
+class RpropState(NamedTuple):
+    """State of `rprop`."""
+
+    step: Any
+    prev: Tree
+    step_size: Tree
+
+
+@hparams
+class RpropHParams:
+    """Hyperparameters of `rprop`."""
+
+    lr: Hyperparameter = number(1e-2, ge=0)
+    etaminus: Hyperparameter = number(0.5, gt=0, lt=1)
+    etaplus: Hyperparameter = number(1.2, gt=1)
+    step_size_min: Hyperparameter = number(1e-6)
+    step_size_max: Hyperparameter = number(50.0)
+
+
+def rprop(*, maximize: bool = False) -> Leafwise[RpropState, RpropHParams]:
+    """Rprop: each weight has a step size, which grows while the sign of its gradient stays.
+
+    With e_0 = lr and g_0 = 0, and s_t = sign(grad_t * g_{t-1}),
+
+        e_t = clamp(e_{t-1} * (etaplus if s_t > 0, etaminus if s_t < 0, else 1),
+                    step_size_min, step_size_max)
+        g_t = 0 if s_t < 0, else grad_t
+        p  <- p - e_t * sign(g_t)
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2), the
+    first step size; `etaminus` in (0, 1) (0.5), `etaplus` > 1 (1.2), `step_size_min` (1e-6),
+    `step_size_max` (50).
+
+    Args:
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer. A step has no derivative by the gradient but 0, and by `lr` only through the
+        first step size. `init` knows no hyperparameters: `state.step_size` starts at 0, and the
+        first step puts `lr` in its place.
+
+    Raises:
+        TypeError: a flag is no bool.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.rprop()
+        >>> params, state = [torch.tensor([1.0])], opt.init([torch.tensor([1.0])])
+        >>> for _ in range(2):
+        ...     params, state = opt.update(params, [torch.ones(1)], state, opt.hparams(lr=0.1))
+        >>> params  # 1 - 0.1 - 0.12
+        [tensor([0.7800])]
+
+    Source: Riedmiller and Braun, "A direct adaptive method for faster backpropagation learning: the
+    RPROP algorithm", 1993; without its backtracking, as in torch.
+    """
+    check_flags(maximize=maximize)
+
+    def init(p: Any, step: Any) -> RpropState:
+        return RpropState(step, zeros_like(p), zeros_like(p))
+
+    def scalars(t: Any, hp: RpropHParams) -> Any:
+        return hp.lr * (1 - _ops.after_first(t))
+
+    def rule(
+        p: Any, g: Any, s: RpropState, hp: RpropHParams, first_size: Any
+    ) -> tuple[Any, RpropState]:
+        sign = torch.sign(g * s.prev)
+        size = s.step_size + first_size
+        shrunk = torch.where(sign < 0, size * hp.etaminus, size)
+        size = torch.where(sign > 0, size * hp.etaplus, shrunk)
+        size = _ops.clamp(size, hp.step_size_min, hp.step_size_max)
+        g = torch.where(sign < 0, 0, g)
+        return p - torch.sign(g) * size, RpropState(s.step, g, size)
+
+    return leafwise(RpropState, RpropHParams, init, rule, scalars=scalars, maximize=maximize)
