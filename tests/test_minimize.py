@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import diffopt
@@ -217,6 +218,27 @@ def test_compiles_as_a_whole():
     lr = torch.tensor(0.1, dtype=torch.float64)
     compiled = torch.compile(meta_gradient, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(START, lr), meta_gradient(START, lr))
+
+
+def test_traces_with_make_fx():
+    opt, params = diffopt.adam(), [START]
+    arguments = params, [TARGET], opt.init(params)
+
+    def update(params, grads, state):
+        return opt.update(params, grads, state, opt.hparams(lr=0.1))
+
+    traced = make_fx(update)(*arguments)
+    later = (*arguments[:2], arguments[2]._replace(step=torch.tensor(5.0, dtype=torch.float64)))
+    torch.testing.assert_close(traced(*later), update(*later))
+
+
+def test_batched_gradients_of_autograd():
+    def solve(w):
+        return run(w, opt=diffopt.adam(), lr=0.1, eps=1e-2).params
+
+    one_by_one = torch.autograd.functional.jacobian(solve, START)
+    at_once = torch.autograd.functional.jacobian(solve, START, vectorize=True)
+    torch.testing.assert_close(at_once, one_by_one)
 
 
 def test_an_inner_loop_inside_an_inner_loop():

@@ -275,7 +275,7 @@ def _is_scalar(value: Any) -> bool:
 
 def _as_number(step: Tensor) -> Any:
     """A number, for torch's fused scalar arguments, where that costs no wait and no derivative."""
-    if _modes.differentiated([step]) or step.device.type != "cpu" or type(step) is not Tensor:
+    if step.device.type != "cpu" or _modes.differentiated([step]) or _modes.intercepted():
         return step
     return step.item()
 

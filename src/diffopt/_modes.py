@@ -21,6 +21,11 @@ def transformed() -> bool:
     return compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def intercepted() -> bool:
+    """Whether a dispatch mode, such as make_fx's or FakeTensorMode, sees every operation."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def forward_differentiated() -> bool:
     """Whether torch.autograd.forward_ad is active."""
     return forward_ad._current_level >= 0
