@@ -40,6 +40,7 @@ def leafwise(
     *,
     scalars: Callable[[Any, H], Any] | None = None,
     maximize: bool = False,
+    native: Callable[[list[Tensor], list[Tensor], S, H], bool] | None = None,
 ) -> Leafwise[S, H]:
     """Make an optimizer from the mathematics of one tensor.
 
@@ -56,6 +57,11 @@ def leafwise(
         scalars: `(step, hparams) -> anything`: what is computed once per step and not once per
             tensor, such as bias corrections.
         maximize: ascend instead of descend.
+        native: `(params, grads, state, hparams) -> bool`, the rule as one of torch's fused kernels,
+            in place, on lists of contiguous float32 or float64 tensors of one CPU or CUDA device.
+            Fields of the state are lists or `()`, `state.step` is a 0-d float32 tensor, and all
+            hyperparameters are numbers. It ascends where the optimizer does; where the kernel does
+            not compute the rule it returns False and has changed nothing.
 
     Returns:
         The optimizer. Parameters in half precision are updated in float32 arithmetic, complex ones
@@ -81,7 +87,7 @@ def leafwise(
         torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
     fields = init(torch.empty(0), torch.empty(()))
     unused = tuple(_unused(field) for field in fields[1:])
-    return Leafwise(hparams, state, unused, init, rule, scalars, maximize)
+    return Leafwise(hparams, state, unused, init, rule, scalars, maximize, native)
 
 
 def zeros_like(param: Tensor) -> Tensor:
@@ -96,7 +102,9 @@ class Leafwise(Optimizer[S, H]):
     Attributes:
         unused: which fields of the state, after `step`, hold `()` in this configuration.
         execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
-            no derivative; "auto": foreach where no derivative can be asked for.
+            no derivative; "auto": the fastest that applies. That is, for `update_`, a native kernel
+            where there is one; foreach where no derivative can be asked for, but not on a CPU,
+            where it is a loop whose temporaries fall out of the cache; and else leaf.
     """
 
     hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
@@ -106,6 +114,7 @@ class Leafwise(Optimizer[S, H]):
     rule: Callable[..., tuple[Any, S]]
     scalars: Callable[[Any, H], Any] | None = None
     maximize: bool = False
+    native: Callable[[list[Tensor], list[Tensor], S, H], bool] | None = None
     execution: Execution = "auto"
 
     def init(self, params: Tree) -> S:
@@ -121,7 +130,7 @@ class Leafwise(Optimizer[S, H]):
         work = self._gather(params, grads, state, hparams)
         step = _exact(state[0]) + 1
         new_params, new_buffers = list(work.params), [list(column) for column in work.buffers]
-        for i, new_param, *new_row in self._steps(work, _as_number(step)):
+        for i, new_param, *new_row in self._steps(work, _as_number(step), work.groups()):
             new_params[i] = new_param
             for column, new in zip(new_buffers, new_row, strict=True):
                 column[i] = new
@@ -136,11 +145,16 @@ class Leafwise(Optimizer[S, H]):
             if state[0].dtype in _HALF:
                 raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
             step = _exact(state[0]) + 1
-            old, new = [state[0]], [step.to(state[0].dtype)]
-            for i, new_param, *new_row in self._steps(work, _as_number(step)):
-                old += [work.params[i], *(c[i] for c in work.buffers if not _unused(c[i]))]
-                new += [new_param, *(b for b in new_row if not _unused(b))]
-            torch._foreach_copy_(old, new)
+            groups = work.groups()
+            for key in list(groups):
+                if self.execution == "auto" and self._natively(work, step, groups[key]):
+                    del groups[key]
+            for i, *new in self._steps(work, _as_number(step), groups):
+                old: list[Any] = [work.params[i], *(column[i] for column in work.buffers)]
+                for tensor, result in zip(old, new, strict=True):
+                    if not _unused(tensor):
+                        tensor.copy_(result)
+            state[0].copy_(step)
 
     def _gather(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
         """The arguments as lists in the order of the leaves of params, or an error."""
@@ -167,17 +181,33 @@ class Leafwise(Optimizer[S, H]):
         _checks.numbers(numbers, tensors, params)
         return _Work(spec, tensors, gradients, buffers, numbers)
 
-    def _steps(self, work: _Work, step: Any) -> Iterator[tuple[Any, ...]]:
-        """Index, new tensor and new buffers of each leaf that has a gradient."""
+    def _natively(self, work: _Work, step: Tensor, group: list[int]) -> bool:
+        """Step a group by a native kernel; False where that is not possible."""
+        values = [number.at(group[0]) for number in work.numbers]
+        lists = [_pick(column, group) for column in (work.params, work.grads, *work.buffers)]
+        tensors = [tensor for column in lists if not _unused(column[0]) for tensor in column]
+        numeric = all(isinstance(value, (int, float)) for value in values)
+        if self.native is None or not (numeric and _plain(tensors)):
+            return False
+        params, grads, *buffers = lists
+        t = step.to(tensors[0].device, torch.float32)
+        state = self.state(t, *(() if _unused(column[0]) else column for column in buffers))
+        return self.native(params, grads, state, _hparams.assemble(self.hparams, values))
+
+    def _steps(
+        self, work: _Work, step: Any, groups: dict[tuple[Any, ...], list[int]]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Index, new tensor and new buffers of each leaf in these groups."""
         batchable = self.execution != "leaf" and not _modes.differentiated(work.tensors(step))
         if self.execution == "foreach" and not batchable:
             raise ValueError('execution="foreach" carries no derivative, and one may be wanted')
-        for (device, dtype, _), indices in work.groups().items():
+        for (device, dtype, _), indices in groups.items():
             values = [_place(n.at(indices[0]), device, dtype) for n in work.numbers]
             hparams = _hparams.assemble(self.hparams, values)
             t = _place(step, device, dtype)
             scalars = self.scalars(t, hparams) if self.scalars else None
             batched = batchable and all(map(_is_scalar, values))
+            batched = batched and (self.execution == "foreach" or device.type != "cpu")
             batches: list[Any] = [indices] if batched else indices
             for batch in batches:
                 p, g, *buffers = (_pick(c, batch) for c in (work.params, work.grads, *work.buffers))
@@ -258,6 +288,20 @@ def _leave(value: Any, old: Any) -> Any:
         shapes = tuple(value.shape), tuple(old.shape)
         raise ValueError(f"the rule returned shape {shapes[0]} for a tensor of shape {shapes[1]}")
     return value
+
+
+def _plain(tensors: list[Tensor]) -> bool:
+    """Whether a native kernel can walk through the memory of all these tensors at once."""
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
+    dtype, device = next(iter(kinds))
+    return (
+        len(kinds) == 1
+        and dtype in _AS_IS
+        and device.type in ("cpu", "cuda")
+        and not (_modes.transformed() or _modes.intercepted())
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and all(tensor.is_contiguous() for tensor in tensors)
+    )
 
 
 def _exact_dtype(device: torch.device) -> torch.dtype:

@@ -1,8 +1,11 @@
 """Adagrad (Duchi et al. 2011)."""
 
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+import torch
 
 from diffopt import _ops
 from diffopt._engine import Leafwise, leafwise, zeros_like
@@ -77,4 +80,28 @@ def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]
         total = _ops.addcmul(s.sum, g, g, 1) + initial
         return _ops.addcdiv(p, g, _ops.sqrt(total) + hp.eps, -lr), AdagradState(s.step, total)
 
-    return leafwise(AdagradState, AdagradHParams, init, rule, scalars=scalars, maximize=maximize)
+    def native(p: Any, g: Any, s: AdagradState, hp: AdagradHParams) -> bool:
+        if hp.initial_accumulator_value != 0:
+            return False  # the first step adds it
+        torch._fused_adagrad_(
+            p,
+            g,
+            s.sum,
+            [s.step] * len(p),
+            lr=hp.lr,
+            lr_decay=hp.lr_decay,
+            weight_decay=hp.weight_decay,
+            eps=hp.eps,
+            maximize=maximize,
+        )
+        return True
+
+    return leafwise(
+        AdagradState,
+        AdagradHParams,
+        init,
+        rule,
+        scalars=scalars,
+        maximize=maximize,
+        native=native,
+    )

@@ -1,8 +1,12 @@
 """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019) and AMSGrad (Reddi et al. 2018)."""
 
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
+
+import torch
 
 from diffopt import _ops
 from diffopt._engine import Leafwise, leafwise, zeros_like
@@ -123,4 +127,13 @@ def _adam(hparams: Any, *, decoupled: bool, amsgrad: bool, maximize: bool) -> An
         denominator = _ops.sqrt(v_max if amsgrad else v) / root_correction2 + hp.eps
         return _ops.addcdiv(p, m, denominator, -step_size), AdamState(s.step, m, v, v_max)
 
-    return leafwise(AdamState, hparams, init, rule, scalars=scalars, maximize=maximize)
+    def native(p: Any, g: Any, s: AdamState, hp: AdamHParams) -> bool:
+        kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        buffers = s.exp_avg, s.exp_avg_sq, list(s.max_exp_avg_sq)
+        numbers = {field.name: getattr(hp, field.name) for field in dataclasses.fields(hp)}
+        kernel(p, g, *buffers, [s.step] * len(p), **numbers, amsgrad=amsgrad, maximize=maximize)
+        return True
+
+    return leafwise(
+        AdamState, hparams, init, rule, scalars=scalars, maximize=maximize, native=native
+    )

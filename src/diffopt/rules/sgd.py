@@ -1,8 +1,11 @@
 """Stochastic gradient descent: plain, with momentum (Polyak 1964), with Nesterov's."""
 
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+import torch
 
 from diffopt import _ops
 from diffopt._engine import Leafwise, leafwise, zeros_like
@@ -93,6 +96,24 @@ def sgd(
         d = _ops.add(g, b, hp.momentum) if nesterov else b
         return _ops.add(p, d, -hp.lr), SGDState(s.step, b)
 
+    def native(p: Any, g: Any, s: SGDState, hp: Any) -> bool:
+        if momentum and (_ops.is_zero(hp.momentum) or hp.dampening != 0):
+            return False  # it would leave the buffer alone, or dampen the first gradient
+        torch._fused_sgd_(
+            p,
+            g,
+            list(s.momentum_buffer),
+            lr=hp.lr,
+            weight_decay=hp.weight_decay,
+            momentum=hp.momentum if momentum else 0.0,
+            dampening=0.0,
+            nesterov=nesterov,
+            maximize=maximize,
+            is_first_step=False,  # the buffer is there, with zeros
+        )
+        return True
+
+    flags: dict[str, Any] = {"maximize": maximize, "native": native}
     if not momentum:
-        return leafwise(SGDState, SGDHParams, init, plain, maximize=maximize)
-    return leafwise(SGDState, MomentumHParams, init, rule, scalars=scalars, maximize=maximize)
+        return leafwise(SGDState, SGDHParams, init, plain, **flags)
+    return leafwise(SGDState, MomentumHParams, init, rule, scalars=scalars, **flags)

@@ -1,0 +1,109 @@
+"""update_ by torch's fused kernels: used where they compute the rule, and equal to the rule."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import diffopt
+
+KERNELS = {
+    "_fused_sgd_": (diffopt.sgd(), {"momentum": 0.9}),
+    "_fused_adam_": (diffopt.adam(amsgrad=True), {}),
+    "_fused_adamw_": (diffopt.adamw(), {}),
+    "_fused_adagrad_": (diffopt.adagrad(), {}),
+}
+
+
+def draw(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many tensors each call of a fused kernel updates."""
+    torch.manual_seed(0)
+    seen = []
+    for name in KERNELS:
+        kernel = getattr(torch, name)
+
+        def spy(params, *args, kernel=kernel, **kwargs):
+            seen.append(len(params))
+            return kernel(params, *args, **kwargs)
+
+        monkeypatch.setattr(torch, name, spy)
+    return seen
+
+
+def agree(opt, record, params, steps=3):
+    """Run beside the rule, tensor by tensor."""
+    leaf = dataclasses.replace(opt, execution="leaf")
+    twin = pytree.tree_map(torch.clone, params)
+    state, twin_state = opt.init(params), opt.init(twin)
+    for _ in range(steps):
+        grads = pytree.tree_map(torch.randn_like, params)
+        opt.update_(params, grads, state, record)
+        leaf.update_(twin, grads, twin_state, record)
+    torch.testing.assert_close((params, state), (twin, twin_state), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_call_for_all_tensors(kernel, calls):
+    opt, numbers = KERNELS[kernel]
+    params = {"a": draw(3, 2), "b": draw(), "c": draw(0), "d": draw(5)}
+    agree(opt, opt.hparams(lr=0.1, weight_decay=0.01, **numbers), params)
+    assert calls == [4, 4, 4]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_call_for_each_set_of_numbers_and_dtype(kernel, calls):
+    opt, numbers = KERNELS[kernel]
+    params = {"a": [draw(3), draw(2)], "b": draw(3), "c": torch.nn.Parameter(draw(3))}
+    agree(opt, opt.hparams(lr={"a": 0.1, "b": 0.2, "c": 0.2}, **numbers), params, steps=1)
+    assert calls == [2, 1, 1]
+    mixed = {"a": draw(3), "b": draw(3, dtype=torch.float32)}
+    opt.update_(mixed, mixed, opt.init(mixed), opt.hparams(**numbers))
+    assert calls[3:] == [1, 1]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("param", "lr"),
+    [
+        (lambda: draw(3, 2).T, 0.1),
+        (lambda: draw(3), torch.tensor(0.1, dtype=torch.float64)),
+        (lambda: torch.randn(3, dtype=torch.complex128), 0.1),
+    ],
+    ids=["strided", "tensor rate", "complex"],
+)
+def test_the_rule_runs_where_the_kernel_cannot(kernel, param, lr, calls):
+    opt, numbers = KERNELS[kernel]
+    agree(opt, opt.hparams(lr=lr, **numbers), {"a": param()})
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("opt", "numbers"),
+    [
+        (diffopt.sgd(), {"momentum": 0.9, "dampening": 0.3}),
+        (diffopt.sgd(), {"momentum": 0.0}),
+        (diffopt.adagrad(), {"initial_accumulator_value": 0.2}),
+    ],
+)
+def test_the_rule_runs_where_the_kernel_computes_something_else(opt, numbers, calls):
+    agree(opt, opt.hparams(lr=0.1, **numbers), {"a": draw(3)})
+    assert calls == []
+
+
+def test_flags_arrive_in_the_kernel(calls):
+    for opt in (
+        diffopt.sgd(nesterov=True, maximize=True),
+        diffopt.sgd(momentum=False, maximize=True),
+        diffopt.adam(maximize=True),
+        diffopt.adamw(amsgrad=True, maximize=True),
+        diffopt.adagrad(maximize=True),
+    ):
+        numbers = {"momentum": 0.9} if hasattr(opt.hparams(), "momentum") else {}
+        agree(opt, opt.hparams(lr=0.1, **numbers), {"a": draw(3)})
+    assert len(calls) == 15
