@@ -64,7 +64,8 @@ def test_derivatives_with_hyperparameters_on_either_device(row, device):
         params = pytree.tree_map(lambda x: x.requires_grad_(), params)
         new, _ = run(case.optimizer, params, gradients, record)
         outer = sum(leaf.square().sum() for leaf in pytree.tree_leaves(new))
-        return torch.autograd.grad(outer, [*pytree.tree_leaves((params, record))])
+        inputs = pytree.tree_leaves((params, record))
+        return torch.autograd.grad(outer, inputs, materialize_grads=True)
 
     on_gpu = meta_gradients(cuda(params), cuda(gradients), device)
     on_cpu = meta_gradients(params, gradients, "cpu")

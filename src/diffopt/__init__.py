@@ -1,6 +1,6 @@
 """diffopt: pure, differentiable optimizers for PyTorch."""
 
-from diffopt import adjoint as adjoint, nn as nn
+from diffopt import adjoint as adjoint, nn as nn, schedules as schedules
 from diffopt._tree import detach as detach
 from diffopt.optimizer import Optimizer as Optimizer
 from diffopt.rules.adadelta import adadelta as adadelta

@@ -121,14 +121,14 @@ class Leafwise(Optimizer[S, H]):
         tensors, spec = _tree.flatten(params)
         _checks.params(tensors, params)
         device = tensors[0].device if tensors else torch.get_default_device()
-        step = torch.zeros((), dtype=_exact_dtype(device), device=device)
+        step = torch.zeros((), dtype=exact_dtype(device), device=device)
         states = [self.init_leaf(p, step) for p in tensors]
         columns = [[state[k + 1] for state in states] for k in range(len(self.unused))]
         return self._pack(step, columns, spec)
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
         work = self._gather(params, grads, state, hparams)
-        step = _exact(state[0]) + 1
+        step = exact(state[0]) + 1
         new_params, new_buffers = list(work.params), [list(column) for column in work.buffers]
         for i, new_param, *new_row in self._steps(work, _as_number(step), work.groups()):
             new_params[i] = new_param
@@ -144,7 +144,7 @@ class Leafwise(Optimizer[S, H]):
             _checks.writable(work.params, params)
             if state[0].dtype in _HALF:
                 raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
-            step = _exact(state[0]) + 1
+            step = exact(state[0]) + 1
             groups = work.groups()
             for key in list(groups):
                 if self.execution == "auto" and self._natively(work, step, groups[key]):
@@ -304,13 +304,13 @@ def _plain(tensors: list[Tensor]) -> bool:
     )
 
 
-def _exact_dtype(device: torch.device) -> torch.dtype:
+def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _exact(scalar: Tensor) -> Tensor:
+def exact(scalar: Tensor) -> Tensor:
     """A 0-d tensor in float64: `beta ** step` in float32 costs parity in the sixth digit."""
-    return scalar.to(_exact_dtype(scalar.device))
+    return scalar.to(exact_dtype(scalar.device))
 
 
 def _is_scalar(value: Any) -> bool:
@@ -330,6 +330,6 @@ def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return value
     if value.dim() == 0:
         value = value if value.device.type == "cpu" else value.to(device)
-        return _exact(value)
+        return exact(value)
     value = value.to(_WORKING_DTYPE.get(dtype, dtype).to_real())
     return value.unsqueeze(-1) if dtype.is_complex else value

@@ -166,9 +166,9 @@ def _check(record: Any) -> None:
             if isinstance(leaf, bool) or not isinstance(leaf, numbers.Real):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
                 raise TypeError(f"{path} is {_tree.describe(leaf)}, not a number or a tensor")
-            if not _in_range(float(leaf), field.bounds):
+            if not in_range(float(leaf), field.bounds):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
-                raise ValueError(f"{path} is {leaf}, but must be {_say(field.bounds)}")
+                raise ValueError(f"{path} is {leaf}, but must be {describe_range(field.bounds)}")
         if not all(isinstance(leaf, (int, float, Tensor)) for leaf in leaves):  # numpy's numbers
             object.__setattr__(record, field.name, _tree.map(_plain, value))
 
@@ -177,9 +177,9 @@ def _plain(leaf: Any) -> Any:
     return leaf if isinstance(leaf, Tensor) else float(leaf)
 
 
-def _in_range(value: float, bounds: dict[str, float | None]) -> bool:
+def in_range(value: float, bounds: dict[str, float | None]) -> bool:
     return all(b is None or _BOUNDS[kind][1](value, b) for kind, b in bounds.items())
 
 
-def _say(bounds: dict[str, float | None]) -> str:
+def describe_range(bounds: dict[str, float | None]) -> str:
     return " and ".join(f"{_BOUNDS[k][0]} {b}" for k, b in bounds.items() if b is not None)

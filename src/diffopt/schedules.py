@@ -1,0 +1,434 @@
+"""Schedules: pure functions of the step, differentiable in the numbers they are made of.
+
+What makes a schedule takes numbers, and returns a function `step -> value` for a field of
+hyperparameters: `opt.hparams(lr=schedule(state.step))`. Steps are counted from 0, before the first
+update. A value is a float where the step and the numbers are Python's, and a float64 tensor where
+one of them is a tensor, whatever its dtype. Tensors broadcast: a tensor of steps gives the values
+at them. No tensor is ever looked into, so that schedules can be made and called inside `torch.vmap`
+and `torch.compile`. Where a schedule has a kink, its derivative is that of one side.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffopt import _engine, _hparams, _tree
+
+Number: TypeAlias = Any
+"""A Python number or a tensor."""
+
+Schedule: TypeAlias = Callable[[Number], Number]
+"""A function `step -> value`."""
+
+
+def constant(value: Number) -> Schedule:
+    """The same value at every step: `value`.
+
+    Args:
+        value: any number.
+
+    Returns:
+        The schedule. For torch's ConstantLR, which changes once, see `piecewise`.
+
+    Raises:
+        TypeError: an argument is neither a number nor a tensor.
+
+    Example:
+        >>> import diffopt
+        >>> diffopt.schedules.constant(0.1)(7)
+        0.1
+    """
+    value = _number("value", value)
+    return lambda step: value + 0 * _exact(step)
+
+
+def linear(init: Number, final: Number, steps: Number) -> Schedule:
+    """A straight line, then constant.
+
+    With x = min(step / steps, 1), the value is `init * (1 - x) + final * x`.
+
+    Args:
+        init: the value at step 0.
+        final: the value from step `steps` on.
+        steps: the length, > 0.
+
+    Returns:
+        The schedule: torch's LinearLR, with values in place of its factors of the learning rate.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: an argument is neither a number nor a tensor.
+
+    Example:
+        >>> import diffopt
+        >>> lr = diffopt.schedules.linear(init=1.0, final=0.5, steps=4)
+        >>> [lr(step) for step in range(6)]
+        [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]
+    """
+    init, final = _number("init", init), _number("final", final)
+    steps = _number("steps", steps, gt=0)
+    return lambda step: _between(init, final, _progress(_exact(step), steps))
+
+
+def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Schedule:
+    """A straight line up from `init` to `peak`, then constant: `linear(init, peak, steps)`.
+
+    Args:
+        peak: the value from step `steps` on.
+        steps: the length, > 0.
+        init: the value at step 0.
+
+    Returns:
+        The schedule. `joined` lets another one follow.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: an argument is neither a number nor a tensor.
+
+    Example:
+        >>> from diffopt.schedules import cosine, joined, warmup
+        >>> lr = joined([warmup(peak=1.0, steps=2), cosine(init=1.0, steps=4)], [2])
+        >>> [round(lr(step), 3) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
+
+    Source: Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017.
+    """
+    return linear(init, _number("peak", peak), steps)
+
+
+def polynomial(init: Number, steps: Number, power: Number = 1.0, final: Number = 0.0) -> Schedule:
+    """A power of the steps that remain, then constant.
+
+    With r = (1 - min(step / steps, 1))^power, the value is `init * r + final * (1 - r)`.
+
+    Args:
+        init: the value at step 0.
+        steps: the length, > 0.
+        power: the exponent, > 0.
+        final: the value from step `steps` on.
+
+    Returns:
+        The schedule: torch's PolynomialLR, which knows only `final=0`.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: an argument is neither a number nor a tensor.
+
+    Example:
+        >>> import diffopt
+        >>> lr = diffopt.schedules.polynomial(init=1.0, steps=4, power=2.0)
+        >>> [lr(step) for step in range(6)]
+        [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
+    """
+    init, final = _number("init", init), _number("final", final)
+    steps, power = _number("steps", steps, gt=0), _number("power", power, gt=0)
+
+    def schedule(step: Number) -> Number:
+        left = 1 - _progress(_exact(step), steps)
+        return _between(final, init, _power(left, power))
+
+    return schedule
+
+
+def cosine(init: Number, steps: Number, final: Number = 0.0) -> Schedule:
+    """Half a cosine wave, then constant.
+
+    With r = (1 + cos(pi * min(step / steps, 1))) / 2, the value is `init * r + final * (1 - r)`.
+
+    Args:
+        init: the value at step 0.
+        steps: the length, > 0.
+        final: the value from step `steps` on.
+
+    Returns:
+        The schedule: torch's CosineAnnealingLR as far as its T_max, after which torch's rises
+        again and this one stays.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: an argument is neither a number nor a tensor.
+
+    Example:
+        >>> import diffopt
+        >>> lr = diffopt.schedules.cosine(init=1.0, steps=4)
+        >>> [round(lr(step), 3) for step in range(6)]
+        [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+
+    Source: Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017,
+    equation 5, without restarts.
+    """
+    init, final = _number("init", init), _number("final", final)
+    steps = _number("steps", steps, gt=0)
+    return lambda step: _cosine(init, final, _progress(_exact(step), steps))
+
+
+def exponential(init: Number, gamma: Number) -> Schedule:
+    """A constant factor per step: `init * gamma^step`.
+
+    Args:
+        init: the value at step 0.
+        gamma: the factor, >= 0.
+
+    Returns:
+        The schedule: torch's ExponentialLR.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: an argument is neither a number nor a tensor.
+
+    Example:
+        >>> import torch, diffopt
+        >>> gamma = torch.tensor(0.5, requires_grad=True)
+        >>> lr = diffopt.schedules.exponential(init=1.0, gamma=gamma)(3)
+        >>> torch.autograd.grad(lr, gamma)  # 3 * 0.5^2
+        (tensor(0.7500),)
+    """
+    init, gamma = _number("init", init), _number("gamma", gamma, ge=0)
+    return lambda step: init * _decay(gamma, _exact(step))
+
+
+def step(init: Number, gamma: Number, every: Number) -> Schedule:
+    """A constant factor every so many steps: `init * gamma^floor(step / every)`.
+
+    Args:
+        init: the value at step 0.
+        gamma: the factor, >= 0.
+        every: the steps between two changes, > 0; its derivative is 0.
+
+    Returns:
+        The schedule: torch's StepLR.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: an argument is neither a number nor a tensor.
+
+    Example:
+        >>> import diffopt
+        >>> lr = diffopt.schedules.step(init=1.0, gamma=0.5, every=2)
+        >>> [lr(step) for step in range(6)]
+        [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    """
+    init, gamma = _number("init", init), _number("gamma", gamma, ge=0)
+    every = _number("every", every, gt=0)
+    return lambda step: init * _decay(gamma, _floor(_exact(step) / every))
+
+
+def one_cycle(
+    peak: Number,
+    steps: Number,
+    *,
+    pct_start: Number = 0.3,
+    div_factor: Number = 25.0,
+    final_div_factor: Number = 1e4,
+    anneal: Literal["cos", "linear"] = "cos",
+    three_phase: bool = False,
+) -> Schedule:
+    """Up to a peak and down to almost nothing.
+
+    From `low = peak / div_factor` at step 0 to `peak` at step pct_start * steps - 1, and on to
+    `low / final_div_factor` at step steps - 1. With `three_phase` the way down has two parts: back
+    to `low` at step 2 * (pct_start * steps - 1), then to the end.
+
+    Args:
+        peak: the greatest value.
+        steps: how many steps there are, > 0; the last one is number `steps - 1`.
+        pct_start: the share of the way up, in [0, 1].
+        div_factor: peak over first value, > 0.
+        final_div_factor: first value over last, > 0.
+        anneal: the way between two values: "cos" as in `cosine`, "linear" as in `linear`.
+        three_phase: whether the way down has two parts.
+
+    Returns:
+        The schedule: the learning rate of torch's OneCycleLR, which raises an error after its last
+        step, where this one stays. For its momentum, give a schedule to `momentum` or `beta1`.
+
+    Raises:
+        ValueError: a number is out of range, or `anneal` is unknown.
+        TypeError: an argument is neither a number nor a tensor, or `three_phase` is no bool.
+
+    Example:
+        >>> import diffopt
+        >>> lr = diffopt.schedules.one_cycle(
+        ...     peak=1.0, steps=5, pct_start=0.6, div_factor=2.0, anneal="linear"
+        ... )
+        >>> [round(lr(step), 3) for step in range(6)]
+        [0.5, 0.75, 1.0, 0.5, 0.0, 0.0]
+
+    Source: Smith and Topin, "Super-convergence: very fast training of neural networks using large
+    learning rates", 2018, as in torch.
+    """
+    peak, steps = _number("peak", peak), _number("steps", steps, gt=0)
+    low = peak / _number("div_factor", div_factor, gt=0)
+    last = low / _number("final_div_factor", final_div_factor, gt=0)
+    top = _number("pct_start", pct_start, ge=0, le=1) * steps - 1
+    _hparams.check_flags(three_phase=three_phase)
+    if anneal not in ("cos", "linear"):
+        raise ValueError(f"anneal is {anneal!r}, but must be 'cos' or 'linear'")
+    curve = _cosine if anneal == "cos" else _between
+    points = [(0.0, low), (top, peak), (steps - 1, last)]
+    if three_phase:
+        points.insert(2, (2 * top, low))
+
+    def schedule(step: Number) -> Number:
+        step = _exact(step)
+        step = _where(step < steps - 1, step, steps - 1)
+        value = low
+        for (start, before), (end, after) in pairwise(points):
+            x = _progress(step - start, end - start)
+            value = _where(step > start, curve(before, after, x), value)
+        return value
+
+    return schedule
+
+
+def piecewise(values: Sequence[Number] | Tensor, boundaries: Sequence[Number]) -> Schedule:
+    """Constant between boundaries: `values[i]` from step `boundaries[i - 1]` on.
+
+    Args:
+        values: the values, one more than boundaries; numbers, or a tensor with one in each row.
+        boundaries: the steps of the changes, increasing, >= 0; their derivative is 0.
+
+    Returns:
+        The schedule: torch's MultiStepLR, with values in place of its factor. ConstantLR is
+        `piecewise([factor * lr, lr], [total_iters])`.
+
+    Raises:
+        ValueError: lengths do not match, or boundaries do not increase.
+        TypeError: an argument is neither a number nor a tensor.
+
+    Example:
+        >>> import diffopt
+        >>> lr = diffopt.schedules.piecewise([0.1, 0.01, 0.005], [2, 3])
+        >>> [lr(step) for step in range(5)]
+        [0.1, 0.1, 0.01, 0.005, 0.005]
+    """
+    _check_boundaries("values", len(values), boundaries)
+    checked = [_number(f"values[{i}]", value) for i, value in enumerate(values)]
+    return joined([constant(value) for value in checked], boundaries)
+
+
+def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Schedule:
+    """One schedule after the other, each counting from its own first step.
+
+    The value is `schedules[i](step - boundaries[i - 1])` from step `boundaries[i - 1]` on.
+
+    Args:
+        schedules: the parts, one more than boundaries: any functions of the step.
+        boundaries: the steps of the changes, increasing, >= 0.
+
+    Returns:
+        The schedule: torch's SequentialLR. A part whose turn it is not is evaluated at its step 0.
+
+    Raises:
+        ValueError: lengths do not match, or boundaries do not increase.
+        TypeError: a boundary is neither a number nor a tensor.
+
+    Example:
+        >>> from diffopt.schedules import constant, joined, linear
+        >>> lr = joined([constant(1.0), linear(init=1.0, final=0.0, steps=2)], [3])
+        >>> [lr(step) for step in range(6)]
+        [1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
+    """
+    starts = _check_boundaries("schedules", len(schedules), boundaries)
+    ends = [*starts, math.inf]
+    first, *others = schedules
+
+    def schedule(step: Number) -> Number:
+        step = _exact(step)
+        value = first(_where(step < ends[0], step, 0.0))
+        for part, start, end in zip(others, starts, ends[1:], strict=True):
+            # At a step that is its own no part overflows, which would make the derivative NaN.
+            local = _where((step >= start) & (step < end), step - start, 0.0)
+            value = _where(step >= start, part(local), value)
+        return value
+
+    return schedule
+
+
+# Arguments
+
+
+def _number(name: str, value: Number, **bounds: float) -> Number:
+    """`value`, checked if it is a Python number."""
+    if isinstance(value, Tensor):
+        return _exact(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {_tree.describe(value)}, not a number or a tensor")
+    if not _hparams.in_range(float(value), {**bounds}):
+        raise ValueError(f"{name} is {value}, but must be {_hparams.describe_range({**bounds})}")
+    return float(value)
+
+
+def _check_boundaries(name: str, parts: int, boundaries: Sequence[Number]) -> list[Number]:
+    checked = [_number(f"boundaries[{i}]", b, ge=0) for i, b in enumerate(boundaries)]
+    if parts != len(checked) + 1:
+        raise ValueError(
+            f"{name} has length {parts}, but must have one more than boundaries, "
+            f"which has length {len(checked)}"
+        )
+    for i, (a, b) in enumerate(pairwise(checked)):
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor) and a >= b:
+            raise ValueError(f"boundaries must increase, but [{i}] is {a} and [{i + 1}] is {b}")
+    return checked
+
+
+def _exact(value: Number) -> Number:
+    return _engine.exact(value) if isinstance(value, Tensor) else value
+
+
+# Mathematics for floats and tensors. Each derivative is finite, that of what `where` drops too.
+
+
+def _where(condition: Any, x: Number, y: Number) -> Number:
+    """`x` where the condition holds, else `y`: a tensor if one of the three is."""
+    like = next((value for value in (condition, x, y) if isinstance(value, Tensor)), None)
+    if like is None:
+        return x if condition else y
+    dtype = _engine.exact_dtype(like.device)  # of two plain numbers torch.where makes float32
+    condition = _tensor(condition, like, torch.bool)
+    return torch.where(condition, _tensor(x, like, dtype), _tensor(y, like, dtype))
+
+
+def _tensor(value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full_like(like, value, dtype=dtype)
+
+
+def _progress(step: Number, steps: Number) -> Number:
+    """`step / steps`, but no less than 0 and no more than 1."""
+    step = _where(step > 0, step, 0.0)
+    inside = step < steps
+    return _where(inside, step / _where(inside, steps, 1.0), 1.0)
+
+
+def _between(start: Number, end: Number, x: Number) -> Number:
+    """The straight line from `start` at x = 0 to `end` at x = 1."""
+    return start * (1 - x) + end * x
+
+
+def _cosine(start: Number, end: Number, x: Number) -> Number:
+    """Half a cosine wave from `start` at x = 0 to `end` at x = 1."""
+    cos = torch.cos(math.pi * x) if isinstance(x, Tensor) else math.cos(math.pi * x)
+    return _between(end, start, (1 + cos) / 2)
+
+
+def _power(base: Number, exponent: Number) -> Number:
+    """`base^exponent` for an exponent > 0; at base 0 the derivatives are 0."""
+    zero = base == 0
+    return _where(zero, 0.0, _where(zero, 1.0, base) ** exponent)
+
+
+def _decay(gamma: Number, times: Number) -> Number:
+    """`gamma^times`, which is 1 at times = 0 for every gamma, 0 too."""
+    none = times == 0
+    return _where(none, 1.0, gamma ** _where(none, 1.0, times))
+
+
+def _floor(x: Number) -> Number:
+    return torch.floor(x) if isinstance(x, Tensor) else math.floor(x)
