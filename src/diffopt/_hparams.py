@@ -17,7 +17,7 @@ Hyperparameter: TypeAlias = Any
 
 T = TypeVar("T")
 
-_FIELDS: dict[type, tuple[Field, ...]] = {}  # of every record class; dataclasses.fields won't trace
+FIELDS: dict[type, tuple[Field, ...]] = {}  # of every record class; dataclasses.fields won't trace
 
 
 class Field(NamedTuple):
@@ -91,8 +91,8 @@ def hparams(cls: type[T]) -> type[T]:
     cls.__post_init__ = _check  # pyright: ignore[reportAttributeAccessIssue]
     record = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
     fields = dataclasses.fields(record)  # pyright: ignore[reportArgumentType]
-    _FIELDS[record] = tuple(Field(field.name, **field.metadata) for field in fields)
-    names = [field.name for field in _FIELDS[record]]
+    FIELDS[record] = tuple(Field(field.name, **field.metadata) for field in fields)
+    names = [field.name for field in FIELDS[record]]
 
     def flatten(node: T) -> tuple[list[Any], None]:
         return [getattr(node, name) for name in names], None
@@ -124,7 +124,7 @@ def check_flags(**flags: object) -> None:
 def assemble(record: type[T], values: Iterable[Any]) -> T:
     """A record of these values, unchecked: trees in transit hold placeholders in their leaves."""
     node = object.__new__(record)
-    for field, value in zip(_FIELDS[record], values, strict=True):
+    for field, value in zip(FIELDS[record], values, strict=True):
         object.__setattr__(node, field.name, value)
     return node
 
@@ -145,7 +145,7 @@ class Covered(NamedTuple):
 def broadcast(record: Any, spec: _tree.Spec, params: _tree.Tree) -> list[Covered]:
     """Spread every field of a record over the leaves of params, whose structure is `spec`."""
     covered: list[Covered] = []
-    for field in _FIELDS[type(record)]:
+    for field in FIELDS[type(record)]:
         value, per_parameter = getattr(record, field.name), field.per_parameter
         if per_parameter:
             names = (f"hparams.{field.name}", "params")
@@ -157,7 +157,7 @@ def broadcast(record: Any, spec: _tree.Spec, params: _tree.Tree) -> list[Covered
 
 
 def _check(record: Any) -> None:
-    for field in _FIELDS[type(record)]:
+    for field in FIELDS[type(record)]:
         value = getattr(record, field.name)
         leaves = _tree.leaves(value)
         for i, leaf in enumerate(leaves):

@@ -134,7 +134,7 @@ def as_dtype(dtype: torch.dtype | None, tree: Any) -> Any:
 
 def record_fields(hparams: Any) -> tuple[_hparams.Field, ...]:
     """What `number` declared of this record; nothing where it is none of ours."""
-    return _hparams._FIELDS.get(type(hparams), ())
+    return _hparams.FIELDS.get(type(hparams), ())
 
 
 def map_fields(function: Callable[[_hparams.Field, Any], Any], hparams: Any) -> Any:
