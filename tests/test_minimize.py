@@ -272,6 +272,69 @@ def test_an_inner_loop_inside_an_inner_loop():
     )
 
 
+# A coordinate whose gradient is always zero
+
+RULES = {
+    "sgd": diffopt.sgd(),
+    "adam": diffopt.adam(),
+    "amsgrad": diffopt.adam(amsgrad=True),
+    "adamw": diffopt.adamw(),
+    "adamax": diffopt.adamax(),
+    "nadam": diffopt.nadam(),
+    "radam": diffopt.radam(),
+    "rmsprop": diffopt.rmsprop(centered=True),
+    "adagrad": diffopt.adagrad(),
+    "adadelta": diffopt.adadelta(),
+}
+
+
+def regression(features):
+    """The error on new data after 3 steps on data with these features, by start and rate."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, new_x, new_y = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in [(5, 3), (5,), (4, 3), (4,)]
+    )
+    x[:, 2] = 0  # a feature that is constantly zero
+    x, new_x = x[:, features], new_x[:, features]
+
+    def outer(opt, w, lr):
+        sol = diffopt.minimize(
+            lambda w, x, y: ((x @ w - y) ** 2).mean(),
+            w,
+            x,
+            y,
+            optimizer=opt,
+            hparams=opt.hparams(lr=lr, weight_decay=0.0),
+            steps=3,
+        )
+        return ((new_x[:, :2] @ sol.params[:2] - new_y) ** 2).mean()
+
+    return outer
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("rule", RULES)
+def test_a_feature_that_is_zero_changes_no_meta_gradient(rule):
+    opt, lr = RULES[rule], torch.tensor(0.1, dtype=torch.float64)
+    whole, reduced = regression([0, 1, 2]), regression([0, 1])
+
+    def derivatives(outer, start):
+        inputs = [start.clone().requires_grad_(), lr.clone().requires_grad_()]
+        with torch.autograd.detect_anomaly():
+            first = torch.autograd.grad(outer(opt, *inputs), inputs, create_graph=True)
+            total = first[0].sum() + first[1]
+            return [*first, *torch.autograd.grad(total, inputs, materialize_grads=True)]
+
+    with_zero, without = derivatives(whole, START), derivatives(reduced, START[:2])
+    assert all(d.isfinite().all() for d in with_zero)
+    by_func = torch.func.grad(lambda w, lr: whole(opt, w, lr), argnums=(0, 1))(START, lr)
+    torch.testing.assert_close(list(by_func), with_zero[:2])
+    for d, expected in zip(with_zero, without, strict=True):
+        torch.testing.assert_close(d[:2] if d.dim() else d, expected)
+    torch.testing.assert_close(with_zero[0][2], torch.zeros_like(lr))
+
+
 # Adjoints
 
 
@@ -353,6 +416,32 @@ def test_truncated_differentiates_the_last_steps(by_batches):
             ).params.sum()
         )(lr.detach()),
     )
+
+
+@pytest.mark.parametrize("adjoint", [Truncated(2), Truncated(5)])
+def test_truncated_has_the_derivatives_of_finite_differences(adjoint):
+    """Of a run whose first steps took the rate at which the derivative is wanted."""
+    opt, rate, kept = diffopt.adam(), 0.1, min(adjoint.k, 5)
+    start = run(START, opt=opt, steps=5 - kept, adjoint=None, lr=rate)
+
+    def last_steps(lr):
+        """Differences of the kept steps, and derivatives of the truncated loop."""
+        if not lr.requires_grad:
+            return diffopt.minimize(
+                quartic, start.params, TARGET, optimizer=opt, hparams=opt.hparams(lr=lr),
+                steps=kept, state=start.state, adjoint=None,
+            ).params  # fmt: skip
+        return run(START, opt=opt, steps=5, adjoint=adjoint, lr=lr).params
+
+    width, lr = 1e-4, torch.tensor(rate, dtype=torch.float64, requires_grad=True)
+    ahead, here, behind = (last_steps(lr.detach() + d) for d in (width, 0, -width))
+    for i, param in enumerate(last_steps(lr)):
+        (first,) = torch.autograd.grad(param, lr, create_graph=True)
+        (second,) = torch.autograd.grad(first, lr, retain_graph=True)
+        torch.testing.assert_close(first, (ahead - behind)[i] / (2 * width), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            second, (ahead - 2 * here + behind)[i] / width**2, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_truncated_is_exact_where_the_loop_is_short():

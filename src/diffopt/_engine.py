@@ -53,7 +53,8 @@ def leafwise(
         rule: `(param, grad, state, hparams, scalars) -> (new_param, new_state)` for one tensor, in
             out-of-place operations of `diffopt._ops` and operators. `state.step` has been
             incremented: it is 1 at the first step. `hparams` has a number or a tensor that
-            broadcasts in each field.
+            broadcasts in each field. It must not raise for some tensors only: `update_` checks
+            all arguments first, and then writes one result after the other.
         scalars: `(step, hparams) -> anything`: what is computed once per step and not once per
             tensor, such as bias corrections.
         maximize: ascend instead of descend.
