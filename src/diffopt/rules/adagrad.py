@@ -70,15 +70,15 @@ def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]
 
     def scalars(t: Any, hp: AdagradHParams) -> tuple[Any, Any]:
         first = 1 - _ops.after_first(t)
-        return hp.lr / (1 + (t - 1) * hp.lr_decay), hp.initial_accumulator_value * first
+        return -hp.lr / (1 + (t - 1) * hp.lr_decay), hp.initial_accumulator_value * first
 
     def rule(
         p: Any, g: Any, s: AdagradState, hp: AdagradHParams, c: Any
     ) -> tuple[Any, AdagradState]:
-        lr, initial = c
+        descent, initial = c
         g = _ops.add_decay(g, p, hp.weight_decay)
         total = _ops.addcmul(s.sum, g, g, 1) + initial
-        return _ops.addcdiv(p, g, _ops.sqrt(total) + hp.eps, -lr), AdagradState(s.step, total)
+        return _ops.addcdiv(p, g, _ops.sqrt(total) + hp.eps, descent), AdagradState(s.step, total)
 
     def native(p: Any, g: Any, s: AdagradState, hp: AdagradHParams) -> bool:
         if hp.initial_accumulator_value != 0:

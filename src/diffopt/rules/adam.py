@@ -112,20 +112,21 @@ def _adam(hparams: Any, *, decoupled: bool, amsgrad: bool, maximize: bool) -> An
     def init(p: Any, step: Any) -> AdamState:
         return AdamState(step, zeros_like(p), zeros_like(p), zeros_like(p) if amsgrad else ())
 
-    def scalars(t: Any, hp: AdamHParams) -> tuple[Any, Any]:
-        return hp.lr / (1 - hp.beta1**t), (1 - hp.beta2**t) ** 0.5
+    def scalars(t: Any, hp: AdamHParams) -> tuple[Any, Any, Any]:
+        shrinkage = 1 - hp.lr * hp.weight_decay
+        return -hp.lr / (1 - hp.beta1**t), (1 - hp.beta2**t) ** 0.5, shrinkage
 
     def rule(p: Any, g: Any, s: AdamState, hp: AdamHParams, c: Any) -> tuple[Any, AdamState]:
-        step_size, root_correction2 = c
+        descent, root_correction2, shrinkage = c
         if decoupled:
-            p = p * (1 - hp.lr * hp.weight_decay)
+            p = p * shrinkage
         else:
             g = _ops.add_decay(g, p, hp.weight_decay)
         m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
         v = _ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
         v_max: Any = _ops.maximum(s.max_exp_avg_sq, v) if amsgrad else ()
         denominator = _ops.sqrt(v_max if amsgrad else v) / root_correction2 + hp.eps
-        return _ops.addcdiv(p, m, denominator, -step_size), AdamState(s.step, m, v, v_max)
+        return _ops.addcdiv(p, m, denominator, descent), AdamState(s.step, m, v, v_max)
 
     def native(p: Any, g: Any, s: AdamState, hp: AdamHParams) -> bool:
         kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_

@@ -69,14 +69,14 @@ def adamax(*, maximize: bool = False) -> Leafwise[AdamaxState, AdamaxHParams]:
         return AdamaxState(step, zeros_like(p), zeros_like(p))
 
     def scalars(t: Any, hp: AdamaxHParams) -> Any:
-        return hp.lr / (1 - hp.beta1**t)
+        return -hp.lr / (1 - hp.beta1**t)
 
     def rule(
-        p: Any, g: Any, s: AdamaxState, hp: AdamaxHParams, step_size: Any
+        p: Any, g: Any, s: AdamaxState, hp: AdamaxHParams, descent: Any
     ) -> tuple[Any, AdamaxState]:
         g = _ops.add_decay(g, p, hp.weight_decay)
         m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
         u = _ops.maximum(hp.beta2 * s.exp_inf, abs(g) + hp.eps)
-        return _ops.addcdiv(p, m, u, -step_size), AdamaxState(s.step, m, u)
+        return _ops.addcdiv(p, m, u, descent), AdamaxState(s.step, m, u)
 
     return leafwise(AdamaxState, AdamaxHParams, init, rule, scalars=scalars, maximize=maximize)

@@ -78,16 +78,17 @@ def nadam(
     def init(p: Any, step: Any) -> NAdamState:
         return NAdamState(step, zeros_like(p), zeros_like(p), zeros_like(p))
 
-    def scalars(t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any]:
+    def scalars(t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any, Any]:
+        shrinkage = 1 - hp.lr * hp.weight_decay
         mu, mu_next = (
             hp.beta1 * (1 - 0.5 * 0.96 ** (when * hp.momentum_decay)) for when in (t, t + 1)
         )
-        return 1 - _ops.after_first(t), mu, mu_next, 1 - hp.beta2**t
+        return 1 - _ops.after_first(t), mu, mu_next, 1 - hp.beta2**t, shrinkage
 
     def rule(p: Any, g: Any, s: NAdamState, hp: NAdamHParams, c: Any) -> tuple[Any, NAdamState]:
-        first, mu, mu_next, correction2 = c
+        first, mu, mu_next, correction2, shrinkage = c
         if decoupled_weight_decay:
-            p = p * (1 - hp.lr * hp.weight_decay)
+            p = p * shrinkage
         else:
             g = _ops.add_decay(g, p, hp.weight_decay)
         product = (s.mu_product + first) * mu

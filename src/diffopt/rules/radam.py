@@ -75,7 +75,8 @@ def radam(
     def init(p: Any, step: Any) -> RAdamState:
         return RAdamState(step, zeros_like(p), zeros_like(p))
 
-    def scalars(t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any]:
+    def scalars(t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any, Any]:
+        shrinkage = 1 - hp.lr * hp.weight_decay
         correction1, correction2 = 1 - hp.beta1**t, 1 - hp.beta2**t
         r_inf = 2 / (1 - hp.beta2) - 1
         r = r_inf - 2 * t * hp.beta2**t / correction2
@@ -83,12 +84,12 @@ def radam(
         # Where it does not apply the square root is kept away from negative numbers.
         r, r_inf = _ops.where(rectified, r, 6.0), _ops.where(rectified, r_inf, 6.0)
         rectification = ((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
-        return hp.lr / correction1, rectified, rectification * correction2**0.5
+        return hp.lr / correction1, rectified, rectification * correction2**0.5, shrinkage
 
     def rule(p: Any, g: Any, s: RAdamState, hp: RAdamHParams, c: Any) -> tuple[Any, RAdamState]:
-        step_size, rectified, scale = c
+        step_size, rectified, scale, shrinkage = c
         if decoupled_weight_decay:
-            p = p * (1 - hp.lr * hp.weight_decay)
+            p = p * shrinkage
         else:
             g = _ops.add_decay(g, p, hp.weight_decay)
         m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
