@@ -6,7 +6,8 @@ Every function takes lists in the order of the leaves, and the tree of params fo
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,13 +15,19 @@ from torch import Tensor
 from diffopt import _hparams, _modes, _tree
 from diffopt._tree import Tree
 
+Shape: TypeAlias = Sequence[int]
 
-def params(tensors: list[Any], tree: Tree) -> None:
-    """Tensors, each at one path."""
+
+def params(
+    tensors: list[Any], tree: Tree, refuse: Callable[[Tensor], str | None] | None = None
+) -> None:
+    """Tensors, each at one path, which the rule does not refuse."""
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             path = _tree.paths(tree, "params")[i]
             raise TypeError(f"{path} is {_tree.describe(tensor)}, not a tensor")
+        if refuse and (reason := refuse(tensor)):
+            raise ValueError(f"{_tree.paths(tree, 'params')[i]} {reason}")
     if _modes.compiling() or len({id(tensor) for tensor in tensors}) == len(tensors):
         return
     first = dict[int, str]()
@@ -46,10 +53,23 @@ def grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
             raise ValueError(f"{path} has layout {grad.layout}, but must be dense")
 
 
-def buffers(buffers: list[Any], params: list[Tensor], tree: Tree, name: str) -> None:
-    """Tensors of the parameter's shape and device."""
+def buffers(
+    buffers: list[Any],
+    params: list[Tensor],
+    tree: Tree,
+    name: str,
+    shapes: Sequence[Shape] | None = None,
+) -> None:
+    """Tensors of the parameter's device, and of these shapes or the parameter's."""
+    attributes = ("device",) if shapes else ("shape", "device")
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
-        _leaf(buffer, param, tree, i, name, ("shape", "device"))
+        _leaf(buffer, param, tree, i, name, attributes)
+        if shapes and buffer.shape != shapes[i]:
+            paths = [_tree.paths(tree, n)[i] for n in (name, "params")]
+            raise ValueError(
+                f"{paths[0]} has shape {tuple(buffer.shape)}, but must have shape "
+                f"{tuple(shapes[i])}, since {paths[1]} has shape {tuple(param.shape)}"
+            )
 
 
 def _leaf(
@@ -116,10 +136,15 @@ def numbers(numbers: list[_hparams.Covered], params: list[Tensor], tree: Tree) -
                 continue
             for i, param in enumerate(params):
                 if number.at(i) is value:
-                    _number(value, param, tree, i, name)
+                    _number(value, param, tree, i, name, number.per_weight)
 
 
-def _number(value: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
+def _number(value: Tensor, param: Tensor, tree: Tree, i: int, name: str, per_weight: bool) -> None:
+    if not per_weight:
+        path = _tree.paths(tree, "params")[i]
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but must be one number for the whole of {path}"
+        )
     # A 0-d parameter becomes one-dimensional in the rule.
     shape = param.shape or torch.Size([1])
     fits = value.dim() <= len(shape) and all(

@@ -1,6 +1,6 @@
 """leafwise(): an optimizer from the mathematics of one tensor.
 
-The only place that knows about buckets, None gradients, maximize, and how a rule is executed.
+The only place that knows about buckets, None gradients, and how a rule is executed on whole trees.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false
@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _hparams, _modes, _tree
-from diffopt._tensorlist import TensorList
+from diffopt import _checks, _execution, _hparams, _modes, _tree
+from diffopt._checks import Shape
+from diffopt._execution import Execution, Rule, is_scalar, unused
+from diffopt._modes import exact, exact_dtype
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 
 S = TypeVar("S", bound=tuple[Any, ...])
 H = TypeVar("H")
-Execution = Literal["auto", "leaf", "foreach"]
 
-_AS_IS = (torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
-_WORKING_DTYPE = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.complex32: torch.complex64,
-}
 
 
 def leafwise(
@@ -39,8 +34,13 @@ def leafwise(
     rule: Callable[..., tuple[Any, S]],
     *,
     scalars: Callable[[Any, H], Any] | None = None,
+    initial: Callable[[H], dict[str, Any]] | None = None,
     maximize: bool = False,
-    native: Callable[[list[Tensor], list[Tensor], S, H], bool] | None = None,
+    native: Callable[..., bool] | None = None,
+    elementwise: bool = False,
+    batchable: bool = True,
+    shapes: Callable[[Shape], tuple[Shape, ...]] | None = None,
+    refuse: Callable[[Tensor], str | None] | None = None,
 ) -> Leafwise[S, H]:
     """Make an optimizer from the mathematics of one tensor.
 
@@ -57,12 +57,23 @@ def leafwise(
             all arguments first, and then writes one result after the other.
         scalars: `(step, hparams) -> anything`: what is computed once per step and not once per
             tensor, such as bias corrections.
+        initial: `hparams -> {field: value}`: what `init`, which knows no hyperparameters, could not
+            put into the state. The first step adds it to the field.
         maximize: ascend instead of descend.
-        native: `(params, grads, state, hparams) -> bool`, the rule as one of torch's fused kernels,
-            in place, on lists of contiguous float32 or float64 tensors of one CPU or CUDA device.
-            Fields of the state are lists or `()`, `state.step` is a 0-d float32 tensor, and all
-            hyperparameters are numbers. It ascends where the optimizer does; where the kernel does
-            not compute the rule it returns False and has changed nothing.
+        native: `(params, grads, state, hparams, first, amp) -> bool`, the rule as one of torch's
+            fused kernels, in place, on lists of contiguous tensors of one dtype on one CPU or CUDA
+            device. Fields of the state are lists or `()`, `state.step` a list of 0-d tensors, and
+            hyperparameters numbers; `first` says whether this is step 1 (None: not known), and
+            `amp` holds keyword arguments for the kernel. It ascends where the optimizer does;
+            where the kernel does not compute the rule it returns False and has changed nothing.
+        elementwise: whether each element of the new tensors depends on the same element of the old
+            ones only. Then big tensors may be updated in pieces, and small ones together.
+        batchable: False where the rule computes with a tensor as a whole, as by a mean or a product
+            of matrices: then it sees one tensor at a time, never several as one.
+        shapes: `(shape of the param) -> shapes of its buffers`, one for each field of the state
+            after `step`, where they are not all that of the parameter. Such a rule must refuse
+            complex parameters.
+        refuse: `(param) -> reason or None`: why the rule cannot update it, such as "is complex".
 
     Returns:
         The optimizer. Parameters in half precision are updated in float32 arithmetic, complex ones
@@ -87,13 +98,15 @@ def leafwise(
     if not _modes.compiling():  # then it does not trace
         torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
     fields = init(torch.empty(0), torch.empty(()))
-    unused = tuple(_unused(field) for field in fields[1:])
-    return Leafwise(hparams, state, unused, init, rule, scalars, maximize, native)
+    execution = (native, elementwise, batchable, shapes, refuse)
+    mathematics = Rule(hparams, state, init, rule, scalars, maximize, initial, *execution)
+    return Leafwise(hparams, mathematics, tuple(unused(field) for field in fields[1:]))
 
 
 def zeros_like(param: Tensor) -> Tensor:
     """A buffer for `param`: zeros of its shape, in float32 where it has half precision."""
-    return torch.zeros_like(param, dtype=_WORKING_DTYPE.get(param.dtype), requires_grad=False)
+    dtype = _execution.WORKING_DTYPE.get(param.dtype)
+    return torch.zeros_like(param, dtype=dtype, requires_grad=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,42 +114,50 @@ class Leafwise(Optimizer[S, H]):
     """What `leafwise` returns.
 
     Attributes:
+        rule: the mathematics of one tensor.
         unused: which fields of the state, after `step`, hold `()` in this configuration.
         execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
             no derivative; "auto": the fastest that applies. That is, for `update_`, a native kernel
-            where there is one; foreach where no derivative can be asked for, but not on a CPU,
-            where it is a loop whose temporaries fall out of the cache; and else leaf.
+            where there is one, else tiles of the cache's size on a CPU; foreach on other devices
+            where no derivative can be asked for; and else leaf.
     """
 
     hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
-    state: type[S]
+    rule: Rule
     unused: tuple[bool, ...]
-    init_leaf: Callable[[Tensor, Tensor], S]
-    rule: Callable[..., tuple[Any, S]]
-    scalars: Callable[[Any, H], Any] | None = None
-    maximize: bool = False
-    native: Callable[[list[Tensor], list[Tensor], S, H], bool] | None = None
     execution: Execution = "auto"
 
     def init(self, params: Tree) -> S:
         tensors, spec = _tree.flatten(params)
-        _checks.params(tensors, params)
+        _checks.params(tensors, params, self.rule.refuse)
         device = tensors[0].device if tensors else torch.get_default_device()
         step = torch.zeros((), dtype=exact_dtype(device), device=device)
-        states = [self.init_leaf(p, step) for p in tensors]
+        states = [self.rule.init(p, step) for p in tensors]
         columns = [[state[k + 1] for state in states] for k in range(len(self.unused))]
         return self._pack(step, columns, spec)
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
         work = self._gather(params, grads, state, hparams)
         step = exact(state[0]) + 1
-        new_params, new_buffers = list(work.params), [list(column) for column in work.buffers]
-        for i, new_param, *new_row in self._steps(work, _as_number(step), work.groups()):
-            new_params[i] = new_param
-            for column, new in zip(new_buffers, new_row, strict=True):
-                column[i] = new
+        number = _modes.number_of(step)
+        differentiated = _modes.differentiated(work.tensors(step))
+        if self.execution == "foreach" and differentiated:
+            raise ValueError('execution="foreach" carries no derivative, and one may be wanted')
+        new: list[Any] = [list(work.params), *(list(column) for column in work.buffers)]
+        for indices in work.groups():
+            values, columns = work.values(indices), work.columns(indices)
+            numbers = self.rule.at(number, values, columns[0][0])
+            if not differentiated and self._batched(columns, values):
+                for column, result in zip(new, self.rule.apply(numbers, columns), strict=True):
+                    for i, tensor in zip(indices, result, strict=False):
+                        column[i] = tensor
+                continue
+            for k, i in enumerate(indices):
+                row = [_execution.pick(column, k) for column in columns]
+                for column, result in zip(new, self.rule.apply(numbers, row), strict=True):
+                    column[i] = result
         step = step if state[0].dtype in _HALF else step.to(state[0].dtype)
-        return _tree.unflatten(new_params, work.spec), self._pack(step, new_buffers, work.spec)
+        return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
 
     def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
         refuse_gradients(grads, hparams)
@@ -146,35 +167,56 @@ class Leafwise(Optimizer[S, H]):
             if state[0].dtype in _HALF:
                 raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
             step = exact(state[0]) + 1
-            groups = work.groups()
-            for key in list(groups):
-                if self.execution == "auto" and self._natively(work, step, groups[key]):
-                    del groups[key]
-            for i, *new in self._steps(work, _as_number(step), groups):
-                old: list[Any] = [work.params[i], *(column[i] for column in work.buffers)]
-                for tensor, result in zip(old, new, strict=True):
-                    if not _unused(tensor):
-                        tensor.copy_(result)
+            for indices in work.groups():
+                self._step_(step, work.values(indices), work.columns(indices))
             state[0].copy_(step)
+
+    def _step_(self, step: Tensor, values: list[Any], columns: list[Any]) -> None:
+        """Update tensors that share device, dtype and hyperparameters, in place."""
+        number = _modes.number_of(step)
+        numeric = all(isinstance(value, (int, float)) for value in values)
+        if self.execution == "auto" and numeric and _execution.kernel_ready(columns):
+            first = None if isinstance(number, Tensor) else number == 1
+            steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
+            if _execution.native_(self.rule, steps, first, values, columns):
+                return
+        numbers = self.rule.at(number, values, columns[0][0])
+        if self._batched(columns, values):
+            _execution.foreach_(self.rule, numbers, columns)
+        elif self.execution == "auto" and _execution.tileable(self.rule, columns, values):
+            _execution.tiled_(self.rule, numbers, columns)
+        else:
+            _execution.leaf_(self.rule, numbers, columns)
+
+    def _batched(self, columns: list[Any], values: list[Any]) -> bool:
+        """Whether foreach kernels are to run."""
+        if self.execution == "auto":
+            wanted = columns[0][0].device.type != "cpu" and not _modes.transformed()
+        else:
+            wanted = self.execution == "foreach"
+        return wanted and self.rule.batchable and all(map(is_scalar, values))
 
     def _gather(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
         """The arguments as lists in the order of the leaves of params, or an error."""
         tensors, spec = _tree.flatten(params)
-        _checks.params(tensors, params)
+        _checks.params(tensors, params, self.rule.refuse)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         _checks.grads(gradients, tensors, params)
-        if not isinstance(state, self.state):
-            raise TypeError(f"state is a {type(state).__name__}, not a {self.state.__name__}")
+        if not isinstance(state, self.rule.state):
+            raise TypeError(f"state is a {type(state).__name__}, not a {self.rule.state.__name__}")
         _checks.step(state[0], tensors, params)
         buffers: list[list[Any]] = []
-        for name, field, unused in zip(self._names(), state[1:], self.unused, strict=True):
-            if unused != _unused(field):
-                expected = "()" if unused else "a tree like params"
+        rows = [self.rule.shapes(p.shape) for p in tensors] if self.rule.shapes else []
+        for k, (name, absent) in enumerate(zip(self._names(), self.unused, strict=True)):
+            field = state[k + 1]
+            if absent != unused(field):
+                expected = "()" if absent else "a tree like params"
                 raise ValueError(f"{name} must be {expected}: make the state by this init()")
             column: list[Any] = [()] * len(tensors)
-            if not unused:
+            if not absent:
                 column = _tree.leaves_like(field, spec, params, (name, "params"))
-                _checks.buffers(column, tensors, params, name)
+                shapes = [row[k] for row in rows]
+                _checks.buffers(column, tensors, params, name, shapes)
             buffers.append(column)
         if not isinstance(hparams, self.hparams):
             raise TypeError(f"hparams is a {type(hparams).__name__}: make it by hparams(...)")
@@ -182,49 +224,13 @@ class Leafwise(Optimizer[S, H]):
         _checks.numbers(numbers, tensors, params)
         return _Work(spec, tensors, gradients, buffers, numbers)
 
-    def _natively(self, work: _Work, step: Tensor, group: list[int]) -> bool:
-        """Step a group by a native kernel; False where that is not possible."""
-        values = [number.at(group[0]) for number in work.numbers]
-        lists = [_pick(column, group) for column in (work.params, work.grads, *work.buffers)]
-        tensors = [tensor for column in lists if not _unused(column[0]) for tensor in column]
-        numeric = all(isinstance(value, (int, float)) for value in values)
-        if self.native is None or not (numeric and _plain(tensors)):
-            return False
-        params, grads, *buffers = lists
-        t = step.to(tensors[0].device, torch.float32)
-        state = self.state(t, *(() if _unused(column[0]) else column for column in buffers))
-        return self.native(params, grads, state, _hparams.assemble(self.hparams, values))
-
-    def _steps(
-        self, work: _Work, step: Any, groups: dict[tuple[Any, ...], list[int]]
-    ) -> Iterator[tuple[Any, ...]]:
-        """Index, new tensor and new buffers of each leaf in these groups."""
-        batchable = self.execution != "leaf" and not _modes.differentiated(work.tensors(step))
-        if self.execution == "foreach" and not batchable:
-            raise ValueError('execution="foreach" carries no derivative, and one may be wanted')
-        for (device, dtype, _), indices in groups.items():
-            values = [_place(n.at(indices[0]), device, dtype) for n in work.numbers]
-            hparams = _hparams.assemble(self.hparams, values)
-            t = _place(step, device, dtype)
-            scalars = self.scalars(t, hparams) if self.scalars else None
-            batched = batchable and all(map(_is_scalar, values))
-            batched = batched and (self.execution == "foreach" or device.type != "cpu")
-            batches: list[Any] = [indices] if batched else indices
-            for batch in batches:
-                p, g, *buffers = (_pick(c, batch) for c in (work.params, work.grads, *work.buffers))
-                g = -_enter(g) if self.maximize else _enter(g)
-                s = self.state(t, *map(_enter, buffers))
-                new_p, new_s = self.rule(_enter(p), g, s, hparams, scalars)
-                new = map(_leave, (new_p, *new_s[1:]), (p, *buffers))
-                yield from zip(batch, *new, strict=True) if batched else [(batch, *new)]
-
     def _names(self) -> list[str]:
-        fields: Any = getattr(self.state, "_fields")  # noqa: B009 (of every NamedTuple)
+        fields: Any = getattr(self.rule.state, "_fields")  # noqa: B009 (of every NamedTuple)
         return [f"state.{name}" for name in fields[1:]]
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
         columns = zip(self.unused, buffers, strict=True)
-        return self.state(step, *(() if u else _tree.unflatten(c, spec) for u, c in columns))
+        return self.rule.state(step, *(() if u else _tree.unflatten(c, spec) for u, c in columns))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,94 +249,22 @@ class _Work:
             if isinstance(leaf, Tensor):
                 yield leaf
 
-    def groups(self) -> dict[tuple[Any, ...], list[int]]:
+    def groups(self) -> list[list[int]]:
         """Leaves that share device, dtype and hyperparameters, hence the per-step scalars too."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
             if grad is not None:
                 key = (param.device, param.dtype, tuple(n.cover[i] for n in self.numbers))
                 groups.setdefault(key, []).append(i)
-        return groups
+        return list(groups.values())
 
+    def values(self, indices: list[int]) -> list[Any]:
+        """The hyperparameters of one group."""
+        return [number.at(indices[0]) for number in self.numbers]
 
-def _unused(field: Any) -> bool:
-    """Whether a field of a state is the () of a configuration that does not need it."""
-    return isinstance(field, tuple) and not field
-
-
-# Tensors as a rule sees them: real, at least float32, at least one-dimensional (a 0-d float32
-# tensor would be promoted by a 0-d float64 hyperparameter, and then not match its neighbours).
-
-
-def _pick(column: Sequence[Any], batch: int | list[int]) -> Any:
-    return column[batch] if isinstance(batch, int) else [column[i] for i in batch]
-
-
-def _enter(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        if value.dtype in _AS_IS and value.dim() > 0:
-            return value
-        tensor = value.to(_WORKING_DTYPE.get(value.dtype, value.dtype))
-        tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
-        return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    if _unused(value) or _unused(value[0]):
-        return ()
-    return TensorList(map(_enter, value))
-
-
-def _leave(value: Any, old: Any) -> Any:
-    if not isinstance(old, Tensor):
-        return old if _unused(old) or _unused(old[0]) else list(map(_leave, value, old))
-    if value.dtype != old.dtype or old.dim() == 0:
-        value = torch.view_as_complex(value) if old.is_complex() else value
-        value = value.reshape(()) if value.numel() == 1 and old.dim() == 0 else value
-        value = value.to(old.dtype)
-    if value.shape != old.shape:
-        shapes = tuple(value.shape), tuple(old.shape)
-        raise ValueError(f"the rule returned shape {shapes[0]} for a tensor of shape {shapes[1]}")
-    return value
-
-
-def _plain(tensors: list[Tensor]) -> bool:
-    """Whether a native kernel can walk through the memory of all these tensors at once."""
-    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
-    dtype, device = next(iter(kinds))
-    return (
-        len(kinds) == 1
-        and dtype in _AS_IS
-        and device.type in ("cpu", "cuda")
-        and not (_modes.transformed() or _modes.intercepted())
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-        and all(tensor.is_contiguous() for tensor in tensors)
-    )
-
-
-def exact_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-
-
-def exact(scalar: Tensor) -> Tensor:
-    """A 0-d tensor in float64: `beta ** step` in float32 costs parity in the sixth digit."""
-    return scalar.to(exact_dtype(scalar.device))
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
-
-
-def _as_number(step: Tensor) -> Any:
-    """A number, for torch's fused scalar arguments, where that costs no wait and no derivative."""
-    if step.device.type != "cpu" or _modes.differentiated([step]) or _modes.intercepted():
-        return step
-    return step.item()
-
-
-def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A hyperparameter as the rule's arithmetic wants it, for tensors of this device and dtype."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.dim() == 0:
-        value = value if value.device.type == "cpu" else value.to(device)
-        return exact(value)
-    value = value.to(_WORKING_DTYPE.get(dtype, dtype).to_real())
-    return value.unsqueeze(-1) if dtype.is_complex else value
+    def columns(self, indices: list[int]) -> list[Any]:
+        """The tensors of one group."""
+        columns = (
+            [column[i] for i in indices] for column in (self.params, self.grads, *self.buffers)
+        )
+        return [() if unused(column[0]) else column for column in columns]

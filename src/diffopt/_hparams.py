@@ -26,6 +26,7 @@ class Field(NamedTuple):
     name: str
     bounds: dict[str, float | None]
     per_parameter: bool
+    per_weight: bool
 
 
 _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -44,6 +45,7 @@ def number(
     le: float | None = None,
     lt: float | None = None,
     per_parameter: bool = True,
+    per_weight: bool = True,
 ) -> Any:
     """A field of a record made by `hparams`.
 
@@ -55,14 +57,15 @@ def number(
         lt: a value that must not be reached.
         per_parameter: whether a tree given for it is a prefix of the parameters. False for what
             belongs to no parameter, such as the weights of a learned optimizer.
+        per_weight: whether a tensor of the parameter's shape may be given for it. False where the
+            mathematics has one number for a whole tensor.
 
     Returns:
         A `dataclasses.field`.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return dataclasses.field(
-        default=default, metadata={"bounds": bounds, "per_parameter": per_parameter}
-    )
+    metadata = {"bounds": bounds, "per_parameter": per_parameter, "per_weight": per_weight}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(number,))
@@ -134,6 +137,7 @@ class Covered(NamedTuple):
 
     name: str
     per_parameter: bool
+    per_weight: bool
     values: list[Any]
     cover: Sequence[int]
 
@@ -152,7 +156,7 @@ def broadcast(record: Any, spec: _tree.Spec, params: _tree.Tree) -> list[Covered
             values, cover = _tree.broadcast_prefix(value, spec, params, names)
         else:
             values, cover = [value], [0] * spec.num_leaves
-        covered.append(Covered(field.name, per_parameter, values, cover))
+        covered.append(Covered(field.name, per_parameter, field.per_weight, values, cover))
     return covered
 
 

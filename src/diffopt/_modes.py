@@ -1,10 +1,11 @@
-"""Which of torch's ways of running code is active."""
+"""Which of torch's ways of running code is active, and what a 0-d tensor is there."""
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 # pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,3 +37,21 @@ def differentiated(tensors: Iterable[Tensor]) -> bool:
     if transformed() or forward_differentiated():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def exact(scalar: Tensor) -> Tensor:
+    """A 0-d tensor in float64: `beta ** step` in float32 costs parity in the sixth digit."""
+    return scalar.to(exact_dtype(scalar.device))
+
+
+def number_of(value: Any) -> Any:
+    """A number for a 0-d tensor, where that costs no wait and no derivative."""
+    if not isinstance(value, Tensor) or value.dim() > 0 or value.device.type != "cpu":
+        return value
+    if differentiated([value]) or intercepted():
+        return value
+    return value.item()

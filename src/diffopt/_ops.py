@@ -1,7 +1,7 @@
 """The operations rules are written in, for a tensor or a TensorList.
 
-A coefficient is a number (then torch's fused form runs) or a tensor (then plain arithmetic, which
-carries its gradient). Every derivative is finite wherever the mathematics is.
+A coefficient is a number (then torch's fused form runs), a tensor (then plain arithmetic, which
+carries its gradient) or a TensorList. Every derivative is finite wherever the mathematics is.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false
@@ -30,9 +30,17 @@ def after_first(step: Any) -> Any:
     return (step > 1).to(step.dtype) if isinstance(step, Tensor) else float(step > 1)
 
 
+def coefficient(x: Any) -> Any:
+    """`x`; where it is 0-d, as exact as can be: a number, or float64."""
+    if not isinstance(x, Tensor) or x.dim() > 0:
+        return x
+    return _modes.number_of(_modes.exact(x))
+
+
 def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * y`."""
-    if isinstance(coefficient, Tensor):
+    coefficient = _modes.number_of(coefficient)
+    if isinstance(coefficient, (Tensor, TensorList)):
         return x + coefficient * y
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_add(x.tensors, y.tensors, alpha=coefficient))
@@ -46,7 +54,8 @@ def add_decay(grad: Leaf, param: Leaf, weight_decay: Any) -> Leaf:
 
 def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
     """`x + weight * (y - x)`."""
-    if isinstance(weight, Tensor):
+    weight = _modes.number_of(weight)
+    if isinstance(weight, (Tensor, TensorList)):
         return x + weight * (y - x)
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_lerp(x.tensors, y.tensors, weight))
@@ -55,7 +64,8 @@ def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
 
 def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a * b`."""
-    if isinstance(coefficient, Tensor):
+    coefficient = _modes.number_of(coefficient)
+    if isinstance(coefficient, (Tensor, TensorList)):
         return x + coefficient * a * b
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_addcmul(x.tensors, a.tensors, b.tensors, coefficient))
@@ -64,7 +74,8 @@ def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
 
 def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a / b`."""
-    if isinstance(coefficient, Tensor):
+    coefficient = _modes.number_of(coefficient)
+    if isinstance(coefficient, (Tensor, TensorList)):
         return x + coefficient * a / b
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_addcdiv(x.tensors, a.tensors, b.tensors, coefficient))
@@ -105,7 +116,7 @@ def sqrt(x: Leaf) -> Leaf:
     if _modes.transformed() or _modes.forward_differentiated():
         zero = x == 0
         return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
-    return _Sqrt.apply(x)
+    return _Sqrt.apply(x) if x.requires_grad else x.sqrt()
 
 
 class _Sqrt(torch.autograd.Function):

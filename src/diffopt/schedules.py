@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _engine, _hparams, _tree
+from diffopt import _hparams, _modes, _tree
 
 Number: TypeAlias = Any
 """A Python number or a tensor."""
@@ -380,7 +380,7 @@ def _check_boundaries(name: str, parts: int, boundaries: Sequence[Number]) -> li
 
 
 def _exact(value: Number) -> Number:
-    return _engine.exact(value) if isinstance(value, Tensor) else value
+    return _modes.exact(value) if isinstance(value, Tensor) else value
 
 
 # Mathematics for floats and tensors. Each derivative is finite, that of what `where` drops too.
@@ -391,7 +391,7 @@ def _where(condition: Any, x: Number, y: Number) -> Number:
     like = next((value for value in (condition, x, y) if isinstance(value, Tensor)), None)
     if like is None:
         return x if condition else y
-    dtype = _engine.exact_dtype(like.device)  # of two plain numbers torch.where makes float32
+    dtype = _modes.exact_dtype(like.device)  # of two plain numbers torch.where makes float32
     condition = _tensor(condition, like, torch.bool)
     return torch.where(condition, _tensor(x, like, dtype), _tensor(y, like, dtype))
 

@@ -77,4 +77,4 @@ def adadelta(*, maximize: bool = False) -> Leafwise[AdadeltaState, AdadeltaHPara
         u = _ops.addcmul(hp.rho * s.acc_delta, d, d, 1 - hp.rho)
         return _ops.add(p, d, -hp.lr), AdadeltaState(s.step, v, u)
 
-    return leafwise(AdadeltaState, AdadeltaHParams, init, rule, maximize=maximize)
+    return leafwise(AdadeltaState, AdadeltaHParams, init, rule, maximize=maximize, elementwise=True)

@@ -68,31 +68,32 @@ def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]
     def init(p: Any, step: Any) -> AdagradState:
         return AdagradState(step, zeros_like(p))
 
-    def scalars(t: Any, hp: AdagradHParams) -> tuple[Any, Any]:
-        first = 1 - _ops.after_first(t)
-        return -hp.lr / (1 + (t - 1) * hp.lr_decay), hp.initial_accumulator_value * first
+    def scalars(t: Any, hp: AdagradHParams) -> Any:
+        return -hp.lr / (1 + (t - 1) * hp.lr_decay)
 
     def rule(
-        p: Any, g: Any, s: AdagradState, hp: AdagradHParams, c: Any
+        p: Any, g: Any, s: AdagradState, hp: AdagradHParams, descent: Any
     ) -> tuple[Any, AdagradState]:
-        descent, initial = c
         g = _ops.add_decay(g, p, hp.weight_decay)
-        total = _ops.addcmul(s.sum, g, g, 1) + initial
+        total = _ops.addcmul(s.sum, g, g, 1)
         return _ops.addcdiv(p, g, _ops.sqrt(total) + hp.eps, descent), AdagradState(s.step, total)
 
-    def native(p: Any, g: Any, s: AdagradState, hp: AdagradHParams) -> bool:
-        if hp.initial_accumulator_value != 0:
+    def native(
+        p: Any, g: Any, s: AdagradState, hp: AdagradHParams, first: bool | None, amp: Any
+    ) -> bool:
+        if hp.initial_accumulator_value != 0 and first is not False:
             return False  # the first step adds it
         torch._fused_adagrad_(
             p,
             g,
             s.sum,
-            [s.step] * len(p),
+            s.step,
             lr=hp.lr,
             lr_decay=hp.lr_decay,
             weight_decay=hp.weight_decay,
             eps=hp.eps,
             maximize=maximize,
+            **amp,
         )
         return True
 
@@ -102,6 +103,8 @@ def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]
         init,
         rule,
         scalars=scalars,
+        initial=lambda hp: {"sum": hp.initial_accumulator_value},
         maximize=maximize,
         native=native,
+        elementwise=True,
     )

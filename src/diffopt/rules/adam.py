@@ -128,13 +128,20 @@ def _adam(hparams: Any, *, decoupled: bool, amsgrad: bool, maximize: bool) -> An
         denominator = _ops.sqrt(v_max if amsgrad else v) / root_correction2 + hp.eps
         return _ops.addcdiv(p, m, denominator, descent), AdamState(s.step, m, v, v_max)
 
-    def native(p: Any, g: Any, s: AdamState, hp: AdamHParams) -> bool:
+    def native(p: Any, g: Any, s: AdamState, hp: AdamHParams, first: bool | None, amp: Any) -> bool:
         kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
         buffers = s.exp_avg, s.exp_avg_sq, list(s.max_exp_avg_sq)
         numbers = {field.name: getattr(hp, field.name) for field in dataclasses.fields(hp)}
-        kernel(p, g, *buffers, [s.step] * len(p), **numbers, amsgrad=amsgrad, maximize=maximize)
+        kernel(p, g, *buffers, s.step, **numbers, amsgrad=amsgrad, maximize=maximize, **amp)
         return True
 
     return leafwise(
-        AdamState, hparams, init, rule, scalars=scalars, maximize=maximize, native=native
+        AdamState,
+        hparams,
+        init,
+        rule,
+        scalars=scalars,
+        maximize=maximize,
+        native=native,
+        elementwise=True,
     )

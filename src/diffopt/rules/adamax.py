@@ -79,4 +79,6 @@ def adamax(*, maximize: bool = False) -> Leafwise[AdamaxState, AdamaxHParams]:
         u = _ops.maximum(hp.beta2 * s.exp_inf, abs(g) + hp.eps)
         return _ops.addcdiv(p, m, u, descent), AdamaxState(s.step, m, u)
 
-    return leafwise(AdamaxState, AdamaxHParams, init, rule, scalars=scalars, maximize=maximize)
+    return leafwise(
+        AdamaxState, AdamaxHParams, init, rule, scalars=scalars, maximize=maximize, elementwise=True
+    )

@@ -14,8 +14,9 @@ class ASGDState(NamedTuple):
     """State of `asgd`."""
 
     step: Any
-    ax: Tree
     eta: Tree
+    mu: Tree
+    ax: Tree
 
 
 @hparams
@@ -32,11 +33,12 @@ class ASGDHParams:
 def asgd(*, maximize: bool = False) -> Leafwise[ASGDState, ASGDHParams]:
     """Gradient descent with a decaying rate, and the average of its iterates.
 
-    With g_t = grad_t + weight_decay * p, e_1 = lr and a_0 = 0,
+    With g_t = grad_t + weight_decay * p, e_1 = lr, m_1 = 1 and a_0 = 0,
 
         p  <- p * (1 - lambd * e_t) - e_t * g_t
-        a_t = a_{t-1} + (p - a_{t-1}) / max(1, t - 1 - t0)
+        a_t = a_{t-1} + m_t * (p - a_{t-1})
         e_{t+1} = lr / (1 + lambd * lr * t)^alpha
+        m_{t+1} = 1 / max(1, t - t0)
 
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
     `lambd` (1e-4), `alpha` (0.75), `t0` (1e6), `weight_decay` >= 0 (0).
@@ -46,8 +48,9 @@ def asgd(*, maximize: bool = False) -> Leafwise[ASGDState, ASGDHParams]:
 
     Returns:
         The optimizer. The average a is `state.ax`: the iterates themselves until step `t0`. As in
-        torch the rate of a step, `state.eta`, is made of the hyperparameters of the step before;
-        it has the shape of the parameter and starts at 0, where the first step puts `lr`.
+        torch the rate e and the weight m of a step, `state.eta` and `state.mu`, are made of the
+        hyperparameters of the step before. They have the shape of the parameter and start at 0,
+        where the first step puts `lr` and 1.
 
     Raises:
         TypeError: a flag is no bool.
@@ -68,19 +71,28 @@ def asgd(*, maximize: bool = False) -> Leafwise[ASGDState, ASGDHParams]:
     check_flags(maximize=maximize)
 
     def init(p: Any, step: Any) -> ASGDState:
-        return ASGDState(step, zeros_like(p), zeros_like(p))
+        return ASGDState(step, zeros_like(p), zeros_like(p), zeros_like(p))
 
-    def scalars(t: Any, hp: ASGDHParams) -> tuple[Any, Any, Any]:
-        averaged = (t - 1 - hp.t0) * _ops.after_first(t)
-        weight = 1 / _ops.where(averaged > 1, averaged, 1.0)
+    def scalars(t: Any, hp: ASGDHParams) -> tuple[Any, Any]:
         next_eta = hp.lr / (1 + hp.lambd * hp.lr * t) ** hp.alpha
-        return hp.lr * (1 - _ops.after_first(t)), weight, next_eta
+        averaged = t - hp.t0
+        return next_eta, 1 / _ops.where(averaged > 1, averaged, 1.0)
 
     def rule(p: Any, g: Any, s: ASGDState, hp: ASGDHParams, c: Any) -> tuple[Any, ASGDState]:
-        first_eta, weight, next_eta = c
+        next_eta, next_mu = c
+        eta, mu = _ops.coefficient(s.eta), _ops.coefficient(s.mu)
         g = _ops.add_decay(g, p, hp.weight_decay)
-        eta = s.eta + first_eta
-        p = p * (1 - hp.lambd * eta) - eta * g
-        return p, ASGDState(s.step, _ops.lerp(s.ax, p, weight), 0 * eta + next_eta)
+        p = _ops.add(p * (1 - hp.lambd * eta), g, -eta)
+        ax = _ops.lerp(s.ax, p, mu)
+        return p, ASGDState(s.step, 0 * s.eta + next_eta, 0 * s.mu + next_mu, ax)
 
-    return leafwise(ASGDState, ASGDHParams, init, rule, scalars=scalars, maximize=maximize)
+    return leafwise(
+        ASGDState,
+        ASGDHParams,
+        init,
+        rule,
+        scalars=scalars,
+        initial=lambda hp: {"eta": hp.lr, "mu": 1.0},
+        maximize=maximize,
+        elementwise=True,
+    )

@@ -14,9 +14,9 @@ class NAdamState(NamedTuple):
     """State of `nadam`."""
 
     step: Any
+    mu_product: Tree
     exp_avg: Tree
     exp_avg_sq: Tree
-    mu_product: Tree
 
 
 @hparams
@@ -78,24 +78,35 @@ def nadam(
     def init(p: Any, step: Any) -> NAdamState:
         return NAdamState(step, zeros_like(p), zeros_like(p), zeros_like(p))
 
-    def scalars(t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any, Any]:
+    def scalars(t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any]:
         shrinkage = 1 - hp.lr * hp.weight_decay
         mu, mu_next = (
             hp.beta1 * (1 - 0.5 * 0.96 ** (when * hp.momentum_decay)) for when in (t, t + 1)
         )
-        return 1 - _ops.after_first(t), mu, mu_next, 1 - hp.beta2**t, shrinkage
+        return mu, mu_next, 1 - hp.beta2**t, shrinkage
 
     def rule(p: Any, g: Any, s: NAdamState, hp: NAdamHParams, c: Any) -> tuple[Any, NAdamState]:
-        first, mu, mu_next, correction2, shrinkage = c
+        mu, mu_next, correction2, shrinkage = c
         if decoupled_weight_decay:
             p = p * shrinkage
         else:
             g = _ops.add_decay(g, p, hp.weight_decay)
-        product = (s.mu_product + first) * mu
         m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
         v = _ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
-        n = g * (1 - mu) / (1 - product) + m * mu_next / (1 - product * mu_next)
+        mu_product = s.mu_product * mu
+        product = _ops.coefficient(mu_product)
         denominator = _ops.sqrt(v / correction2) + hp.eps
-        return _ops.addcdiv(p, n, denominator, -hp.lr), NAdamState(s.step, m, v, product)
+        p = _ops.addcdiv(p, g, denominator, -hp.lr * (1 - mu) / (1 - product))
+        p = _ops.addcdiv(p, m, denominator, -hp.lr * mu_next / (1 - product * mu_next))
+        return p, NAdamState(s.step, mu_product, m, v)
 
-    return leafwise(NAdamState, NAdamHParams, init, rule, scalars=scalars, maximize=maximize)
+    return leafwise(
+        NAdamState,
+        NAdamHParams,
+        init,
+        rule,
+        scalars=scalars,
+        initial=lambda hp: {"mu_product": 1.0},
+        maximize=maximize,
+        elementwise=True,
+    )

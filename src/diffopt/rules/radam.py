@@ -75,7 +75,7 @@ def radam(
     def init(p: Any, step: Any) -> RAdamState:
         return RAdamState(step, zeros_like(p), zeros_like(p))
 
-    def scalars(t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any, Any]:
+    def scalars(t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any, Any, Any]:
         shrinkage = 1 - hp.lr * hp.weight_decay
         correction1, correction2 = 1 - hp.beta1**t, 1 - hp.beta2**t
         r_inf = 2 / (1 - hp.beta2) - 1
@@ -84,18 +84,20 @@ def radam(
         # Where it does not apply the square root is kept away from negative numbers.
         r, r_inf = _ops.where(rectified, r, 6.0), _ops.where(rectified, r_inf, 6.0)
         rectification = ((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
-        return hp.lr / correction1, rectified, rectification * correction2**0.5, shrinkage
+        return correction1, correction2**0.5, rectified, rectification, shrinkage
 
     def rule(p: Any, g: Any, s: RAdamState, hp: RAdamHParams, c: Any) -> tuple[Any, RAdamState]:
-        step_size, rectified, scale, shrinkage = c
+        correction1, root_correction2, rectified, rectification, shrinkage = c
         if decoupled_weight_decay:
             p = p * shrinkage
         else:
             g = _ops.add_decay(g, p, hp.weight_decay)
         m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
         v = _ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
-        step = m * step_size
-        step = _ops.where(rectified, step * scale / (_ops.sqrt(v) + hp.eps), step)
-        return p - step, RAdamState(s.step, m, v)
+        step = m / correction1 * hp.lr
+        rate = root_correction2 / (_ops.sqrt(v) + hp.eps) * rectification
+        return p - _ops.where(rectified, step * rate, step), RAdamState(s.step, m, v)
 
-    return leafwise(RAdamState, RAdamHParams, init, rule, scalars=scalars, maximize=maximize)
+    return leafwise(
+        RAdamState, RAdamHParams, init, rule, scalars=scalars, maximize=maximize, elementwise=True
+    )

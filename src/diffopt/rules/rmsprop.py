@@ -96,4 +96,4 @@ def rmsprop(
         return _ops.add(p, b, -hp.lr), RMSpropState(s.step, v, a, b)
 
     record = RMSpropMomentumHParams if momentum else RMSpropHParams
-    return leafwise(RMSpropState, record, init, rule, maximize=maximize)
+    return leafwise(RMSpropState, record, init, rule, maximize=maximize, elementwise=True)

@@ -73,18 +73,20 @@ def rprop(*, maximize: bool = False) -> Leafwise[RpropState, RpropHParams]:
     def init(p: Any, step: Any) -> RpropState:
         return RpropState(step, zeros_like(p), zeros_like(p))
 
-    def scalars(t: Any, hp: RpropHParams) -> Any:
-        return hp.lr * (1 - _ops.after_first(t))
-
-    def rule(
-        p: Any, g: Any, s: RpropState, hp: RpropHParams, first_size: Any
-    ) -> tuple[Any, RpropState]:
+    def rule(p: Any, g: Any, s: RpropState, hp: RpropHParams, _: None) -> tuple[Any, RpropState]:
         sign = torch.sign(g * s.prev)
-        size = s.step_size + first_size
-        shrunk = torch.where(sign < 0, size * hp.etaminus, size)
-        size = torch.where(sign > 0, size * hp.etaplus, shrunk)
+        shrunk = torch.where(sign < 0, s.step_size * hp.etaminus, s.step_size)
+        size = torch.where(sign > 0, s.step_size * hp.etaplus, shrunk)
         size = _ops.clamp(size, hp.step_size_min, hp.step_size_max)
         g = torch.where(sign < 0, 0, g)
         return p - torch.sign(g) * size, RpropState(s.step, g, size)
 
-    return leafwise(RpropState, RpropHParams, init, rule, scalars=scalars, maximize=maximize)
+    return leafwise(
+        RpropState,
+        RpropHParams,
+        init,
+        rule,
+        initial=lambda hp: {"step_size": hp.lr},
+        maximize=maximize,
+        elementwise=True,
+    )

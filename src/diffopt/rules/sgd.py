@@ -96,9 +96,9 @@ def sgd(
         d = _ops.add(g, b, hp.momentum) if nesterov else b
         return _ops.add(p, d, -hp.lr), SGDState(s.step, b)
 
-    def native(p: Any, g: Any, s: SGDState, hp: Any) -> bool:
-        if momentum and (_ops.is_zero(hp.momentum) or hp.dampening != 0):
-            return False  # it would leave the buffer alone, or dampen the first gradient
+    def native(p: Any, g: Any, s: SGDState, hp: Any, first: bool | None, amp: Any) -> bool:
+        if momentum and (_ops.is_zero(hp.momentum) or (first is None and hp.dampening != 0)):
+            return False  # it would leave the buffer alone, or may dampen the first gradient
         torch._fused_sgd_(
             p,
             g,
@@ -106,14 +106,15 @@ def sgd(
             lr=hp.lr,
             weight_decay=hp.weight_decay,
             momentum=hp.momentum if momentum else 0.0,
-            dampening=0.0,
+            dampening=hp.dampening if momentum else 0.0,
             nesterov=nesterov,
             maximize=maximize,
-            is_first_step=False,  # the buffer is there, with zeros
+            is_first_step=bool(first),
+            **amp,
         )
         return True
 
-    flags: dict[str, Any] = {"maximize": maximize, "native": native}
+    flags: dict[str, Any] = {"maximize": maximize, "native": native, "elementwise": True}
     if not momentum:
         return leafwise(SGDState, SGDHParams, init, plain, **flags)
     return leafwise(SGDState, MomentumHParams, init, rule, scalars=scalars, **flags)

@@ -1,0 +1,299 @@
+"""The ways of running one rule: leaf by leaf, in tiles, by foreach kernels, by a native kernel.
+
+All take columns: the params, their gradients, and one column for each field of the state after the
+step. A column is a list of tensors, `()` for a field that is not used, or a `Shared`. Its tensors
+share device, dtype, step and hyperparameters, so that per-step scalars are computed once.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _hparams, _modes, _ops
+from diffopt._checks import Shape
+from diffopt._tensorlist import TensorList
+
+Execution = Literal["auto", "leaf", "foreach"]
+
+_AS_IS = (torch.float32, torch.float64)
+_TILE = 1 << 17  # elements for each thread: less pays too much Python, more leaves the cache
+_MOVING = ("weight_decay", "momentum")  # what moves a parameter whose gradient is zero
+WORKING_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """The mathematics of one tensor; `diffopt.rules.leafwise` says what the fields are."""
+
+    hparams: type[Any]
+    state: type[Any]
+    init: Callable[[Tensor, Tensor], Any]
+    leaf: Callable[..., tuple[Any, Any]]
+    scalars: Callable[[Any, Any], Any] | None
+    maximize: bool
+    initial: Callable[[Any], dict[str, Any]] | None
+    native: Callable[..., bool] | None
+    elementwise: bool
+    batchable: bool
+    shapes: Callable[[Shape], tuple[Shape, ...]] | None
+    refuse: Callable[[Tensor], str | None] | None
+
+    def at(self, step: Any, values: Sequence[Any], like: Tensor) -> Numbers:
+        """What the rule sees beside tensors, for tensors of the device and dtype of `like`."""
+        t, *values = placed([step, *values], like)
+        numbers = self.numbers(t, values)
+        first = 1 - _ops.after_first(t)
+        if self.initial is None or _ops.is_zero(first):
+            return numbers
+        initial = {name: first * value for name, value in self.initial(numbers.hparams).items()}
+        return numbers._replace(initial=initial)
+
+    def numbers(self, t: Any, values: Sequence[Any]) -> Numbers:
+        """The same for numbers in their final form, where the state is past its initial values."""
+        hparams = _hparams.assemble(self.hparams, values)
+        return Numbers(t, hparams, self.scalars(t, hparams) if self.scalars else None, {})
+
+    def apply(self, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
+        """New params and buffers, for columns of lists or for one row of them."""
+        new = self.run(numbers, list(map(_enter, columns)))
+        return list(map(_leave, new, _written(columns)))
+
+    def run(self, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
+        """The same for tensors as the rule sees them."""
+        p, g, *buffers = columns
+        t, hparams, scalars, initial = numbers
+        s = self.state(t, *buffers)
+        if initial:
+            s = s._replace(**{name: getattr(s, name) + value for name, value in initial.items()})
+        new_p, new_s = self.leaf(p, -g if self.maximize else g, s, hparams, scalars)
+        return [new_p, *new_s[1:]]
+
+
+class Numbers(NamedTuple):
+    """The numbers of one step: its count, hyperparameters, and what is computed from them once."""
+
+    t: Any
+    hparams: Any
+    scalars: Any
+    initial: dict[str, Any]  # what the first step adds to buffers that start at 0
+
+
+class Shared:
+    """A 0-d field of the state that all tensors of the columns share, and its new value."""
+
+    __slots__ = ("new", "value")
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.new = value, value
+
+
+def leaf_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place, tensor by tensor."""
+    for i in range(len(columns[0])):
+        row = [pick(column, i) for column in columns]
+        for old, new in zip(_written(row), rule.apply(numbers, row), strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new)
+
+
+def foreach_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place, by horizontally batched kernels."""
+    for old, new in zip(_written(columns), rule.apply(numbers, columns), strict=True):
+        if isinstance(old, list):
+            torch._foreach_copy_(old, new)
+
+
+def tiled_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place, by pieces whose temporaries stay in the cache of a CPU.
+
+    They are slices of big tensors, and small tensors strung together. `tileable` says when.
+    """
+    size = torch.get_num_threads() * _TILE
+    flat = [[x.view(-1) for x in c] if isinstance(c, list) else c for c in columns]
+    tensors = [x for c in columns if isinstance(c, list) for x in c]
+    run = rule.run if all(x.dtype in _AS_IS for x in tensors) else rule.apply
+    if any(isinstance(c, Shared) for c in columns):
+        run = rule.apply
+    small: list[int] = []
+    for i, tensor in enumerate(flat[0]):
+        if tensor.numel() < size // 2:
+            small.append(i)
+            continue
+        slices = [c[i].split(size) if isinstance(c, list) else itertools.repeat(c) for c in flat]
+        for piece in zip(*slices, strict=False):
+            for old, new in zip(_written(piece), run(numbers, piece), strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+    for batch in _batches(small, [tensor.numel() for tensor in flat[0]], size):
+        pieces = [pick(c, batch) for c in flat]
+        tile = [torch.cat(c) if isinstance(c, list) else c for c in pieces]
+        lengths = [piece.numel() for piece in pieces[0]]
+        for old, new in zip(_written(pieces), run(numbers, tile), strict=True):
+            if isinstance(old, list):
+                torch._foreach_copy_(old, new.split(lengths))
+
+
+def sparse_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place, for sparse gradients: only their rows, where a zero gradient moves nothing."""
+    rowwise = all(_ops.is_zero(getattr(numbers.hparams, name, 0)) for name in _MOVING)
+    for i, grad in enumerate(columns[1]):
+        row = [pick(column, i) for column in columns]
+        if not rowwise:
+            row[1] = grad.to_dense()
+            leaf_(rule, numbers, [[x] if isinstance(x, Tensor) else x for x in row])
+            continue
+        grad = grad.coalesce()
+        where = tuple(grad.indices())
+        picked = [x[where] if isinstance(x, Tensor) else x for x in row[2:]]
+        new = rule.apply(numbers, [row[0][where], grad.values(), *picked])
+        for old, pieces in zip(_written(row), new, strict=True):
+            if isinstance(old, Tensor):
+                old[where] = pieces
+
+
+def native_(
+    rule: Rule,
+    steps: list[Tensor],
+    first: bool | None,
+    values: Sequence[Any],
+    columns: Sequence[Any],
+    **amp: Tensor,
+) -> bool:
+    """In place, by the rule's kernel; False, and nothing has changed, where it has none for this.
+
+    `steps` are 0-d tensors, one for each param; `first` says whether this is step 1 (None: that is
+    not known without waiting for a device); `amp` may have `grad_scale` and `found_inf`.
+    """
+    if rule.native is None:
+        return False
+    params, grads, *buffers = columns
+    state = rule.state(steps, *buffers)
+    return rule.native(params, grads, state, _hparams.assemble(rule.hparams, values), first, amp)
+
+
+def plain(columns: Sequence[Any]) -> bool:
+    """Whether code can walk through the memory of all these tensors at once."""
+    tensors = [x for column in columns if isinstance(column, list) for x in column]
+    return (
+        all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and all(tensor.is_contiguous() for tensor in tensors)
+        and not (_modes.transformed() or _modes.intercepted())
+    )
+
+
+def kernel_ready(columns: Sequence[Any], dtypes: Sequence[torch.dtype] = _AS_IS) -> bool:
+    """Whether torch's fused kernels take these tensors."""
+    kinds = {(x.dtype, x.device) for column in columns if isinstance(column, list) for x in column}
+    dtype, device = next(iter(kinds))
+    return len(kinds) == 1 and dtype in dtypes and device.type in ("cpu", "cuda") and plain(columns)
+
+
+def tileable(rule: Rule, columns: Sequence[Any], values: Sequence[Any]) -> bool:
+    """Whether tiles compute this."""
+    cpu = columns[0][0].device.type == "cpu"
+    return cpu and rule.elementwise and all(map(is_scalar, values)) and plain(columns)
+
+
+def is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def unused(field: Any) -> bool:
+    """Whether a field of a state is the () of a configuration that does not need it."""
+    return isinstance(field, tuple) and not field
+
+
+def pick(column: Any, batch: int | list[int]) -> Any:
+    """One element of a column, or the list of some."""
+    if isinstance(column, Shared) or unused(column):
+        return column
+    return column[batch] if isinstance(batch, int) else [column[i] for i in batch]
+
+
+def _written(columns: Sequence[Any]) -> list[Any]:
+    """All but the gradients."""
+    return [columns[0], *columns[2:]]
+
+
+def _batches(indices: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Cut a list of tensors so that each part has about `size` elements."""
+    batch: list[int] = []
+    total = 0
+    for i in indices:
+        if batch and total + lengths[i] > size:
+            yield batch
+            batch, total = [], 0
+        batch.append(i)
+        total += lengths[i]
+    if batch:
+        yield batch
+
+
+# Tensors as a rule sees them: real, at least float32, at least one-dimensional (a 0-d float32
+# tensor would be promoted by a 0-d float64 hyperparameter, and then not match its neighbours).
+
+
+def _enter(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.dtype in _AS_IS and value.dim() > 0:
+            return value
+        tensor = value.to(WORKING_DTYPE.get(value.dtype, value.dtype))
+        tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
+        return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    if isinstance(value, Shared):
+        return value.value
+    return () if unused(value) else TensorList(map(_enter, value))
+
+
+def _leave(value: Any, old: Any) -> Any:
+    if isinstance(old, Shared):
+        old.new = value
+        return old
+    if not isinstance(old, Tensor):
+        return old if unused(old) else list(map(_leave, value, old))
+    if value.dtype != old.dtype or old.dim() == 0:
+        value = torch.view_as_complex(value) if old.is_complex() else value
+        value = value.reshape(()) if value.numel() == 1 and old.dim() == 0 else value
+        value = value.to(old.dtype)
+    if value.shape != old.shape:
+        shapes = tuple(value.shape), tuple(old.shape)
+        raise ValueError(f"the rule returned shape {shapes[0]} for a tensor of shape {shapes[1]}")
+    return value
+
+
+def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
+    """Hyperparameters as the rule's arithmetic wants them, for tensors like this one."""
+    device, dtype = like.device, like.dtype
+    result: list[Any] = []
+    for value in on_device(values, device):
+        if isinstance(value, Tensor):
+            if value.dim() == 0:
+                value = _modes.exact(value)
+            else:
+                value = value.to(WORKING_DTYPE.get(dtype, dtype).to_real())
+                value = value.unsqueeze(-1) if dtype.is_complex else value
+        result.append(value)
+    return result
+
+
+def on_device(values: Sequence[Any], device: torch.device) -> list[Any]:
+    """The same, but with 0-d tensors in their own precision, as in torch.optim."""
+    elsewhere = device.type != "cpu"
+    return [
+        v.to(device)
+        if elsewhere and isinstance(v, Tensor) and v.dim() == 0 and v.device.type != "cpu"
+        else v
+        for v in values
+    ]
