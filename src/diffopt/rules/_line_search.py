@@ -1,0 +1,116 @@
+"""Step lengths that satisfy the strong Wolfe conditions (Nocedal and Wright, section 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+DECREASE = 1e-4  # c1 of Nocedal and Wright: the share of the promised decrease that is enough
+CURVATURE = 0.9  # c2: the share of the slope that may be left
+
+
+class Point(NamedTuple):
+    """What is known at one step length along the line.
+
+    Attributes:
+        t: the step length, a number or a 0-d tensor.
+        value: the loss there, a number.
+        slope: its derivative along the line, a 0-d tensor on the CPU.
+        grad: its gradient, which is only carried along.
+    """
+
+    t: Any
+    value: float
+    slope: Tensor
+    grad: Tensor
+
+
+def strong_wolfe(
+    evaluate: Callable[[Any], Point],
+    start: Point,
+    t: Any,
+    *,
+    scale: Tensor,
+    tolerance_change: float,
+    max_ls: int,
+) -> Point:
+    """A point of sufficient decrease and small slope, or the lowest found (algorithm 3.5).
+
+    The conventions are those of minFunc and torch: an interval that does not hold an acceptable
+    point is followed by one that is up to ten times as long.
+
+    Args:
+        evaluate: the point at a step length.
+        start: the one at length 0.
+        t: the first length to try.
+        scale: the largest entry of the direction, in magnitude.
+        tolerance_change: where no entry changes by as much across an interval, it is not refined.
+        max_ls: how many lengths may be tried after the first.
+    """
+
+    def too_high(point: Point) -> bool:
+        return bool(point.value > start.value + DECREASE * point.t * start.slope)
+
+    def flat(point: Point) -> bool:
+        return bool(point.slope.abs() <= -CURVATURE * start.slope)
+
+    def zoom(ends: list[Point], trials: int) -> Point:
+        """Shrink an interval that holds an acceptable point (algorithm 3.6)."""
+        low, stalled = _lower(ends), False
+        for _ in range(trials):
+            left, right = min(end.t for end in ends), max(end.t for end in ends)
+            if (right - left) * scale < tolerance_change:
+                break
+            t = cubic_minimizer(ends[0], ends[1], left, right)
+            margin = 0.1 * (right - left)
+            at_end = min(right - t, t - left) < margin
+            if at_end and (stalled or not left < t < right):
+                t = right - margin if abs(t - right) < abs(t - left) else left + margin
+                at_end = False
+            stalled = at_end
+            point = evaluate(t)
+            if too_high(point) or point.value >= ends[low].value:
+                ends[1 - low] = point
+                low = _lower(ends)
+                continue
+            if flat(point):
+                return point
+            if point.slope * (ends[1 - low].t - ends[low].t) >= 0:
+                ends[1 - low] = ends[low]
+            ends[low] = point
+        return ends[low]
+
+    if t == 0:
+        return start
+    previous, point = start, evaluate(t)
+    for i in range(max_ls):
+        if too_high(point) or (i > 1 and point.value >= previous.value):
+            return zoom([previous, point], max_ls - i)
+        if flat(point):
+            return point
+        if point.slope >= 0:
+            return zoom([previous, point], max_ls - i)
+        least, most = point.t + 0.01 * (point.t - previous.t), 10 * point.t
+        t = cubic_minimizer(previous, point, least, most)
+        previous, point = point, evaluate(t)
+    ends = [start, point]
+    return ends[_lower(ends)]
+
+
+def cubic_minimizer(a: Point, b: Point, least: Any, most: Any) -> Any:
+    """Where the cubic through two points is least, within bounds (Nocedal and Wright, 3.59)."""
+    if a.t > b.t:
+        a, b = b, a
+    d1 = a.slope + b.slope - 3 * (a.value - b.value) / (a.t - b.t)
+    discriminant = d1 * d1 - a.slope * b.slope
+    if not discriminant >= 0:
+        return (least + most) / 2
+    d2 = discriminant.sqrt()
+    t = b.t - (b.t - a.t) * ((b.slope + d2 - d1) / (b.slope - a.slope + 2 * d2))
+    return min(max(t, least), most)
+
+
+def _lower(ends: list[Point]) -> int:
+    return 0 if ends[0].value <= ends[1].value else 1

@@ -1,0 +1,151 @@
+"""Adafactor: Adam's second moment by rows and columns only (Shazeer and Stern 2018)."""
+
+# pyright: reportUnknownMemberType=false
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _ops
+from diffopt._engine import Leafwise, leafwise, zeros_like
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._tree import Tree
+
+
+class AdafactorState(NamedTuple):
+    """State of `adafactor`."""
+
+    step: Any
+    row_var: Tree
+    col_var: Tree
+    variance: Tree
+
+
+@hparams
+class AdafactorHParams:
+    """Hyperparameters of `adafactor`."""
+
+    lr: Hyperparameter = number(1e-2, ge=0)
+    beta2_decay: Hyperparameter = number(-0.8, le=0, per_weight=False)
+    eps2: Hyperparameter = number(1e-3, ge=0)
+    d: Hyperparameter = number(1.0, ge=1)
+    weight_decay: Hyperparameter = number(0.0, ge=0)
+
+
+@hparams
+class AdafactorEps1HParams(AdafactorHParams):
+    """Hyperparameters of `adafactor(eps1=True)`."""
+
+    eps1: Hyperparameter = number(torch.finfo(torch.float32).eps, ge=0)
+
+
+def adafactor(*, eps1: bool = False, maximize: bool = False) -> Leafwise[AdafactorState, Any]:
+    """Adafactor: Adam without momentum, with as many averages as a matrix has rows and columns.
+
+    With beta_t = 1 - t^beta2_decay, rho_t = min(lr, 1 / sqrt(t)), RMS(x) the root of the mean of
+    x^2, and R_0 = C_0 = v_0 = 0,
+
+        a_t = rho_t * max(eps2, RMS(p))
+        p  <- p * (1 - lr * weight_decay)
+        R_t = beta_t * R_{t-1} + (1 - beta_t) * (mean of grad_t^2 over each row)
+        C_t = beta_t * C_{t-1} + (1 - beta_t) * (mean of grad_t^2 over each column)
+        v_t = R_t C_t / max(mean of R_t, eps1)
+        u_t = grad_t / max(sqrt(v_t), eps1)
+        p  <- p - a_t * u_t / max(1, RMS(u_t) / d)
+
+    A vector or a single number has v_t = beta_t * v_{t-1} + (1 - beta_t) * grad_t^2 instead; a
+    tensor of more than two dimensions is a batch of matrices, which share the two RMS.
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2), the
+    greatest relative step; `beta2_decay` <= 0 (-0.8), one for each tensor; `eps2` >= 0 (1e-3),
+    `d` >= 1 (1), `weight_decay` >= 0 (0); where it is one, `eps1` >= 0 (float32's machine epsilon).
+
+    Args:
+        eps1: make eps1 a hyperparameter. False takes the machine epsilon of the parameter's dtype,
+            float32's for half precision: that is torch's eps=(None, eps2).
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer. What a parameter does not need is a tensor without elements in its state:
+        `variance` of a matrix, `row_var` and `col_var` of others. RMS has derivative 0 at zeros.
+        Where the sides of a max or min are equal, the derivative is that of one of them: of which
+        is up to rounding at the first step of a vector with d = 1, where RMS(u_t) is 1.
+
+    Raises:
+        TypeError: a flag is no bool.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.adafactor()
+        >>> params = [torch.ones(2, 2)]
+        >>> params, state = opt.update(
+        ...     params, [torch.full((2, 2), 5.0)], opt.init(params), opt.hparams(lr=0.1)
+        ... )
+        >>> params
+        [tensor([[0.9000, 0.9000],
+                [0.9000, 0.9000]])]
+
+    Source: Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost",
+    2018, algorithms 4 and 5, as in torch: lr bounds the relative step, eps1 the denominators.
+    """
+    check_flags(eps1=eps1, maximize=maximize)
+
+    def init(p: Any, step: Any) -> AdafactorState:
+        return AdafactorState(step, *(zeros_like(p.new_empty(shape)) for shape in _shapes(p.shape)))
+
+    def scalars(t: Any, hp: AdafactorHParams) -> tuple[Any, Any]:
+        bound = 1 / t**0.5
+        return _ops.where(hp.lr <= bound, hp.lr, bound), t**hp.beta2_decay
+
+    def rule(p: Any, g: Any, s: AdafactorState, hp: Any, c: Any) -> tuple[Any, AdafactorState]:
+        rho, weight = c
+        eps = hp.eps1 if eps1 else torch.finfo(p.dtype).eps
+        alpha = _rms(p).clamp(min=hp.eps2) * rho
+        row_var, col_var, variance = s[1:]
+        square = g * g
+        if p.dim() > 1:
+            row_var = _ops.lerp(row_var, _mean(square, -1), weight)
+            col_var = _ops.lerp(col_var, _mean(square, -2), weight)
+            v = row_var * col_var / _mean(row_var, -2).clamp(min=eps)
+        else:
+            v = variance = _ops.lerp(variance, square, weight)
+        u = g * v.clamp(min=eps * eps).rsqrt()
+        u = u * (alpha / (_rms(u) / hp.d).clamp(min=1))
+        if not _ops.is_zero(hp.weight_decay):  # lr may be infinite
+            p = p * (1 - hp.lr * hp.weight_decay)
+        return p - u, AdafactorState(s.step, row_var, col_var, variance)
+
+    record: Any = AdafactorEps1HParams if eps1 else AdafactorHParams
+    return leafwise(
+        AdafactorState,
+        record,
+        init,
+        rule,
+        scalars=scalars,
+        maximize=maximize,
+        batchable=False,
+        shapes=_shapes,
+        refuse=_refuse,
+    )
+
+
+def _shapes(shape: Any) -> tuple[Any, Any, Any]:
+    """The shapes of `row_var`, `col_var` and `variance`."""
+    if len(shape) < 2:
+        return (0,), (0,), shape
+    *batch, rows, columns = shape
+    return (*batch, rows, 1), (*batch, 1, columns), (0,)
+
+
+def _refuse(p: Tensor) -> str | None:
+    return "is complex, which Adafactor does not take" if p.is_complex() else None
+
+
+def _mean(x: Tensor, dim: int) -> Tensor:
+    return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)
+
+
+def _rms(x: Tensor) -> Any:
+    return _ops.sqrt((x * x).sum() / max(x.numel(), 1))

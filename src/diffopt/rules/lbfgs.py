@@ -1,0 +1,418 @@
+"""L-BFGS (Nocedal 1980): steps of Newton's method with curvature learned from past steps."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _checks, _ops, _tree
+from diffopt._gradient import value_and_grad
+from diffopt._hparams import Hyperparameter, hparams, number
+from diffopt._modes import exact, exact_dtype, number_of
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer
+from diffopt.rules._line_search import Point, strong_wolfe
+
+LEAST_CURVATURE = 1e-10  # as in torch: a pair with less of y.s is not remembered
+
+
+class LBFGSState(NamedTuple):
+    """State of `lbfgs`: vectors of all n entries of the params, and rows of such.
+
+    Names are torch's; `prev_flat_step` is its `d * t`. The newest pair is the last row, and rows
+    that are not used yet hold zeros.
+    """
+
+    step: Any
+    old_dirs: Tensor
+    old_stps: Tensor
+    ro: Tensor
+    H_diag: Tensor
+    prev_flat_grad: Tensor
+    prev_flat_step: Tensor
+
+
+torch.serialization.add_safe_globals([LBFGSState])  # checkpoints load with weights_only=True
+
+
+@hparams
+class LBFGSHParams:
+    """Hyperparameters of `lbfgs`."""
+
+    lr: Hyperparameter = number(1.0, ge=0, per_parameter=False)
+
+
+def lbfgs(*, history_size: int = 100) -> LimitedMemoryBFGS:
+    """L-BFGS: the direction of Newton's method, by an inverse Hessian from the last steps.
+
+    Of the params as one vector x, with g_t = grad_t, s = x_t - x_{t-1} and y = g_t - g_{t-1},
+
+        remember (s, y) if y.s > 1e-10, and forget all but the last history_size pairs
+        H_t = BFGS updates of (y.s / y.y) I by the remembered pairs, the newest last
+        x  <- x - lr * H_t g_t                     (t = 1: x - lr * min(1, 1 / |g|_1) * g)
+
+    where no pair is remembered H_t = I, and H_t g_t is computed without H_t by two loops over the
+    pairs. Each step is one iteration of torch.optim.LBFGS without line search; for one with a line
+    search see `LimitedMemoryBFGS.search`.
+
+    Hyperparameters: `lr` >= 0 (1), one number or 0-d tensor for all params.
+
+    Args:
+        history_size: how many pairs are kept. State and work grow with it from the first step on:
+            both loops run over all rows, so that the step can be batched and compiled.
+
+    Returns:
+        The optimizer. Which pairs are remembered is decided by a comparison, which has no
+        derivative; else every derivative is that of the formula, and finite where gradients or
+        steps are zero. A leaf without a gradient stands still and counts as a gradient of zero; its
+        last gradient and step are kept until it has one again.
+
+    Raises:
+        TypeError: history_size is no integer.
+        ValueError: history_size is less than 1.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.lbfgs(history_size=5)
+        >>> curvature = torch.tensor([1.0, 10.0])
+        >>> sol = diffopt.minimize(
+        ...     lambda x: 0.5 * (curvature * (x - 1) ** 2).sum(), torch.zeros(2),
+        ...     optimizer=opt, hparams=opt.hparams(), steps=10, adjoint=None,
+        ... )
+        >>> sol.params
+        tensor([1., 1.])
+
+    Source: Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Nocedal and
+    Wright, "Numerical optimization", 2006, algorithms 7.4 and 7.5, with the conventions of
+    torch.optim.LBFGS.
+    """
+    if type(history_size) is not int:
+        raise TypeError(f"history_size is {history_size!r}, not an integer")
+    if history_size < 1:
+        raise ValueError(f"history_size is {history_size}, but must be >= 1")
+    return LimitedMemoryBFGS(history_size)
+
+
+def direction(
+    grad: Tensor,
+    old_dirs: Iterable[Tensor],
+    old_stps: Iterable[Tensor],
+    ro: Iterable[Tensor],
+    H_diag: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """`-H grad`, and the weights of the first loop (Nocedal and Wright, algorithm 7.4).
+
+    Pairs (y, s) of `old_dirs` and `old_stps` stand oldest first; `ro` is 1 / y.s, and 0 makes a
+    pair count for nothing.
+    """
+    pairs = list(zip(old_dirs, old_stps, ro, strict=True))
+    q = -grad
+    al: list[Tensor] = []
+    for y, s, rho in reversed(pairs):
+        al.insert(0, rho * s.dot(q))
+        q = _ops.add(q, y, number_of(-al[0]))
+    d = H_diag * q
+    for (y, s, rho), alpha in zip(pairs, al, strict=True):
+        d = _ops.add(d, s, number_of(alpha - rho * y.dot(d)))
+    return d, al
+
+
+def curvature(y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether a pair is worth remembering, and if so 1 / y.s and the scale y.s / y.y of H."""
+    kept = y.dot(s) > LEAST_CURVATURE
+    ys, yy = (torch.where(kept, y.dot(x), 1) for x in (s, y))
+    return kept, 1 / ys, ys / yy
+
+
+def first_length(grad: Tensor) -> Tensor:
+    """The length of the first step, at which no curvature is known: `min(1, 1 / |grad|_1)`."""
+    return 1 / grad.abs().sum().clamp(min=1)
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All entries as one vector of reals."""
+    vectors = [real(tensor).reshape(-1) for tensor in tensors]
+    return torch.cat(vectors) if vectors else torch.empty(0)
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, and a real one as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+class _Problem(NamedTuple):
+    """The arguments of one update.
+
+    Attributes:
+        spec: the structure of the params.
+        params: their leaves.
+        grads: those of the gradients.
+        grad: the gradients as one vector, with zeros where there is none.
+        active: which of its entries have a gradient; None where all do.
+    """
+
+    spec: _tree.Spec
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    grad: Tensor
+    active: Tensor | None
+
+    def where_active(self, x: Tensor, y: Any) -> Tensor:
+        """`x` for entries that have a gradient, `y` for the others."""
+        return x if self.active is None else torch.where(self.active, x, y)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
+    """What `lbfgs` returns.
+
+    The arithmetic is in the widest dtype among the leaves, which must be on one device.
+
+    Attributes:
+        history_size: how many pairs are kept.
+    """
+
+    history_size: int
+
+    hparams = LBFGSHParams
+
+    def init(self, params: Tree) -> LBFGSState:
+        tensors, _ = _tree.flatten(params)
+        _checks.params(tensors, params)
+        device = _device(tensors, params)
+        dtype = _dtype(tensors)
+        buffers = {
+            name: torch.zeros(shape, dtype=dtype, device=device)
+            for name, shape in self._shapes(tensors).items()
+        }
+        buffers["H_diag"] = torch.ones_like(buffers["H_diag"])
+        return LBFGSState(torch.zeros((), dtype=exact_dtype(device), device=device), **buffers)
+
+    def update(
+        self, params: Tree, grads: Tree, state: LBFGSState, hparams: LBFGSHParams
+    ) -> tuple[Tree, LBFGSState]:
+        problem = self._gather(params, grads, state, hparams)
+        d, new_state = _direction(problem, state)
+        return _move(problem, state, new_state, _length(problem, new_state, hparams) * d)
+
+    def search(
+        self,
+        loss: Callable[[Tree], Tensor],
+        params: Tree,
+        grads: Tree,
+        state: LBFGSState,
+        hparams: LBFGSHParams,
+        *,
+        tolerance_change: float = 1e-9,
+        max_ls: int = 25,
+    ) -> tuple[Tree, LBFGSState]:
+        """`update` with a step length that satisfies the strong Wolfe conditions.
+
+        The length is found by comparing losses along the direction, so that it jumps as a function
+        of the arguments. Derivatives take it for the constant t it turned out to be: they are those
+        of x - t * H g in params, grads and state, and `lr`, which is only the first length tried,
+        has none. Where t minimizes the loss along the line, the loss at the new params has no other
+        derivative; the params themselves have one, which is left out.
+
+        The search looks at values: it works under autograd and under derivatives of `torch.func`,
+        but not inside `torch.vmap` or `torch.compile`.
+
+        Args:
+            loss: `loss(params)` is a real 0-d tensor. It is evaluated once per length tried, with
+                its gradient, and leaves no graph.
+            params: a pytree of tensors.
+            grads: the gradient of the loss at params.
+            state: what `init` or the last step returned.
+            hparams: what `self.hparams(...)` returned.
+            tolerance_change: lengths are not told apart where no entry would change by as much.
+            max_ls: how many lengths may be tried after the first; then the lowest point is taken.
+
+        Returns:
+            The new params and the new state.
+
+        Raises:
+            ValueError: what `update` raises, or the loss does not depend on params.
+            TypeError: what `update` raises.
+
+        Example:
+            >>> import torch, diffopt
+            >>> def rosenbrock(p):
+            ...     return (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
+            >>> opt = diffopt.lbfgs(history_size=5)
+            >>> params = torch.tensor([-1.0, 1.0])
+            >>> state = opt.init(params)
+            >>> for _ in range(40):
+            ...     grads = torch.func.grad(rosenbrock)(params)
+            ...     params, state = opt.search(rosenbrock, params, grads, state, opt.hparams())
+            >>> params
+            tensor([1., 1.])
+
+        Source: Nocedal and Wright, "Numerical optimization", 2006, algorithms 3.5 and 3.6, with the
+        conventions of torch.optim.LBFGS(line_search_fn="strong_wolfe").
+        """
+        problem = self._gather(params, grads, state, hparams)
+        d, new_state = _direction(problem, state)
+        with torch.no_grad():
+
+            def evaluate(t: Any) -> Point:
+                trial = _tree.unflatten(_moved(problem, t * d), problem.spec)
+                value, _, grads = value_and_grad(lambda p: (loss(p), ()), trial, second_order=False)
+                grad = _vector(_tree.leaves(grads), problem.params)
+                return Point(t, float(value), _constant(grad.dot(d)), grad)
+
+            found = strong_wolfe(
+                evaluate,
+                Point(0, float(loss(params)), _constant(problem.grad.dot(d)), problem.grad),
+                _constant(_length(problem, new_state, hparams)),
+                scale=_constant(d.abs().max()),
+                tolerance_change=tolerance_change,
+                max_ls=max_ls,
+            )
+        return _move(problem, state, new_state, float(found.t) * d)
+
+    def _gather(
+        self, params: Tree, grads: Tree, state: LBFGSState, hparams: LBFGSHParams
+    ) -> _Problem:
+        """The arguments as vectors, or an error."""
+        tensors, spec = _tree.flatten(params)
+        _checks.params(tensors, params)
+        gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
+        _checks.grads(gradients, tensors, params)
+        self._check_state(state, tensors, _device(tensors, params))
+        _check_lr(hparams)
+        active = None
+        if any(grad is None for grad in gradients):
+            active = flat(
+                torch.full_like(real(p), g is not None, dtype=torch.bool)
+                for g, p in zip(gradients, tensors, strict=True)
+            )
+        return _Problem(spec, tensors, gradients, _vector(gradients, tensors), active)
+
+    def _shapes(self, params: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+        """The shape of each field of the state but `step`."""
+        m, n = self.history_size, sum(p.numel() * (1 + p.is_complex()) for p in params)
+        return {
+            "old_dirs": (m, n),
+            "old_stps": (m, n),
+            "ro": (m,),
+            "H_diag": (),
+            "prev_flat_grad": (n,),
+            "prev_flat_step": (n,),
+        }
+
+    def _check_state(
+        self, state: LBFGSState, params: Sequence[Tensor], device: torch.device
+    ) -> None:
+        if not isinstance(state, LBFGSState):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"state is a {type(state).__name__}, not an LBFGSState")
+        for name, shape in {"step": (), **self._shapes(params)}.items():
+            field = getattr(state, name)
+            if not isinstance(field, Tensor):
+                raise TypeError(f"state.{name} is {_tree.describe(field)}, not a tensor")
+            for attribute, mine, expected in (
+                ("shape", tuple(field.shape), shape),
+                ("device", field.device, device),
+            ):
+                if mine != expected and params:
+                    raise ValueError(
+                        f"state.{name} has {attribute} {mine}, but {expected} is expected: "
+                        "make the state by this init() for these params"
+                    )
+
+
+def _direction(problem: _Problem, old: LBFGSState) -> tuple[Tensor, LBFGSState]:
+    """The direction, and the state with everything in it but the step along it."""
+    dtype = problem.grad.dtype
+    ys, steps, ro, H_diag, prev_grad, prev_step = (field.to(dtype) for field in old[1:])
+    y = problem.where_active(problem.grad - prev_grad, 0)
+    s = problem.where_active(prev_step, 0)
+    kept, rho, scale = curvature(y, s)
+    ys, steps, ro = (
+        torch.where(kept, torch.cat([rows[1:], row.unsqueeze(0)]), rows)
+        for rows, row in ((ys, y), (steps, s), (ro, rho))
+    )
+    H_diag = torch.where(kept, scale, H_diag)
+    d, _ = direction(problem.grad, ys, steps, ro, H_diag)
+    grad = problem.where_active(problem.grad, prev_grad)
+    state = LBFGSState(exact(old.step) + 1, ys, steps, ro, H_diag, grad, prev_step)
+    return problem.where_active(d, 0), state
+
+
+def _length(problem: _Problem, state: LBFGSState, hparams: LBFGSHParams) -> Tensor:
+    lr = exact(hparams.lr) if isinstance(hparams.lr, Tensor) else hparams.lr
+    return torch.where(state.step > 1, 1, first_length(problem.grad)) * lr
+
+
+def _constant(scalar: Tensor) -> Tensor:
+    """Its value: on the CPU, and cut from every derivative."""
+    return torch.tensor(float(scalar), dtype=torch.float64)
+
+
+def _move(
+    problem: _Problem, old: LBFGSState, new: LBFGSState, step: Tensor
+) -> tuple[Tree, LBFGSState]:
+    """Params after a step, and the state that remembers it."""
+    params = [
+        p if g is None else q
+        for p, g, q in zip(problem.params, problem.grads, _moved(problem, step), strict=True)
+    ]
+    new = new._replace(prev_flat_step=problem.where_active(step, new.prev_flat_step))
+    fields = [field.to(before.dtype) for field, before in zip(new, old, strict=True)]
+    return _tree.unflatten(params, problem.spec), LBFGSState(*fields)
+
+
+def _moved(problem: _Problem, step: Tensor) -> list[Tensor]:
+    """The leaves of the params, each with its piece of the step added."""
+    moved: list[Tensor] = []
+    pieces = torch.split(step, [real(p).numel() for p in problem.params])
+    for p, piece in zip(problem.params, pieces, strict=True):
+        x = real(p)
+        x = (x.to(step.dtype) + piece.view(x.shape)).to(x.dtype)
+        moved.append(torch.view_as_complex(x) if p.is_complex() else x)
+    return moved
+
+
+def _vector(leaves: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    """Leaves like the params as one vector; zeros stand for None."""
+    dtype = _dtype(params)
+    filled = (
+        torch.zeros_like(real(p), dtype=dtype) if leaf is None else leaf
+        for leaf, p in zip(leaves, params, strict=True)
+    )
+    return flat(filled).to(dtype)
+
+
+def _dtype(params: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the arithmetic: the widest among the params, float32 at least."""
+    wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
+    return torch.float64 if wide else torch.float32
+
+
+def _device(params: Sequence[Tensor], tree: Tree) -> torch.device:
+    for i, param in enumerate(params):
+        if param.device != params[0].device:
+            first, path = (_tree.paths(tree, "params")[k] for k in (0, i))
+            raise ValueError(
+                f"{path} has device {param.device}, but {first} has device {params[0].device}: "
+                "lbfgs needs all params on one device"
+            )
+    return params[0].device if params else torch.get_default_device()
+
+
+def _check_lr(hparams: Any) -> None:
+    if not isinstance(hparams, LBFGSHParams):
+        raise TypeError(f"hparams is a {type(hparams).__name__}: make it by hparams(...)")
+    lr = hparams.lr
+    if not isinstance(lr, (int, float, Tensor)):
+        raise ValueError(
+            f"hparams.lr is a {type(lr).__name__}, but lbfgs has one lr for all params"
+        )
+    if isinstance(lr, Tensor) and (lr.dim() != 0 or lr.is_complex()):
+        raise ValueError(
+            f"hparams.lr has shape {tuple(lr.shape)} and dtype {lr.dtype}, but must be 0-d and real"
+        )

@@ -1,0 +1,160 @@
+"""Muon: momentum, orthogonalized (Jordan et al. 2024)."""
+
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _ops
+from diffopt._engine import Leafwise, leafwise, zeros_like
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._tree import Tree
+
+
+class MuonState(NamedTuple):
+    """State of `muon`."""
+
+    step: Any
+    momentum_buffer: Tree
+
+
+@hparams
+class MuonHParams:
+    """Hyperparameters of `muon`."""
+
+    lr: Hyperparameter = number(1e-3, ge=0)
+    weight_decay: Hyperparameter = number(0.1, ge=0)
+    momentum: Hyperparameter = number(0.95, ge=0)
+    ns_a: Hyperparameter = number(3.4445, per_weight=False)
+    ns_b: Hyperparameter = number(-4.7750, per_weight=False)
+    ns_c: Hyperparameter = number(2.0315, per_weight=False)
+    eps: Hyperparameter = number(1e-7, ge=0, per_weight=False)
+
+
+def muon(
+    *,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+    precision: torch.dtype | None = torch.bfloat16,
+    maximize: bool = False,
+) -> Leafwise[MuonState, MuonHParams]:
+    """Muon: steps along the momentum of a matrix with its singular values brought near 1.
+
+    With B_0 = 0,
+
+        B_t = momentum * B_{t-1} + (1 - momentum) * grad_t
+        N_t = B_t           (nesterov: momentum * B_t + (1 - momentum) * grad_t)
+        X_0 = N_t / max(|N_t|, eps), with the Frobenius norm
+        X_k = ns_a * X_{k-1} + (ns_b * A + ns_c * A^2) X_{k-1}, where A = X_{k-1} X_{k-1}^T
+        p  <- p * (1 - lr * weight_decay) - lr * ratio * X_{ns_steps}
+
+    where ratio is sqrt(max(1, rows / columns)), or 0.2 * sqrt(max(rows, columns)) where
+    `adjust_lr_fn` is "match_rms_adamw". Matrices with more rows than columns are transposed for the
+    iteration (Newton and Schulz's, with a polynomial of degree 5).
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
+    `weight_decay` >= 0 (0.1), `momentum` >= 0 (0.95); and, one for each matrix, `ns_a`, `ns_b`,
+    `ns_c` (3.4445, -4.775, 2.0315), which are torch's `ns_coefficients`, and `eps` >= 0 (1e-7).
+
+    Args:
+        nesterov: use Nesterov's momentum.
+        ns_steps: the number of iterations.
+        adjust_lr_fn: what the step is multiplied by; None means "original".
+        precision: the dtype of the iteration. bfloat16, torch's choice, moves the step by some
+            percent, derivatives by gradients by 5 to 30 percent, and leaves those by `ns_a`, `ns_b`
+            and `ns_c` without a right digit. Where derivatives matter use torch.float32 (1e-5) or
+            None, the dtype of the parameter (float32 for half precision).
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer. Its parameters are matrices; others belong to another optimizer. A gradient
+        that is zero has the derivative of X_0 = N / eps.
+
+    Raises:
+        TypeError: a flag is no bool, or `precision` no dtype.
+        ValueError: `ns_steps`, `adjust_lr_fn` or `precision` is none of those allowed; from `init`
+            and `update`: a parameter is no matrix.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.muon(precision=None)
+        >>> hp = opt.hparams(lr=0.1, ns_a=1.5, ns_b=-0.5, ns_c=0.0)  # this iteration converges
+        >>> params, grads = [torch.ones(2, 2)], [torch.tensor([[3.0, 0.0], [0.0, -4.0]])]
+        >>> params, state = opt.update(params, grads, opt.init(params), hp)
+        >>> (params[0] - 0.99).round(decimals=4)
+        tensor([[-0.1000,  0.0000],
+                [ 0.0000,  0.1000]])
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; Liu et
+    al., "Muon is scalable for LLM training", 2025, for "match_rms_adamw"; with torch's momentum, an
+    average and not a sum.
+    """
+    check_flags(nesterov=nesterov, maximize=maximize)
+    _check_iteration(ns_steps, adjust_lr_fn, precision)
+
+    def init(p: Any, step: Any) -> MuonState:
+        return MuonState(step, zeros_like(p))
+
+    def rule(p: Any, g: Any, s: MuonState, hp: MuonHParams, _: None) -> tuple[Any, MuonState]:
+        b = _ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)
+        n = _ops.lerp(g, b, hp.momentum) if nesterov else b
+        rows, columns = p.shape
+        x = n.to(precision or n.dtype)
+        x = _newton_schulz(x.mT if rows > columns else x, hp, ns_steps)
+        x = (x.mT if rows > columns else x).to(p.dtype)
+        if adjust_lr_fn == "match_rms_adamw":
+            ratio = 0.2 * max(rows, columns) ** 0.5
+        else:
+            ratio = max(1, rows / max(columns, 1)) ** 0.5
+        p = p * (1 - hp.lr * hp.weight_decay)
+        return _ops.add(p, x, -hp.lr * ratio), MuonState(s.step, b)
+
+    return leafwise(
+        MuonState, MuonHParams, init, rule, maximize=maximize, batchable=False, refuse=_refuse
+    )
+
+
+def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:
+    """A matrix, no higher than wide, with its singular values brought near 1."""
+    x = x / _norm(x).clamp(min=hp.eps)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = _addmm(x, _addmm(a, a, a, hp.ns_b, hp.ns_c), x, hp.ns_a, 1)
+    return x
+
+
+def _norm(x: Tensor) -> Tensor:
+    """The Frobenius norm, with derivative 0 at 0."""
+    zero = torch.linalg.vector_norm(x) == 0
+    return torch.where(zero, 0, torch.linalg.vector_norm(torch.where(zero, 1, x)))
+
+
+def _addmm(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
+    """`beta * x + alpha * a @ b`, rounded once where the coefficients are numbers."""
+    if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
+        return beta * x + alpha * (a @ b)
+    return torch.addmm(x, a, b, beta=beta, alpha=alpha)
+
+
+def _refuse(p: Tensor) -> str | None:
+    if p.dim() != 2:
+        return f"has shape {tuple(p.shape)}, but Muon takes matrices only"
+    return "is complex, which Muon does not take" if p.is_complex() else None
+
+
+def _check_iteration(ns_steps: object, adjust_lr_fn: object, precision: object) -> None:
+    if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or not 0 <= ns_steps < 100:
+        raise ValueError(f"ns_steps is {ns_steps!r}, but must be an integer >= 0 and < 100")
+    if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+        raise ValueError(
+            f'adjust_lr_fn is {adjust_lr_fn!r}, but must be None, "original" or "match_rms_adamw"'
+        )
+    if precision is not None and not isinstance(precision, torch.dtype):
+        raise TypeError(f"precision is {precision!r}, not a dtype")
+    if precision is not None and not precision.is_floating_point:
+        raise ValueError(f"precision is {precision}, but must be a floating-point dtype")

@@ -1,0 +1,301 @@
+"""Adam for sparse gradients: what a gradient does not mention stays as it is."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from diffopt import _checks, _hparams, _modes, _ops, _tree
+from diffopt._engine import Leafwise, leafwise, zeros_like
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, refuse_gradients
+
+
+class SparseAdamState(NamedTuple):
+    """State of `sparse_adam`."""
+
+    step: Any
+    exp_avg: Tree
+    exp_avg_sq: Tree
+
+
+@hparams
+class SparseAdamHParams:
+    """Hyperparameters of `sparse_adam`."""
+
+    lr: Hyperparameter = number(1e-3, ge=0)
+    beta1: Hyperparameter = number(0.9, ge=0, lt=1)
+    beta2: Hyperparameter = number(0.999, ge=0, lt=1)
+    eps: Hyperparameter = number(1e-8, gt=0)
+
+
+@overload
+def sparse_adam(
+    *, masked: Literal[True], maximize: bool = False
+) -> Leafwise[SparseAdamState, SparseAdamHParams]: ...
+
+
+@overload
+def sparse_adam(*, masked: Literal[False] = False, maximize: bool = False) -> SparseAdam: ...
+
+
+@overload
+def sparse_adam(
+    *, masked: bool, maximize: bool = False
+) -> Optimizer[SparseAdamState, SparseAdamHParams]: ...
+
+
+def sparse_adam(
+    *, masked: bool = False, maximize: bool = False
+) -> Optimizer[SparseAdamState, SparseAdamHParams]:
+    """Adam for gradients that are sparse tensors, such as those of `Embedding(sparse=True)`.
+
+    For each entry that the gradient g_t mentions, with m_0 = v_0 = 0,
+
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        p  <- p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m_t / (sqrt(v_t) + eps)
+
+    and for all others nothing changes, neither p nor m nor v. The count t of steps is that of all.
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
+    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` > 0 (1e-8).
+
+    Args:
+        masked: gradients are dense, and mention the entries where they are not 0. This works inside
+            `torch.vmap` and `torch.compile`, and has derivatives of every order. Otherwise a
+            gradient is a sparse COO tensor, need not be coalesced, and mentions the zeros it holds.
+        maximize: ascend instead of descend.
+
+    Returns:
+        The optimizer. Every derivative is that of the formula for a fixed set of entries. But torch
+        differentiates the making of a sparse tensor only once, and second derivatives through it
+        come out wrong. So a derivative by what a sparse gradient was made of raises where
+        `create_graph` asks for more; in transforms of `torch.func`, nested, this cannot be seen.
+        `masked` has all derivatives. Complex params, which torch.optim.SparseAdam refuses, are
+        pairs of reals.
+
+    Raises:
+        TypeError: a flag is no bool.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.sparse_adam()
+        >>> table = torch.zeros(3, 2)
+        >>> grad = torch.tensor([[0.0, 0.0], [5.0, -5.0], [0.0, 0.0]]).to_sparse(1)
+        >>> table, state = opt.update(table, grad, opt.init(table), opt.hparams(lr=0.1))
+        >>> table
+        tensor([[ 0.0000,  0.0000],
+                [-0.1000,  0.1000],
+                [ 0.0000,  0.0000]])
+
+    Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, the variant at the
+    end of section 2, on some entries only, as in torch.
+    """
+    check_flags(masked=masked, maximize=maximize)
+
+    def init(p: Any, step: Any) -> SparseAdamState:
+        return SparseAdamState(step, zeros_like(p), zeros_like(p))
+
+    def descent(t: Any, hp: SparseAdamHParams) -> Any:
+        return -hp.lr * (1 - hp.beta2**t) ** 0.5 / (1 - hp.beta1**t)
+
+    def rule(
+        p: Any, g: Any, s: SparseAdamState, hp: SparseAdamHParams, c: Any
+    ) -> tuple[Any, SparseAdamState]:
+        m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        v = _ops.lerp(s.exp_avg_sq, g * g, 1 - hp.beta2)
+        p = _ops.addcdiv(p, m, _ops.sqrt(v) + hp.eps, c)
+        return p, SparseAdamState(s.step, m, v)
+
+    def masked_rule(
+        p: Any, g: Any, s: SparseAdamState, hp: SparseAdamHParams, c: Any
+    ) -> tuple[Any, SparseAdamState]:
+        new_p, new_s = rule(p, g, s, hp, c)
+        p, m, v = (
+            torch.where(g != 0, new, old)
+            for new, old in (
+                (new_p, p),
+                (new_s.exp_avg, s.exp_avg),
+                (new_s.exp_avg_sq, s.exp_avg_sq),
+            )
+        )
+        return p, SparseAdamState(s.step, m, v)
+
+    entries = leafwise(
+        SparseAdamState,
+        SparseAdamHParams,
+        init,
+        masked_rule if masked else rule,
+        scalars=descent,
+        maximize=maximize,
+        elementwise=True,
+    )
+    return entries if masked else SparseAdam(entries)
+
+
+class _Entries(NamedTuple):
+    """The arguments of one update, of the entries that the gradients mention.
+
+    Attributes:
+        arguments: of the update of these entries. A leaf whose gradient mentions nothing stands
+            there whole.
+        where: the indices of the entries, for each leaf; None where there are none.
+        columns: the leaves of params and of the fields of the state, in the order of the params.
+        spec: the structure of the params.
+    """
+
+    arguments: tuple[list[Tensor], list[Tensor | None], SparseAdamState, SparseAdamHParams]
+    where: list[tuple[Tensor, ...] | None]
+    columns: list[list[Tensor]]
+    spec: _tree.Spec
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
+    """What `sparse_adam` returns.
+
+    Attributes:
+        entries: updates the entries that gradients mention, put together in dense tensors.
+    """
+
+    entries: Leafwise[SparseAdamState, SparseAdamHParams]
+
+    hparams = SparseAdamHParams
+
+    def init(self, params: Tree) -> SparseAdamState:
+        return self.entries.init(params)
+
+    def update(
+        self, params: Tree, grads: Tree, state: SparseAdamState, hparams: SparseAdamHParams
+    ) -> tuple[Tree, SparseAdamState]:
+        arguments, where, columns, spec = self._gather(params, grads, state, hparams)
+        new_params, new_state = self.entries.update(*arguments)
+        params, m, v = (
+            _tree.unflatten(map(_put, old, where, new), spec)
+            for old, new in zip(columns, (new_params, *new_state[1:]), strict=True)
+        )
+        return params, SparseAdamState(new_state.step, m, v)
+
+    def update_(
+        self, params: Tree, grads: Tree, state: SparseAdamState, hparams: SparseAdamHParams
+    ) -> None:
+        refuse_gradients(grads, hparams)
+        with torch.no_grad():
+            arguments, where, columns, _ = self._gather(params, grads, state, hparams)
+            _checks.writable(columns[0], params)
+            self.entries.update_(*arguments)  # writes to copies of entries, and to state.step
+            new_params, _, new_state, _ = arguments
+            for old, new in zip(columns, (new_params, *new_state[1:]), strict=True):
+                for leaf, indices, entries in zip(old, where, new, strict=True):
+                    if indices is not None:
+                        leaf[indices] = entries if indices else entries[0]
+
+    def _gather(
+        self, params: Tree, grads: Tree, state: SparseAdamState, hparams: SparseAdamHParams
+    ) -> _Entries:
+        """What the gradients mention, or an error."""
+        tensors, spec = _tree.flatten(params)
+        _checks.params(tensors, params)
+        gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
+        _check_grads(gradients, tensors, params)
+        # Without gradients nothing is done but to look at params, state and hparams.
+        self.entries.update(params, _tree.unflatten([None] * len(tensors), spec), state, hparams)
+
+        coalesced = [None if grad is None else grad.coalesce() for grad in gradients]
+        coalesced = [None if grad is None or not grad._nnz() else grad for grad in coalesced]
+        values = [None if grad is None else _values(grad) for grad in coalesced]
+        where = [None if grad is None else tuple(grad.indices()) for grad in coalesced]
+        buffers = (_tree.leaves_like(tree, spec, params, ("state", "params")) for tree in state[1:])
+        columns = [tensors, *buffers]
+        entries, m, v = ([*map(_take, column, where)] for column in columns)
+        numbers = [_pick(n, tensors, where) for n in _hparams.broadcast(hparams, spec, params)]
+        arguments = (
+            entries,
+            values,
+            SparseAdamState(state.step, m, v),
+            _hparams.assemble(SparseAdamHParams, numbers),
+        )
+        return _Entries(arguments, where, columns, spec)
+
+
+def _check_grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
+    """None, or a sparse tensor of the parameter's shape, dtype and device."""
+    filled = [param if grad is None else grad for grad, param in zip(grads, params, strict=True)]
+    _checks.buffers(filled, params, tree, "grads")
+    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        if grad is not None and grad.dtype != param.dtype:
+            mine, theirs = (_tree.paths(tree, name)[i] for name in ("grads", "params"))
+            raise ValueError(f"{mine} has dtype {grad.dtype}, but {theirs} has dtype {param.dtype}")
+        if grad is not None and grad.layout is not torch.sparse_coo:
+            raise ValueError(
+                f"{_tree.paths(tree, 'grads')[i]} has layout {grad.layout}, but must be sparse "
+                "COO: for dense gradients there are adam() and sparse_adam(masked=True)"
+            )
+
+
+def _take(leaf: Tensor, where: tuple[Tensor, ...] | None) -> Tensor:
+    """Entries of a leaf, one row each; all of it is one row without sparse dimensions."""
+    if where is None:
+        return leaf
+    return leaf[where] if where else leaf.unsqueeze(0)
+
+
+def _put(leaf: Tensor, where: tuple[Tensor, ...] | None, entries: Tensor) -> Tensor:
+    """A leaf with other entries."""
+    if where is None:
+        return leaf
+    return leaf.index_put(where, entries) if where else entries.squeeze(0)
+
+
+def _pick(number: _hparams.Covered, params: list[Tensor], where: list[Any]) -> Any:
+    """A hyperparameter of the entries."""
+    if len(number.values) == 1 and not _per_weight(number.values[0]):
+        return number.values[0]
+    picked: list[Any] = []
+    for i, (param, indices) in enumerate(zip(params, where, strict=True)):
+        value = number.at(i)
+        picked.append(_take(value.expand(param.shape), indices) if _per_weight(value) else value)
+    return picked
+
+
+def _per_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _values(grad: Tensor) -> Tensor:
+    """The values of a coalesced gradient, differentiable as often as torch does it right."""
+    return grad.values() if grad.is_leaf else _Once.apply(grad.values())
+
+
+class _Once(torch.autograd.Function):
+    """The identity; a derivative that may be differentiated again raises.
+
+    The backward of torch.sparse_coo_tensor is not differentiable, and does not say so: second
+    derivatives through it are wrong without a word.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and grads[0].requires_grad and not _modes.transformed():
+            raise RuntimeError(
+                "torch differentiates the making of a sparse tensor only once: for a derivative by "
+                "a sparse gradient with create_graph=True use sparse_adam(masked=True)"
+            )
+        return grads[0]
