@@ -338,6 +338,60 @@ def test_a_sound_optimizer_that_is_not_elementwise_passes():
     testing.check(Trust())
 
 
+# Compositions: their states are trees of states, some pruned, and some of their params frozen.
+
+
+class Cloning(diffopt.Optimizer):
+    """Makes new state for what has no gradient, in a state that some tensors are not part of."""
+
+    inner = diffopt.transforms.masked(
+        make(), lambda params: _tree.map(lambda p: p.dim() > 0, params)
+    )
+    hparams = inner.hparams
+
+    def init(self, params):
+        return self.inner.init(params)
+
+    def update(self, params, grads, state, hp):
+        params, state = self.inner.update(params, grads, state, hp)
+        return params, _tree.map(torch.clone, state)
+
+
+def everything(params):
+    return _tree.map(lambda _: True, params)
+
+
+COMPOSED_DEFECTS = [
+    ("half_long_run", Case(diffopt.transforms.chain(CountsInBfloat16()))),
+    ("half_long_run", Case(diffopt.transforms.partition({0: CountsInBfloat16()}, 0))),
+    ("no_gradient", Case(Cloning(), frozen=lambda p: _tree.map(lambda x: x.dim() == 0, p))),
+    ("no_gradient", Case(diffopt.sgd(), frozen=everything)),
+    ("pure", Case(diffopt.transforms.freeze(make(), everything))),  # and nobody says so
+    ("derivatives", Case(diffopt.transforms.chain(make(detached_gradient)))),
+    (
+        "derivatives_per_weight",
+        Case(diffopt.transforms.chain(make(number_of_tensor)), elementwise=True),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "case"), COMPOSED_DEFECTS)
+def test_the_check_finds_the_defect_of_a_composition(name, case):
+    with pytest.raises(AssertionError, match=rf"^{name}: "):
+        CHECKS[name](case)
+
+
+def test_a_frozen_composition_passes():
+    testing.check(diffopt.transforms.freeze(make(), everything), frozen=everything)
+
+
+def test_hyperparameters_may_be_records():
+    opt = diffopt.transforms.chain(diffopt.sgd())
+    case = Case(opt, (diffopt.sgd().hparams(lr=0.3),))
+    assert case.record()[0].lr == 0.3
+    assert case.interior()[0].momentum == pytest.approx(0.05)
+
+
 def test_skip_leaves_checks_out():
     with pytest.raises(AssertionError, match=r"^parity: "):
         testing.check(make(wrong_formula), reference=Reference)

@@ -119,7 +119,9 @@ class Leafwise(Optimizer[S, H]):
         execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
             no derivative; "auto": the fastest that applies. That is, for `update_`, a native kernel
             where there is one, else tiles of the cache's size on a CPU; foreach on other devices
-            where no derivative can be asked for; and else leaf.
+            where no derivative can be asked for; and else leaf. "compiled": `update_` runs one
+            kernel that `torch.compile` makes of the rule for these shapes, which takes seconds at
+            the first step; `update` is "leaf", to be compiled with what surrounds it.
     """
 
     hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
@@ -180,6 +182,9 @@ class Leafwise(Optimizer[S, H]):
             steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
             if _execution.native_(self.rule, steps, first, values, columns):
                 return
+        if self.execution == "compiled":
+            _execution.compiled_(self.rule, step, values, columns)
+            return
         numbers = self.rule.at(number, values, columns[0][0])
         if self._batched(columns, values):
             _execution.foreach_(self.rule, numbers, columns)

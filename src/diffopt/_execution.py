@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,7 @@ from diffopt import _hparams, _modes, _ops
 from diffopt._checks import Shape
 from diffopt._tensorlist import TensorList
 
-Execution = Literal["auto", "leaf", "foreach"]
+Execution = Literal["auto", "leaf", "foreach", "compiled"]
 
 _AS_IS = (torch.float32, torch.float64)
 _TILE = 1 << 17  # elements for each thread: less pays too much Python, more leaves the cache
@@ -143,6 +144,44 @@ def tiled_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
         for old, new in zip(_written(pieces), run(numbers, tile), strict=True):
             if isinstance(old, list):
                 torch._foreach_copy_(old, new.split(lengths))
+
+
+def compiled_(rule: Rule, step: Tensor, values: Sequence[Any], columns: Sequence[Any]) -> None:
+    """In place, by one kernel that torch.compile makes of the rule for these shapes.
+
+    torch.compile has been seen to give wrong numbers without a word, so its first result is
+    compared with the eager one; where they differ, a warning says so and the rule stays eager.
+    """
+    tensors = [x for column in columns if isinstance(column, list) for x in column]
+    numbers = [torch.as_tensor(value, dtype=torch.float64) for value in values]
+    key = (rule, *((x.shape, x.dtype, x.device, x.stride()) for x in tensors))
+    if key in _COMPILED:
+        _COMPILED[key](step, numbers, columns)
+        return
+
+    def eager(step: Tensor, numbers: Sequence[Any], columns: Sequence[Any]) -> None:
+        leaf_(rule, rule.at(step, numbers, columns[0][0]), columns)
+
+    expected = [[x.clone() for x in c] if isinstance(c, list) else c for c in columns]
+    eager(step, numbers, expected)
+    _COMPILED[key] = torch.compile(eager, fullgraph=True, dynamic=False)
+    _COMPILED[key](step, numbers, columns)
+    for old, new in zip(_written(columns), _written(expected), strict=True):
+        pairs = zip(old, new, strict=True) if isinstance(old, list) else ()
+        if not all(torch.allclose(x, y, 1e-3, 1e-5, equal_nan=True) for x, y in pairs):
+            warnings.warn(
+                "torch.compile computes something else than the rule, which stays eager",
+                stacklevel=2,
+            )
+            _COMPILED[key] = eager
+            torch._foreach_copy_(
+                [x for c in _written(columns) if isinstance(c, list) for x in c],
+                [x for c in _written(expected) if isinstance(c, list) for x in c],
+            )
+            return
+
+
+_COMPILED: dict[Any, Callable[..., None]] = {}
 
 
 def sparse_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:

@@ -100,6 +100,44 @@ def functionalize(module: nn.Module) -> Functional:
     return Functional(apply, params, buffers)
 
 
+def decay_mask(module: nn.Module) -> dict[str, bool]:
+    """Which parameters are to be decayed: all but biases, and the parameters of norms.
+
+    A bias is what its module calls so (`bias`, `in_proj_bias`, `bias_ih_l0`); a norm is a module
+    whose class, or a base of it, has "norm" in its name (`BatchNorm2d`, `LayerNorm`, `MyRMSNorm`).
+
+    Args:
+        module: any module.
+
+    Returns:
+        A bool for each of `functionalize(module).params`, by the same names: a tied tensor goes by
+        its first one. It is a mask for `diffopt.transforms.masked`, holds labels for
+        `diffopt.transforms.partition`, and makes a hyperparameter.
+
+    Raises:
+        TypeError: `module` is no module.
+
+    Example:
+        >>> import torch, diffopt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+        >>> mask = diffopt.nn.decay_mask(model)
+        >>> mask
+        {'0.weight': True, '0.bias': False, '1.weight': False, '1.bias': False}
+        >>> opt = diffopt.adamw()
+        >>> decay = {name: 0.01 if decays else 0.0 for name, decays in mask.items()}
+        >>> hp = opt.hparams(lr=0.1, weight_decay=decay)
+        >>> params = dict(model.named_parameters())
+        >>> params, state = opt.update(params, params, opt.init(params), hp)
+    """
+    return {name: _decays(module, name) for name in functionalize(module).params}
+
+
+def _decays(module: nn.Module, name: str) -> bool:
+    prefix, _, own = name.rpartition(".")
+    bases = type(module.get_submodule(prefix)).__mro__
+    return "bias" not in own and not any("norm" in base.__name__.lower() for base in bases)
+
+
 def _slots(module: nn.Module) -> dict[str, Tensor]:
     """Every place that holds a tensor, once, though its module be reachable by several names."""
     slots: dict[str, Tensor] = {}

@@ -15,8 +15,8 @@ class RMSpropState(NamedTuple):
 
     step: Any
     square_avg: Tree
-    grad_avg: Tree
     momentum_buffer: Tree
+    grad_avg: Tree
 
 
 @hparams
@@ -81,8 +81,8 @@ def rmsprop(
         return RMSpropState(
             step,
             zeros_like(p),
-            zeros_like(p) if centered else (),
             zeros_like(p) if momentum else (),
+            zeros_like(p) if centered else (),
         )
 
     def rule(p: Any, g: Any, s: RMSpropState, hp: Any, _: None) -> tuple[Any, RMSpropState]:
@@ -91,9 +91,9 @@ def rmsprop(
         a: Any = _ops.lerp(s.grad_avg, g, 1 - hp.alpha) if centered else ()
         denominator = _ops.sqrt(_ops.addcmul(v, a, a, -1) if centered else v) + hp.eps
         if not momentum:
-            return _ops.addcdiv(p, g, denominator, -hp.lr), RMSpropState(s.step, v, a, ())
+            return _ops.addcdiv(p, g, denominator, -hp.lr), RMSpropState(s.step, v, (), a)
         b = _ops.addcdiv(hp.momentum * s.momentum_buffer, g, denominator, 1)
-        return _ops.add(p, b, -hp.lr), RMSpropState(s.step, v, a, b)
+        return _ops.add(p, b, -hp.lr), RMSpropState(s.step, v, b, a)
 
     record = RMSpropMomentumHParams if momentum else RMSpropHParams
     return leafwise(RMSpropState, record, init, rule, maximize=maximize, elementwise=True)

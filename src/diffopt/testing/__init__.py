@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 from diffopt.testing import _derivatives, _errors, _transforms, _trees, _values
 from diffopt.testing._case import DTYPES, SHAPES, Case as Case, Reference
@@ -19,24 +20,30 @@ from diffopt.testing._case import DTYPES, SHAPES, Case as Case, Reference
 def check(
     optimizer: Optimizer[Any, Any],
     *,
-    hparams: Mapping[str, Any] | None = None,
+    hparams: Mapping[str, Any] | tuple[Any, ...] | None = None,
     reference: Reference | None = None,
     skip: Collection[str] = (),
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     dtypes: Sequence[torch.dtype] = DTYPES,
     backend: str = "aot_eager",
+    elementwise: bool = False,
+    frozen: Callable[[Tree], Tree] | None = None,
 ) -> None:
     """Run every check of `CHECKS` on an optimizer.
 
     Args:
         optimizer: what is checked: any `Optimizer`, made by `diffopt.rules.leafwise` or not.
-        hparams: keyword arguments of `optimizer.hparams`: generic numbers, such as `lr=0.1`.
+        hparams: keyword arguments of `optimizer.hparams`: generic numbers, such as `lr=0.1`. A
+            tuple holds positional ones: the records of a composition's parts.
         reference: makes the optimizer that must give the same values, from a list of tensors:
             `lambda tensors: torch.optim.SGD(tensors, lr=0.1)`. None: nothing is compared.
         skip: names of checks to leave out.
         shapes: shapes of the tensors it can update; the first two must not be empty.
         dtypes: dtypes of the tensors it can update; float64 must be among them.
         backend: the backend of `torch.compile`; "inductor" to compile for real.
+        elementwise: whether it moves each number by its own gradient only; more is checked then.
+            What `leafwise` returns is taken to, where its rule is batchable.
+        frozen: `params -> tree of bools`: which tensors it never moves.
 
     Raises:
         AssertionError: a check failed; the message begins with the check's name.
@@ -70,7 +77,7 @@ def check(
     """
     if unknown := set(skip) - CHECKS.keys():
         raise ValueError(f"skip has {sorted(unknown)}, but the checks are {list(CHECKS)}")
-    case = Case(optimizer, hparams or {}, reference, shapes, dtypes, backend)
+    case = Case(optimizer, hparams or {}, reference, shapes, dtypes, backend, elementwise, frozen)
     for name, run in CHECKS.items():
         if name not in skip:
             run(case)

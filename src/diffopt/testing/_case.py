@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _hparams, _tree
+from diffopt._engine import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 
@@ -37,9 +38,9 @@ class Case:
     Attributes:
         optimizer: what is checked.
         hparams: keyword arguments of `optimizer.hparams`, numbers as a rule; what is missing has
-            its default. Values are compared at these. Derivatives are too, except that a number
-            within 0.05 of the end of its range is moved to 0.05 from it, so that finite
-            differences stay inside.
+            its default. A tuple holds positional ones: the records of a composition's parts. Values
+            are compared at these. Derivatives are too, except that a number within 0.05 of the end
+            of its range is moved to 0.05 from it, so that finite differences stay inside.
         reference: makes the `torch.optim` optimizer (or one like it) for a list of tensors, with
             the numbers of `hparams`; None where there is nothing to compare with.
         shapes: shapes of the tensors it can update. The first two, not empty, are those of the
@@ -47,17 +48,29 @@ class Case:
         dtypes: dtypes of the tensors it can update; float64 must be among them.
         backend: the backend of `torch.compile`. "aot_eager" traces everything and generates no
             code; "inductor" compiles for real and takes ten times as long.
+        elementwise: whether it moves each number by its own gradient only. What `leafwise` returns
+            is taken to, where its rule is batchable.
+        frozen: `params -> tree of bools`: which tensors it never moves. They come back as the very
+            same tensors.
     """
 
     optimizer: Optimizer[Any, Any]
-    hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    hparams: Mapping[str, Any] | tuple[Any, ...] = dataclasses.field(default_factory=dict[str, Any])
     reference: Reference | None = None
     shapes: Sequence[tuple[int, ...]] = SHAPES
     dtypes: Sequence[torch.dtype] = DTYPES
     backend: str = "aot_eager"
+    elementwise: bool = False
+    frozen: Callable[[Tree], Tree] | None = None
+
+    def __post_init__(self) -> None:
+        leafwise = isinstance(self.optimizer, Leafwise) and self.optimizer.rule.batchable
+        object.__setattr__(self, "elementwise", self.elementwise or leafwise)
 
     def record(self) -> Any:
         """The hyperparameters as given."""
+        if isinstance(self.hparams, tuple):
+            return self.optimizer.hparams(*self.hparams)
         return self.optimizer.hparams(**self.hparams)
 
     def interior(self) -> Any:
@@ -135,6 +148,12 @@ def as_dtype(dtype: torch.dtype | None, tree: Any) -> Any:
 def record_fields(hparams: Any) -> tuple[_hparams.Field, ...]:
     """What `number` declared of this record; nothing where it is none of ours."""
     return _hparams.FIELDS.get(type(hparams), ())
+
+
+def records(hparams: Any) -> list[Any]:
+    """All records in a tree of them: one for each part of a composition."""
+    nodes = _tree.flatten(hparams, is_leaf=lambda node: bool(record_fields(node)))[0]
+    return [node for node in nodes if record_fields(node)]
 
 
 def map_fields(function: Callable[[_hparams.Field, Any], Any], hparams: Any) -> Any:

@@ -46,13 +46,13 @@ def derivatives_from_init(case: Case) -> None:
 
 
 def derivatives_per_weight(case: Case) -> None:
-    """The same where every weight has hyperparameters of its own (elementwise optimizers)."""
-    if not isinstance(case.optimizer, Leafwise):
+    """The same where every weight has hyperparameters of its own, if they can be so given."""
+    if not (case.elementwise or isinstance(case.optimizer, Leafwise)):
         return
     point = generic_point(case)
 
     def spread(field: _hparams.Field, value: Tensor) -> Tree:
-        if not field.per_parameter:
+        if not (field.per_parameter and field.per_weight):
             return value
         return _tree.map(lambda p: value * (1 - 0.1 * p.abs()), point.params)
 
@@ -107,10 +107,9 @@ def meta_gradients(case: Case, point: Point) -> list[tuple[Tree, Tree, Any]]:
 
 def with_zeros(case: Case, point: Point) -> Point:
     """The same problem with a tensor of zeros more and, if elementwise, one zero per tensor."""
-    elementwise = isinstance(case.optimizer, Leafwise)
 
     def longer(x: Tensor) -> Tensor:
-        return torch.cat([x.flatten(), x.new_zeros(1)]) if elementwise else x
+        return torch.cat([x.flatten(), x.new_zeros(1)]) if case.elementwise else x
 
     zero = torch.zeros_like(point.params["rest"][0])
     params = {**_tree.map(longer, point.params), "zero": zero.clone()}
@@ -146,13 +145,13 @@ def as_function(
 
 
 def smooth(tree: Tree, name: str) -> list[tuple[int, str]]:
-    """Index and path of every leaf but step counts, and other integers."""
+    """Index and path of every leaf but step counts, other integers and what has no elements."""
     return [
         (i, path)
         for i, (path, leaf) in enumerate(
             zip(_tree.paths(tree, name), _tree.leaves(tree), strict=True)
         )
-        if leaf.is_floating_point() and not path.endswith(".step")
+        if leaf.is_floating_point() and leaf.numel() and not path.endswith(".step")
     ]
 
 

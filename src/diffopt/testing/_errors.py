@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,15 @@ import torch
 from diffopt import _tree
 from diffopt._engine import Leafwise
 from diffopt.testing._assertions import Snapshot
-from diffopt.testing._case import Case, Point, clone, generic_point, map_fields, record_fields
+from diffopt.testing._case import (
+    Case,
+    Point,
+    clone,
+    generic_point,
+    map_fields,
+    record_fields,
+    records,
+)
 
 
 class Wrong(NamedTuple):
@@ -37,8 +45,8 @@ def errors(case: Case) -> None:
             refuse((update, update_), point, wrong)
     for wrong in waiting(point):
         refuse((update_,), point, wrong)
-    for wrong in wrong_numbers(case):
-        raises(functools.partial(case.optimizer.hparams, **wrong.changes), wrong)
+    for maker, wrong in wrong_numbers(case):
+        raises(functools.partial(maker, **wrong.changes), wrong)
 
 
 def refuse(calls: Iterable[Callable[..., object]], point: Point, wrong: Wrong) -> None:
@@ -154,16 +162,21 @@ def waiting(point: Point) -> Iterator[Wrong]:
             )
 
 
-def wrong_numbers(case: Case) -> Iterator[Wrong]:
-    """Arguments of `optimizer.hparams` that must be refused."""
-    for field in record_fields(case.record()):
-        path = f"hparams.{field.name}"
-        text = {**case.hparams, field.name: "0.1"}
-        yield Wrong(f"{path} as text", text, TypeError, (path, "'0.1'"))
-        beyond = {"ge": -1.0, "gt": 0.0, "le": 1.0, "lt": 0.0}
-        for kind, bound in field.bounds.items():
-            if bound is not None:
-                bad = bound + beyond[kind]
-                beyond_it = {**case.hparams, field.name: bad}
-                says = (path, str(bad), str(bound))
-                yield Wrong(f"{path} out of range", beyond_it, ValueError, says)
+def wrong_numbers(case: Case) -> Iterator[tuple[Callable[..., object], Wrong]]:
+    """What makes records, `optimizer.hparams` or that of a part, with arguments to be refused."""
+    whole = case.record()
+    for record in records(whole):
+        alone = record is whole
+        maker = case.optimizer.hparams if alone else type(record)
+        given = case.hparams if alone and isinstance(case.hparams, Mapping) else {}
+        for field in record_fields(record):
+            path = f"hparams.{field.name}"
+            text = {**given, field.name: "0.1"}
+            yield maker, Wrong(f"{path} as text", text, TypeError, (path, "'0.1'"))
+            beyond = {"ge": -1.0, "gt": 0.0, "le": 1.0, "lt": 0.0}
+            for kind, bound in field.bounds.items():
+                if bound is not None:
+                    bad = bound + beyond[kind]
+                    beyond_it = {**given, field.name: bad}
+                    says = (path, str(bad), str(bound))
+                    yield maker, Wrong(f"{path} out of range", beyond_it, ValueError, says)

@@ -114,9 +114,9 @@ def pure(case: Case, point: Point) -> None:
     """The arguments are left alone; results share no memory with them, nor with each other."""
     exempt = {
         id(leaf)
-        for column in (point.params, *columns(point, point.state))
-        for leaf, grad in zip(_tree.leaves(column), _tree.leaves(point.grads), strict=True)
-        if grad is None
+        for column, stays in kept_columns(case, point, point.params, point.state)
+        for leaf, stay in zip(leaves_at(point, column), stays, strict=True)
+        if stay
     }
     for hparams in (point.hparams, as_dtype(torch.float64, point.hparams), least(point.hparams)):
         arguments = point._replace(hparams=hparams)
@@ -133,13 +133,14 @@ def no_gradient(case: Case, point: Point) -> None:
     if _tree.is_leaf(point.params):
         return
     params, state = case.optimizer.update(*point)
-    old = (point.params, *columns(point, point.state))
-    for before, after in zip(old, (params, *columns(point, state)), strict=True):
+    old = kept_columns(case, point, point.params, point.state)
+    for (before, stays), (after, _) in zip(
+        old, kept_columns(case, point, params, state), strict=True
+    ):
         paths = _tree.paths(point.params, "params")
-        for path, grad, x, y in zip(
-            paths, *map(_tree.leaves, (point.grads, before, after)), strict=True
-        ):
-            if grad is None and x is not y:
+        both = (leaves_at(point, column) for column in (before, after))
+        for path, stay, x, y in zip(paths, stays, *both, strict=True):
+            if stay and isinstance(x, Tensor) and x is not y:
                 raise AssertionError(f"{path} has no gradient, but it or its state was replaced")
 
 
@@ -252,10 +253,33 @@ class Choice:
 
 
 def columns(point: Point, state: Any) -> list[Tree]:
-    """The trees in a state that have the structure of the params."""
-    spec = _tree.flatten(point.params)[1]
-    nodes, _ = _tree.flatten(state, is_leaf=lambda node: _tree.flatten(node)[1] == spec)
-    return [node for node in nodes if _tree.flatten(node)[1] == spec]
+    """The trees in a state like the params; some leaves may be `()` or `[]`."""
+
+    def is_column(node: Any) -> bool:
+        try:
+            found = leaves_at(point, node)
+        except ValueError:
+            return False
+        tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
+        return bool(tensors) and all(isinstance(leaf, Tensor) or leaf in ((), []) for leaf in found)
+
+    nodes, _ = _tree.flatten(state, is_leaf=is_column)
+    return [node for node in nodes if is_column(node)]
+
+
+def leaves_at(point: Point, column: Tree) -> list[Any]:
+    """What a column has for each leaf of the params."""
+    return _tree.flatten(point.params)[1].flatten_up_to(column)
+
+
+def kept_columns(
+    case: Case, point: Point, params: Tree, state: Any
+) -> list[tuple[Tree, list[bool]]]:
+    """Params and columns of the state; which leaves stay, for want of a gradient or as frozen."""
+    missing = [grad is None for grad in _tree.leaves(point.grads)]
+    frozen = _tree.leaves(case.frozen(point.params)) if case.frozen else missing
+    stays = [a or b for a, b in zip(missing, frozen, strict=True)]
+    return [(params, stays), *((column, missing) for column in columns(point, state))]
 
 
 def least(hparams: Any) -> Any:

@@ -107,10 +107,23 @@ def half_long_run(case: Case) -> None:
         return
     params, state = long_run(case, torch.bfloat16)
     expected, expected_state = long_run(case, torch.float32)
-    if getattr(state, "step", 1000) != 1000:
-        raise AssertionError(f"state.step is {state.step} after 1000 steps")
+    for path, step in step_counts(state, "state"):
+        if step != 1000:
+            raise AssertionError(f"{path} is {step} after 1000 steps")
     same(state, expected_state, "state", rtol=0.1, atol=0.1)
     same(as_dtype(torch.float32, params), expected, "params", rtol=0.1, atol=0.1)
+
+
+def step_counts(state: Any, name: str) -> list[tuple[str, Any]]:
+    """The outermost `step` of a state, or of each part of a composition's."""
+    if hasattr(state, "step"):
+        return [(f"{name}.step", state.step)]
+    if isinstance(state, dict):
+        children = [(f"{name}[{key!r}]", child) for key, child in state.items()]
+    else:
+        parts = state if type(state) is tuple else ()
+        children = [(f"{name}[{i}]", child) for i, child in enumerate(parts)]
+    return [count for path, child in children for count in step_counts(child, path)]
 
 
 def long_run(case: Case, dtype: torch.dtype) -> tuple[Tree, Any]:

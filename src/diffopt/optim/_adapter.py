@@ -1,0 +1,295 @@
+"""The adapter that puts a rule under a class of torch.optim.
+
+A class here inherits constructor, argument checks, parameter groups, hooks and `zero_grad` from its
+namesake in torch.optim. Ours are `step`, which runs a rule, and the making and reading of
+checkpoints, which are copies.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnnecessaryIsInstance=false
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffopt import _hparams, _tree
+from diffopt._engine import Leafwise
+from diffopt.optim._plan import Group, Plan, fields_of, name_of, same, values_of
+
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
+
+
+class Checkpoints(torch.optim.Optimizer):
+    """Makes and reads the checkpoints of torch.optim, which are copies here."""
+
+    scalar_state: ClassVar[tuple[str, ...]] = ("step",)
+    """What torch keeps in one 0-d tensor for each parameter."""
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, which may have values of their own.
+
+        Args:
+            param_group: "params", and any of the class's options. It is copied.
+        """
+        super().add_param_group(copy.copy(param_group))
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the parameter groups, as torch.optim has them, but copied and detached."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        index: dict[int, int] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                index.setdefault(id(param), len(index))
+        groups: list[Group] = []
+        for group in self.param_groups:
+            params = [index[id(param)] for param in group["params"]]
+            groups.append(copied({k: v for k, v in group.items() if k != "params"}))
+            groups[-1]["params"] = params
+        state = {
+            index[id(key)] if isinstance(key, Tensor) else key: copied(row)
+            for key, row in self.state.items()
+        }
+        saved: dict[str, Any] = {"state": state, "param_groups": groups}
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            result = hook(self, saved)
+            saved = saved if result is None else result
+        return saved
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of this class, or of its namesake in torch.optim, returned.
+
+        Every tensor is copied to the device of its parameter and keeps its dtype.
+
+        Raises:
+            ValueError: groups, shapes or names of the state do not match; nothing is changed.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        groups: list[Group] = copied(state_dict["param_groups"])
+        params = self._matched(groups)
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, row in state_dict["state"].items():
+            if key not in params:
+                state[key] = copied(row)
+                continue
+            param, group, _ = params[key]
+            state[param] = {k: self._loaded(k, v, param, group) for k, v in row.items()}
+        for mine, theirs in zip(self.param_groups, groups, strict=True):
+            theirs["params"] = mine["params"]
+            if "param_names" in mine:
+                theirs.setdefault("param_names", mine["param_names"])
+        before = {"state": self.state, "param_groups": self.param_groups}
+        self.__setstate__({"state": state, "param_groups": groups})  # which knows older checkpoints
+        try:
+            for param, group, name in params.values():
+                self.check_state(state.get(param, {}), param, group, name)
+        except ValueError:
+            self.__setstate__(before)
+            raise
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def check_state(self, row: dict[str, Any], param: Tensor, group: Group, name: str) -> None:
+        """Raise where a saved state cannot be that of this parameter."""
+
+    def _matched(self, groups: list[Group]) -> dict[Any, tuple[Tensor, Group, str]]:
+        """Each saved index with our parameter, its saved group and its name."""
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                "loaded state dict has a different number of parameter groups: "
+                f"{len(groups)}, but the optimizer has {len(self.param_groups)}"
+            )
+        params: dict[Any, tuple[Tensor, Group, str]] = {}
+        for i, (mine, theirs) in enumerate(zip(self.param_groups, groups, strict=True)):
+            sizes = len(theirs["params"]), len(mine["params"])
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"loaded state dict contains a parameter group that doesn't match the size of "
+                    f"optimizer's group: param_groups[{i}] has {sizes[0]} parameters, but the "
+                    f"optimizer's has {sizes[1]}"
+                )
+            for j, (key, param) in enumerate(zip(theirs["params"], mine["params"], strict=True)):
+                params[key] = param, theirs, name_of(mine, i, j)
+        return params
+
+    def _loaded(self, key: str, value: Any, param: Tensor, group: Group) -> Any:
+        if key not in self.scalar_state or not isinstance(value, Tensor):
+            return copied(value, param.device)
+        on_device = group.get("fused") or group.get("capturable")
+        dtype = torch.float32 if on_device and key == "step" else value.dtype
+        return copied(value.to(dtype), param.device if on_device else "cpu")
+
+
+class RuleOptimizer(Checkpoints):
+    """A `torch.optim.Optimizer` whose step is a rule's."""
+
+    sparse_gradients: ClassVar[bool] = False
+    integer_steps: ClassVar[bool] = False
+    foreach_unrolls: ClassVar[bool] = False
+    """Whether torch accepts foreach=True together with differentiable=True."""
+
+    _plans: list[Any]
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        """The pure optimizer of a parameter group."""
+        raise NotImplementedError
+
+    def buffers(self, opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
+        """The fields of the state, after the step, that this parameter has."""
+        return fields_of(opt)
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_capture()
+        with torch.no_grad():
+            taken = self._take()  # all checks come before any change
+        for group, plan, columns in zip(self.param_groups, self._plans, taken, strict=True):
+            with torch.set_grad_enabled(bool(group.get("differentiable"))):
+                plan.step_(self, group, columns)
+        return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = []
+
+    def new_state(self, param: Tensor, group: Group) -> dict[str, Any]:
+        """The state of a parameter before its first step: torch's names, shapes and dtypes."""
+        opt = self.rule(group)
+        numbers = _hparams.assemble(opt.rule.hparams, values_of(opt, group))
+        initial = opt.rule.initial(numbers) if opt.rule.initial else {}
+        row: dict[str, Any] = {}
+        shapes = self._shapes(opt, param)
+        for name in ("step", *self.buffers(opt, param)):
+            value = initial.get(name, 0.0)
+            if name in self.scalar_state:
+                row[name] = self.new_scalar(value, param, group)
+            elif name != "step":
+                row[name] = _filled(param, shapes[name], value)
+        return row
+
+    def _shapes(self, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, Any]:
+        """The shape of each buffer."""
+        names = opt.rule.state._fields[1:]
+        shapes = opt.rule.shapes(param.shape) if opt.rule.shapes else [param.shape] * len(names)
+        return dict(zip(names, map(torch.Size, shapes), strict=True))
+
+    def new_scalar(self, value: Any, param: Tensor, group: Group) -> Tensor:
+        """A 0-d tensor of the state, where torch has it and in torch's dtype."""
+        fused = bool(group.get("fused"))
+        dtype = torch.float32
+        if torch.get_default_dtype() == torch.float64 and not fused:
+            dtype = torch.float64
+        device = param.device if fused or group.get("capturable") else "cpu"
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            return value.clone()
+        value = value.detach() if isinstance(value, Tensor) else value
+        return torch.as_tensor(value, dtype=dtype, device=device).clone().reshape(())
+
+    def _take(self) -> list[Any]:
+        """What each group is to be stepped with; plans are kept where nothing has changed."""
+        plans: list[Any] = self.__dict__.get("_plans", [])
+        known = same(list(self.state.values()), self.__dict__.get("_rows", ()))
+        if not known or len(plans) != len(self.param_groups):
+            plans = [None] * len(self.param_groups)
+        taken: list[Any] = []
+        for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
+            columns = plan and plan.take(self, group)
+            if columns is None:
+                plans[i] = Plan(self, group, i)
+                columns = plans[i].take(self, group)
+            taken.append(columns)
+        self._plans, self._rows = plans, list(self.state.values())
+        return taken
+
+    def check_param(self, param: Tensor, group: Group, name: str) -> None:
+        """Raise for a parameter that cannot be stepped, as torch does and when it does."""
+        kind = type(self).__name__
+        grad: Any = param.grad
+        if grad.is_sparse and not self.sparse_gradients:
+            raise RuntimeError(f"{kind} does not support sparse gradients: {name} has one")
+        if group.get("fused") and not (
+            param.is_floating_point() and param.device.type in _FUSED_DEVICES
+        ):
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of supported "
+                f"devices: {_FUSED_DEVICES}, but {name} has {param.dtype} on {param.device.type}"
+            )
+        if group.get("fused") and grad.is_sparse:
+            raise RuntimeError(f"`fused=True` does not support sparse gradients: {name} has one")
+        if group.get("foreach") and group.get("differentiable") and not self.foreach_unrolls:
+            raise AssertionError("foreach=True and differentiable=True exclude each other")
+        if group.get("capturable") and param.device.type == "cpu":
+            raise AssertionError(
+                f"If capturable=True, params must be on an accelerator, but {name} is on the cpu"
+            )
+        if group.get("differentiable") and param.requires_grad and param.is_leaf:
+            raise RuntimeError(
+                f"{name} is a leaf that requires grad, which a differentiable step cannot write "
+                "to: optimize a clone of it"
+            )
+
+    def _refuse_capture(self) -> None:
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)  # torch >= 2.12
+        (check or self._cuda_graph_capture_health_check)()
+
+    def check_state(self, row: dict[str, Any], param: Tensor, group: Group, name: str) -> None:
+        opt = self.rule(group)
+        shapes = self._shapes(opt, param)
+        for key in self.buffers(opt, param) if row else ():
+            if key not in row and "step" in self.scalar_state:
+                raise ValueError(
+                    f"loaded state dict does not match the optimizer: the state of {name} has "
+                    f"{sorted(row)}, but no {key}"
+                )
+            value = row.get(key)
+            if key in self.scalar_state or not isinstance(value, Tensor):
+                continue
+            if value.shape != shapes[key]:
+                raise ValueError(
+                    f"loaded state dict does not match the parameters: {key} of {name} has shape "
+                    f"{tuple(value.shape)}, but must have {tuple(shapes[key])}, since {name} has "
+                    f"shape {tuple(param.shape)}"
+                )
+
+
+def copied(tree: Any, device: Any = None) -> Any:
+    """A tree of which no tensor shares memory or history with the old one."""
+
+    def copy_of(leaf: Any) -> Any:
+        return leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf
+
+    return _tree.map(copy_of, tree)
+
+
+def _filled(param: Tensor, shape: torch.Size, value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        whole = torch.ones(shape, dtype=param.dtype.to_real(), device=param.device) * value
+        return torch.complex(whole, whole) if param.is_complex() else whole
+    value = value.item() if isinstance(value, Tensor) else value
+    value = complex(value, value) if param.is_complex() else value
+    if shape != param.shape:
+        return param.new_full(shape, value)
+    return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)

@@ -1,0 +1,178 @@
+"""The classes of torch.optim: for each, which rule steps it in which configuration."""
+
+# pyright: reportIncompatibleMethodOverride=false
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import rules
+from diffopt._engine import Leafwise
+from diffopt.optim._adapter import RuleOptimizer
+from diffopt.optim._plan import Group
+
+_sgd, _adam, _adamw = map(functools.cache, (rules.sgd, rules.adam, rules.adamw))
+_adamax, _nadam, _radam = map(functools.cache, (rules.adamax, rules.nadam, rules.radam))
+_rmsprop, _adagrad = map(functools.cache, (rules.rmsprop, rules.adagrad))
+_adadelta, _asgd, _rprop = map(functools.cache, (rules.adadelta, rules.asgd, rules.rprop))
+_adafactor, _muon = map(functools.cache, (rules.adafactor, rules.muon))
+
+
+@functools.cache
+def _sparse_adam(*, maximize: bool) -> Leafwise[Any, Any]:
+    return rules.sparse_adam(maximize=maximize).entries
+
+
+class SGD(RuleOptimizer, torch.optim.SGD):
+    """`torch.optim.SGD`, stepped by `diffopt.sgd`."""
+
+    scalar_state = ()
+    sparse_gradients = True
+    foreach_unrolls = True
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _sgd(
+            momentum=bool(group["momentum"] != 0),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+
+
+class Adam(RuleOptimizer, torch.optim.Adam):
+    """`torch.optim.Adam`, stepped by `diffopt.adam` (or `adamw` where decay is decoupled)."""
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        make = _adamw if group["decoupled_weight_decay"] else _adam
+        return make(amsgrad=group["amsgrad"], maximize=group["maximize"])
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """`torch.optim.AdamW`, stepped by `diffopt.adamw`."""
+
+
+class Adamax(RuleOptimizer, torch.optim.Adamax):
+    """`torch.optim.Adamax`, stepped by `diffopt.adamax`."""
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _adamax(maximize=group["maximize"])
+
+
+class NAdam(RuleOptimizer, torch.optim.NAdam):
+    """`torch.optim.NAdam`, stepped by `diffopt.nadam`."""
+
+    scalar_state = ("step", "mu_product")
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _nadam(
+            decoupled_weight_decay=group["decoupled_weight_decay"], maximize=group["maximize"]
+        )
+
+
+class RAdam(RuleOptimizer, torch.optim.RAdam):
+    """`torch.optim.RAdam`, stepped by `diffopt.radam`."""
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _radam(
+            decoupled_weight_decay=group["decoupled_weight_decay"], maximize=group["maximize"]
+        )
+
+
+class RMSprop(RuleOptimizer, torch.optim.RMSprop):
+    """`torch.optim.RMSprop`, stepped by `diffopt.rmsprop`."""
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _rmsprop(
+            centered=group["centered"],
+            momentum=bool(group["momentum"] > 0),
+            maximize=group["maximize"],
+        )
+
+
+class Adagrad(RuleOptimizer, torch.optim.Adagrad):
+    """`torch.optim.Adagrad`, stepped by `diffopt.adagrad`."""
+
+    sparse_gradients = True
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _adagrad(maximize=group["maximize"])
+
+
+class Adadelta(RuleOptimizer, torch.optim.Adadelta):
+    """`torch.optim.Adadelta`, stepped by `diffopt.adadelta`."""
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _adadelta(maximize=group["maximize"])
+
+
+class ASGD(RuleOptimizer, torch.optim.ASGD):
+    """`torch.optim.ASGD`, stepped by `diffopt.asgd`."""
+
+    scalar_state = ("step", "eta", "mu")
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _asgd(maximize=group["maximize"])
+
+
+class Rprop(RuleOptimizer, torch.optim.Rprop):
+    """`torch.optim.Rprop`, stepped by `diffopt.rprop`."""
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _rprop(maximize=group["maximize"])
+
+
+class Adafactor(RuleOptimizer, torch.optim.Adafactor):
+    """`torch.optim.Adafactor`, stepped by `diffopt.adafactor`."""
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _adafactor(eps1=True, maximize=group["maximize"])
+
+    def buffers(self, opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
+        return ["row_var", "col_var"] if param.dim() > 1 else ["variance"]
+
+    def check_param(self, param: Tensor, group: Group, name: str) -> None:
+        super().check_param(param, group, name)
+        if param.is_complex():
+            raise RuntimeError(f"Adafactor does not support complex parameters: {name} is one")
+
+
+class Muon(RuleOptimizer, torch.optim.Muon):
+    """`torch.optim.Muon`, stepped by `diffopt.muon`."""
+
+    scalar_state = ()
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _muon(
+            nesterov=group["nesterov"],
+            ns_steps=group["ns_steps"],
+            adjust_lr_fn=group["adjust_lr_fn"],
+        )
+
+    def check_param(self, param: Tensor, group: Group, name: str) -> None:
+        super().check_param(param, group, name)
+        if param.is_complex():
+            raise RuntimeError(f"Muon does not support complex parameters: {name} is one")
+
+
+class SparseAdam(RuleOptimizer, torch.optim.SparseAdam):
+    """`torch.optim.SparseAdam`, stepped by `diffopt.sparse_adam`."""
+
+    sparse_gradients = True
+    integer_steps = True
+
+    def new_scalar(self, value: Any, param: Tensor, group: Group) -> Any:
+        return int(value)
+
+    def rule(self, group: Group) -> Leafwise[Any, Any]:
+        return _sparse_adam(maximize=group["maximize"])
+
+    def check_param(self, param: Tensor, group: Group, name: str) -> None:
+        super().check_param(param, group, name)
+        grad: Any = param.grad
+        if not grad.is_sparse:
+            raise RuntimeError(
+                "SparseAdam does not support dense gradients, please consider Adam instead: "
+                f"{name} has one"
+            )

@@ -1,0 +1,453 @@
+"""How a parameter group is stepped, worked out once and kept for as long as nothing changes.
+
+Lists of tensors are gathered by C loops over references, and the step counts of all parameters
+stand in one vector, of which each `state[p]["step"]` is an element. So a step does little in
+Python, and still every parameter has a count of its own, which anybody may read or overwrite.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffopt import _execution, _hparams, _modes
+from diffopt._engine import Leafwise
+from diffopt._execution import Shared
+
+Group: TypeAlias = dict[str, Any]
+
+PAIRS = {
+    "beta1": ("betas", 0),
+    "beta2": ("betas", 1),
+    "etaminus": ("etas", 0),
+    "etaplus": ("etas", 1),
+    "step_size_min": ("step_sizes", 0),
+    "step_size_max": ("step_sizes", 1),
+    "eps1": ("eps", 0),
+    "eps2": ("eps", 1),
+    "ns_a": ("ns_coefficients", 0),
+    "ns_b": ("ns_coefficients", 1),
+    "ns_c": ("ns_coefficients", 2),
+}
+"""Hyperparameters that torch.optim keeps in a tuple."""
+
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Plan:
+    """The parameters of a group that have gradients, in buckets that are updated together."""
+
+    def __init__(self, optimizer: Any, group: Group, index: int) -> None:
+        self.opt: Leafwise[Any, Any] = optimizer.rule(group)
+        self.flags = _flags(group)
+        self.params: list[Tensor] = list(group["params"])
+        self.absent = [param.grad is None for param in self.params]
+        members: dict[_Key, list[int]] = {}
+        rows: dict[int, dict[str, Any]] = {}
+        for i, param in enumerate(self.params):
+            if param.grad is not None:
+                name = name_of(group, index, i)
+                optimizer.check_param(param, group, name)
+                with torch.set_grad_enabled(bool(group.get("differentiable"))):
+                    rows[i], fresh = _row(optimizer, group, self.opt, param, name)
+                key = _key(optimizer, group, self.opt, param, rows[i], fresh)
+                members.setdefault(key, []).append(i)
+        whole = len(members) == 1 and not any(self.absent)
+        self.buckets = [
+            Bucket(
+                optimizer,
+                group,
+                self.opt,
+                key,
+                [self.params[i] for i in indices],
+                [rows[i] for i in indices],
+                None if whole else indices,
+            )
+            for key, indices in members.items()
+        ]
+
+    def take(self, optimizer: Any, group: Group) -> list[Any] | None:
+        """The columns of each bucket; None where something has changed since the plan was made."""
+        params = group["params"]
+        if not same(params, self.params) or self.flags != _flags(group):
+            return None
+        grads = [param.grad for param in params]
+        if [grad is None for grad in grads] != self.absent or self.opt is not optimizer.rule(group):
+            return None
+        taken: list[Any] = []
+        for bucket in self.buckets:
+            indices = bucket.indices
+            columns = bucket.take(grads if indices is None else [grads[i] for i in indices])
+            if columns is None:
+                return None
+            taken.append(columns)
+        return taken
+
+    def step_(self, optimizer: Any, group: Group, taken: list[Any]) -> None:
+        """One step of all buckets."""
+        values = values_of(self.opt, group)
+        for bucket, columns in zip(self.buckets, taken, strict=True):
+            bucket.step_(optimizer, values, columns)
+
+
+class Bucket:
+    """Parameters of one group that share device, dtype, layout and step count."""
+
+    def __init__(
+        self,
+        optimizer: Any,
+        group: Group,
+        opt: Leafwise[Any, Any],
+        key: _Key,
+        params: list[Tensor],
+        rows: list[dict[str, Any]],
+        indices: list[int] | None,
+    ) -> None:
+        self.rule, self.layout, self.fresh = opt.rule, key.layout, key.fresh
+        self.params, self.rows, self.indices = params, rows, indices
+        fields = zip(opt.rule.state._fields[1:], opt.unused, strict=True)
+        self.fields = ["" if unused else name for name, unused in fields]
+        self.fused = bool(group.get("fused"))
+        self.way = self._way(group, key)
+        self.scalars: dict[str, Any] = {}
+        self.buffers: dict[str, list[Any]] = {}
+        for name in rows[0].keys() & {*optimizer.scalar_state, *self.fields}:
+            if name in optimizer.scalar_state and self.way != "differentiable":
+                whole = optimizer.integer_steps
+                self.scalars[name] = (Integers if whole else Elements)(rows, name)
+            else:
+                self.buffers[name] = [row[name] for row in rows]
+        for name in self.fields:
+            if name and name not in rows[0]:  # what these shapes do without
+                self.buffers[name] = [param.new_empty(0) for param in params]
+        self.dtype = {params[0].dtype}
+        self.pointers: list[int] = []
+        self.orders: list[Any] | None = None
+        if key.layout == "regular":
+            self.pointers = list(map(Tensor.data_ptr, params))
+            orders = [_order(param) for param in params]
+            self.orders = orders if any(orders) else None
+
+    def _way(self, group: Group, key: _Key) -> str:
+        """How it is stepped: as torch's flags say, and where they say nothing, the fastest."""
+        foreach, fused = group.get("foreach"), group.get("fused")
+        cpu = key.device.type == "cpu"
+        if group.get("differentiable"):
+            return "differentiable"
+        if key.layout == "sparse":
+            return "sparse"
+        walkable = key.device.type in ("cpu", "cuda")
+        if fused or (foreach is None and fused is None and self.rule.native and walkable):
+            fits = key.layout == "regular" or (fused and key.layout == "foreign")
+            uniform = set(key.dtypes) == {key.dtype}
+            if fits and uniform and key.dtype in _KERNEL_DTYPES:
+                return "native"
+        if foreach is None and key.layout == "regular" and cpu:
+            return "tiles"
+        batched = foreach or (foreach is None and not cpu)
+        return "foreach" if batched and self.rule.batchable else "leaf"
+
+    def take(self, grads: list[Any]) -> list[Any] | None:
+        """The columns; None where something has changed since the plan was made."""
+        rows = self.rows
+        try:
+            for name in rows[0].keys() & self.buffers.keys():
+                if not same([row[name] for row in rows], self.buffers[name]):
+                    return None
+            if not all(elements.hold(rows) for elements in self.scalars.values()):
+                return None
+        except KeyError:
+            return None
+        params, buffers = self.params, self.buffers
+        if self.layout == "regular":
+            if self.orders:  # such views, when kept, would keep others from swapping the params
+                params, grads = self._walk(params), self._walk(grads)
+                buffers = {name: self._walk(column) for name, column in buffers.items()}
+            if not (
+                all(map(Tensor.is_contiguous, grads))
+                and {grad.dtype for grad in grads} == self.dtype
+                and list(map(Tensor.data_ptr, self.params)) == self.pointers
+            ):
+                return None
+        elif any(grad.is_sparse != (self.layout == "sparse") for grad in grads):
+            return None
+        columns: list[Any] = [params, grads]
+        for name in self.fields:
+            scalar = self.scalars.get(name)
+            columns.append(Shared(scalar.first) if scalar else buffers[name] if name else ())
+        return columns
+
+    def step_(self, optimizer: Any, values: list[Any], columns: list[Any]) -> None:
+        if self.way == "differentiable":
+            self._differentiable_step_(values)
+        else:
+            self._in_place_step_(optimizer, values, columns)
+        if self.fresh:
+            self.pointers = [-1]  # the next step is not the first: plan anew
+
+    def _in_place_step_(self, optimizer: Any, values: list[Any], columns: list[Any]) -> None:
+        counts = self.scalars.get("step")
+        t: Any = 1.0 if self.fresh else 2.0
+        if counts:
+            counts.add_(1)
+            t = _modes.number_of(counts.first)
+        if self.way != "native" or not self._native_step_(optimizer, values, columns):
+            way = self.way
+            if way == "native":
+                way = "tiles" if self.params[0].device.type == "cpu" else "foreach"
+            placed = _execution.on_device(self._filled(values), self.params[0].device)
+            numbers = self.rule.numbers(t, placed)
+            _WAYS[way](self.rule, numbers, columns)
+        for name, column in zip(self.fields, columns[2:], strict=True):
+            if isinstance(column, Shared):
+                self.scalars[name].fill_(column.new)
+
+    def _native_step_(self, optimizer: Any, values: list[Any], columns: list[Any]) -> bool:
+        """By torch's fused kernel; False where that computes something else."""
+        lr, *rest = values  # every record begins with the rate
+        rest = [_modes.number_of(value) for value in rest]
+        if any(isinstance(value, Tensor) for value in rest):
+            return False
+        if isinstance(lr, Tensor) and not self.fused and lr.device.type == "cpu":
+            if lr.dtype not in self.dtype and self.dtype == {torch.float64}:
+                return False  # torch's loop would compute the step size in the rate's precision
+            lr = lr.item()
+        device = self.params[0].device
+        amp = {
+            name: scale.to(device)
+            for name in ("grad_scale", "found_inf")
+            if (scale := getattr(optimizer, name, None)) is not None
+        }
+        counts = self.scalars.get("step")
+        steps = counts.on(device) if counts else []
+        first: bool | None = self.fresh
+        if counts and not self.rule.initial:  # else the state is past its initial values
+            t = _modes.number_of(counts.first)
+            first = None if isinstance(t, Tensor) else t == 1
+        if not _execution.native_(self.rule, steps, first, [lr, *rest], columns, **amp):
+            return False
+        if "found_inf" in amp:  # a step that was skipped does not count
+            if counts:
+                counts.add_(-amp["found_inf"])
+            elif self.fresh and amp["found_inf"].item():
+                for row in self.rows:
+                    row.clear()
+        return True
+
+    def _differentiable_step_(self, values: list[Any]) -> None:
+        """Parameter by parameter, in the autograd graph; the state is replaced, not changed."""
+        for param, row in zip(self.params, self.rows, strict=True):
+            t: Any = 1.0 if self.fresh else 2.0
+            if "step" in row:
+                row["step"] = row["step"] + 1
+                t = _modes.number_of(row["step"])
+            numbers = self.rule.numbers(t, _execution.placed(self._filled(values), param))
+            old: list[Any] = [row[name] if name else () for name in self.fields]
+            enter = [Shared(x) if _execution.is_scalar(x) and param.dim() else x for x in old]
+            # The derivative needs the old value, which is about to be overwritten.
+            new_param, *new = self.rule.apply(numbers, [param.clone(), param.grad, *enter])
+            for name, value in zip(self.fields, new, strict=True):
+                if name:
+                    row[name] = value.new if isinstance(value, Shared) else value
+            param.copy_(new_param)
+
+    def _filled(self, values: list[Any]) -> list[Any]:
+        """Torch's None for a number, Adafactor's eps1, is the dtype's machine epsilon."""
+        eps = torch.finfo(self.params[0].dtype).eps
+        return [eps if value is None else value for value in values]
+
+    def _walk(self, column: list[Tensor]) -> list[Tensor]:
+        """Views with their axes in the order of memory, such as NHWC of channels_last."""
+        pairs = zip(column, self.orders or (), strict=True)
+        return [x.permute(order) if order else x for x, order in pairs]
+
+
+class Elements:
+    """A 0-d tensor of the state of each parameter of a bucket, as the elements of one vector."""
+
+    def __init__(self, rows: list[dict[str, Any]], name: str) -> None:
+        self.name = name
+        self.vector = torch.stack([row[name].detach() for row in rows])
+        self.views = list(self.vector.unbind())
+        for row, view in zip(rows, self.views, strict=True):
+            row[name] = view
+        self.version = self.vector._version
+        self.twin: Elements | None = None
+
+    def hold(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether nobody else has replaced or overwritten an element."""
+        name = self.name
+        return self.vector._version == self.version and same(
+            [row[name] for row in rows], self.views
+        )
+
+    @property
+    def first(self) -> Tensor:
+        """The value that all elements have."""
+        return self.vector[0]
+
+    def add_(self, number: Any) -> None:
+        """Count."""
+        self.vector.add_(number.to(self.vector.device) if isinstance(number, Tensor) else number)
+        self.version = self.vector._version
+
+    def fill_(self, value: Any) -> None:
+        """Set all elements."""
+        self.vector.copy_(torch.as_tensor(value, dtype=self.vector.dtype))
+        self.version = self.vector._version
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        """The elements where a kernel on this device reads them."""
+        if self.vector.device == device:
+            return self.views
+        if self.twin is None:
+            rows = [{self.name: view} for view in self.vector.to(device, torch.float32).unbind()]
+            self.twin = Elements(rows, self.name)
+        else:
+            self.twin.vector.add_(1)
+        return self.twin.views
+
+
+class Integers:
+    """The step counts of torch.optim.SparseAdam, which are Python's."""
+
+    def __init__(self, rows: list[dict[str, Any]], name: str) -> None:
+        self.rows, self.name, self.first = rows, name, rows[0][name]
+
+    def hold(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether nobody else has set a count."""
+        return all(row[self.name] == self.first for row in rows)
+
+    def add_(self, number: int) -> None:
+        """Count."""
+        self.first += number
+        for row in self.rows:
+            row[self.name] = self.first
+
+
+class _Key(NamedTuple):
+    """What parameters have in common that are updated together."""
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: str
+    """"regular": dense in memory, like its gradient and state; "sparse": the gradient is;
+    "foreign": a subclass of tensors; else "strided"."""
+    fresh: bool
+    dtypes: tuple[Any, ...]
+    scalars: tuple[Any, ...]
+
+
+def _key(
+    optimizer: Any,
+    group: Group,
+    opt: Leafwise[Any, Any],
+    param: Tensor,
+    row: dict[str, Any],
+    fresh: bool,
+) -> _Key:
+    grad: Any = param.grad
+    buffers = (v for k, v in row.items() if k not in optimizer.scalar_state)
+    tensors = [param, grad, *(v for v in buffers if isinstance(v, Tensor))]
+    if grad.is_sparse:
+        layout = "sparse"
+    elif any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+        layout = "foreign"
+    else:
+        order = _order(param)
+        walked = [x.permute(order) if order and x.dim() == param.dim() else x for x in tensors]
+        regular = opt.rule.elementwise and all(
+            x.is_contiguous() and x.shape == walked[0].shape for x in walked
+        )
+        layout = "regular" if regular else "strided"
+    scalars: list[Any] = []
+    for name in () if group.get("differentiable") else optimizer.scalar_state:
+        if isinstance(row.get(name), Tensor):
+            value = row[name]
+            scalars += [value.dtype, value.device, id(value) if _capturing() else value.item()]
+        else:
+            scalars.append(row.get(name))
+    dtypes = tuple(x.dtype for x in tensors)
+    return _Key(param.device, param.dtype, layout, fresh, dtypes, (*scalars, *row))
+
+
+def _row(
+    optimizer: Any, group: Group, opt: Leafwise[Any, Any], param: Tensor, name: str
+) -> tuple[dict[str, Any], bool]:
+    """The state of a parameter, made where there is none, and whether this is its first step."""
+    needed = [*optimizer.scalar_state, *optimizer.buffers(opt, param)]
+    if not needed:
+        return {}, False
+    row = optimizer.state[param]
+    if not row:
+        row.update(optimizer.new_state(param, group))
+        return row, "step" not in row
+    if "step" not in optimizer.scalar_state and any(row.get(key) is None for key in needed):
+        row.update(optimizer.new_state(param, group))
+        return row, True
+    for key in needed:
+        if key not in row:
+            raise KeyError(f"the state of {name} has no {key!r}, only {sorted(row)}")
+        whole = optimizer.integer_steps
+        if key in optimizer.scalar_state and not (whole or isinstance(row[key], Tensor)):
+            row[key] = optimizer.new_scalar(row[key], param, group)
+    return row, False
+
+
+def _flags(group: Group) -> tuple[Any, ...]:
+    return tuple(map(group.get, ("foreach", "fused", "capturable", "differentiable")))
+
+
+def _order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The axes in the order of memory; None where that is their own order."""
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
+    """The hyperparameters of a group in the order of the rule's record."""
+    values: list[Any] = []
+    for field in _hparams.FIELDS[opt.rule.hparams]:
+        key, k = (field.name, None) if field.name in group else PAIRS[field.name]
+        value = group[key] if k is None else group[key][k]
+        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == 1:
+            value = value.squeeze()
+        values.append(value)
+    return values
+
+
+def fields_of(opt: Leafwise[Any, Any]) -> list[str]:
+    """The fields of the state, after the step, that the rule uses in this configuration."""
+    fields = zip(opt.rule.state._fields[1:], opt.unused, strict=True)
+    return [name for name, unused in fields if not unused]
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two sequences hold the very same objects."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def name_of(group: Group, i: int, j: int) -> str:
+    """What to call a parameter in an error."""
+    names = group.get("param_names")
+    return names[j] if names else f"param_groups[{i}]['params'][{j}]"
+
+
+_WAYS = {
+    "leaf": _execution.leaf_,
+    "tiles": _execution.tiled_,
+    "foreach": _execution.foreach_,
+    "sparse": _execution.sparse_,
+}

@@ -1,0 +1,200 @@
+"""L-BFGS as torch.optim has it, on the mathematics of `diffopt.lbfgs`."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownLambdaType=false
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _ops
+from diffopt._modes import number_of
+from diffopt.optim._adapter import Checkpoints
+from diffopt.rules._line_search import Point, strong_wolfe
+from diffopt.rules.lbfgs import curvature, direction, first_length, flat, real
+
+MEMORY = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
+
+
+class LBFGS(Checkpoints, torch.optim.LBFGS):
+    """`torch.optim.LBFGS` with the mathematics of `diffopt.lbfgs`.
+
+    Constructor, iterations, stopping rules and state are torch's, so that a checkpoint moves either
+    way in the middle of a run. An iteration waits for the device only where it decides something.
+
+    Args:
+        params: the parameters, on one device; there can be one group only.
+        lr: the step length, or the first one tried (1).
+        max_iter: how many iterations a step has (20).
+        max_eval: how many evaluations of the closure a step may begin an iteration with
+            (max_iter * 1.25).
+        tolerance_grad: stop where no entry of the gradient is greater (1e-7).
+        tolerance_change: stop where no entry changes by more, or the loss by as much (1e-9).
+        history_size: how many pairs are remembered (100).
+        line_search_fn: "strong_wolfe", or None for steps of length lr.
+
+    Raises:
+        ValueError: what `torch.optim.LBFGS` raises.
+
+    Example:
+        >>> import torch
+        >>> from diffopt.optim import LBFGS
+        >>> p = torch.nn.Parameter(torch.tensor([-1.0, 1.0]))
+        >>> optimizer = LBFGS([p], max_iter=100, line_search_fn="strong_wolfe")
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+        >>> p
+        Parameter containing:
+        tensor([1.0000, 1.0000], requires_grad=True)
+
+    Source: that of `diffopt.lbfgs`.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Iterate until a stopping rule holds.
+
+        Args:
+            closure: clears the gradients, computes the loss and its gradients, and returns the
+                loss.
+
+        Returns:
+            The loss before the first iteration.
+
+        Raises:
+            RuntimeError: `line_search_fn` is neither None nor "strong_wolfe".
+            ValueError: there is more than one parameter group.
+        """
+        if len(self.param_groups) != 1:
+            raise ValueError(
+                f"LBFGS has one parameter group, but there are {len(self.param_groups)}"
+            )
+        group = self.param_groups[0]
+        if group["line_search_fn"] not in (None, "strong_wolfe"):
+            raise RuntimeError("only 'strong_wolfe' is supported")
+        state = self.state[group["params"][0]]  # of all parameters, as in torch
+        state.setdefault("func_evals", 0)
+        state.setdefault("n_iter", 0)
+        memory = {name: state.get(name) for name in MEMORY}
+        objective = _Objective(group["params"], torch.enable_grad()(closure), state, memory)
+
+        first_loss, loss, grad = objective.evaluate()
+        if _greatest(grad) <= group["tolerance_grad"]:
+            return first_loss
+        try:
+            _iterate(objective, loss, grad, group)
+        finally:
+            state.update(memory)
+        return first_loss
+
+
+class _Objective:
+    """The closure's loss as a function of the parameters, which it moves."""
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        closure: Callable[[], Any],
+        state: dict[str, Any],
+        memory: dict[str, Any],
+    ) -> None:
+        self.params, self.closure, self.state, self.memory = params, closure, state, memory
+
+    def evaluate(self) -> tuple[Any, float, Tensor]:
+        """What the closure returned, the loss as a number, and its gradient as one vector."""
+        loss = self.closure()
+        self.state["func_evals"] += 1
+        return loss, float(loss), flat(map(_dense_grad, self.params))
+
+    def move(self, origin: list[Tensor], t: Any) -> None:
+        """Put the parameters at length `t` along the direction."""
+        self.memory["t"] = t
+        pieces = torch.split(self.memory["d"], [real(p).numel() for p in self.params])
+        for p, x, piece in zip(self.params, origin, pieces, strict=True):
+            real(p).copy_(_ops.add(real(x), piece.view_as(real(p)), number_of(t)))
+
+    def search(self, start: Point, tolerance_change: float, max_ls: int) -> Point:
+        """Move by the length that a line search finds."""
+        d, origin = self.memory["d"], [p.clone() for p in self.params]
+
+        def evaluate(t: Any) -> Point:
+            self.move(origin, t)
+            _, loss, grad = self.evaluate()
+            return Point(t, loss, grad.dot(d).cpu(), grad)
+
+        found = strong_wolfe(
+            evaluate,
+            start,
+            self.memory["t"],
+            scale=d.abs().max().cpu(),
+            tolerance_change=tolerance_change,
+            max_ls=max_ls,
+        )
+        self.move(origin, found.t)
+        return found
+
+
+def _iterate(objective: _Objective, loss: float, grad: Tensor, group: dict[str, Any]) -> None:
+    """Iterations, until a rule stops them."""
+    state, memory, tolerance_change = objective.state, objective.memory, group["tolerance_change"]
+    most = state["func_evals"] - 1 + group["max_eval"]
+    for n in range(1, group["max_iter"] + 1):
+        state["n_iter"] += 1
+        _choose_direction(state, memory, grad, group)
+        memory |= {"prev_flat_grad": grad, "prev_loss": loss}
+        slope = grad.dot(memory["d"]).cpu()
+        if slope > -tolerance_change:
+            return
+        if group["line_search_fn"] is not None:
+            start = Point(0, loss, slope, grad)
+            end = objective.search(start, tolerance_change, max_ls=most - state["func_evals"])
+            loss, grad = end.value, end.grad
+        else:
+            objective.move(objective.params, memory["t"])
+            if n < group["max_iter"]:
+                _, loss, grad = objective.evaluate()
+        if (
+            state["func_evals"] >= most
+            or _greatest(grad) <= group["tolerance_grad"]
+            or _greatest(memory["d"] * memory["t"]) <= tolerance_change
+            or abs(loss - memory["prev_loss"]) < tolerance_change
+        ):
+            return
+
+
+def _choose_direction(
+    state: dict[str, Any], memory: dict[str, Any], grad: Tensor, group: dict[str, Any]
+) -> None:
+    """Remember the last step, and set direction and first length of the next."""
+    lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
+    if state["n_iter"] == 1:
+        memory |= {"d": -grad, "old_dirs": [], "old_stps": [], "ro": [], "H_diag": 1}
+        memory["t"] = min(1.0, first_length(grad)) * lr
+        return
+    y, s = grad - memory["prev_flat_grad"], memory["d"] * memory["t"]
+    kept, ro, H_diag = curvature(y, s)
+    if kept:
+        for name, new in (("old_dirs", y), ("old_stps", s), ("ro", ro)):
+            rows = [*memory[name], new]
+            memory[name] = rows[max(0, len(rows) - group["history_size"]) :]
+        memory["H_diag"] = H_diag
+    rows = memory["old_dirs"], memory["old_stps"], memory["ro"]
+    memory["d"], al = direction(grad, *rows, memory["H_diag"])
+    state.setdefault("al", [None] * group["history_size"])[: len(al)] = al
+    memory["t"] = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may write to it
+
+
+def _dense_grad(p: Tensor) -> Tensor:
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad if p.grad.layout is torch.strided else p.grad.to_dense()
+
+
+def _greatest(vector: Tensor) -> float:
+    return float(vector.abs().max())

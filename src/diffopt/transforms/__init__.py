@@ -1,0 +1,31 @@
+"""Optimizers made from optimizers: `chain(clip_by_global_norm(), adam())` and the like.
+
+A *gradient transformation*, such as `clip_by_global_norm()`, changes gradients; `chain` puts some
+of them before an optimizer. Everything else here takes optimizers and returns one, with the same
+promises: pure, differentiable in every argument, batchable, compilable.
+"""
+
+from diffopt.transforms._base import (
+    Transformation as Transformation,
+    stateless as stateless,
+)
+from diffopt.transforms.accumulate import (
+    AccumulateState as AccumulateState,
+    accumulate as accumulate,
+)
+from diffopt.transforms.chain import chain as chain
+from diffopt.transforms.clip import (
+    clip_by_global_norm as clip_by_global_norm,
+    clip_by_norm as clip_by_norm,
+    clip_by_value as clip_by_value,
+)
+from diffopt.transforms.decay import add_decayed_weights as add_decayed_weights
+from diffopt.transforms.ema import EMAState as EMAState, ema as ema
+from diffopt.transforms.flatten import flatten as flatten
+from diffopt.transforms.maximize import maximize as maximize
+from diffopt.transforms.partition import (
+    freeze as freeze,
+    masked as masked,
+    partition as partition,
+)
+from diffopt.transforms.skip import skip_nonfinite as skip_nonfinite

@@ -1,0 +1,231 @@
+"""What compositions are made of: gradient transformations, and the leaves of params and grads."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffopt import _checks, _hparams, _tree
+from diffopt._execution import WORKING_DTYPE
+from diffopt._modes import exact
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer
+
+S = TypeVar("S")
+H = TypeVar("H")
+
+
+class Transformation(ABC, Generic[S, H]):
+    """A pure function `(grads, params, state, hparams) -> (new_grads, new_state)`.
+
+    It stands in a `chain`, before the optimizer. `stateless` makes one from a function of lists;
+    subclass this for one that has a state.
+
+    Attributes:
+        hparams: makes the record of hyperparameters, a pytree.
+
+    Example:
+        >>> import torch, diffopt
+        >>> class Sum(diffopt.transforms.Transformation):  # of all gradients so far
+        ...     hparams = tuple
+        ...     def init(self, params):
+        ...         return {name: torch.zeros_like(p) for name, p in params.items()}
+        ...     def apply(self, grads, params, state, hparams):
+        ...         sums = {name: state[name] + g for name, g in grads.items()}
+        ...         return sums, {name: s.clone() for name, s in sums.items()}
+        >>> opt = diffopt.transforms.chain(Sum(), diffopt.sgd())
+        >>> params, grads = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+        >>> state, hp = opt.init(params), opt.hparams(lr=1.0)
+        >>> for _ in range(3):
+        ...     params, state = opt.update(params, grads, state, hp)
+        >>> params  # -(1 + 2 + 3)
+        {'w': tensor([-6.])}
+    """
+
+    hparams: Callable[..., H]
+
+    @abstractmethod
+    def init(self, params: Tree) -> S:
+        """The state before the first step, for parameters of these shapes and dtypes."""
+
+    @abstractmethod
+    def apply(self, grads: Tree, params: Tree, state: S, hparams: H) -> tuple[Tree, S]:
+        """Transform the gradients of one step. Pure, and differentiable in every argument.
+
+        Args:
+            grads: a tree like params, `None` where there is no gradient. The composition has
+                checked both, and made tensors in half precision float32.
+            params: a pytree of tensors.
+            state: what `init` or the last `apply` returned.
+            hparams: what `self.hparams(...)` returned.
+
+        Returns:
+            The new gradients, `None` where they were, and the new state.
+        """
+
+
+def stateless(
+    hparams: type[H],
+    function: Callable[[list[Tensor], list[Tensor], list[H]], Iterable[Tensor]],
+) -> Transformation[tuple[()], H]:
+    """Make a gradient transformation that has no state.
+
+    Args:
+        hparams: a record class made by `diffopt.rules.hparams`.
+        function: `(grads, params, hparams) -> new_grads`, lists with one entry for each leaf that
+            has a gradient. Each record in `hparams` has in each field what belongs to the leaf: a
+            number, or a tensor that broadcasts to it (0-d ones are in float64).
+
+    Returns:
+        The transformation; its state is `()`. New gradients have the dtypes of the old ones.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.rules import hparams, number
+        >>> @hparams
+        ... class Scale:
+        ...     factor: float = number(1.0)
+        >>> scale = diffopt.transforms.stateless(
+        ...     Scale, lambda grads, params, hp: [r.factor * g for g, r in zip(grads, hp)]
+        ... )
+        >>> opt = diffopt.transforms.chain(scale, diffopt.sgd())
+        >>> w = torch.zeros(2)
+        >>> opt.update(w, torch.ones(2), opt.init(w), opt.hparams(lr=0.5, factor=4.0))[0]
+        tensor([-2., -2.])
+    """
+    return Stateless(hparams, function)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stateless(Transformation[tuple[()], H]):
+    """What `stateless` returns."""
+
+    hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    function: Callable[[list[Tensor], list[Tensor], list[H]], Iterable[Tensor]]
+
+    def init(self, params: Tree) -> tuple[()]:
+        return ()
+
+    def apply(
+        self, grads: Tree, params: Tree, state: tuple[()], hparams: H
+    ) -> tuple[Tree, tuple[()]]:
+        tensors, spec = _tree.flatten(params)
+        new = _tree.leaves_like(grads, spec, params, ("grads", "params"))
+        numbers = spread(self.hparams, hparams, tensors, spec, params)
+        some = [i for i, grad in enumerate(new) if grad is not None]
+        records = records_at(self.hparams, numbers, [(i, tensors[i].device) for i in some])
+        old = [new[i] for i in some]
+        results = self.function(old, [tensors[i] for i in some], records)
+        for i, grad, result in zip(some, old, results, strict=True):
+            new[i] = result.to(grad.dtype)
+        return _tree.unflatten(new, spec), state
+
+
+class Leaves(NamedTuple):
+    """Params and their gradients, checked, in the order of the leaves."""
+
+    spec: _tree.Spec
+    params: list[Tensor]
+    grads: list[Tensor | None]
+
+    def tree(self, values: Iterable[Any]) -> Tree:
+        return _tree.unflatten(values, self.spec)
+
+    def wide(self) -> tuple[Tree, Tree]:
+        """Params and grads with float32 in place of half precision, where there is a gradient."""
+        moved = [g is not None for g in self.grads]
+        params = [wide(p) if m else p for p, m in zip(self.params, moved, strict=True)]
+        return self.tree(params), self.tree(g if g is None else wide(g) for g in self.grads)
+
+    def narrow(self, new: Tree, wide: Tree) -> Tree:
+        """New params in the dtypes that the old ones, of which `wide` were made, had."""
+        rows = zip(_tree.leaves(new), _tree.leaves(wide), self.params, strict=True)
+        return self.tree(old if n is w else n.to(old.dtype) for n, w, old in rows)
+
+    def gradients(self) -> list[Tensor]:
+        return [grad for grad in self.grads if grad is not None]
+
+
+def gather(params: Tree, grads: Tree, *, writable: bool = False) -> Leaves:
+    """The leaves, or the error that `Optimizer.update` promises."""
+    tensors, spec = _tree.flatten(params)
+    _checks.params(tensors, params)
+    gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
+    _checks.grads(gradients, tensors, params)
+    if writable:
+        _checks.writable(tensors, params)
+    return Leaves(spec, tensors, gradients)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in the precision of its arithmetic: at least float32."""
+    dtype = WORKING_DTYPE.get(tensor.dtype)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as the pairs of reals that it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def spread(
+    record: type[Any], hparams: Any, tensors: list[Tensor], spec: _tree.Spec, params: Tree
+) -> list[_hparams.Covered]:
+    """The numbers of a record over the leaves, checked."""
+    if not isinstance(hparams, record):
+        raise TypeError(f"hparams is a {type(hparams).__name__}: make it by hparams(...)")
+    numbers = _hparams.broadcast(hparams, spec, params)
+    _checks.numbers(numbers, tensors, params)
+    return numbers
+
+
+def records_at(
+    record: type[H], numbers: list[_hparams.Covered], places: list[tuple[int, torch.device]]
+) -> list[H]:
+    """The record of each leaf, the same object where all numbers are the same."""
+    made: dict[Any, H] = {}
+    keys = [(device, *(number.cover[i] for number in numbers)) for i, device in places]
+    for key, (i, device) in zip(keys, places, strict=True):
+        if key not in made:
+            values = [near(number.at(i), device) for number in numbers]
+            made[key] = _hparams.assemble(record, values)
+    return [made[key] for key in keys]
+
+
+def near(value: Any, device: torch.device) -> Any:
+    """A hyperparameter where it can meet the tensors of a device; a 0-d one in float64."""
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        return value
+    return exact(value if value.device.type == "cpu" else value.to(device))
+
+
+def select(condition: Tensor, new: Tree, old: Tree) -> Tree:
+    """The new tree where the condition, a 0-d tensor, holds, else the old one."""
+
+    def choose(new: Any, old: Any) -> Any:
+        return old if new is old else torch.where(condition.to(old.device), new, old)
+
+    return _tree.map(choose, new, old)
+
+
+def copy_(old: Tree, new: Tree) -> None:
+    """Overwrite the tensors of a tree."""
+    for old_leaf, new_leaf in zip(_tree.leaves(old), _tree.leaves(new), strict=True):
+        if new_leaf is not old_leaf:
+            old_leaf.copy_(new_leaf)
+
+
+def check_optimizer(value: object, name: str) -> None:
+    if not isinstance(value, Optimizer):
+        raise TypeError(f"{name} is {value!r}, not a diffopt optimizer such as adam()")
+
+
+def check_state(state: object, expected: type) -> None:
+    if not isinstance(state, expected):
+        raise TypeError(f"state is a {type(state).__name__}, not a {expected.__name__}")

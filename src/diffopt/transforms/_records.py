@@ -1,0 +1,95 @@
+"""Hyperparameters of compositions: one record for each part, and keywords that find their part."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeAlias, cast
+
+from diffopt import _hparams
+
+Maker: TypeAlias = Callable[..., Any]
+"""What makes the record of a part: its `hparams`."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Records:
+    """Makes the records of several parts, from keywords or from one record for each."""
+
+    makers: dict[Hashable, Maker]
+
+    def names(self) -> list[str]:
+        """The keywords that some part knows."""
+        return [name for maker in self.makers.values() for name in _names(maker)]
+
+    def made(self, records: Mapping[Hashable, Any], numbers: dict[str, Any]) -> list[Any]:
+        """One record for each part."""
+        if not records:
+            return self._routed(numbers)
+        if numbers or records.keys() != self.makers.keys():
+            raise TypeError(
+                "hparams() takes keywords, or one record for each of the parts "
+                f"{list(self.makers)}, but records for {list(records)} and the keywords "
+                f"{list(numbers)} were given"
+            )
+        for key, maker in self.makers.items():
+            if _is_record(maker) and not isinstance(records[key], cast(type, maker)):
+                found, expected = type(records[key]).__name__, cast(type, maker).__name__
+                raise TypeError(f"hparams[{key!r}] is a {found}, but must be a {expected}")
+        return [records[key] for key in self.makers]
+
+    def _routed(self, numbers: dict[str, Any]) -> list[Any]:
+        """Every keyword goes to the one part whose record has that field."""
+        fields = {key: _names(maker) for key, maker in self.makers.items()}
+        chosen: dict[Hashable, dict[str, Any]] = {key: {} for key in fields}
+        for name, value in numbers.items():
+            owners = [key for key, known in fields.items() if name in known]
+            if len(owners) != 1:
+                raise TypeError(_unclear(name, owners, fields))
+            chosen[owners[0]][name] = value
+        return [maker(**chosen[key]) for key, maker in self.makers.items()]
+
+
+class InOrder(_Records):
+    """Makes a tuple of records: `hparams(lr=0.1)`, or `hparams(record, record)`."""
+
+    def __call__(self, *records: Any, **numbers: Any) -> tuple[Any, ...]:
+        return tuple(self.made(dict(enumerate(records)), numbers))
+
+
+class ByLabel(_Records):
+    """Makes a dict of records: `hparams(lr=0.1)`, or `hparams({label: record})`."""
+
+    def __call__(
+        self, records: Mapping[Hashable, Any] | None = None, /, **numbers: Any
+    ) -> dict[Hashable, Any]:
+        return dict(zip(self.makers, self.made(records or {}, numbers), strict=True))
+
+
+def in_order(*makers: Maker) -> InOrder:
+    return InOrder(dict(enumerate(makers)))
+
+
+def _names(maker: Maker) -> list[str]:
+    """The keywords a maker of records knows."""
+    if isinstance(maker, _Records):
+        return maker.names()
+    if _is_record(maker):
+        return [field.name for field in _hparams.FIELDS[cast(type, maker)]]
+    return list(inspect.signature(maker).parameters)
+
+
+def _is_record(maker: Maker) -> bool:
+    return maker in _hparams.FIELDS
+
+
+def _unclear(name: str, owners: list[Hashable], fields: dict[Hashable, list[str]]) -> str:
+    if not owners:
+        known = "; ".join(f"of part {key!r}: {', '.join(f)}" for key, f in fields.items() if f)
+        return f"no part has a hyperparameter {name!r}. The hyperparameters are, {known}"
+    parts = " and ".join(repr(key) for key in owners)
+    return (
+        f"the hyperparameter {name!r} belongs to the parts {parts}: give one record for each part, "
+        "each made by the part's own hparams(...)"
+    )

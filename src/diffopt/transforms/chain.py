@@ -1,0 +1,102 @@
+"""chain(): gradient transformations before an optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
+from diffopt.transforms._records import InOrder, in_order
+
+
+def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
+    """Gradients pass through transformations, one after the other, and then move the params.
+
+    With g_0 = grad,
+
+        g_i = transformation_i(g_{i-1}, p)
+        p  <- optimizer(p, g_n)
+
+    Hyperparameters: a tuple of the parts' records. Keywords find their part,
+    `hparams(max_norm=1.0, lr=0.1)`; where several parts have a field of that name, give all
+    records, in order: `hparams(record, record)`.
+
+    Args:
+        *parts: gradient transformations, such as `clip_by_global_norm()`, and last an optimizer.
+
+    Returns:
+        The optimizer. Its state is the tuple of the parts' states. Half precision becomes float32
+        before the first part.
+
+    Raises:
+        TypeError: the last part is no optimizer, or another one is no transformation.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.transforms import chain, clip_by_global_norm
+        >>> opt = chain(clip_by_global_norm(), diffopt.sgd())
+        >>> params = {"w": torch.zeros(2)}
+        >>> hp = opt.hparams(lr=0.5, max_norm=1.0)
+        >>> params, state = opt.update(
+        ...     params, {"w": torch.tensor([3.0, -4.0])}, opt.init(params), hp
+        ... )
+        >>> params
+        {'w': tensor([-0.3000,  0.4000])}
+    """
+    if not parts:
+        raise TypeError("chain needs an optimizer")
+    check_optimizer(parts[-1], "the last part of a chain")
+    for i, part in enumerate(parts[:-1]):
+        if not isinstance(part, Transformation):
+            raise TypeError(
+                f"part {i} of a chain is {part!r}: all but the last must be gradient "
+                "transformations, such as clip_by_global_norm()"
+            )
+    return Chain(parts, in_order(*(part.hparams for part in parts)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chain(Optimizer[tuple[Any, ...], tuple[Any, ...]]):
+    """What `chain` returns."""
+
+    parts: tuple[Any, ...]
+    hparams: InOrder  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+
+    def init(self, params: Tree) -> tuple[Any, ...]:
+        return tuple(part.init(params) for part in self.parts)
+
+    def update(
+        self, params: Tree, grads: Tree, state: tuple[Any, ...], hparams: tuple[Any, ...]
+    ) -> tuple[Tree, tuple[Any, ...]]:
+        leaves = gather(params, grads)
+        wide, grads, states = self._transformed(leaves, state, hparams)
+        new, last = self.parts[-1].update(wide, grads, state[-1], hparams[-1])
+        return leaves.narrow(new, wide), (*states, last)
+
+    def update_(
+        self, params: Tree, grads: Tree, state: tuple[Any, ...], hparams: tuple[Any, ...]
+    ) -> None:
+        refuse_gradients(grads, hparams)
+        with torch.no_grad():
+            leaves = gather(params, grads, writable=True)
+            wide, grads, states = self._transformed(leaves, state, hparams)
+            self.parts[-1].update_(wide, grads, state[-1], hparams[-1])
+            copy_((params, state[:-1]), (wide, states))
+
+    def _transformed(
+        self, leaves: Leaves, state: tuple[Any, ...], hparams: tuple[Any, ...]
+    ) -> tuple[Tree, Tree, tuple[Any, ...]]:
+        """Params and grads for the optimizer, and the new states of the transformations."""
+        for name, values in (("state", state), ("hparams", hparams)):
+            if type(values) is not tuple or len(values) != len(self.parts):
+                raise TypeError(f"{name} must be a tuple of {len(self.parts)}, one for each part")
+        params, grads = leaves.wide()
+        states: list[Any] = []
+        for part, old, record in zip(self.parts[:-1], state[:-1], hparams[:-1], strict=True):
+            grads, new = part.apply(grads, params, old, record)
+            states.append(new)
+        return params, grads, tuple(states)

@@ -1,0 +1,154 @@
+"""Gradients made smaller: by their common norm, by each tensor's norm, or number by number."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _ops
+from diffopt._hparams import Hyperparameter, hparams, number
+from diffopt._modes import exact
+from diffopt.transforms._base import Transformation, real, stateless, wide
+
+
+@hparams
+class MaxNorm:
+    """Hyperparameters of `clip_by_global_norm` and `clip_by_norm`."""
+
+    max_norm: Hyperparameter = number(1.0, ge=0)
+
+
+@hparams
+class ClipValue:
+    """Hyperparameters of `clip_by_value`."""
+
+    clip_value: Hyperparameter = number(1.0, ge=0)
+
+
+def clip_by_global_norm() -> Transformation[tuple[()], MaxNorm]:
+    """Gradients are scaled down together, so that their common norm is at most `max_norm`.
+
+    With n the root of the sum of |g|^2 over every gradient of every tensor,
+
+        g <- g * min(1, max_norm / (n + 1e-6))
+
+    as in `torch.nn.utils.clip_grad_norm_`. Hyperparameters: `max_norm` >= 0 (1.0), a number, a
+    tensor or a prefix tree of the params (then each tensor has its own numerator).
+
+    Returns:
+        The transformation. Missing gradients do not count, and norms are computed in float32 at
+        least. Where the minimum is 1, as for gradients of zeros, derivatives of any order are those
+        of the identity. For norms of several groups of params see `masked`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> clip = diffopt.transforms.clip_by_global_norm()
+        >>> grads = [torch.tensor([3.0]), torch.tensor([[4.0]]), None]
+        >>> clip.apply(grads, grads[:2] + [torch.ones(1)], (), clip.hparams(max_norm=1.0))[0]
+        [tensor([0.6000]), tensor([[0.8000]]), None]
+
+    Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
+    2013, algorithm 1, with torch's 1e-6.
+    """
+
+    def clip(grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]) -> Iterator[Tensor]:
+        if not grads:
+            return
+        norm = _global_norm(grads)
+        last, coefficient = None, norm
+        for grad, record in zip(grads, records, strict=True):
+            if record is not last:
+                last, coefficient = record, _coefficient(norm.to(grad.device), record)
+            yield grad * coefficient
+
+    return stateless(MaxNorm, clip)
+
+
+def clip_by_norm() -> Transformation[tuple[()], MaxNorm]:
+    """Each tensor's gradient is scaled down so that its norm is at most `max_norm`.
+
+    With n the root of the sum of |g|^2 over the tensor,
+
+        g <- g * min(1, max_norm / (n + 1e-6))
+
+    which is `torch.nn.utils.clip_grad_norm_` of one tensor at a time. Hyperparameters: `max_norm`
+    >= 0 (1.0), a number, a tensor or a prefix tree of the params.
+
+    Returns:
+        The transformation. Where the minimum is 1, as for a gradient of zeros, derivatives of any
+        order are those of the identity.
+
+    Example:
+        >>> import torch, diffopt
+        >>> clip = diffopt.transforms.clip_by_norm()
+        >>> grads = [torch.tensor([3.0, 4.0]), torch.tensor([0.5])]
+        >>> clip.apply(grads, grads, (), clip.hparams(max_norm=1.0))[0]
+        [tensor([0.6000, 0.8000]), tensor([0.5000])]
+    """
+
+    def clip(grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]) -> Iterator[Tensor]:
+        for grad, record in zip(grads, records, strict=True):
+            yield grad * _coefficient(_ops.sqrt(_square(grad)), record)
+
+    return stateless(MaxNorm, clip)
+
+
+def clip_by_value() -> Transformation[tuple[()], ClipValue]:
+    """Every number of a gradient is brought between `-clip_value` and `clip_value`.
+
+        g <- min(max(g, -clip_value), clip_value)
+
+    as in `torch.nn.utils.clip_grad_value_`; of a complex gradient, real and imaginary parts.
+    Hyperparameters: `clip_value` >= 0 (1.0), a number, a tensor or a prefix tree of the params.
+
+    Returns:
+        The transformation. Its derivative by the gradient is 1 inside and 0 outside.
+
+    Example:
+        >>> import torch, diffopt
+        >>> clip = diffopt.transforms.clip_by_value()
+        >>> grad = torch.tensor([-3.0, 0.2, 0.7])
+        >>> clip.apply(grad, grad, (), clip.hparams(clip_value=0.5))[0]
+        tensor([-0.5000,  0.2000,  0.5000])
+    """
+
+    def clip(
+        grads: list[Tensor], params: list[Tensor], records: list[ClipValue]
+    ) -> Iterator[Tensor]:
+        for grad, record in zip(grads, records, strict=True):
+            yield _between(grad, record.clip_value)
+
+    return stateless(ClipValue, clip)
+
+
+def _global_norm(grads: list[Tensor]) -> Tensor:
+    """The norm of all tensors together, a 0-d tensor in float64."""
+    device = grads[0].device
+    if _modes.differentiated(grads):
+        return _ops.sqrt(sum(_square(grad).to(device) for grad in grads))
+    norms = torch._foreach_norm([real(wide(grad)) for grad in grads])
+    return exact(torch.stack([norm.to(device) for norm in norms])).square().sum().sqrt()
+
+
+def _square(grad: Tensor) -> Tensor:
+    """The square of the norm, a 0-d tensor in float64."""
+    return exact(real(wide(grad)).square().sum())
+
+
+def _coefficient(norm: Tensor, record: MaxNorm) -> Tensor:
+    """`min(1, max_norm / (norm + 1e-6))`, with the derivatives of 1 where that is the minimum."""
+    ratio = record.max_norm / (norm + 1e-6)
+    return torch.where(ratio < 1, ratio, 1)
+
+
+def _between(grad: Tensor, bound: Any) -> Tensor:
+    pairs = real(grad)
+    if grad.is_complex() and isinstance(bound, Tensor) and bound.dim() > 0:
+        bound = bound.unsqueeze(-1)
+    new = _ops.clamp(pairs, -bound, bound).to(pairs.dtype)
+    return torch.view_as_complex(new) if grad.is_complex() else new

@@ -1,0 +1,47 @@
+"""Weight decay as a transformation of gradients."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diffopt import _ops
+from diffopt._hparams import Hyperparameter, hparams, number
+from diffopt.transforms._base import Transformation, stateless
+
+
+@hparams
+class WeightDecay:
+    """Hyperparameters of `add_decayed_weights`."""
+
+    weight_decay: Hyperparameter = number(1e-2, ge=0)
+
+
+def add_decayed_weights() -> Transformation[tuple[()], WeightDecay]:
+    """A part of each parameter is added to its gradient.
+
+        g <- g + weight_decay * p
+
+    Hyperparameters: `weight_decay` >= 0 (1e-2), a number, a tensor or a prefix tree of the params.
+
+    Returns:
+        The transformation. With `sgd` this is what its own `weight_decay` does; `masked` by
+        `diffopt.nn.decay_mask(module)` it leaves biases and norms alone. Most optimizers have
+        a hyperparameter of that name too: give their records one by one.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.transforms import add_decayed_weights, chain, masked
+        >>> decay = masked(add_decayed_weights(), {"weight": True, "bias": False})
+        >>> opt = chain(decay, diffopt.sgd())
+        >>> hp = opt.hparams(decay.hparams(weight_decay=0.5), diffopt.sgd().hparams(lr=0.1))
+        >>> params = {"weight": torch.ones(1), "bias": torch.ones(1)}
+        >>> grads = {"weight": torch.zeros(1), "bias": torch.zeros(1)}
+        >>> opt.update(params, grads, opt.init(params), hp)[0]
+        {'weight': tensor([0.9500]), 'bias': tensor([1.])}
+    """
+
+    def add(grads: list[Tensor], params: list[Tensor], records: list[WeightDecay]) -> list[Tensor]:
+        triples = zip(grads, params, records, strict=True)
+        return [_ops.add_decay(g, p, record.weight_decay) for g, p, record in triples]
+
+    return stateless(WeightDecay, add)

@@ -1,0 +1,179 @@
+"""ema(): an exponential moving average of the params beside their steps."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownLambdaType=false
+# pyright: reportUnknownArgumentType=false
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _checks, _modes, _ops, _tree
+from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._modes import exact, exact_dtype
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.transforms._base import (
+    Leaves,
+    check_optimizer,
+    check_state,
+    gather,
+    near,
+    records_at,
+    spread,
+    wide,
+)
+from diffopt.transforms._records import InOrder, in_order
+
+
+class EMAState(NamedTuple):
+    """State of `ema`: steps so far, the average of the params, the optimizer's state."""
+
+    step: Any
+    average: Tree
+    inner: Any
+
+
+torch.serialization.add_safe_globals([EMAState])
+
+
+@hparams
+class EMAHParams:
+    """Hyperparameters of `ema`."""
+
+    decay: Hyperparameter = number(0.999, ge=0, lt=1)
+
+
+def ema(
+    optimizer: Optimizer[Any, Any], *, bias_correction: bool = False
+) -> Optimizer[EMAState, tuple[EMAHParams, Any]]:
+    """Keep an average of the params in `state.average`; the params step as without it.
+
+    With a_1 = p_1, the params after the first step, and p_t those after step t,
+
+        a_t = d_t * a_{t-1} + (1 - d_t) * p_t,   d_t = decay
+
+    With `bias_correction`, 1 - d_t = (1 - decay) / (1 - decay^t): a_t is the average with
+    weights decay^(t-i), divided by their sum, which soon forgets p_1.
+
+    Read it as `state.average`: a tree like params (in float32 where they have half precision),
+    bias-corrected already if it was asked for.
+
+    Hyperparameters: the records of this and of the optimizer, in a tuple. `decay` in [0, 1)
+    (0.999), a number, a tensor or a prefix tree of the params.
+
+    Args:
+        optimizer: any optimizer.
+        bias_correction: weigh as an average that began at zero, corrected for that.
+
+    Returns:
+        The optimizer. A tensor without a gradient leaves its average alone.
+
+    Raises:
+        TypeError: `optimizer` is none, or the flag is no bool.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.transforms.ema(diffopt.sgd())
+        >>> p = torch.zeros(1)
+        >>> state, hp = opt.init(p), opt.hparams(lr=1.0, decay=0.75)
+        >>> for _ in range(2):
+        ...     p, state = opt.update(p, -torch.ones(1), state, hp)
+        >>> p, state.average  # 0.75 * 1 + 0.25 * 2
+        (tensor([2.]), tensor([1.2500]))
+
+    Source: `torch.optim.swa_utils.get_ema_multi_avg_fn`; Polyak and Juditsky, "Acceleration of
+    stochastic approximation by averaging", 1992.
+    """
+    check_optimizer(optimizer, "optimizer")
+    check_flags(bias_correction=bias_correction)
+    return EMA(optimizer, in_order(EMAHParams, optimizer.hparams), bias_correction)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EMA(Optimizer[EMAState, tuple[EMAHParams, Any]]):
+    """What `ema` returns."""
+
+    optimizer: Optimizer[Any, Any]
+    hparams: InOrder  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    bias_correction: bool
+
+    def init(self, params: Tree) -> EMAState:
+        inner = self.optimizer.init(params)
+        tensors = _tree.leaves(params)
+        device = tensors[0].device if tensors else torch.get_default_device()
+        step = torch.zeros((), dtype=exact_dtype(device), device=device)
+        return EMAState(step, _tree.map(lambda p: wide(p.detach()).clone(), params), inner)
+
+    def update(
+        self, params: Tree, grads: Tree, state: EMAState, hparams: tuple[EMAHParams, Any]
+    ) -> tuple[Tree, EMAState]:
+        work = self._gather(params, grads, state, hparams)
+        new, inner = self.optimizer.update(params, grads, state.inner, hparams[1])
+        step = exact(state.step) + 1
+        average = work.leaves.tree(self._averages(work, _tree.leaves(new), step))
+        return new, EMAState(step.to(state.step.dtype), average, inner)
+
+    def update_(
+        self, params: Tree, grads: Tree, state: EMAState, hparams: tuple[EMAHParams, Any]
+    ) -> None:
+        refuse_gradients(grads, hparams)
+        with torch.no_grad():
+            work = self._gather(params, grads, state, hparams, writable=True)
+            self.optimizer.update_(params, grads, state.inner, hparams[1])
+            step = exact(state.step) + 1
+            for old, new in zip(
+                work.averages, self._averages(work, work.leaves.params, step), strict=True
+            ):
+                if new is not old:
+                    old.copy_(new)
+            state.step.copy_(step)
+
+    def _averages(self, work: _Work, params: list[Tensor], step: Tensor) -> list[Tensor]:
+        t = _modes.number_of(step)
+        records = records_at(
+            EMAHParams, work.numbers, [(i, p.device) for i, p in enumerate(params)]
+        )
+
+        def mean(old: Tensor, new: Tensor, decay: Any) -> Tensor:
+            now, new = near(t, new.device), wide(new)
+            if self.bias_correction:
+                weight = (1 - decay) / (1 - decay**now)
+            else:
+                weight = 1 - decay * _ops.after_first(now)
+            return _ops.lerp(old.to(new.dtype), new, weight).to(old.dtype)
+
+        return [
+            old if grad is None else mean(old, new, record.decay)
+            for old, grad, new, record in zip(
+                work.averages, work.leaves.grads, params, records, strict=True
+            )
+        ]
+
+    def _gather(
+        self,
+        params: Tree,
+        grads: Tree,
+        state: EMAState,
+        hparams: tuple[EMAHParams, Any],
+        *,
+        writable: bool = False,
+    ) -> _Work:
+        leaves = gather(params, grads, writable=writable)
+        check_state(state, EMAState)
+        _checks.step(state.step, leaves.params, params)
+        names = ("state.average", "params")
+        averages = _tree.leaves_like(state.average, leaves.spec, params, names)
+        _checks.buffers(averages, leaves.params, params, names[0])
+        if type(hparams) is not tuple or len(hparams) != 2:  # pyright: ignore[reportUnnecessaryComparison]
+            raise TypeError("hparams must be a tuple of 2, one for each part")
+        numbers = spread(EMAHParams, hparams[0], leaves.params, leaves.spec, params)
+        return _Work(leaves, averages, numbers)
+
+
+class _Work(NamedTuple):
+    leaves: Leaves
+    averages: list[Tensor]
+    numbers: list[Any]

@@ -1,0 +1,217 @@
+"""flatten(): many small tensors as one long vector."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _checks, _execution, _hparams, _tree
+from diffopt._engine import Leafwise
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.transforms._base import Leaves, check_optimizer, gather, real, wide
+
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
+    """Put all tensors into one vector, so that a step costs one tensor's operations in all.
+
+    An eager step spends most of its time on calls when tensors are small, and more so under
+    `torch.vmap` and with derivatives. There is one vector for each device and real dtype: half
+    precision joins float32, and complex tensors join as pairs of reals. Values are those of the
+    optimizer without it.
+
+    Hyperparameters are those of the optimizer: prefix trees of the params as ever. One that differs
+    between tensors becomes a vector, whose arithmetic is in the dtype of the params.
+
+    Args:
+        optimizer: an elementwise optimizer, such as `adam()`, or a composition of such and of what
+            does not depend on shapes, such as `clip_by_global_norm`. One that looks at shapes, as
+            Muon does, or goes by names, as `partition` does, belongs outside of it.
+
+    Returns:
+        The optimizer. Its state is that of the optimizer, with lists of vectors in place of
+        trees like params. A tensor without a gradient keeps its part of them as it was.
+
+    Raises:
+        TypeError: `optimizer` is none.
+        ValueError: its rule computes with each tensor as a whole, as Muon's does.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.transforms.flatten(diffopt.sgd())
+        >>> params = {"w": torch.zeros(2, 2), "b": torch.zeros(1)}
+        >>> grads = {"w": torch.ones(2, 2), "b": torch.ones(1)}
+        >>> params, state = opt.update(
+        ...     params, grads, opt.init(params), opt.hparams(lr={"w": 0.1, "b": 0.2}, momentum=0.9)
+        ... )
+        >>> params["b"], state.momentum_buffer
+        (tensor([-0.2000]), [tensor([1., 1., 1., 1., 1.])])
+    """
+    check_optimizer(optimizer, "optimizer")
+    if isinstance(optimizer, Leafwise) and not optimizer.rule.batchable:
+        raise ValueError(
+            "optimizer computes with each tensor as a whole: flatten would change that"
+        )
+    return Flatten(optimizer, optimizer.hparams)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flatten(Optimizer[Any, Any]):
+    """What `flatten` returns."""
+
+    optimizer: Optimizer[Any, Any]
+    hparams: Callable[..., Any]
+
+    def init(self, params: Tree) -> Any:
+        tensors = _tree.leaves(params)
+        _checks.params(tensors, params)
+        return self.optimizer.init([_ravel(tensors, group) for group in _groups(tensors)])
+
+    def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
+        leaves = gather(params, grads)
+        layout = _Layout.of(leaves)
+        vectors, *others = _arguments(leaves, layout, state, params, hparams)
+        new_vectors, new_state = self.optimizer.update(vectors, *others)
+        new_params = leaves.tree(_unravel(new_vectors, leaves, layout))
+        return new_params, layout.whole(new_state, state)
+
+    def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
+        refuse_gradients(grads, hparams)
+        with torch.no_grad():
+            leaves = gather(params, grads, writable=True)
+            layout = _Layout.of(leaves)
+            if layout.groups != layout.some:
+                return super().update_(params, grads, state, hparams)
+            vectors, *others = _arguments(leaves, layout, state, params, hparams)
+            self.optimizer.update_(vectors, *others)
+            for old, new in zip(leaves.params, _unravel(vectors, leaves, layout), strict=True):
+                if new is not old:
+                    old.copy_(new)
+
+
+class _Layout(NamedTuple):
+    """Which leaves each vector holds, which of them have a gradient, and their lengths."""
+
+    groups: list[list[int]]
+    some: list[list[int]]
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, leaves: Leaves) -> _Layout:
+        groups = _groups(leaves.params)
+        some = [[i for i in group if leaves.grads[i] is not None] for group in groups]
+        return cls(groups, some, [real(param).numel() for param in leaves.params])
+
+    def part(self, tree: Any) -> Any:
+        """The same tree with vectors of the leaves that have a gradient."""
+
+        def cut(vector: Tensor, group: list[int], some: list[int]) -> Tensor:
+            pieces = self._pieces(vector, group)
+            return torch.cat([vector[:0], *(pieces[i] for i in some)])
+
+        return tree if self.groups == self.some else self._map_vectors(cut, tree)
+
+    def whole(self, new: Any, old: Any) -> Any:
+        """The same tree with vectors of all leaves: the old values where there is no gradient."""
+
+        def merge(old: Tensor, new: Tensor, group: list[int], some: list[int]) -> Tensor:
+            return torch.cat([*(self._pieces(old, group) | self._pieces(new, some)).values()])
+
+        return new if self.groups == self.some else self._map_vectors(merge, old, new)
+
+    def _pieces(self, vector: Tensor, group: list[int]) -> dict[int, Tensor]:
+        pieces = torch.split(vector, [self.sizes[i] for i in group])
+        return dict(zip(group, pieces, strict=True))
+
+    def _map_vectors(self, function: Callable[..., Tensor], *trees: Any) -> Any:
+        """Apply to each list of whole vectors in the first tree; keep the last one's rest."""
+        shapes = [(sum(self.sizes[i] for i in group),) for group in self.groups]
+
+        def is_column(node: Any) -> bool:
+            return isinstance(node, list) and shapes == [getattr(v, "shape", v) for v in node]
+
+        nodes, spec = _tree.flatten(trees[0], is_leaf=is_column)
+        rows = zip(nodes, *(spec.flatten_up_to(tree) for tree in trees[1:]), strict=True)
+        return _tree.unflatten(
+            [
+                [*map(function, *row, self.groups, self.some)] if is_column(row[0]) else row[-1]
+                for row in rows
+            ],
+            spec,
+        )
+
+
+def _arguments(leaves: Leaves, layout: _Layout, state: Any, params: Tree, hparams: Any) -> Any:
+    """Those of the optimizer's update, on vectors."""
+
+    def flat(record: Any) -> Any:
+        if type(record) not in _hparams.FIELDS:
+            return record
+        numbers = _hparams.broadcast(record, leaves.spec, params)
+        _checks.numbers(numbers, leaves.params, params)
+        values = [_flat_number(number, leaves.params, layout.groups) for number in numbers]
+        return _hparams.assemble(type(record), values)
+
+    grads = [p if g is None else g for p, g in zip(leaves.params, leaves.grads, strict=True)]
+    vectors = [[_ravel(tensors, g) for g in layout.groups] for tensors in (leaves.params, grads)]
+    records = _tree.map(flat, hparams, is_leaf=lambda node: type(node) in _hparams.FIELDS)
+    return layout.part((*vectors, state, records))
+
+
+def _flat_number(number: _hparams.Covered, params: list[Tensor], groups: list[list[int]]) -> Any:
+    """A hyperparameter for the vectors: as it is, or as vectors where leaves differ in it."""
+    used = {number.cover[i] for group in groups for i in group}
+    values = [number.values[k] for k in used] if number.per_parameter else number.values
+    if not number.per_parameter or (len(values) == 1 and _execution.is_scalar(values[0])):
+        return values[0]
+    return [torch.cat([_expanded(number.at(i), params[i]) for i in group]) for group in groups]
+
+
+def _expanded(value: Any, param: Tensor) -> Tensor:
+    """One number for each real number of a tensor."""
+    pairs = real(param)
+    tensor = torch.as_tensor(value, dtype=_working(param), device=param.device)
+    if param.is_complex() and tensor.dim() > 0:
+        tensor = tensor.unsqueeze(-1)
+    return tensor.expand(pairs.shape).reshape(-1)
+
+
+def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Leaves by dtype and device; integers, which no gradient moves, are in no vector."""
+    groups: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.is_floating_point() or tensor.is_complex():
+            groups.setdefault((_working(tensor), tensor.device), []).append(i)
+    return list(groups.values())
+
+
+def _ravel(tensors: Sequence[Tensor], group: list[int]) -> Tensor:
+    return torch.cat([real(wide(tensors[i])).reshape(-1) for i in group])
+
+
+def _unravel(vectors: list[Tensor], leaves: Leaves, layout: _Layout) -> list[Tensor]:
+    """The params; those without a gradient as they were."""
+    params = list(leaves.params)
+    for vector, group in zip(vectors, layout.some, strict=True):
+        # Copies, and not views of one vector: no two params may share memory.
+        pieces: Any = torch.split_with_sizes_copy(vector, [layout.sizes[i] for i in group])
+        for i, piece in zip(group, pieces, strict=True):
+            old = params[i]
+            piece = piece.reshape(real(old).shape)
+            params[i] = (torch.view_as_complex(piece) if old.is_complex() else piece).to(old.dtype)
+    return params
+
+
+def _working(tensor: Tensor) -> torch.dtype:
+    """The dtype of its real numbers in arithmetic."""
+    dtype = _execution.WORKING_DTYPE.get(tensor.dtype, tensor.dtype)
+    return _REAL.get(dtype, dtype)

@@ -1,0 +1,61 @@
+"""maximize(): ascent by any optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.transforms._base import Leaves, check_optimizer, gather
+
+
+def maximize(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
+    """Ascend instead of descend: the optimizer sees -grad.
+
+    Its weight decay still shrinks the params, as with torch's `maximize=True`.
+
+    Args:
+        optimizer: any optimizer.
+
+    Returns:
+        The optimizer, with the same state and hyperparameters.
+
+    Raises:
+        TypeError: `optimizer` is none.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.transforms.maximize(diffopt.sgd())
+        >>> p = torch.zeros(2)
+        >>> opt.update(p, torch.ones(2), opt.init(p), opt.hparams(lr=0.1))[0]
+        tensor([0.1000, 0.1000])
+    """
+    check_optimizer(optimizer, "optimizer")
+    return Maximize(optimizer, optimizer.hparams)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Maximize(Optimizer[Any, Any]):
+    """What `maximize` returns."""
+
+    optimizer: Optimizer[Any, Any]
+    hparams: Callable[..., Any]
+
+    def init(self, params: Tree) -> Any:
+        return self.optimizer.init(params)
+
+    def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
+        return self.optimizer.update(params, _negated(gather(params, grads)), state, hparams)
+
+    def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
+        refuse_gradients(grads, hparams)
+        with torch.no_grad():
+            self.optimizer.update_(params, _negated(gather(params, grads)), state, hparams)
+
+
+def _negated(leaves: Leaves) -> Tree:
+    return leaves.tree(grad if grad is None else -grad for grad in leaves.grads)

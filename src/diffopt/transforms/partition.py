@@ -1,0 +1,331 @@
+"""partition(), masked() and freeze(): parts of the params, each moved in its own way."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+
+from diffopt import _checks, _tree
+from diffopt._engine import Leafwise
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
+from diffopt.transforms._records import ByLabel
+
+S = TypeVar("S")
+H = TypeVar("H")
+
+
+def partition(
+    optimizers: Mapping[Hashable, Optimizer[Any, Any]], labels: Tree | Callable[[Tree], Tree]
+) -> Partition:
+    """Move every tensor by the optimizer that its label names.
+
+    Hyperparameters: a dict with the record of each label's optimizer. Keywords go to the one
+    optimizer that knows them; what several know is given by records: `hparams({"body": record,
+    "head": record})`. Fields are numbers, tensors or prefix trees of *all* params.
+
+    Args:
+        optimizers: an optimizer for each label.
+        labels: a prefix tree of the params whose leaves are labels, or a function that makes one of
+            params. It may look at shapes and dtypes, never at values.
+
+    Returns:
+        The optimizer. Its state is a dict with each label's: trees like params with `[]` where
+        a tensor has another label.
+
+    Raises:
+        TypeError: one of `optimizers` is none.
+        ValueError: (from `init` and `update`) `labels` is no prefix of params, or a label names no
+            optimizer.
+
+    Example:
+        >>> import torch, diffopt
+        >>> sgd, adam = diffopt.sgd(), diffopt.adam()
+        >>> opt = diffopt.transforms.partition(
+        ...     {"fast": adam, "slow": sgd}, {"body": "slow", "head": "fast"}
+        ... )
+        >>> params = {"body": [torch.zeros(2), torch.zeros(1)], "head": torch.zeros(1)}
+        >>> grads = {"body": [torch.ones(2), torch.ones(1)], "head": torch.ones(1)}
+        >>> hp = opt.hparams({"fast": adam.hparams(lr=0.5), "slow": sgd.hparams(lr=0.1)})
+        >>> opt.update(params, grads, opt.init(params), hp)[0]
+        {'body': [tensor([-0.1000, -0.1000]), tensor([-0.1000])], 'head': tensor([-0.5000])}
+    """
+    for label, optimizer in optimizers.items():
+        check_optimizer(optimizer, f"optimizers[{label!r}]")
+    makers = {label: optimizer.hparams for label, optimizer in optimizers.items()}
+    return Partition(dict(optimizers), labels, ByLabel(makers))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Partition(Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
+    """What `partition` returns."""
+
+    optimizers: dict[Hashable, Optimizer[Any, Any]]
+    labels: Tree | Callable[[Tree], Tree]
+    hparams: ByLabel  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+
+    def init(self, params: Tree) -> dict[Hashable, Any]:
+        tensors, spec = _tree.flatten(params)
+        _checks.params(tensors, params)
+        return {
+            label: self.optimizers[label].init(_pruned(tensors, spec, chosen))
+            for label, chosen in self._split(params, spec).items()
+        }
+
+    def update(
+        self,
+        params: Tree,
+        grads: Tree,
+        state: dict[Hashable, Any],
+        hparams: dict[Hashable, Any],
+    ) -> tuple[Tree, dict[Hashable, Any]]:
+        leaves = gather(params, grads)
+        new_params, new_state = list(leaves.params), dict(state)
+        for label, (chosen, arguments) in self._parts(leaves, params, state, hparams).items():
+            new, new_state[label] = self.optimizers[label].update(*arguments)
+            _put(new_params, new, chosen, arguments[0])
+        return leaves.tree(new_params), new_state
+
+    def update_(
+        self,
+        params: Tree,
+        grads: Tree,
+        state: dict[Hashable, Any],
+        hparams: dict[Hashable, Any],
+    ) -> None:
+        refuse_gradients(grads, hparams)
+        with torch.no_grad():
+            leaves = gather(params, grads, writable=True)
+            parts = self._parts(leaves, params, state, hparams)
+            _update_all_([(self.optimizers[label], args) for label, (_, args) in parts.items()])
+
+    def _parts(
+        self,
+        leaves: Leaves,
+        params: Tree,
+        state: dict[Hashable, Any],
+        hparams: dict[Hashable, Any],
+    ) -> dict[Hashable, tuple[list[bool], tuple[Any, ...]]]:
+        """For each label, the leaves it has, and the arguments of its update."""
+        for name, values in (("state", state), ("hparams", hparams)):
+            if not isinstance(values, dict) or values.keys() != self.optimizers.keys():  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"{name} must be a dict with the keys {list(self.optimizers)}")
+        return {
+            label: (
+                chosen,
+                (
+                    _pruned(leaves.params, leaves.spec, chosen),
+                    _pruned(leaves.grads, leaves.spec, chosen),
+                    state[label],
+                    hparams[label],
+                ),
+            )
+            for label, chosen in self._split(params, leaves.spec).items()
+        }
+
+    def _split(self, params: Tree, spec: _tree.Spec) -> dict[Hashable, list[bool]]:
+        labels = _spread(self.labels, params, spec, "labels")
+        for i, label in enumerate(labels):
+            if label not in self.optimizers:
+                path = _tree.paths(params, "params")[i]
+                known = list(self.optimizers)
+                raise ValueError(f"{path} has the label {label!r}, but optimizers has {known}")
+        return {label: [mine == label for mine in labels] for label in self.optimizers}
+
+
+def _update_all_(calls: list[tuple[Optimizer[Any, Any], tuple[Any, ...]]]) -> None:
+    """`update_` of each; nothing is changed where one raises.
+
+    The first may raise, since nothing has been written then. Of the rest, leafwise optimizers look
+    at their arguments beforehand, and others compute their results.
+    """
+    ordered = sorted(calls, key=lambda call: isinstance(call[0], Leafwise))
+    in_place, results = ordered[:1], list[tuple[Any, Any]]()
+    for optimizer, arguments in ordered[1:]:
+        if isinstance(optimizer, Leafwise):
+            optimizer._gather(*arguments)
+            in_place.append((optimizer, arguments))
+        else:
+            params, _, state, _ = arguments
+            results.append(((params, state), optimizer.update(*arguments)))
+    for optimizer, arguments in in_place:
+        optimizer.update_(*arguments)
+    for old, new in results:
+        copy_(old, new)
+
+
+@overload
+def masked(part: Optimizer[S, H], mask: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]: ...
+@overload
+def masked(
+    part: Transformation[S, H], mask: Tree | Callable[[Tree], Tree]
+) -> Transformation[S, H]: ...
+def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
+    """Restrict a transformation or an optimizer to some of the params.
+
+    Where the mask is False, a transformation passes the gradients as they are, and an optimizer
+    leaves the params as they are. A norm over all gradients is one over those that remain.
+
+    Args:
+        part: a gradient transformation, or an optimizer.
+        mask: a prefix tree of the params whose leaves are bools, or a function that makes one of
+            params. `diffopt.nn.decay_mask` makes one of a module.
+
+    Returns:
+        A part of the same kind, with the same hyperparameters. Its state holds `[]` where the mask
+        is False.
+
+    Raises:
+        TypeError: `part` is neither.
+        ValueError: (from `init` and `update`) `mask` is no prefix of params, or not of bools.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.transforms import chain, clip_by_global_norm, masked
+        >>> clip = clip_by_global_norm()
+        >>> opt = chain(masked(clip, {"a": True, "b": False}), diffopt.sgd())
+        >>> params = {"a": torch.zeros(1), "b": torch.zeros(1)}
+        >>> grads = {"a": torch.tensor([4.0]), "b": torch.tensor([3.0])}
+        >>> opt.update(params, grads, opt.init(params), opt.hparams(lr=1.0, max_norm=1.0))[0]
+        {'a': tensor([-1.0000]), 'b': tensor([-3.])}
+    """
+    if isinstance(part, Optimizer):
+        return MaskedOptimizer(part, mask, part.hparams)
+    if isinstance(part, Transformation):
+        return MaskedTransformation(part, mask, part.hparams)
+    raise TypeError(f"part is {part!r}, neither an optimizer nor a gradient transformation")
+
+
+def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]:
+    """Leave some of the params as they are: `masked` by the opposite.
+
+    Args:
+        optimizer: any optimizer; it does not see what is frozen and keeps no state for it.
+        frozen: a prefix tree of the params, or a function that makes one of params: True where they
+            stay as they are, whatever their gradients.
+
+    Returns:
+        The optimizer, with the same hyperparameters. Frozen params come back as the very same
+        tensors.
+
+    Raises:
+        TypeError: `optimizer` is none.
+        ValueError: (from `init` and `update`) `frozen` is no prefix of params, or not of bools.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.transforms.freeze(diffopt.sgd(), {"body": True, "head": False})
+        >>> params = {"body": torch.zeros(2), "head": torch.zeros(1)}
+        >>> grads = {"body": torch.ones(2), "head": torch.ones(1)}
+        >>> opt.update(params, grads, opt.init(params), opt.hparams(lr=1.0))[0]
+        {'body': tensor([0., 0.]), 'head': tensor([-1.])}
+    """
+    check_optimizer(optimizer, "optimizer")
+    return MaskedOptimizer(optimizer, frozen, optimizer.hparams, "frozen")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskedOptimizer(Optimizer[Any, Any]):
+    """What `masked` makes of an optimizer, and `freeze`, whose argument is the opposite."""
+
+    optimizer: Optimizer[Any, Any]
+    mask: Tree | Callable[[Tree], Tree]
+    hparams: Callable[..., Any]
+    name: str = "mask"
+
+    def init(self, params: Tree) -> Any:
+        tensors, spec = _tree.flatten(params)
+        _checks.params(tensors, params)
+        return self.optimizer.init(_pruned(tensors, spec, self._chosen(params, spec)))
+
+    def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
+        leaves = gather(params, grads)
+        chosen, mine = self._parts(leaves, params)
+        new, new_state = self.optimizer.update(*mine, state, hparams)
+        new_params = list(leaves.params)
+        _put(new_params, new, chosen, mine[0])
+        return leaves.tree(new_params), new_state
+
+    def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
+        refuse_gradients(grads, hparams)
+        with torch.no_grad():
+            _, mine = self._parts(gather(params, grads, writable=True), params)
+            self.optimizer.update_(*mine, state, hparams)
+
+    def _parts(self, leaves: Leaves, params: Tree) -> tuple[list[bool], tuple[Tree, Tree]]:
+        chosen = self._chosen(params, leaves.spec)
+        pruned = (_pruned(column, leaves.spec, chosen) for column in (leaves.params, leaves.grads))
+        return chosen, (next(pruned), next(pruned))
+
+    def _chosen(self, params: Tree, spec: _tree.Spec) -> list[bool]:
+        flags = _flags(self.mask, params, spec, self.name)
+        return [flag is (self.name == "mask") for flag in flags]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskedTransformation(Transformation[Any, Any]):
+    """What `masked` makes of a gradient transformation."""
+
+    transformation: Transformation[Any, Any]
+    mask: Tree | Callable[[Tree], Tree]
+    hparams: Callable[..., Any]
+
+    def init(self, params: Tree) -> Any:
+        tensors, spec = _tree.flatten(params)
+        return self.transformation.init(
+            _pruned(tensors, spec, _flags(self.mask, params, spec, "mask"))
+        )
+
+    def apply(self, grads: Tree, params: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
+        tensors, spec = _tree.flatten(params)
+        chosen = _flags(self.mask, params, spec, "mask")
+        all_grads = _tree.leaves_like(grads, spec, params, ("grads", "params"))
+        mine = _pruned(all_grads, spec, chosen)
+        new, new_state = self.transformation.apply(
+            mine, _pruned(tensors, spec, chosen), state, hparams
+        )
+        _put(all_grads, new, chosen, mine)
+        return _tree.unflatten(all_grads, spec), new_state
+
+
+def _spread(
+    prefix: Tree | Callable[[Tree], Tree], params: Tree, spec: _tree.Spec, name: str
+) -> list[Any]:
+    """For each leaf of params what a prefix tree has for it."""
+    tree = prefix(params) if callable(prefix) else prefix
+    values, cover = _tree.broadcast_prefix(tree, spec, params, (name, "params"))
+    return [values[i] for i in cover]
+
+
+def _flags(
+    mask: Tree | Callable[[Tree], Tree], params: Tree, spec: _tree.Spec, name: str
+) -> list[bool]:
+    flags = _spread(mask, params, spec, name)
+    for i, flag in enumerate(flags):
+        if not isinstance(flag, bool):
+            path = _tree.paths(params, "params")[i]
+            raise ValueError(f"{name} has {_tree.describe(flag)} for {path}, but must have a bool")
+    return flags
+
+
+def _pruned(leaves: Sequence[Any], spec: _tree.Spec, chosen: list[bool]) -> Tree:
+    """The tree with `[]`, which has no leaves, in place of those that are not chosen.
+
+    So a prefix tree of all params is one of the pruned ones too.
+    """
+    return _tree.unflatten((x if c else [] for x, c in zip(leaves, chosen, strict=True)), spec)
+
+
+def _put(leaves: list[Any], pruned: Tree, chosen: list[bool], like: Tree) -> None:
+    """Replace the chosen leaves by those of a pruned tree."""
+    spec = _tree.flatten(like)[1]
+    new = _tree.leaves_like(pruned, spec, like, ("the new tree", "the old one"))
+    positions = [i for i, c in enumerate(chosen) if c]
+    for i, leaf in zip(positions, new, strict=True):
+        leaves[i] = leaf

@@ -1,0 +1,110 @@
+"""skip_nonfinite(): steps with infinite gradients, or with NaN, do not happen."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.transforms._base import Leaves, check_optimizer, gather, real, select
+
+
+def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
+    """A step whose gradients are not all finite leaves params and state as they were.
+
+        p, s <- optimizer(p, g, s)   if every g of every tensor is finite, else p, s
+
+    The choice is made by `torch.where`, model by model under `torch.vmap`. A skipped step counts
+    nowhere: the state's `step` says how many there were. Its derivative is the identity by params
+    and state, and zero by gradients and hyperparameters.
+
+    Args:
+        optimizer: any optimizer.
+
+    Returns:
+        The optimizer, with the same state and hyperparameters. Under plain autograd, derivatives
+        through a skipped step do not touch the graph of its gradients, which is full of NaN: the
+        result is that of a loop without the step. Under torch.func transforms zeros pass
+        through that graph, and a loss can turn them into NaN. `update_` waits for the device, to
+        know whether there is anything to do.
+
+    Raises:
+        TypeError: `optimizer` is none.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.transforms.skip_nonfinite(diffopt.sgd())
+        >>> p = torch.zeros(2)
+        >>> state, hp = opt.init(p), opt.hparams(lr=0.1)
+        >>> opt.update(p, torch.tensor([1.0, torch.nan]), state, hp)[0]
+        tensor([0., 0.])
+        >>> opt.update(p, torch.tensor([1.0, 2.0]), state, hp)[0]
+        tensor([-0.1000, -0.2000])
+    """
+    check_optimizer(optimizer, "optimizer")
+    return SkipNonfinite(optimizer, optimizer.hparams)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SkipNonfinite(Optimizer[Any, Any]):
+    """What `skip_nonfinite` returns."""
+
+    optimizer: Optimizer[Any, Any]
+    hparams: Callable[..., Any]
+
+    def init(self, params: Tree) -> Any:
+        return self.optimizer.init(params)
+
+    def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
+        leaves = gather(params, grads)
+        finite = _all_finite(leaves)
+        safe = iter(_finite_only(finite, leaves.gradients()))
+        grads = leaves.tree(grad if grad is None else next(safe) for grad in leaves.grads)
+        new = self.optimizer.update(params, grads, state, hparams)
+        return select(finite, new, (params, state))
+
+    def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
+        if _modes.transformed() or _modes.intercepted():
+            return super().update_(params, grads, state, hparams)
+        refuse_gradients(grads, hparams)
+        with torch.no_grad():
+            if _all_finite(gather(params, grads, writable=True)).item():
+                self.optimizer.update_(params, grads, state, hparams)
+
+
+def _all_finite(leaves: Leaves) -> Tensor:
+    """Whether least and greatest number of every gradient are finite, in one pass over memory."""
+    grads = [real(grad.detach()) for grad in leaves.gradients() if grad.numel()]
+    ends = [end.to(grads[0].device) for grad in grads for end in grad.aminmax()]
+    return torch.stack(ends).isfinite().all() if ends else torch.tensor(True)
+
+
+def _finite_only(finite: Tensor, grads: list[Tensor]) -> list[Tensor]:
+    """The gradients, or zeros in their place."""
+    if _modes.transformed() or _modes.forward_differentiated() or _modes.intercepted():
+        return _chosen(finite, grads)
+    return list(_Chosen.apply(finite, *grads)) if grads else []
+
+
+def _chosen(finite: Tensor, grads: list[Tensor]) -> list[Tensor]:
+    return [torch.where(finite.to(grad.device), grad, 0) for grad in grads]
+
+
+class _Chosen(torch.autograd.Function):
+    """`_chosen`, whose backward ends where a step was skipped: zeros would meet NaN beyond."""
+
+    @staticmethod
+    def forward(ctx: Any, finite: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        ctx.finite = finite
+        return tuple(_chosen(finite, list(grads)))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(cotangents if ctx.finite.item() else [None] * len(cotangents)))

@@ -1,0 +1,188 @@
+"""Adafactor: its factored state, its derivatives at zeros, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+import diffopt
+
+F64 = torch.float64
+NUMBERS = {"lr": 0.1, "beta2_decay": -0.6, "eps1": 0.3, "eps2": 0.2, "d": 1.2, "weight_decay": 0.05}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def a_matrix_with_a_zero_row_and_column():
+    matrix = draw(3, 4)
+    matrix[1], matrix[:, 2] = 0, 0
+    return matrix
+
+
+def two_steps(param, grad, *numbers):
+    """Param and state after two steps from scratch, as tensors with elements."""
+    opt = diffopt.adafactor(eps1=True)
+    hp = opt.hparams(**dict(zip(NUMBERS, numbers, strict=True)))
+    state = opt.init(param)
+    for _ in range(2):
+        param, state = opt.update(param, grad, state, hp)
+    return tuple(x for x in (param, *state[1:]) if x.numel())
+
+
+@pytest.mark.parametrize(
+    ("shape", "row_var", "col_var", "variance"),
+    [
+        ((), (0,), (0,), ()),
+        ((5,), (0,), (0,), (5,)),
+        ((3, 4), (3, 1), (1, 4), (0,)),
+        ((2, 3, 4), (2, 3, 1), (2, 1, 4), (0,)),
+    ],
+)
+def test_a_matrix_has_one_average_for_each_row_and_column(shape, row_var, col_var, variance):
+    opt, param = diffopt.adafactor(), draw(*shape).bfloat16()
+    state = opt.init(param)
+    for _ in range(2):
+        assert [x.shape for x in state[1:]] == [row_var, col_var, variance]
+        assert all(x.dtype == torch.float32 for x in state[1:])
+        param, state = opt.update(param, param, state, opt.hparams())
+
+
+def test_a_batch_of_matrices_has_the_averages_of_each():
+    opt, grad = diffopt.adafactor(), draw(2, 3, 4)
+    _, state = opt.update(draw(2, 3, 4), grad, opt.init(grad), opt.hparams())
+    for i in range(2):
+        _, alone = opt.update(grad[i], grad[i], opt.init(grad[i]), opt.hparams())
+        torch.testing.assert_close((alone.row_var, alone.col_var), (state[1][i], state[2][i]))
+
+
+@pytest.mark.parametrize(
+    ("param", "grad"),
+    [
+        (draw(3, 4), torch.zeros(3, 4, dtype=F64)),
+        (torch.zeros(3, 4, dtype=F64), draw(3, 4)),
+        (torch.zeros(3, 4, dtype=F64), torch.zeros(3, 4, dtype=F64)),
+        (draw(3, 4, seed=1), a_matrix_with_a_zero_row_and_column()),
+        (torch.zeros(4, dtype=F64), torch.zeros(4, dtype=F64)),
+        (draw(), torch.zeros((), dtype=F64)),
+    ],
+    ids=["zero gradient", "zero matrix", "all zero", "zero row and column", "vector", "number"],
+)
+def test_derivatives_at_zeros_are_those_of_finite_differences(param, grad):
+    numbers = [torch.tensor(value, dtype=F64) for value in NUMBERS.values()]
+    inputs = [x.clone().requires_grad_() for x in (param, grad, *numbers)]
+    torch.autograd.gradcheck(two_steps, inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(two_steps, inputs)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3,)])
+def test_the_variance_of_a_zero_gradient_is_bounded_by_the_machine_epsilon(shape):
+    for dtype in (torch.float32, F64):
+        opt, param = diffopt.adafactor(), torch.ones(shape, dtype=dtype)
+        grad = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        new, _ = opt.update(param, grad, opt.init(param), opt.hparams(lr=0.1))
+        torch.testing.assert_close(new, param, rtol=0, atol=0)
+        (slope,) = torch.autograd.grad(new.sum(), grad, create_graph=True)
+        torch.testing.assert_close(slope, -0.1 / torch.finfo(dtype).eps * torch.ones_like(param))
+        assert slope.sum().backward() is None
+        assert grad.grad.isfinite().all()
+
+
+def test_zero_params_without_a_least_scale_stay_with_finite_derivatives():
+    opt = diffopt.adafactor()
+    param, grad = torch.zeros(2, 3, dtype=F64, requires_grad=True), draw(2, 3)
+    new, _ = opt.update(param, grad, opt.init(param), opt.hparams(lr=0.1, eps2=0.0))
+    assert not new.any()
+    (slope,) = torch.autograd.grad(new.sum(), param, create_graph=True)
+    torch.testing.assert_close(slope, torch.ones_like(slope))
+    (curvature,) = torch.autograd.grad(slope.sum(), param)
+    assert not curvature.any()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3), (0, 2, 3)])
+def test_nothing_comes_of_tensors_without_elements_but_finite_numbers(shape):
+    opt, params = diffopt.adafactor(), {"empty": draw(*shape), "full": draw(2)}
+    lr = torch.tensor(0.1, requires_grad=True)
+    state = opt.init(params)
+    for _ in range(2):
+        params, state = opt.update(params, params, state, opt.hparams(lr=lr))
+    assert all(tree["empty"].isfinite().all() for tree in state[1:])
+    alone = {"full": draw(2)}
+    state = opt.init(alone)
+    for _ in range(2):
+        alone, state = opt.update(alone, alone, state, opt.hparams(lr=lr))
+    slopes = [torch.autograd.grad(p["full"].sum() + 0 * lr, lr)[0] for p in (params, alone)]
+    assert slopes[0] == slopes[1]
+
+
+@pytest.mark.parametrize("d", [1.0, 2.0])
+def test_a_step_is_bounded_relative_to_its_tensor(d):
+    opt, param = diffopt.adafactor(), draw(4, 5)
+    hp, state = opt.hparams(lr=0.1, d=d), opt.init(param)
+    for seed in range(5):
+        new, state = opt.update(param, 10.0**seed * draw(4, 5, seed=seed), state, hp)
+        rms_step, rms = ((x * x).mean().sqrt() for x in (new - param, param))
+        assert rms_step <= d * 0.1 * rms * (1 + 1e-12)
+        param = new
+
+
+def test_late_steps_do_not_depend_on_a_greater_lr():
+    opt, param = diffopt.adafactor(), draw(2, 3)
+    state = opt.init(param)._replace(step=torch.tensor(99.0, dtype=F64))
+    lr = torch.tensor([0.2, 0.05], dtype=F64, requires_grad=True)
+    for rate, bounded in zip(lr, (True, False), strict=True):
+        new, _ = opt.update(param, draw(2, 3), state, opt.hparams(lr=rate))
+        (slope,) = torch.autograd.grad(new.sum(), lr)
+        assert bounded == (not slope.any())
+    new, _ = opt.update(param, draw(2, 3), state, opt.hparams(lr=math.inf))
+    late, _ = opt.update(param, draw(2, 3), state, opt.hparams(lr=0.1))
+    torch.testing.assert_close(new, late)
+
+
+def test_a_rate_for_each_weight_scales_its_step():
+    opt, param, grad = diffopt.adafactor(), draw(2, 3), draw(2, 3, seed=1)
+    rates = 0.1 * torch.rand(2, 3, dtype=F64)
+    new, _ = opt.update(param, grad, opt.init(param), opt.hparams(lr=rates))
+    one, _ = opt.update(param, grad, opt.init(param), opt.hparams(lr=0.1))
+    torch.testing.assert_close(new - param, (one - param) * rates / 0.1)
+
+
+def test_a_batch_of_rates_keeps_the_dtype_of_the_params():
+    opt, param = diffopt.adafactor(eps1=True), draw(2, 3).float()
+    numbers = {name: torch.full((4,), value, dtype=F64) for name, value in NUMBERS.items()}
+
+    def step(numbers):
+        return opt.update(param, param, opt.init(param), opt.hparams(**numbers))
+
+    new, state = torch.vmap(step)(numbers)
+    assert [x.dtype for x in (new, *state[1:])] == [torch.float32] * 4
+
+
+@pytest.mark.parametrize("name", ["update", "update_"])
+def test_a_decay_for_each_weight_is_refused(name):
+    opt, params = diffopt.adafactor(), {"w": draw(2, 3)}
+    hp = opt.hparams(beta2_decay=-torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"hparams.beta2_decay has shape \(2, 3\).*params\['w'\]"):
+        getattr(opt, name)(params, params, opt.init(params), hp)
+
+
+def test_a_state_for_other_shapes_is_refused():
+    opt, params = diffopt.adafactor(), {"w": draw(2, 3)}
+    state = opt.init({"w": draw(3, 3)})
+    message = r"state.row_var\['w'\] has shape \(3, 1\), .*\(2, 1\), since params\['w'\] .*\(2, 3\)"
+    with pytest.raises(ValueError, match=message):
+        opt.update(params, params, state, opt.hparams())
+
+
+def test_complex_params_are_refused():
+    opt, params = diffopt.adafactor(), {"w": draw(2, 3).to(torch.complex128)}
+    state = opt.init({"w": draw(2, 3)})
+    for call in (opt.init, lambda p: opt.update(p, p, state, opt.hparams())):
+        with pytest.raises(ValueError, match=r"params\['w'\] is complex"):
+            call(params)
+
+
+def test_numbers_are_no_flags():
+    with pytest.raises(TypeError, match=r"eps1 is 1e-30, not a bool"):
+        diffopt.adafactor(eps1=1e-30)
