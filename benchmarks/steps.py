@@ -1,10 +1,11 @@
 """Time of one in-place step beside torch.optim's, and beside moving the bytes it must move.
 
-    python benchmarks/steps.py [--device cuda] [--repeats 30]
+    python benchmarks/steps.py [--device cuda] [--only Adam AdamW] [--repeats 30]
 
-The contenders take turns. "floor" is the time to read and write what a step must, at the bandwidth
-of a large tensor scaled in place in the same run: on tensors that exceed the caches no step runs
-much faster.
+The contenders take turns: the class of diffopt.optim, `update_` of the rule under it, and torch's
+ways of running the same step. "ratio" is the class's time over the fastest of torch's. "floor" is
+the time to read and write what a step must, at the bandwidth of a large tensor scaled in place in
+the same run: on tensors that exceed the caches no step runs much faster.
 """
 
 from __future__ import annotations
@@ -13,54 +14,79 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 import diffopt
+from diffopt import optim
 
 RESNET18 = [
     *[(64, 3, 7, 7), *[(64,)] * 10, *[(64, 64, 3, 3)] * 4],
-    *[(128, 64, 3, 3), *[(128,)] * 10, *[(128, 128, 3, 3)] * 3],
-    *[(256, 128, 3, 3), *[(256,)] * 10, *[(256, 256, 3, 3)] * 3],
-    *[(512, 256, 3, 3), *[(512,)] * 10, *[(512, 512, 3, 3)] * 3, (1000, 512), (1000,)],
+    *[(128, 64, 3, 3), *[(128,)] * 10, *[(128, 128, 3, 3)] * 3, (128, 64, 1, 1)],
+    *[(256, 128, 3, 3), *[(256,)] * 10, *[(256, 256, 3, 3)] * 3, (256, 128, 1, 1)],
+    *[(512, 256, 3, 3), *[(512,)] * 10, *[(512, 512, 3, 3)] * 3, (512, 256, 1, 1)],
+    *[(1000, 512), (1000,)],
 ]
 SHAPES = {
-    "58 tensors of resnet18, 11M": RESNET18,
+    "resnet18: 62 tensors, 11M": RESNET18,
     "1000 tensors of 1000": [(1000,)] * 1000,
     "one tensor of 50M": [(50_000_000,)],
 }
-# Tensors a step must read and write, of the size of the parameters.
-OPTIMIZERS = {
-    "sgd, momentum": (diffopt.sgd(), torch.optim.SGD, {"momentum": 0.9}, 5),
-    "adam": (diffopt.adam(), torch.optim.Adam, {}, 7),
-    "adamw": (diffopt.adamw(), torch.optim.AdamW, {}, 7),
-    "adagrad": (diffopt.adagrad(), torch.optim.Adagrad, {}, 5),
-    "rmsprop": (diffopt.rmsprop(momentum=False), torch.optim.RMSprop, {}, 5),
+MATRICES = {"matrices: 24 of 512 x 512": [(512, 512)] * 24}
+# The pure rule, numbers, and how many tensors of the size of the parameters a step must move.
+OPTIMIZERS: dict[str, tuple[Any, dict[str, float], int]] = {
+    "SGD": (diffopt.sgd(), {"momentum": 0.9}, 5),
+    "Adam": (diffopt.adam(), {}, 7),
+    "AdamW": (diffopt.adamw(), {}, 7),
+    "Adagrad": (diffopt.adagrad(), {}, 5),
+    "Adadelta": (diffopt.adadelta(), {}, 7),
+    "Adafactor": (diffopt.adafactor(), {}, 3),
+    "Adamax": (diffopt.adamax(), {}, 7),
+    "ASGD": (diffopt.asgd(), {}, 5),
+    "LBFGS": (None, {"max_iter": 1, "history_size": 5}, 14),
+    "Muon": (diffopt.muon(), {}, 5),
+    "NAdam": (diffopt.nadam(), {}, 7),
+    "RAdam": (diffopt.radam(), {}, 7),
+    "RMSprop": (diffopt.rmsprop(momentum=False), {}, 5),
+    "Rprop": (diffopt.rprop(), {}, 7),
+    "SparseAdam": (None, {}, 7),
 }
 WAYS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
+SPARSE_ROWS = 0.01  # of a SparseAdam gradient
 
 Step = Callable[[], object]
 
 
-def ours(optimizer: diffopt.Optimizer, tensors: list[Tensor], numbers: dict[str, float]) -> Step:
+def by_class(cls: type, tensors: list[Tensor], numbers: dict[str, Any]) -> Step | None:
+    params = [t.clone().requires_grad_() for t in tensors]
+    for param in params:
+        param.grad = gradient(param, cls.__name__)
+    try:
+        optimizer = cls(params, lr=1e-4, **numbers)
+        closure = (lambda: 1.0) if cls.__name__ == "LBFGS" else None
+        optimizer.step(closure)
+    except (TypeError, RuntimeError, ValueError):  # this class has no such way, or no such shapes
+        return None
+    return lambda: optimizer.step(closure)
+
+
+def gradient(param: Tensor, kind: str) -> Tensor:
+    grad = torch.randn_like(param)
+    if kind != "SparseAdam":
+        return grad
+    rows = torch.rand(len(param), device=param.device) < SPARSE_ROWS
+    return (grad * rows.reshape(-1, *[1] * (param.dim() - 1))).to_sparse(1)
+
+
+def by_rule(optimizer: Any, tensors: list[Tensor], numbers: dict[str, Any]) -> Step:
     params, grads = [t.clone() for t in tensors], [torch.randn_like(t) for t in tensors]
     state, record = optimizer.init(params), optimizer.hparams(lr=1e-4, **numbers)
     return lambda: optimizer.update_(params, grads, state, record)
-
-
-def theirs(cls: type, tensors: list[Tensor], numbers: dict[str, float], way: str) -> Step | None:
-    params = [t.clone().requires_grad_() for t in tensors]
-    for param in params:
-        param.grad = torch.randn_like(param)
-    try:
-        optimizer = cls(params, lr=1e-4, **numbers, **WAYS[way])
-        optimizer.step()
-    except (TypeError, RuntimeError):  # this class has no such path
-        return None
-    return optimizer.step
 
 
 def milliseconds(step: Step, device: str) -> float:
@@ -89,27 +115,42 @@ def bandwidth_of(device: str, repeats: int) -> float:
     return 2 * tensor.numel() * tensor.element_size() / times["scale"]
 
 
+def contenders(name: str, tensors: list[Tensor]) -> dict[str, Step]:
+    rule, numbers, _ = OPTIMIZERS[name]
+    found = {"diffopt": by_class(getattr(optim, name), tensors, numbers)}
+    if found["diffopt"] and rule:
+        found["update_"] = by_rule(rule, tensors, numbers)
+    theirs = getattr(torch.optim, name)
+    found |= {way: by_class(theirs, tensors, numbers | flag) for way, flag in WAYS.items()}
+    if not any(map(found.get, WAYS)):  # a class with one way
+        found["loop"] = by_class(theirs, tensors, numbers)
+    return {way: step for way, step in found.items() if step is not None}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console, bandwidth = Console(width=110), bandwidth_of(options.device, options.repeats)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     console.print(f"torch {torch.__version__}, {where}, {bandwidth / 1e6:.0f} GB/s; ms a step")
-    for name, shapes in SHAPES.items():
-        table = Table("", "diffopt", *(f"torch {way}" for way in WAYS), "floor", title=name)
-        for rule, (optimizer, cls, numbers, moved) in OPTIMIZERS.items():
+    for title, shapes in (SHAPES | MATRICES).items():
+        columns = ("diffopt", "update_", *WAYS)
+        table = Table("", *columns, "ratio", "floor", title=title)
+        for name in track(options.only, title, transient=True):
+            if (title in MATRICES) != (name == "Muon"):
+                continue
             tensors = [torch.randn(shape, device=options.device) for shape in shapes]
-            steps = {"diffopt": ours(optimizer, tensors, numbers)}
-            found = {way: theirs(cls, tensors, numbers, way) for way in WAYS}
-            steps |= {way: step for way, step in found.items() if step is not None}
-            times = medians(steps, options.device, options.repeats)
-            cells = [f"{times[way]:.3f}" if way in times else "" for way in ("diffopt", *WAYS)]
-            floor = 4 * moved * sum(t.numel() for t in tensors) / bandwidth
-            table.add_row(rule, *cells, f"{floor:.3f}")
+            times = medians(contenders(name, tensors), options.device, options.repeats)
+            cells = [f"{times[way]:.3f}" if way in times else "" for way in columns]
+            ratio = times["diffopt"] / min(times[way] for way in WAYS if way in times)
+            share = SPARSE_ROWS if name == "SparseAdam" else 1
+            moved = share * OPTIMIZERS[name][2] * sum(t.numel() for t in tensors)
+            table.add_row(name, *cells, f"{ratio:.2f}", f"{4 * moved / bandwidth:.3f}")
         console.print(table)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from diffopt import _hparams, _tree
 from diffopt._engine import Leafwise
-from diffopt.optim._plan import Group, Plan, fields_of, name_of, same, values_of
+from diffopt.optim._plan import Group, Plan, Row, Watch, fields_of, name_of, same, values_of
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_SMALL = 1 << 14  # elements
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
 
 
@@ -54,7 +56,7 @@ class Checkpoints(torch.optim.Optimizer):
             groups.append(copied({k: v for k, v in group.items() if k != "params"}))
             groups[-1]["params"] = params
         state = {
-            index[id(key)] if isinstance(key, Tensor) else key: copied(row)
+            index[id(key)] if isinstance(key, Tensor) else key: copied(_plain(row))
             for key, row in self.state.items()
         }
         saved: dict[str, Any] = {"state": state, "param_groups": groups}
@@ -90,12 +92,18 @@ class Checkpoints(torch.optim.Optimizer):
             if "param_names" in mine:
                 theirs.setdefault("param_names", mine["param_names"])
         before = {"state": self.state, "param_groups": self.param_groups}
-        self.__setstate__({"state": state, "param_groups": groups})  # which knows older checkpoints
         try:
+            self.__setstate__({"state": state, "param_groups": groups})  # it knows older formats
             for param, group, name in params.values():
+                if missing := sorted(self.defaults.keys() - group.keys() - {"differentiable"}):
+                    raise KeyError(missing[0])
                 self.check_state(state.get(param, {}), param, group, name)
-        except ValueError:
+        except Exception as error:
             self.__setstate__(before)
+            if isinstance(error, KeyError):
+                kind = type(self).__name__
+                message = f"loaded state dict is not that of a {kind}: it has no {error}"
+                raise ValueError(message) from error
             raise
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -140,6 +148,7 @@ class RuleOptimizer(Checkpoints):
     """Whether torch accepts foreach=True together with differentiable=True."""
 
     _plans: list[Any]
+    watch: Watch
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         """The pure optimizer of a parameter group."""
@@ -173,22 +182,29 @@ class RuleOptimizer(Checkpoints):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = []
+        self._plans, self.watch = [], Watch()
+        for key, row in self.state.items():
+            if type(row) is dict:
+                self.state[key] = Row(self.watch, row)
 
-    def new_state(self, param: Tensor, group: Group) -> dict[str, Any]:
-        """The state of a parameter before its first step: torch's names, shapes and dtypes."""
+    def new_states(self, params: Sequence[Tensor], group: Group) -> list[dict[str, Any]]:
+        """The state of parameters before their first step: torch's names, shapes and dtypes."""
         opt = self.rule(group)
         numbers = _hparams.assemble(opt.rule.hparams, values_of(opt, group))
         initial = opt.rule.initial(numbers) if opt.rule.initial else {}
-        row: dict[str, Any] = {}
-        shapes = self._shapes(opt, param)
-        for name in ("step", *self.buffers(opt, param)):
+        rows: list[dict[str, Any]] = [{} for _ in params]
+        for name in ("step", *opt.rule.state._fields[1:]):
             value = initial.get(name, 0.0)
             if name in self.scalar_state:
-                row[name] = self.new_scalar(value, param, group)
+                for row, param in zip(rows, params, strict=True):
+                    row[name] = self.new_scalar(value, param, group)
             elif name != "step":
-                row[name] = _filled(param, shapes[name], value)
-        return row
+                owners = [i for i, param in enumerate(params) if name in self.buffers(opt, param)]
+                shapes = [self._shapes(opt, params[i])[name] for i in owners]
+                buffers = _filled([params[i] for i in owners], shapes, value)
+                for i, buffer in zip(owners, buffers, strict=True):
+                    rows[i][name] = buffer
+        return rows
 
     def _shapes(self, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, Any]:
         """The shape of each buffer."""
@@ -210,7 +226,9 @@ class RuleOptimizer(Checkpoints):
 
     def _take(self) -> list[Any]:
         """What each group is to be stepped with; plans are kept where nothing has changed."""
-        plans: list[Any] = self.__dict__.get("_plans", [])
+        if "watch" not in self.__dict__:
+            self._plans, self.watch = [], Watch()
+        plans: list[Any] = self._plans
         known = same(list(self.state.values()), self.__dict__.get("_rows", ()))
         if not known or len(plans) != len(self.param_groups):
             plans = [None] * len(self.param_groups)
@@ -221,7 +239,7 @@ class RuleOptimizer(Checkpoints):
                 plans[i] = Plan(self, group, i)
                 columns = plans[i].take(self, group)
             taken.append(columns)
-        self._plans, self._rows = plans, list(self.state.values())
+        self._plans, self._rows, self.watch.changed = plans, list(self.state.values()), False
         return taken
 
     def check_param(self, param: Tensor, group: Group, name: str) -> None:
@@ -284,7 +302,22 @@ def copied(tree: Any, device: Any = None) -> Any:
     return _tree.map(copy_of, tree)
 
 
-def _filled(param: Tensor, shape: torch.Size, value: Any) -> Tensor:
+def _plain(row: Any) -> Any:
+    return dict(row) if isinstance(row, Row) else row
+
+
+def _filled(params: Sequence[Tensor], shapes: Sequence[torch.Size], value: Any) -> list[Tensor]:
+    """Buffers for params; those of many small ones are pieces of one vector, faster to walk."""
+    lengths = [shape.numel() for shape in shapes]
+    alike = len({(param.dtype, param.device) for param in params}) == 1
+    plain = all(type(p) in _PLAIN and p.is_contiguous() for p in params)
+    if len(params) < 2 or sum(lengths) > _SMALL * len(params) or not (alike and plain):
+        return [_filled_like(p, shape, value) for p, shape in zip(params, shapes, strict=True)]
+    vector = _filled_like(params[0], torch.Size([sum(lengths)]), value)
+    return [x.view(shape) for x, shape in zip(vector.split(lengths), shapes, strict=True)]
+
+
+def _filled_like(param: Tensor, shape: torch.Size, value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         whole = torch.ones(shape, dtype=param.dtype.to_real(), device=param.device) * value
         return torch.complex(whole, whole) if param.is_complex() else whole

@@ -249,7 +249,7 @@ def _pure_row(
     row = dict(optimizer.state[p]) if p in optimizer.state else {}
     begun = bool(row) and all(value is not None for value in row.values())
     if not begun:
-        row = optimizer.new_state(p, group)
+        row = optimizer.new_states([p], group)[0]
     buffers: dict[str, Tensor] = {}
     for name in fields_of(opt):
         value = row.get(name, p.new_empty(0))
