@@ -1129,3 +1129,44 @@ def test_every_group_has_its_own_derivative(name):
 
     rates = [torch.tensor(0.1, requires_grad=True), torch.tensor(0.2, requires_grad=True)]
     assert torch.autograd.gradcheck(final, rates)
+
+
+@pytest.mark.parametrize("layout", ["dense", "strided"])
+def test_gradients_after_the_first_are_dampened(layout):
+    runs = []
+    for library in (torch.optim, optim):
+        torch.manual_seed(0)
+        whole = torch.randn(4, 6, dtype=torch.float64)
+        param = (whole[:, ::2] if layout == "strided" else whole).requires_grad_()
+        optimizer = library.SGD([param], lr=0.1, momentum=0.9, dampening=0.5, fused=False)
+        for _ in range(3):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        runs.append(param)
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=0)
+
+
+def test_a_scaler_acts_where_the_kernel_cannot():
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = optim.Adam([param], lr=0.1, fused=True)
+    moments = {name: torch.zeros(3) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[param].update(step=torch.zeros(()), **moments)
+    for inf, expected in ((1.0, 0.0), (0.0, 1.0)):
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(inf), torch.tensor(8.0)
+        param.grad = torch.full_like(param, 8.0)
+        optimizer.step()
+        assert optimizer.state[param]["step"] == expected
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full((3,), 0.1))
+
+
+@pytest.mark.parametrize("other", ["SGD", "Rprop", "NAdam"])
+def test_a_state_dict_of_another_class_is_refused_and_changes_nothing(other):
+    param = torch.nn.Parameter(torch.ones(2))
+    theirs = getattr(torch.optim, other)([param], lr=0.3)
+    mine = optim.Adagrad([param], lr=0.1)
+    before = mine.state_dict()
+    param.grad = torch.ones(2)
+    theirs.step()
+    with pytest.raises(ValueError, match=r"not that of a Adagrad|no sum"):
+        mine.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(mine.state_dict(), before)

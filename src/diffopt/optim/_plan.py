@@ -126,6 +126,7 @@ class Bucket:
     ) -> None:
         self.rule, self.layout, self.fresh = opt.rule, key.layout, key.fresh
         self.params, self.rows, self.indices = params, rows, indices
+        self.spent = False  # a first step is planned for once
         fields = zip(opt.rule.state._fields[1:], opt.unused, strict=True)
         self.fields = ["" if unused else name for name, unused in fields]
         self.fused = bool(group.get("fused"))
@@ -185,7 +186,7 @@ class Bucket:
 
     def take(self, grads: list[Any], *, changed: bool) -> list[Any] | None:
         """The columns; None where something has changed, as the state may have."""
-        if (changed or not self.watched) and not self._rows_hold():
+        if self.spent or ((changed or not self.watched) and not self._rows_hold()):
             return None
         if not all(scalar.holds() for scalar in self.scalars.values()):
             return None
@@ -212,8 +213,7 @@ class Bucket:
             self._differentiable_step_(values)
         else:
             self._in_place_step_(optimizer, values, columns)
-        if self.fresh:
-            self.pointers = [-1]  # the next step is not the first: plan anew
+        self.spent = self.fresh
 
     def _in_place_step_(self, optimizer: Any, values: list[Any], columns: list[Any]) -> None:
         counts = self.scalars.get("step")
@@ -222,6 +222,8 @@ class Bucket:
             counts.add_(1)
             t = _modes.number_of(counts.first)
         if self.way != "native" or not self._native_step_(optimizer, values, columns):
+            if self._scaled(optimizer, columns):
+                return
             way = self.way
             if way == "native":
                 way = "tiles" if self.params[0].device.type == "cpu" else "foreach"
@@ -256,13 +258,27 @@ class Bucket:
             first = None if isinstance(t, Tensor) else t == 1
         if not _execution.native_(self.rule, steps, first, [lr, *rest], columns, **amp):
             return False
-        if "found_inf" in amp:  # a step that was skipped does not count
-            if counts:
-                counts.add_(-amp["found_inf"])
-            elif self.fresh and amp["found_inf"].item():
-                for row in self.rows:
-                    row.clear()
+        if "found_inf" in amp:
+            self._uncount(amp["found_inf"])
         return True
+
+    def _scaled(self, optimizer: Any, columns: list[Any]) -> bool:
+        """Undo a scaler's scale where a kernel is not to; whether the step is to be skipped."""
+        found_inf, scale = (getattr(optimizer, name, None) for name in ("found_inf", "grad_scale"))
+        if scale is not None:
+            columns[1] = [grad / scale.to(grad.device) for grad in columns[1]]
+        if found_inf is None or not found_inf.item():
+            return False
+        self._uncount(found_inf)
+        return True
+
+    def _uncount(self, found_inf: Tensor) -> None:
+        """A step that was skipped does not count."""
+        if "step" in self.scalars:
+            self.scalars["step"].add_(-found_inf)
+        elif self.fresh and found_inf.item():
+            for row in self.rows:
+                row.clear()
 
     def _differentiable_step_(self, values: list[Any]) -> None:
         """Parameter by parameter, in the autograd graph; the state is replaced, not changed."""
