@@ -1106,6 +1106,33 @@ def test_derivatives_through_steps(name, numbers, flags, number):
 
 @pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("name", NUMBERS)
+def test_transforms_differentiate_by_the_rate(name):
+    row, flags = NUMBERS[name][0]
+
+    def final(rate):
+        p = torch.tensor([1.0, -0.5, 0.25])
+        numbers = as_arguments({**REGISTRY[row].hparams, "lr": rate})
+        optimizer = getattr(optim, name)([p], **numbers, **flags, differentiable=True)
+        for _ in range(3):
+            x = p.clone()
+            p.grad = 2 * (x - 0.3) + 0.4 * x**3
+            optimizer.step()
+        return p.square().sum()
+
+    rate, eps = torch.tensor(0.1), 1e-6
+    expected = (final(rate + eps) - final(rate - eps)) / (2 * eps)
+    close = {"rtol": 1e-6, "atol": 1e-8}
+    _, tangent = torch.func.jvp(final, (rate,), (torch.tensor(1.0),))
+    torch.testing.assert_close(tangent, expected, **close)
+    torch.testing.assert_close(torch.func.grad(final)(rate), expected, **close)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(rate, torch.tensor(1.0))
+        tangent = torch.autograd.forward_ad.unpack_dual(final(dual)).tangent
+    torch.testing.assert_close(tangent, expected, **close)
+
+
+@pytest.mark.usefixtures("doubles")
+@pytest.mark.parametrize("name", NUMBERS)
 def test_differentiable_steps_have_the_values_of_torch(name):
     row, flags = NUMBERS[name][0]
     start = torch.tensor([1.0, -0.5, 0.25])

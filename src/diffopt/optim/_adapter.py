@@ -219,7 +219,7 @@ class RuleOptimizer(Checkpoints):
         if torch.get_default_dtype() == torch.float64 and not fused:
             dtype = torch.float64
         device = param.device if fused or group.get("capturable") else "cpu"
-        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        if isinstance(value, Tensor) and torch.is_grad_enabled():  # a differentiable step
             return value.clone()
         value = value.detach() if isinstance(value, Tensor) else value
         return torch.as_tensor(value, dtype=dtype, device=device).clone().reshape(())
@@ -318,7 +318,7 @@ def _filled(params: Sequence[Tensor], shapes: Sequence[torch.Size], value: Any) 
 
 
 def _filled_like(param: Tensor, shape: torch.Size, value: Any) -> Tensor:
-    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+    if isinstance(value, Tensor) and torch.is_grad_enabled():  # a differentiable step
         whole = torch.ones(shape, dtype=param.dtype.to_real(), device=param.device) * value
         return torch.complex(whole, whole) if param.is_complex() else whole
     value = value.item() if isinstance(value, Tensor) else value

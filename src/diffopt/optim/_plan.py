@@ -148,7 +148,7 @@ class Bucket:
         self.dtype = {params[0].dtype}
         self.pointers: list[int] = []
         self.orders: list[Any] | None = None
-        if key.layout == "regular":
+        if key.layout == "regular" and self.way != "differentiable":
             self.pointers = list(map(Tensor.data_ptr, params))
             orders = [_order(param) for param in params]
             self.orders = orders if any(orders) else None
@@ -191,6 +191,8 @@ class Bucket:
         if not all(scalar.holds() for scalar in self.scalars.values()):
             return None
         params, buffers = self.params, self.buffers
+        if self.way == "differentiable":
+            return []  # nothing is done to columns
         if self.layout == "regular":
             if self.orders:  # such views, when kept, would keep others from swapping the params
                 params, grads = self._walk(params), self._walk(grads)
