@@ -107,6 +107,51 @@ def test_to_pure_takes_what_from_pure_made(name):
     torch.testing.assert_close(run_pure(pure, 3), [*params], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("library", [torch.optim, optim], ids=["torch", "diffopt"])
+def test_lbfgs_to_pure(library, steps):
+    params = make_params()
+    optimizer = library.LBFGS(params, lr=0.3, max_iter=1, history_size=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(params) + sum((p**4).sum() for p in params)
+        loss.backward()
+        return loss
+
+    for _ in range(2 * steps):
+        optimizer.step(closure)
+    opt, new, state, hp = optim.to_pure(optimizer)
+    for _ in range(3):
+        optimizer.step(closure)
+        leaves = [p.requires_grad_() for p in new]
+        loss = loss_of(leaves) + sum((p**4).sum() for p in leaves)
+        grads = list(torch.autograd.grad(loss, leaves))
+        new, state = opt.update([p.detach() for p in leaves], grads, state, hp)
+    torch.testing.assert_close(new, [p.detach() for p in params], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("library", [torch.optim, optim], ids=["torch", "diffopt"])
+def test_sparse_adam_to_pure(library):
+    params = make_params([(5, 3)])
+    optimizer = library.SparseAdam(params, lr=0.1)
+
+    def grad_of(k):
+        rows = torch.tensor([[k % 5, (k + 2) % 5]])
+        values = torch.full((2, 3), k + 1.0)
+        return torch.sparse_coo_tensor(rows, values, (5, 3), check_invariants=True)
+
+    for k in range(3):
+        params[0].grad = grad_of(k)
+        optimizer.step()
+    opt, new, state, hp = optim.to_pure(optimizer)
+    for k in range(3, 6):
+        params[0].grad = grad_of(k)
+        optimizer.step()
+        new, state = opt.update(new, [grad_of(k)], state, hp)
+    torch.testing.assert_close(new, [p.detach() for p in params], rtol=1e-12, atol=1e-12)
+
+
 def test_groups_become_prefix_trees():
     params = make_params()
     named = [{"params": [("a", params[0])], "lr": 0.5}, {"params": [("b", params[1])]}]
@@ -120,8 +165,12 @@ def test_groups_become_prefix_trees():
 
 def test_to_pure_refuses_what_a_pure_state_cannot_say():
     params = make_params()
-    with pytest.raises(TypeError, match="LBFGS, but must be one of"):
-        optim.to_pure(torch.optim.LBFGS(params))
+
+    class Mine(torch.optim.SGD):
+        pass
+
+    with pytest.raises(TypeError, match="is a Mine, but must be one of"):
+        optim.to_pure(Mine(params))
     groups = [{"params": params[:1], "amsgrad": True}, {"params": params[1:]}]
     with pytest.raises(ValueError, match="differ in an option"):
         optim.to_pure(torch.optim.Adam(groups))

@@ -18,7 +18,10 @@ from diffopt._tree import Tree
 from diffopt.optim import _classes
 from diffopt.optim._adapter import Checkpoints, RuleOptimizer, copied
 from diffopt.optim._plan import Group, fields_of, values_of
+from diffopt.optim.lbfgs import LBFGS
 from diffopt.optimizer import Optimizer
+from diffopt.rules.lbfgs import lbfgs
+from diffopt.rules.sparse_adam import sparse_adam
 
 _CLASSES: dict[type, type[RuleOptimizer]] = {
     getattr(torch.optim, cls.__name__): cls
@@ -171,7 +174,8 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
     """Take an optimizer of torch.optim or diffopt.optim apart, in the middle of a run or before it.
 
     Args:
-        optimizer: of a class of torch.optim or diffopt.optim other than LBFGS, or from `from_pure`.
+        optimizer: of a class of torch.optim or diffopt.optim, or from `from_pure`. A line search
+            of LBFGS is `search` of the pure one.
 
     Returns:
         A named tuple of copies: `optimizer`, the pure one; `params`, a dict where the optimizer was
@@ -199,6 +203,8 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
     """
     if isinstance(optimizer, TreeOptimizer):
         return optimizer.to_pure()
+    if type(optimizer) in (torch.optim.LBFGS, LBFGS):
+        return _lbfgs_to_pure(optimizer)
     shell = _as_ours(optimizer)
     rules = [shell.rule(group) for group in shell.param_groups]
     opt = rules[0]
@@ -218,7 +224,30 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
         state = state._replace(step=torch.full_like(state.step, step), **buffers)
     values = zip(*(_pure_values(opt, group, p) for group, p in owners), strict=True)
     record = _hparams.assemble(opt.rule.hparams, [_shared(column, spec) for column in values])
+    if isinstance(shell, _classes.SparseAdam):  # whose rule is that of the rows of its gradients
+        return Pure(sparse_adam(maximize=opt.rule.maximize), params, state, record)
     return Pure(opt, params, state, record)
+
+
+def _lbfgs_to_pure(optimizer: torch.optim.Optimizer) -> Pure:
+    """All is one vector there, and the state of all is that of the first parameter."""
+    (group,) = optimizer.param_groups
+    opt = lbfgs(history_size=group["history_size"])
+    params = copied(_tree_of(optimizer.param_groups))
+    state, row = opt.init(params), optimizer.state.get(group["params"][0], {})
+    if row.get("n_iter"):
+        k = len(row["old_dirs"])
+        pairs = {name: getattr(state, name).clone() for name in ("old_dirs", "old_stps", "ro")}
+        for name, rows in pairs.items() if k else ():
+            rows[-k:] = torch.stack([torch.as_tensor(x) for x in row[name]])
+        state = state._replace(
+            step=torch.full_like(state.step, row["n_iter"]),
+            H_diag=torch.as_tensor(row["H_diag"]).to(state.H_diag, copy=True),
+            prev_flat_grad=copied(row["prev_flat_grad"]),
+            prev_flat_step=copied(row["d"] * row["t"]),
+            **pairs,
+        )
+    return Pure(opt, params, state, opt.hparams(lr=copied(group["lr"])))
 
 
 def _as_ours(optimizer: torch.optim.Optimizer) -> RuleOptimizer:
@@ -227,7 +256,7 @@ def _as_ours(optimizer: torch.optim.Optimizer) -> RuleOptimizer:
         return optimizer
     ours = _CLASSES.get(type(optimizer))
     if ours is None:
-        known = sorted(cls.__name__ for cls in _CLASSES)
+        known = sorted(["LBFGS", *(cls.__name__ for cls in _CLASSES)])
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, but must be one of {known}")
     shell = ours.__new__(ours)
     shell.defaults, shell.state = optimizer.defaults, optimizer.state
