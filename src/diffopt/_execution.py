@@ -10,7 +10,6 @@ share device, dtype, step and hyperparameters, so that per-step scalars are comp
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -18,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _hparams, _modes, _ops
+from diffopt import _hparams, _modes, _ops, _program
 from diffopt._checks import Shape
 from diffopt._tensorlist import TensorList
 
@@ -117,33 +116,62 @@ def foreach_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
 
 def tiled_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    """In place, by pieces whose temporaries stay in the cache of a CPU.
+    """In place, by pieces that stay in the cache of a CPU.
 
     They are slices of big tensors, and small tensors strung together. `tileable` says when.
     """
     size = torch.get_num_threads() * _TILE
-    flat = [[x.view(-1) for x in c] if isinstance(c, list) else c for c in columns]
-    tensors = [x for c in columns if isinstance(c, list) for x in c]
-    run = rule.run if all(x.dtype in _AS_IS for x in tensors) else rule.apply
-    if any(isinstance(c, Shared) for c in columns):
-        run = rule.apply
+    lists = [c for c in columns if isinstance(c, list)]
+    update_ = _prepared(rule, numbers, columns, size)
+    flat = [[x.view(-1) for x in column] for column in lists]
     small: list[int] = []
     for i, tensor in enumerate(flat[0]):
         if tensor.numel() < size // 2:
             small.append(i)
             continue
-        slices = [c[i].split(size) if isinstance(c, list) else itertools.repeat(c) for c in flat]
-        for piece in zip(*slices, strict=False):
-            for old, new in zip(_written(piece), run(numbers, piece), strict=True):
-                if isinstance(old, Tensor):
-                    old.copy_(new)
+        for piece in zip(*(column[i].split(size) for column in flat), strict=True):
+            update_(piece)
     for batch in _batches(small, [tensor.numel() for tensor in flat[0]], size):
-        pieces = [pick(c, batch) for c in flat]
-        tile = [torch.cat(c) if isinstance(c, list) else c for c in pieces]
+        pieces = [[column[i] for i in batch] for column in flat]
+        tile = [torch.cat(column) for column in pieces]
+        update_(tile)
         lengths = [piece.numel() for piece in pieces[0]]
-        for old, new in zip(_written(pieces), run(numbers, tile), strict=True):
-            if isinstance(old, list):
-                torch._foreach_copy_(old, new.split(lengths))
+        for old, new in zip(_written(pieces), _written(tile), strict=True):
+            torch._foreach_copy_(old, new.split(lengths))
+
+
+def _prepared(
+    rule: Rule, numbers: Numbers, columns: Sequence[Any], size: int
+) -> Callable[[Sequence[Tensor]], None]:
+    """The rule in place, for one row of the columns that are lists."""
+    lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
+    like = columns[0][0]
+
+    def eagerly(piece: Sequence[Tensor]) -> None:
+        row = list(columns)
+        for k, tensor in zip(lists, piece, strict=True):
+            row[k] = tensor
+        for old, new in zip(_written(row), rule.apply(numbers, row), strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new)
+
+    if any(x.dtype != like.dtype or x.dtype not in _AS_IS for k in lists for x in columns[k]):
+        return eagerly
+    tape = _program.Tape(len(lists))
+    row = [c.value if isinstance(c, Shared) else c for c in columns]
+    for k, x in zip(lists, tape.inputs, strict=True):
+        row[k] = x
+    try:
+        new_p, *new = rule.run(numbers, row)
+    except (_program.Unrecordable, TypeError):
+        return eagerly
+    for column, value in zip(columns[2:], new, strict=True):
+        if isinstance(column, Shared):
+            column.new = value
+    outputs = [value for k, value in enumerate([new_p, None, *new]) if k in lists]
+    program = _program.Program(tape, outputs)
+    registers = program.registers(size, like)
+    return lambda piece: program.run(piece, registers)
 
 
 def compiled_(rule: Rule, step: Tensor, values: Sequence[Any], columns: Sequence[Any]) -> None:
@@ -220,7 +248,10 @@ def native_(
     params, grads, *buffers = columns
     state, hparams = rule.state(steps, *buffers), _hparams.assemble(rule.hparams, values)
     with torch._C._AutoDispatchBelowAutograd():  # a tenth of the time for many small tensors
-        return rule.native(params, grads, state, hparams, first, amp)
+        done = rule.native(params, grads, state, hparams, first, amp)
+    if done:  # torch's kernels don't tell autograd that what it may have saved is gone
+        torch.autograd.graph.increment_version(params)
+    return done
 
 
 def plain(columns: Sequence[Any]) -> bool:

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
+from diffopt._program import Recorded
 from diffopt._tensorlist import TensorList
 
 Leaf: TypeAlias = Any
-"""A tensor or a TensorList."""
+"""A tensor or a TensorList, or what records operations on a tensor."""
+
+_TENSORS = (Tensor, TensorList, Recorded)
 
 
 def is_zero(coefficient: Any) -> bool:
     """Whether it is the plain number 0. A tensor is never looked into."""
-    return not isinstance(coefficient, Tensor) and coefficient == 0
+    return isinstance(coefficient, (int, float)) and coefficient == 0
 
 
 def after_first(step: Any) -> Any:
@@ -40,7 +43,7 @@ def coefficient(x: Any) -> Any:
 def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * y`."""
     coefficient = _modes.number_of(coefficient)
-    if isinstance(coefficient, (Tensor, TensorList)):
+    if isinstance(coefficient, _TENSORS):
         return x + coefficient * y
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_add(x.tensors, y.tensors, alpha=coefficient))
@@ -55,7 +58,7 @@ def add_decay(grad: Leaf, param: Leaf, weight_decay: Any) -> Leaf:
 def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
     """`x + weight * (y - x)`."""
     weight = _modes.number_of(weight)
-    if isinstance(weight, (Tensor, TensorList)):
+    if isinstance(weight, _TENSORS):
         return x + weight * (y - x)
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_lerp(x.tensors, y.tensors, weight))
@@ -65,7 +68,7 @@ def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
 def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a * b`."""
     coefficient = _modes.number_of(coefficient)
-    if isinstance(coefficient, (Tensor, TensorList)):
+    if isinstance(coefficient, _TENSORS):
         return x + coefficient * a * b
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_addcmul(x.tensors, a.tensors, b.tensors, coefficient))
@@ -75,7 +78,7 @@ def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
 def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a / b`."""
     coefficient = _modes.number_of(coefficient)
-    if isinstance(coefficient, (Tensor, TensorList)):
+    if isinstance(coefficient, _TENSORS):
         return x + coefficient * a / b
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_addcdiv(x.tensors, a.tensors, b.tensors, coefficient))

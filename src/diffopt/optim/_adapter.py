@@ -172,7 +172,8 @@ class RuleOptimizer(Checkpoints):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_capture()
+        if "capturable" in self.defaults:
+            self._refuse_capture()
         with torch.no_grad():
             taken = self._take()  # all checks come before any change
         for group, plan, columns in zip(self.param_groups, self._plans, taken, strict=True):

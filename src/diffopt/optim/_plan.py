@@ -139,11 +139,11 @@ class Bucket:
                 self.scalars[name] = (Integers if whole else Elements)(rows, name)
             else:
                 self.buffers[name] = [row[name] for row in rows]
+        views = {name: s.views for name, s in self.scalars.items() if isinstance(s, Elements)}
+        self.columns = {**self.buffers, **views}
         for name in self.fields:
             if name and name not in rows[0]:  # what these shapes do without
                 self.buffers[name] = [param.new_empty(0) for param in params]
-        views = {name: s.views for name, s in self.scalars.items() if isinstance(s, Elements)}
-        self.columns = {**self.buffers, **views}
         self.watched = all(type(row) is Row for row in rows)
         self.dtype = {params[0].dtype}
         self.pointers: list[int] = []
@@ -169,7 +169,7 @@ class Bucket:
                 return "native"
         if foreach is None and key.layout == "regular" and cpu:
             return "tiles"
-        batched = foreach or (foreach is None and not cpu)
+        batched = foreach or (foreach is None and not cpu and key.layout != "foreign")
         return "foreach" if batched and self.rule.batchable else "leaf"
 
     def _rows_hold(self) -> bool:
@@ -177,9 +177,7 @@ class Bucket:
         rows = self.rows
         try:
             return all(
-                same([row[name] for row in rows], column)
-                for name, column in self.columns.items()
-                if name in rows[0]
+                same([row[name] for row in rows], column) for name, column in self.columns.items()
             )
         except KeyError:
             return False

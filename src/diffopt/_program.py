@@ -1,0 +1,169 @@
+"""A rule as a program: its operations, recorded once a step and run on pieces of tensors in turn.
+
+Results go to memory that is there already: a new value over the old one, as soon as nothing needs
+that any more, and the others into registers. So nothing is allocated, and all that a piece needs
+stays in the cache. As the operations are elementwise, a result may overwrite its own operand.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+_ARITHMETIC = ("add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "sign", "reciprocal")
+_OTHERS = ("pow", "square", "clamp", "maximum", "minimum", "where", "addcmul", "addcdiv", "lerp")
+_FUNCTIONS = {name: getattr(torch, name) for name in (*_COMPARISONS, *_ARITHMETIC, *_OTHERS)}
+"""Elementwise functions that can write to given memory."""
+
+_ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "negative": "neg"}
+
+
+class Unrecordable(Exception):
+    """The rule does something that is not in `_FUNCTIONS`."""
+
+
+class Operation(NamedTuple):
+    """`function(*arguments, **options)`, whose result has the number `result`."""
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    result: Recorded
+
+
+class Tape:
+    """What is done to some tensors, in order."""
+
+    def __init__(self, inputs: int) -> None:
+        self.inputs = [Recorded(self, i) for i in range(inputs)]
+        self.operations: list[Operation] = []
+
+    def add(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Recorded:
+        index = len(self.inputs) + len(self.operations)
+        result = Recorded(self, index, boolean=name in _COMPARISONS)
+        self.operations.append(Operation(_FUNCTIONS[name], arguments, options, result))
+        return result
+
+
+class Recorded:
+    """Stands for a tensor; every operation on it is recorded and gives another."""
+
+    __slots__ = ("boolean", "index", "tape")
+
+    requires_grad = False
+
+    def __init__(self, tape: Tape, index: int, *, boolean: bool = False) -> None:
+        self.tape, self.index, self.boolean = tape, index, boolean
+
+    def record(self, name: str, *arguments: Any, **options: Any) -> Recorded:
+        name = _ALIASES.get(name.strip("_"), name.strip("_"))
+        if name not in _FUNCTIONS:
+            raise Unrecordable(name)
+        if name == "where":  # which writes to given memory for tensors only
+            arguments = tuple(
+                torch.tensor(x) if isinstance(x, (int, float)) else x for x in arguments
+            )
+        return self.tape.add(name, arguments, options)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Recorded:
+        one = next(x for x in args if isinstance(x, Recorded))
+        return one.record(function.__name__, *args, **(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        return functools.partial(self.record, name, self)
+
+    def __rsub__(self, other: Any) -> Recorded:
+        return -self + other
+
+    def __rtruediv__(self, other: Any) -> Recorded:
+        return self.reciprocal() * other
+
+    def __radd__(self, other: Any) -> Recorded:
+        return self + other
+
+    def __rmul__(self, other: Any) -> Recorded:
+        return self * other
+
+
+def _operator(name: str) -> Any:
+    return lambda self, *others: self.record(name, self, *others)
+
+
+for _name in ("add", "sub", "mul", "truediv", "neg", "abs", "pow", *_COMPARISONS):
+    setattr(Recorded, f"__{_name}__", _operator(_name))
+
+
+class Program:
+    """The operations of a tape, on tensors some of which they overwrite.
+
+    Args:
+        tape: what was recorded.
+        outputs: for each input the new value, or None where it is only read.
+    """
+
+    def __init__(self, tape: Tape, outputs: Sequence[Recorded | None]) -> None:
+        inputs, operations = tape.inputs, tape.operations
+        last: dict[int, int] = {}  # the operation that needs a value last
+        for i, operation in enumerate(operations):
+            for x in (*operation.arguments, *operation.options.values()):
+                if isinstance(x, Recorded):
+                    last[x.index] = i
+        wanted = {x.index: k for k, x in enumerate(outputs) if x is not None}
+        for index in wanted:
+            last[index] = len(operations)
+        place = {x.index: k for k, x in enumerate(inputs)}  # the register of each value
+        free: dict[bool, list[int]] = {True: [], False: []}
+        self.boolean = [False] * len(inputs)
+        self.inputs = len(inputs)
+        self.lines: list[tuple[Any, ...]] = []
+        for i, (function, arguments, options, result) in enumerate(operations):
+            if result.index not in last:
+                continue
+            sources = [place[x.index] if isinstance(x, Recorded) else None for x in arguments]
+            for x in {x for x in arguments if isinstance(x, Recorded)}:
+                register = place[x.index]
+                if last[x.index] == i and register >= self.inputs:
+                    free[x.boolean].append(register)
+            k = wanted.get(result.index)
+            if k is not None and last.get(inputs[k].index, -1) <= i:
+                target = k
+            elif free[result.boolean]:
+                target = free[result.boolean].pop()
+            else:
+                target = len(self.boolean)
+                self.boolean.append(result.boolean)
+            place[result.index] = target
+            self.lines.append((function, arguments, sources, options, target))
+        self.copies = [
+            (k, place[x.index])
+            for k, x in enumerate(outputs)
+            if x is not None and place[x.index] != k
+        ]
+
+    def registers(self, size: int, like: Tensor) -> list[Tensor]:
+        """Memory for what is no input, for pieces of up to `size` elements."""
+        dtypes = (torch.bool if boolean else like.dtype for boolean in self.boolean[self.inputs :])
+        return [torch.empty(size, dtype=dtype, device=like.device) for dtype in dtypes]
+
+    def run(self, inputs: Sequence[Tensor], registers: Sequence[Tensor]) -> None:
+        """Overwrite the inputs that have new values."""
+        size = inputs[0].numel()
+        tensors = [*inputs, *(x if x.numel() == size else x[:size] for x in registers)]
+        for function, arguments, sources, options, target in self.lines:
+            values = [
+                x if source is None else tensors[source]
+                for x, source in zip(arguments, sources, strict=True)
+            ]
+            function(*values, **options, out=tensors[target])
+        for target, source in self.copies:
+            tensors[target].copy_(tensors[source])
