@@ -1,6 +1,9 @@
 """update_ by torch's fused kernels: used where they compute the rule, and equal to the rule."""
 
 import dataclasses
+import os
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ from torch.utils import _pytree as pytree
 
 import diffopt
 from diffopt import _execution
+from diffopt.rules import Leafwise
+from registry import REGISTRY
 
 KERNELS = {
     "_fused_sgd_": (diffopt.sgd(), {"momentum": 0.9}),
@@ -15,6 +20,13 @@ KERNELS = {
     "_fused_adamw_": (diffopt.adamw(), {}),
     "_fused_adagrad_": (diffopt.adagrad(), {}),
 }
+
+
+def rule_only(rule):
+    """The optimizer of this rule without its kernel."""
+    fields = rule.init(torch.empty(0), torch.empty(()))[1:]
+    rule = dataclasses.replace(rule, native=None)
+    return Leafwise(rule.hparams, rule, tuple(isinstance(f, tuple) for f in fields))
 
 
 def draw(*shape, dtype=torch.float64):
@@ -119,3 +131,43 @@ def test_flags_arrive_in_the_kernel(calls):
         numbers = {"momentum": 0.9} if hasattr(opt.hparams(), "momentum") else {}
         agree(opt, opt.hparams(lr=0.1, **numbers), {"a": draw(3)})
     assert len(calls) == 15
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
+)
+def test_a_compiled_kernel_equals_the_rule():
+    opt = dataclasses.replace(diffopt.rmsprop(), execution="compiled")
+    params = {"a": [draw(3, 2), draw()], "b": draw(4)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.compile computes something else")
+        agree(opt, opt.hparams(lr=0.1, momentum=0.9), params)
+
+
+def test_a_compiled_kernel_that_is_wrong_is_not_used(monkeypatch):
+    def wrong(function, **_):
+        def compiled(step, numbers, columns):
+            function(step, numbers, columns)
+            columns[0][0].mul_(1.1)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    opt = dataclasses.replace(diffopt.sgd(), execution="compiled")
+    with pytest.warns(UserWarning, match="computes something else than the rule"):
+        agree(opt, opt.hparams(lr=0.1, momentum=0.9), {"a": draw(3), "b": draw(2)})
+
+
+def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch):
+    seen = []
+    program = _execution._program.Program
+    monkeypatch.setattr(
+        _execution._program, "Program", lambda *args: seen.append(args) or program(*args)
+    )
+    rules = {case.optimizer.rule for case in REGISTRY.values() if hasattr(case.optimizer, "rule")}
+    rules = [rule for rule in rules if rule.elementwise]
+    for rule in rules:
+        opt = rule_only(rule)
+        agree(opt, opt.hparams(lr=0.1), {"a": draw(3), "b": draw(2, 2)}, steps=6)
+    assert len(seen) == 6 * len(rules)

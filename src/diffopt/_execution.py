@@ -361,10 +361,7 @@ def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
 
 def on_device(values: Sequence[Any], device: torch.device) -> list[Any]:
     """The same, but with 0-d tensors in their own precision, as in torch.optim."""
-    elsewhere = device.type != "cpu"
     return [
-        v.to(device)
-        if elsewhere and isinstance(v, Tensor) and v.dim() == 0 and v.device.type != "cpu"
-        else v
+        v.to(device) if isinstance(v, Tensor) and v.dim() == 0 and v.device.type != "cpu" else v
         for v in values
     ]

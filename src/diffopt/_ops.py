@@ -44,7 +44,7 @@ def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * y`."""
     coefficient = _modes.number_of(coefficient)
     if isinstance(coefficient, _TENSORS):
-        return x + coefficient * y
+        return x + y * coefficient
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_add(x.tensors, y.tensors, alpha=coefficient))
     return torch.add(x, y, alpha=coefficient)
@@ -69,7 +69,7 @@ def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a * b`."""
     coefficient = _modes.number_of(coefficient)
     if isinstance(coefficient, _TENSORS):
-        return x + coefficient * a * b
+        return x + a * coefficient * b
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_addcmul(x.tensors, a.tensors, b.tensors, coefficient))
     return torch.addcmul(x, a, b, value=coefficient)
@@ -79,7 +79,7 @@ def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a / b`."""
     coefficient = _modes.number_of(coefficient)
     if isinstance(coefficient, _TENSORS):
-        return x + coefficient * a / b
+        return x + a * coefficient / b
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_addcdiv(x.tensors, a.tensors, b.tensors, coefficient))
     return torch.addcdiv(x, a, b, value=coefficient)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt import _modes
+
 
 class TensorList:
     """Stands where a rule expects one tensor; each operation runs on all of them at once.
@@ -39,9 +41,10 @@ class TensorList:
         return TensorList(torch._foreach_mul(self.tensors, _operand(other)))
 
     def __sub__(self, other: Any) -> TensorList:
+        other = _operand(other)
         if isinstance(other, Tensor):  # _foreach_sub takes no 0-d tensor
             return self + -other
-        return TensorList(torch._foreach_sub(self.tensors, _operand(other)))
+        return TensorList(torch._foreach_sub(self.tensors, other))
 
     def __truediv__(self, other: Any) -> TensorList:
         return TensorList(torch._foreach_div(self.tensors, _operand(other)))
@@ -83,4 +86,5 @@ for _name in ("abs", "pow", "rpow", "rtruediv", "lt", "le", "gt", "ge", "eq", "n
 
 
 def _operand(other: Any) -> Any:
-    return other.tensors if isinstance(other, TensorList) else other
+    """A number for a 0-d tensor on the CPU, which a foreach kernel on a device may refuse."""
+    return other.tensors if isinstance(other, TensorList) else _modes.number_of(other)
