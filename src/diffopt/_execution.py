@@ -180,7 +180,9 @@ def compiled_(rule: Rule, step: Tensor, values: Sequence[Any], columns: Sequence
     torch.compile has been seen to give wrong numbers without a word, so its first result is
     compared with the eager one; where they differ, a warning says so and the rule stays eager.
     """
-    tensors = [x for column in columns if isinstance(column, list) for x in column]
+    # Compiled by torch 2.13, copy_ of a reshaped tensor to a 0-d one does nothing.
+    columns = [[x.view(1) if x.dim() == 0 else x for x in c] if c else c for c in columns]
+    tensors = [x for column in columns for x in column]
     numbers = [torch.as_tensor(value, dtype=torch.float64) for value in values]
     key = (rule, *((x.shape, x.dtype, x.device, x.stride()) for x in tensors))
     if key in _COMPILED:

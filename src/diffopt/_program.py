@@ -83,24 +83,23 @@ class Recorded:
         return functools.partial(self.record, name, self)
 
     def __rsub__(self, other: Any) -> Recorded:
-        return -self + other
+        return self.record("add", self.record("neg", self), other)
 
     def __rtruediv__(self, other: Any) -> Recorded:
-        return self.reciprocal() * other
-
-    def __radd__(self, other: Any) -> Recorded:
-        return self + other
-
-    def __rmul__(self, other: Any) -> Recorded:
-        return self * other
+        return self.record("mul", self.record("reciprocal", self), other)
 
 
 def _operator(name: str) -> Any:
-    return lambda self, *others: self.record(name, self, *others)
+    def operator(self: Recorded, *others: Any) -> Recorded:
+        return self.record(name, self, *others)
+
+    return operator
 
 
 for _name in ("add", "sub", "mul", "truediv", "neg", "abs", "pow", *_COMPARISONS):
     setattr(Recorded, f"__{_name}__", _operator(_name))
+for _name in ("add", "mul"):
+    setattr(Recorded, f"__r{_name}__", _operator(_name))
 
 
 class Program:

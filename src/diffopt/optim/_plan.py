@@ -400,9 +400,10 @@ class Elements:
         """
         if self.vector.device == device and self.vector.dtype == torch.float32:
             return self.views[:1] * len(self.views)
-        if self.twin is None:
-            self.twin = self.vector[0].to(device, torch.float32, non_blocking=True)
-        return [self.twin] * len(self.views)
+        twin = self.twin
+        if twin is None:
+            twin = self.twin = self.vector[0].to(device, torch.float32, non_blocking=True)
+        return [twin] * len(self.views)
 
 
 class Integers:
