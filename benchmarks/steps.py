@@ -1,11 +1,13 @@
 """Time of one in-place step beside torch.optim's, and beside moving the bytes it must move.
 
-    python benchmarks/steps.py [--device cuda] [--only Adam AdamW] [--repeats 30]
+    python benchmarks/steps.py [--device cuda] [--only Adam AdamW] [--repeats 10] [--cold]
 
-The contenders take turns: the class of diffopt.optim, `update_` of the rule under it, and torch's
-ways of running the same step. "ratio" is the class's time over the fastest of torch's. "floor" is
-the time to read and write what a step must, at the bandwidth of a large tensor scaled in place in
-the same run: on tensors that exceed the caches no step runs much faster.
+The contenders take turns of a few steps, the first of which is not counted, or with `--cold` of one
+step, which then finds the others' data in the caches. They are the class of diffopt.optim,
+`update_` of the rule under it, and torch's ways of running the same step. "ratio" is the class's
+time over the fastest of torch's. "floor" is the time to read and write what a step must, at the
+bandwidth of a large tensor scaled in place in the same run: on tensors that exceed the caches no
+step runs much faster.
 """
 
 from __future__ import annotations
@@ -98,13 +100,13 @@ def milliseconds(step: Step, device: str) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def medians(steps: dict[str, Step], device: str, repeats: int) -> dict[str, float]:
+def medians(steps: dict[str, Step], device: str, repeats: int, turn: int = 1) -> dict[str, float]:
+    """Of turns of so many steps, but for the first turn, and the first of several steps."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(repeats + 3):
+    for i in range(repeats + 1):
         for name, step in steps.items():
-            elapsed = milliseconds(step, device)
-            if i >= 3:
-                times[name].append(elapsed)
+            elapsed = [milliseconds(step, device) for _ in range(turn)]
+            times[name] += elapsed[turn > 1 :] if i else []
     return {name: statistics.median(of) for name, of in times.items()}
 
 
@@ -130,7 +132,8 @@ def contenders(name: str, tensors: list[Tensor]) -> dict[str, Step]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--cold", action="store_true", help="take turns of one step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     options = parser.parse_args()
@@ -145,7 +148,8 @@ def main() -> None:
             if (title in MATRICES) != (name == "Muon"):
                 continue
             tensors = [torch.randn(shape, device=options.device) for shape in shapes]
-            times = medians(contenders(name, tensors), options.device, options.repeats)
+            steps, turn = contenders(name, tensors), 1 if options.cold else 4
+            times = medians(steps, options.device, options.repeats, turn)
             cells = [f"{times[way]:.3f}" if way in times else "" for way in columns]
             ratio = times["diffopt"] / min(times[way] for way in WAYS if way in times)
             share = SPARSE_ROWS if name == "SparseAdam" else 1

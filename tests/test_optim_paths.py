@@ -308,7 +308,7 @@ def test_complex_parameters_are_left_to_the_rule(name, calls):
     [*itertools.product(NUMBERS, [{}]), *itertools.product(KERNELS, [{"fused": True}])],
 )
 def test_steps_in_half_precision_are_those_in_single_but_for_rounding(name, flags, dtype):
-    """torch's kernel of SGD on a CPU leaves most elements alone (pytorch issue 191763)."""
+    """torch's kernel of SGD on a CPU leaves most elements alone (pytorch#191763)."""
     torch.manual_seed(0)
     params = tensors((1000,), dtype=dtype)
     twins = [Parameter(p.detach().float()) for p in params]

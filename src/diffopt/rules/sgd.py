@@ -100,7 +100,7 @@ def sgd(
         if momentum and (_ops.is_zero(hp.momentum) or (first is None and hp.dampening != 0)):
             return False  # it would leave the buffer alone, or may dampen the first gradient
         if p[0].dtype in (torch.float16, torch.bfloat16) and p[0].device.type == "cpu":
-            return False  # it leaves most elements alone (pytorch issue 191763)
+            return False  # it leaves most elements alone (pytorch#191763)
         torch._fused_sgd_(
             p,
             g,
