@@ -32,6 +32,8 @@ class Checkpoints(torch.optim.Optimizer):
 
     scalar_state: ClassVar[tuple[str, ...]] = ("step",)
     """What torch keeps in one 0-d tensor for each parameter."""
+    scalars_follow: ClassVar[bool] = False
+    """Whether torch has those on the parameter's device even where no graph is captured."""
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, which may have values of their own.
@@ -134,8 +136,9 @@ class Checkpoints(torch.optim.Optimizer):
     def _loaded(self, key: str, value: Any, param: Tensor, group: Group) -> Any:
         if key not in self.scalar_state or not isinstance(value, Tensor):
             return copied(value, param.device)
-        on_device = group.get("fused") or group.get("capturable")
-        dtype = torch.float32 if on_device and key == "step" else value.dtype
+        captured = group.get("fused") or group.get("capturable")
+        dtype = torch.float32 if captured and key == "step" else value.dtype
+        on_device = captured or self.scalars_follow
         return copied(value.to(dtype), param.device if on_device else "cpu")
 
 
@@ -219,7 +222,8 @@ class RuleOptimizer(Checkpoints):
         dtype = torch.float32
         if torch.get_default_dtype() == torch.float64 and not fused:
             dtype = torch.float64
-        device = param.device if fused or group.get("capturable") else "cpu"
+        on_device = fused or group.get("capturable") or self.scalars_follow
+        device = param.device if on_device else "cpu"
         if isinstance(value, Tensor) and torch.is_grad_enabled():  # a differentiable step
             return value.clone()
         value = value.detach() if isinstance(value, Tensor) else value

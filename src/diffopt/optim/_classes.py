@@ -111,6 +111,7 @@ class ASGD(RuleOptimizer, torch.optim.ASGD):
     """`torch.optim.ASGD`, stepped by `diffopt.asgd`."""
 
     scalar_state = ("step", "eta", "mu")
+    scalars_follow = True
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         return _asgd(maximize=group["maximize"])
