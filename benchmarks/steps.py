@@ -35,11 +35,11 @@ RESNET18 = [
     *[(1000, 512), (1000,)],
 ]
 SHAPES = {
-    "resnet18: 62 tensors, 11M": RESNET18,
-    "1000 tensors of 1000": [(1000,)] * 1000,
-    "one tensor of 50M": [(50_000_000,)],
+    "resnet18": RESNET18,
+    "1000 of 1000": [(1000,)] * 1000,
+    "one of 50M": [(50_000_000,)],
 }
-MATRICES = {"matrices: 24 of 512 x 512": [(512, 512)] * 24}
+MATRICES = {"24 of 512 x 512": [(512, 512)] * 24}
 # The pure rule, numbers, and how many tensors of the size of the parameters a step must move.
 OPTIMIZERS: dict[str, tuple[Any, dict[str, float], int]] = {
     "SGD": (diffopt.sgd(), {"momentum": 0.9}, 5),
@@ -136,12 +136,15 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="take turns of one step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
+    titles = list(SHAPES | MATRICES)
+    parser.add_argument("--shapes", nargs="+", default=titles, choices=titles)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console, bandwidth = Console(width=110), bandwidth_of(options.device, options.repeats)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     console.print(f"torch {torch.__version__}, {where}, {bandwidth / 1e6:.0f} GB/s; ms a step")
-    for title, shapes in (SHAPES | MATRICES).items():
+    for title in options.shapes:
+        shapes = (SHAPES | MATRICES)[title]
         columns = ("diffopt", "update_", *WAYS)
         table = Table("", *columns, "ratio", "floor", title=title)
         for name in track(options.only, title, transient=True):

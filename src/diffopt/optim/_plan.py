@@ -169,8 +169,9 @@ class Bucket:
                 return "native"
         if foreach is None and key.layout == "regular" and cpu:
             return "tiles"
-        batched = foreach or (foreach is None and not cpu and key.layout != "foreign")
-        return "foreach" if batched and self.rule.batchable else "leaf"
+        batched = (foreach or (foreach is None and not cpu)) and self.rule.batchable
+        # DTensor has no rule for all foreach kernels.
+        return "foreach" if batched and key.layout != "foreign" else "leaf"
 
     def _rows_hold(self) -> bool:
         """Whether the state holds the very tensors that it held."""
@@ -462,7 +463,7 @@ def _key(
     for name in () if group.get("differentiable") else optimizer.scalar_state:
         if isinstance(row.get(name), Tensor):
             value = row[name]
-            scalars += [value.dtype, value.device, id(value) if _capturing() else value.item()]
+            scalars += [value.dtype, value.device, _known(value)]
         else:
             scalars.append(row.get(name))
     dtypes = tuple(x.dtype for x in tensors)
@@ -499,6 +500,13 @@ def _order(tensor: Tensor) -> tuple[int, ...] | None:
         return None
     strides = tensor.stride()
     return tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
+
+
+def _known(value: Tensor) -> Any:
+    """The number in a 0-d tensor; where that must not be asked for, the tensor itself."""
+    if value.is_meta:
+        return None
+    return id(value) if _capturing() else value.item()
 
 
 def _capturing() -> bool:
