@@ -24,7 +24,7 @@ from diffopt._tensorlist import TensorList
 Execution = Literal["auto", "leaf", "foreach", "compiled"]
 
 _AS_IS = (torch.float32, torch.float64)
-_TILE = 1 << 17  # elements for each thread: less pays too much Python, more leaves the cache
+_TILE = 1 << 18  # elements for each thread: less pays too much Python, more leaves the cache
 _MOVING = ("weight_decay", "momentum")  # what moves a parameter whose gradient is zero
 WORKING_DTYPE = {
     torch.float16: torch.float32,

@@ -58,6 +58,8 @@ def add_decay(grad: Leaf, param: Leaf, weight_decay: Any) -> Leaf:
 def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
     """`x + weight * (y - x)`."""
     weight = _modes.number_of(weight)
+    if isinstance(weight, (int, float)) and weight == 1:
+        return y if isinstance(y, Recorded) else y * 1  # a tensor of its own
     if isinstance(weight, _TENSORS):
         return x + weight * (y - x)
     if isinstance(x, TensorList):
