@@ -328,6 +328,8 @@ def _filled_like(param: Tensor, shape: torch.Size, value: Any) -> Tensor:
         return torch.complex(whole, whole) if param.is_complex() else whole
     value = value.item() if isinstance(value, Tensor) else value
     value = complex(value, value) if param.is_complex() else value
+    if value == 0 and shape == param.shape:
+        return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
     if shape != param.shape:
-        return param.new_full(shape, value)
+        return param.new_zeros(shape) if value == 0 else param.new_full(shape, value)
     return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
