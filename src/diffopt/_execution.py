@@ -266,11 +266,11 @@ def plain(columns: Sequence[Any]) -> bool:
     )
 
 
-def kernel_ready(columns: Sequence[Any], dtypes: Sequence[torch.dtype] = _AS_IS) -> bool:
+def kernel_ready(columns: Sequence[Any]) -> bool:
     """Whether torch's fused kernels take these tensors."""
     kinds = {(x.dtype, x.device) for column in columns if isinstance(column, list) for x in column}
     dtype, device = next(iter(kinds))
-    return len(kinds) == 1 and dtype in dtypes and device.type in ("cpu", "cuda") and plain(columns)
+    return len(kinds) == 1 and dtype in _AS_IS and device.type in ("cpu", "cuda") and plain(columns)
 
 
 def tileable(rule: Rule, columns: Sequence[Any], values: Sequence[Any]) -> bool:

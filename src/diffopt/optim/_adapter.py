@@ -18,11 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffopt import _hparams, _tree
+from diffopt import _execution, _hparams, _tree
 from diffopt._engine import Leafwise
 from diffopt.optim._plan import Group, Plan, Row, Watch, fields_of, name_of, same, values_of
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _SMALL = 1 << 14  # elements
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
 
@@ -315,7 +314,7 @@ def _filled(params: Sequence[Tensor], shapes: Sequence[torch.Size], value: Any) 
     """Buffers for params; those of many small ones are pieces of one vector, faster to walk."""
     lengths = [shape.numel() for shape in shapes]
     alike = len({(param.dtype, param.device) for param in params}) == 1
-    plain = all(type(p) in _PLAIN and p.is_contiguous() for p in params)
+    plain = _execution.plain([list(params)])
     if len(params) < 2 or sum(lengths) > _SMALL * len(params) or not (alike and plain):
         return [_filled_like(p, shape, value) for p, shape in zip(params, shapes, strict=True)]
     vector = _filled_like(params[0], torch.Size([sum(lengths)]), value)

@@ -360,7 +360,6 @@ class Elements:
     """A 0-d tensor of the state of each parameter of a bucket, as the elements of one vector."""
 
     def __init__(self, rows: list[dict[str, Any]], name: str) -> None:
-        self.name = name
         values = [row[name].detach() for row in rows]
         if len(rows) == 1:
             self.vector = values[0].view(1)
