@@ -1,71 +1,165 @@
 """The gradient of a loss, by autograd or by torch.func, whichever the surroundings allow."""
 
 # pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from diffopt import _modes, _tree
+from diffopt import _function, _modes, _tree
 from diffopt._tree import Tree
+
+HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
+"""How the derivative of a gradient, a Hessian-vector product, is computed."""
+
+Objective: TypeAlias = Callable[[Tree, Tree], tuple[Tensor, Any]]
+"""`(params, inputs) -> (value, aux)`"""
 
 
 def value_and_grad(
-    function: Callable[[Tree], tuple[Tensor, Any]], params: Tree, *, second_order: bool
+    function: Objective,
+    params: Tree,
+    inputs: Tree,
+    *,
+    second_order: bool = True,
+    hvp: HVP = "reverse-over-reverse",
 ) -> tuple[Tensor, Any, Tree]:
-    """Value, auxiliary output and gradient of `function(params) -> (value, aux)`.
+    """Value, auxiliary output and gradient by params of `function(params, inputs)`.
 
     All three carry derivatives where autograd records, unless `second_order` is False: then they
     are constants. A leaf the value does not depend on has a gradient of zeros.
+
+    Forward-over-reverse keeps nothing but params and inputs for those derivatives, none of the
+    loss's activations; they are exact by the symmetry of second derivatives, for what is among
+    params and inputs.
     """
+    graph = second_order and torch.is_grad_enabled()
+    if graph and hvp == "forward-over-reverse" and not _modes.forward_differentiated():
+        return _forward_over_reverse(function, params, inputs)
     if _modes.transformed():
-        value, aux, grads = _functorch(function, params)
+        value, aux, grads = _functorch(function, params, inputs)
     else:
-        value, aux, grads = _autograd(function, params, second_order and torch.is_grad_enabled())
+        value, aux, grads = _autograd(function, params, inputs, graph)
     return (value, aux, grads) if second_order else _tree.detach((value, aux, grads))
 
 
-def _functorch(
-    function: Callable[[Tree], tuple[Tensor, Any]], params: Tree
-) -> tuple[Tensor, Any, Tree]:
-    rest: list[Any] = []  # torch.func takes nothing but tensors as auxiliary output
+def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor, Any, Tree]:
+    joins: list[Any] = []  # torch.func takes nothing but tensors as auxiliary output
 
     def tensors(params: Tree) -> tuple[Tensor, list[Tensor]]:
-        value, aux = function(params)
-        leaves, spec = _tree.flatten(aux)
-        rest.extend([spec, *(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves)])
-        return value, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        value, aux = function(params, inputs)
+        values, join = _tree.split(aux)
+        joins.append(join)
+        return value, values
 
     grads, (value, aux) = torch.func.grad_and_value(tensors, has_aux=True)(params)
-    spec, *others = rest
-    leaves = iter(aux)
-    merged = [next(leaves) if other is Tensor else other for other in others]
-    return value, _tree.unflatten(merged, spec), grads
+    return value, joins[0](aux), grads
 
 
 def _autograd(
-    function: Callable[[Tree], tuple[Tensor, Any]], params: Tree, create_graph: bool
+    function: Objective, params: Tree, inputs: Tree, create_graph: bool
 ) -> tuple[Tensor, Any, Tree]:
     """Cheaper than torch.func.grad in eager mode, with far less memory in long loops."""
     leaves, spec = _tree.flatten(params)
     with torch.enable_grad():
         # Aliases, so that the gradient is partial: not through params that depend on each other,
         # nor through arguments of the loss that depend on params.
-        inputs = [_alias(leaf, create_graph) for leaf in leaves]
-        value, aux = function(_tree.unflatten(inputs, spec))
+        aliases = [_function.alias(leaf, create_graph) for leaf in leaves]
+        value, aux = function(_tree.unflatten(aliases, spec), inputs)
         if not value.requires_grad:
             raise ValueError("loss does not depend on params: it must compute with its argument")
         grads = torch.autograd.grad(
-            value, inputs, create_graph=create_graph, materialize_grads=True
+            value, aliases, create_graph=create_graph, materialize_grads=True
         )
     if not create_graph:
         value, aux = _tree.detach((value, aux))
     return value, aux, _tree.unflatten(grads, spec)
 
 
-def _alias(leaf: Tensor, attached: bool) -> Tensor:
-    alias = leaf.view_as(leaf) if attached else leaf.detach()
-    return alias if alias.requires_grad else alias.requires_grad_()
+def _forward_over_reverse(
+    function: Objective, params: Tree, inputs: Tree
+) -> tuple[Tensor, Any, Tree]:
+    surroundings = _function.Surroundings((params, inputs))
+    _, join = _tree.split((params, inputs))
+    count = len(_tree.leaves(params))
+
+    def outputs(xs: Sequence[Tensor]) -> list[Tensor]:
+        value, aux = function(*join(xs))
+        return [value, *_tree.split(aux)[0]]
+
+    def pullback(
+        xs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        with surroundings.restored():
+            parts = len(cotangents) - count
+            return _hvp(outputs, xs, needed, cotangents[parts:], cotangents[:parts])
+
+    def forward(arguments: Tree) -> Tree:
+        return value_and_grad(function, *arguments)
+
+    return _function.custom(forward, (params, inputs), pullback)
+
+
+def _hvp(
+    function: Callable[[Sequence[Tensor]], list[Tensor]],
+    xs: Sequence[Tensor],
+    needed: Sequence[bool],
+    vectors: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The derivative by xs of `<vectors, grad> + <cotangents, outputs>`.
+
+    `outputs = function(xs)`, of which the first is the value whose gradient by the first of the xs
+    is `grad`. By symmetry it is the derivative at e = 0 of the gradient by all xs of
+    `value(xs + e vectors) + e <cotangents, outputs>`.
+    """
+    count, create_graph = len(vectors), torch.is_grad_enabled()
+    chosen = [*range(count), *(i for i in range(count, len(xs)) if needed[i])]
+    zero, one = cotangents[0].new_zeros(()), cotangents[0].new_ones(())
+
+    def total(e: Tensor, *chosen_xs: Tensor) -> Tensor:
+        arguments = list(xs)
+        for i, x in zip(chosen, chosen_xs, strict=True):
+            arguments[i] = x
+        outputs = function(arguments)
+        pairs = zip(outputs, cotangents, strict=True)
+        terms = [(v.conj() * y).real.sum() for y, v in pairs if _function.has_derivative(y)]
+        return outputs[0] + e * torch.stack(terms).sum()
+
+    try:
+        if _modes.transformed():
+            others = [xs[i] for i in chosen[count:]]
+            gradient = torch.func.grad(total, tuple(range(1, len(chosen) + 1)))
+
+            def gradients(e: Tensor, *params: Tensor) -> Any:
+                return gradient(e, *params, *others)
+
+            primals, tangents = (zero, *xs[:count]), (one, *vectors)
+            results = torch.func.jvp(gradients, primals, tangents)[1]
+        else:
+            with forward_ad.dual_level(), torch.enable_grad():
+                inputs = [_function.alias(xs[i], create_graph) for i in chosen]
+                for i, vector in enumerate(vectors):
+                    inputs[i] = forward_ad.make_dual(inputs[i], vector)
+                value = total(forward_ad.make_dual(zero, one), *inputs)
+                grads = torch.autograd.grad(
+                    value, inputs, create_graph=create_graph, materialize_grads=True
+                )
+                results = [forward_ad.unpack_dual(grad).tangent for grad in grads]
+    except RuntimeError as error:
+        if not re.search("forward (AD|mode)", str(error)):
+            raise
+        raise NotImplementedError(
+            f"the loss cannot be differentiated by hvp='forward-over-reverse' "
+            f"({str(error).splitlines()[0]}): give hvp='reverse-over-reverse'"
+        ) from error
+    products: list[Tensor | None] = [None] * len(xs)
+    for i, result in zip(chosen, results, strict=True):
+        products[i] = result
+    return products

@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,3 +55,20 @@ def number_of(value: Any) -> Any:
     if differentiated([value]) or intercepted():
         return value
     return value.item()
+
+
+def concrete(tensor: Tensor | None) -> Tensor | None:
+    """The values of a tensor, of all examples at once under vmap; None where there are none yet."""
+    if tensor is None or compiling() or intercepted():
+        return None
+    for level in levels(tensor):
+        tensor = level
+    return tensor.detach()
+
+
+def levels(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor, and what torch.func's transforms have wrapped in it, from outside in."""
+    yield tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        yield tensor

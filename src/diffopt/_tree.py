@@ -31,6 +31,18 @@ def unflatten(values: Iterable[Any], spec: Spec) -> Tree:
     return pytree.tree_unflatten(values, spec)
 
 
+def split(tree: Tree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Tree]]:
+    """The tensors of a tree, and the function that puts others in their places."""
+    values, spec = flatten(tree)
+    rest = [Tensor if isinstance(value, Tensor) else value for value in values]
+
+    def join(tensors: Iterable[Tensor]) -> Tree:
+        given = iter(tensors)
+        return unflatten([next(given) if value is Tensor else value for value in rest], spec)
+
+    return [value for value in values if isinstance(value, Tensor)], join
+
+
 def is_leaf(node: Tree) -> bool:
     """Whether `node` is no container."""
     return pytree.tree_is_leaf(node)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _tree
-from diffopt._gradient import value_and_grad
+from diffopt import _checks, _modes, _tree
+from diffopt._function import Surroundings
 from diffopt._tree import Tree
-from diffopt.adjoint import Adjoint, Truncated, Unrolled
+from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
 from diffopt.optimizer import Optimizer
 
 
@@ -22,10 +22,11 @@ class Solution(NamedTuple):
     Attributes:
         params: the parameters after the last step.
         state: the optimizer's state after the last step: give it to the next call to go on.
-        losses: the loss before each step, shape [steps].
+        losses: the loss before each step, shape [steps]; with `tol` also that at which it stopped.
         aux: what the loss returned besides its value, one entry per step; empty without `has_aux`.
         buffers: what the loss returned as new buffers in the last step; `()` without
             `buffers`.
+        steps: how many steps were taken, a 0-d integer tensor.
     """
 
     params: Tree
@@ -33,6 +34,7 @@ class Solution(NamedTuple):
     losses: Tensor
     aux: list[Any]
     buffers: Tree
+    steps: Tensor
 
 
 def minimize(
@@ -46,6 +48,7 @@ def minimize(
     state: Any = None,
     buffers: Tree = None,
     has_aux: bool = False,
+    tol: float | None = None,
     adjoint: Adjoint | None = Unrolled(),  # noqa: B008 (frozen)
 ) -> Solution:
     """Take optimizer steps on a loss; the result can be differentiated.
@@ -61,7 +64,8 @@ def minimize(
         params: a pytree of floating-point or complex tensors.
         *args: further arguments of the loss, the same at every step.
         optimizer: a pure optimizer.
-        hparams: its hyperparameters, from `optimizer.hparams(...)`.
+        hparams: its hyperparameters, from `optimizer.hparams(...)`; or a function of the step's
+            number 0, 1, ... that returns them, for schedules and rates learned for every step.
         steps: the number of steps. With `batches`, that many of them are used.
         batches: one entry per step. A tuple or a list holds several arguments of the loss; anything
             else is one argument.
@@ -69,6 +73,9 @@ def minimize(
         buffers: state of the model that the loss hands on from step to step, such as the running
             statistics of batch normalisation.
         has_aux: whether the loss returns something besides its value (and buffers).
+        tol: stop as soon as the 2-norm of the gradient of all params is at most this. Under vmap
+            each example stops by itself, and under torch.compile, whose programs have no end that
+            depends on values, the remaining steps change nothing.
         adjoint: how the result is differentiated, see `diffopt.adjoint`. None builds no graph, for
             evaluation: memory does not grow with the number of steps.
 
@@ -103,6 +110,8 @@ def minimize(
         raise ValueError("minimize needs steps= or batches=")
     if steps is not None and (type(steps) is not int or steps < 0):
         raise ValueError(f"steps is {steps!r}, but must be an integer >= 0")
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol is {tol!r}, but must be a number >= 0")
     if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"optimizer is {optimizer!r}, not a diffopt optimizer such as adam()")
     adjoint = Truncated(0) if adjoint is None else adjoint
@@ -111,28 +120,43 @@ def minimize(
     _check_params(params)
     stateful = buffers is not None
 
-    def step(carry: Tree, batch: Any) -> tuple[Tree, Any]:
-        params, state, buffers = carry
+    def objective(params: Tree, inputs: Any) -> tuple[Tensor, Any]:
+        buffers, args, batch = inputs
         inputs = (buffers, *args, *batch) if stateful else (*args, *batch)
+        return _outputs(loss(params, *inputs), stateful, has_aux)
 
-        def objective(params: Tree) -> tuple[Tensor, Any]:
-            return _outputs(loss(params, *inputs), stateful, has_aux)
+    step = GradientStep(objective, optimizer, tol)
+    state = optimizer.init(params) if state is None else state
+    carry = (params, state, buffers if stateful else ())
+    constant, own = ((), hparams) if callable(hparams) else (hparams, None)
+    arguments = (constant, args)
+    xs = _xs(steps, batches, own)
+    if tol is not None:
+        xs = _until_done(step, carry, arguments, xs)
+    carry, outputs = adjoint.run(step, carry, arguments, xs)
+    losses = torch.stack([value for value, _, _ in outputs]) if outputs else torch.empty(0)
+    aux = [aux for _, aux, _ in outputs] if has_aux else []
+    return Solution(carry[0], carry[1], losses, aux, carry[2], _steps(outputs))
 
-        value, (buffers, aux), grads = value_and_grad(
-            objective, params, second_order=adjoint.second_order
-        )
-        params, state = optimizer.update(params, grads, state, hparams)
-        return (params, state, buffers), (value, aux)
 
-    carry = (
-        params,
-        optimizer.init(params) if state is None else state,
-        buffers if stateful else (),
-    )
-    carry, outputs = adjoint.run(step, carry, _arguments(steps, batches))
-    losses = torch.stack([value for value, _ in outputs]) if outputs else torch.empty(0)
-    aux = [aux for _, aux in outputs] if has_aux else []
-    return Solution(carry[0], carry[1], losses, aux, carry[2])
+def _until_done(step: GradientStep, carry: Tree, args: Tree, xs: Iterable[Any]) -> list[Any]:
+    """The first of the xs, up to the one where every gradient is within the tolerance."""
+    surroundings = Surroundings((carry, args))
+    used: list[Any] = []
+    with torch.no_grad():
+        for x in xs:
+            used.append(x)
+            carry, (_, _, done) = _tree.detach(step(carry, args, x))
+            done = _modes.concrete(done)
+            if done is not None and bool(done.all()):
+                break
+    surroundings.restore()
+    return used
+
+
+def _steps(outputs: list[Any]) -> Tensor:
+    done = [done for _, _, done in outputs if done is not None]
+    return (~torch.stack(done)).sum() if done else torch.tensor(len(outputs))
 
 
 def _check_params(params: Tree) -> None:
@@ -144,15 +168,15 @@ def _check_params(params: Tree) -> None:
             raise ValueError(f"{path} has dtype {leaf.dtype}: what has no gradient is no parameter")
 
 
-def _arguments(steps: int | None, batches: Iterable[Any] | None) -> Iterator[Any]:
-    """The arguments of the loss that belong to each step, as tuples."""
-    if batches is None:
-        yield from itertools.repeat((), steps or 0)
-        return
+def _xs(
+    steps: int | None, batches: Iterable[Any] | None, hparams: Callable[[int], Any] | None
+) -> Iterator[Any]:
+    """For each step its own hyperparameters, or None, and the arguments of the loss it brings."""
     count = 0
-    for batch in itertools.islice(batches, steps):
+    for batch in itertools.islice(itertools.repeat(()) if batches is None else batches, steps):
+        batch = tuple(cast(list[Any], batch)) if isinstance(batch, (tuple, list)) else (batch,)
+        yield None if hparams is None else hparams(count), batch
         count += 1
-        yield tuple(cast(list[Any], batch)) if isinstance(batch, (tuple, list)) else (batch,)
     if steps is not None and count < steps:
         raise ValueError(f"batches has {count} entries, but steps is {steps}")
 

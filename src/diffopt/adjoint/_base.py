@@ -1,36 +1,94 @@
 """What every way of differentiating a loop has in common."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from diffopt._tree import Tree
+import torch
+from torch import Tensor
 
-Step: TypeAlias = Callable[[Tree, Any], tuple[Tree, Any]]
-"""`(carry, x) -> (carry, output)`"""
+from diffopt import _tree
+from diffopt._gradient import HVP, value_and_grad
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer
+
+Step: TypeAlias = Callable[[Tree, Tree, Any], tuple[Tree, Any]]
+"""`(carry, args, x) -> (carry, output)`"""
 
 
 class Adjoint(ABC):
     """How a loop of steps is run, so that it is differentiated in a certain way.
 
-    Attributes:
-        second_order: whether a step's gradients carry their own derivatives. False drops the
-            second derivatives of the loss.
+    One of your own is a class with a method `run`. It may call `step` as often as it likes, also
+    with other tensors in the same places: a step is pure. `minimize` gives a `GradientStep`, of
+    which the loss and the optimizer can be had.
     """
 
-    second_order: bool = True
-
     @abstractmethod
-    def run(self, step: Step, carry: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
-        """Run `carry, output = step(carry, x)` for every `x` of `xs`.
+    def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
+        """Run `carry, output = step(carry, args, x)` for every `x` of `xs`.
 
         Args:
             step: a pure function.
             carry: a pytree of tensors.
-            xs: one value per step; read once, in order.
+            args: what is the same at every step. Whatever is differentiated and is no carry is
+                here or in `xs`.
+            xs: one tree per step; read once, in order.
 
         Returns:
             The last carry, and the outputs of all steps.
         """
+
+
+@dataclass(frozen=True)
+class GradientStep:
+    """A step of `minimize`: the gradient of a loss, and what an optimizer makes of it.
+
+    A carry is `(params, state, buffers)`, `args` are `(hparams, further arguments of the loss)`, an
+    `x` is `(the step's own hparams or None, its batch as a tuple)`, an output `(value, aux, done)`,
+    where `done` is None without `tol`.
+
+    Attributes:
+        objective: `objective(params, (buffers, args, batch))` returns `(value, (buffers, aux))`.
+        optimizer: the optimizer.
+        tol: a step changes nothing where the norm of the gradient is at most this.
+        second_order: whether gradients carry their own derivatives. False drops the second
+            derivatives of the loss.
+        hvp: how the derivative of a gradient is computed, see `Checkpointed`.
+    """
+
+    objective: Callable[[Tree, Any], tuple[Tensor, Any]]
+    optimizer: Optimizer[Any, Any]
+    tol: float | None = None
+    second_order: bool = True
+    hvp: HVP = "reverse-over-reverse"
+
+    def __call__(self, carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
+        (params, state, buffers), (hparams, inputs), (own, batch) = carry, args, x
+        value, (buffers, aux), grads = value_and_grad(
+            self.objective,
+            params,
+            (buffers, inputs, batch),
+            second_order=self.second_order,
+            hvp=self.hvp,
+        )
+        hparams = hparams if own is None else own
+        params, state = self.optimizer.update(params, grads, state, hparams)
+        if self.tol is None:
+            return (params, state, buffers), (value, aux, None)
+        done = _norm(grads) <= self.tol
+
+        def chosen(old: Any, new: Any) -> Any:
+            return torch.where(done, old, new) if isinstance(new, Tensor) else new
+
+        return _tree.map(chosen, carry, (params, state, buffers)), (value, aux, done)
+
+
+def _norm(tree: Tree) -> Tensor:
+    """The 2-norm of all leaves."""
+    leaves = [leaf.detach() for leaf in _tree.leaves(tree)]
+    return torch.stack([torch.linalg.vector_norm(leaf).double() for leaf in leaves]).norm()

@@ -48,16 +48,16 @@ class Truncated(Adjoint):
         if not isinstance(self.k, int) or self.k < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"k is {self.k!r}, but must be an integer >= 0")
 
-    def run(self, step: Step, carry: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
+    def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         outputs: list[Any] = []
         last = deque[Any]()
         for x in xs:  # read k ahead: the number of steps may not be known
             last.append(x)
             if len(last) > self.k:
                 with torch.no_grad():
-                    carry, output = _tree.detach(step(_tree.detach(carry), last.popleft()))
+                    carry, output = _tree.detach(step(_tree.detach(carry), args, last.popleft()))
                 outputs.append(output)
         for x in last:
-            carry, output = step(carry, x)
+            carry, output = step(carry, args, x)
             outputs.append(output)
         return carry, outputs

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, Step
+from diffopt.adjoint._base import Adjoint, GradientStep, Step
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Unrolled(Adjoint):
         (tensor(-1.8000),)
     """
 
-    def run(self, step: Step, carry: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
+    def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         outputs: list[Any] = []
         for x in xs:
-            carry, output = step(carry, x)
+            carry, output = step(carry, args, x)
             outputs.append(output)
         return carry, outputs
 
@@ -61,4 +61,7 @@ class FirstOrder(Unrolled):
     networks", 2017, section 5.2.
     """
 
-    second_order = False
+    def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
+        if not isinstance(step, GradientStep):
+            raise TypeError("FirstOrder is for minimize: another step has no gradient to hold fast")
+        return super().run(replace(step, second_order=False), carry, args, xs)

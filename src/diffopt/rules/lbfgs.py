@@ -261,7 +261,9 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
 
             def evaluate(t: Any) -> Point:
                 trial = _tree.unflatten(_moved(problem, t * d), problem.spec)
-                value, _, grads = value_and_grad(lambda p: (loss(p), ()), trial, second_order=False)
+                value, _, grads = value_and_grad(
+                    lambda p, _: (loss(p), ()), trial, (), second_order=False
+                )
                 grad = _vector(_tree.leaves(grads), problem.params)
                 return Point(t, float(value), _constant(grad.dot(d)), grad)
 

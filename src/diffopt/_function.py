@@ -1,0 +1,198 @@
+"""Functions with a derivative of their own, such as those that are run again for it."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _tree
+from diffopt._tree import Tree
+
+Pullback: TypeAlias = Callable[
+    [Sequence[Tensor], Sequence[bool], Sequence[Tensor]], Sequence[Tensor | None]
+]
+"""`(inputs, which of them need a gradient, cotangents) -> gradients`, all flat lists of tensors."""
+
+
+def custom(function: Callable[[Tree], Tree], inputs: Tree, pullback: Pullback) -> Tree:
+    """`function(inputs)`, of which autograd keeps nothing but the tensors among the inputs.
+
+    Its vector-Jacobian product is `pullback`, which is differentiated in turn, and so must compute
+    with its arguments only. `function` must not hold tensors either, or they outlive their use.
+    """
+    tensors, join = _tree.split(inputs)
+    call = _Call(function, join, pullback)
+    outputs = _Custom.apply(call, *tensors)
+    return call.join_outputs(outputs)
+
+
+def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
+    """`function(inputs)`, run again from the inputs when its derivative is wanted."""
+    surroundings = Surroundings(inputs)
+    _, join = _tree.split(inputs)
+
+    def tensors(*xs: Tensor) -> list[Tensor]:
+        return _tree.split(function(join(xs)))[0]
+
+    def pullback(
+        inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        with surroundings.restored():
+            return vjp(tensors, inputs, needed, cotangents)
+
+    return custom(function, inputs, pullback)
+
+
+def vjp(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The vector-Jacobian product of `function(*inputs)`; None for what is not needed."""
+    create_graph = torch.is_grad_enabled()
+    chosen = [i for i, need in enumerate(needed) if need]
+
+    def partial(*xs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        arguments = list(inputs)
+        for i, x in zip(chosen, xs, strict=True):
+            arguments[i] = x
+        pairs = zip(function(*arguments), cotangents, strict=True)
+        outputs, vectors = zip(*[(y, v) for y, v in pairs if has_derivative(y)], strict=True)
+        return outputs, vectors
+
+    if _modes.transformed():
+        chosen_inputs = (inputs[i] for i in chosen)
+        _, pull, vectors = cast(Any, torch.func.vjp(partial, *chosen_inputs, has_aux=True))
+        results = pull(vectors)
+    else:
+        with torch.enable_grad():
+            xs = [alias(inputs[i], create_graph) for i in chosen]
+            outputs, vectors = partial(*xs)
+        pairs = [(y, v) for y, v in zip(outputs, vectors, strict=True) if y.requires_grad]
+        results = [None] * len(chosen)
+        if pairs:
+            outputs, vectors = zip(*pairs, strict=True)
+            results = torch.autograd.grad(
+                outputs, xs, vectors, create_graph=create_graph, allow_unused=True
+            )
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(chosen, results, strict=True):
+        grads[i] = grad
+    return grads
+
+
+def alias(tensor: Tensor, attached: bool) -> Tensor:
+    """The same values as an input of its own, so that a derivative by it is partial."""
+    result = tensor.view_as(tensor) if attached else tensor.detach()
+    if not result.requires_grad:
+        result.requires_grad_()
+        for aliases in _NOTICED:
+            aliases[id(result)] = result
+    return result
+
+
+_NOTICED: list[dict[int, Tensor]] = []
+
+
+@contextlib.contextmanager
+def noticed() -> Generator[dict[int, Tensor]]:
+    """The leaves of autograd's graph that `alias` makes meanwhile, by identity."""
+    aliases: dict[int, Tensor] = {}
+    _NOTICED.append(aliases)
+    try:
+        yield aliases
+    finally:
+        _NOTICED.remove(aliases)
+
+
+def has_derivative(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+class Surroundings:
+    """What a function depends on beside its arguments: random numbers and autocasting.
+
+    Args:
+        inputs: the function's arguments. The generators among them are taken care of as well.
+    """
+
+    def __init__(self, inputs: Tree) -> None:
+        leaves = _tree.leaves(inputs)
+        devices = {x.device for x in leaves if isinstance(x, Tensor) and x.device.type != "cpu"}
+        self.generators = [x for x in leaves if isinstance(x, torch.Generator)]
+        self.generators.append(torch.default_generator)
+        for device in devices:
+            module = torch.get_device_module(device)
+            self.generators.append(module.default_generators[device.index])
+        self.states = [generator.get_state() for generator in self.generators]
+        self.autocasts = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in {"cpu", *(device.type for device in devices)}
+        ]
+
+    def restore(self) -> None:
+        """Put the random number generators back to where they were."""
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state)
+
+    @contextlib.contextmanager
+    def restored(self) -> Generator[None]:
+        """All of it as it was then; afterwards as it is now."""
+        now = [generator.get_state() for generator in self.generators]
+        with contextlib.ExitStack() as stack:
+            for kind, dtype, enabled in self.autocasts:
+                stack.enter_context(torch.autocast(kind, dtype, enabled))
+            self.restore()
+            try:
+                yield
+            finally:
+                for generator, state in zip(self.generators, now, strict=True):
+                    generator.set_state(state)
+
+
+class _Call:
+    """One application of a function to a tree."""
+
+    def __init__(
+        self, function: Callable[[Tree], Tree], join: Callable[..., Tree], pullback: Pullback
+    ) -> None:
+        self.function, self.join, self.pullback = function, join, pullback
+        self.join_outputs: Callable[..., Tree] = join
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        outputs, self.join_outputs = _tree.split(self.function(self.join(inputs)))
+        seen = {id(x) for x in inputs}
+        for i, output in enumerate(outputs):
+            if id(output) in seen:  # autograd wants every output to be a tensor of its own
+                outputs[i] = output.clone()
+            seen.add(id(output))
+        return tuple(outputs)
+
+
+class _Custom(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return call.run(inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*(x for x in output if not has_derivative(x)))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        # What was saved in a torch.func transform that has ended carries its wrapper still.
+        inputs = [torch._C._functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
+        grads = ctx.call.pullback(inputs, ctx.needs_input_grad[1:], cotangents)
+        return (None, *grads)

@@ -1,0 +1,92 @@
+"""unroll(): any loop, differentiated as its `adjoint` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _tree
+from diffopt._tree import Tree
+from diffopt.adjoint._base import Adjoint
+from diffopt.adjoint.unrolled import Unrolled
+
+
+def unroll(
+    step: Callable[[Tree, Tree, Any], tuple[Tree, Any]],
+    carry: Tree,
+    args: Tree = (),
+    length: int | None = None,
+    *,
+    xs: Tree = None,
+    adjoint: Adjoint = Unrolled(),  # noqa: B008 (frozen)
+) -> tuple[Tree, Any]:
+    """Run a step function over and over; the result can be differentiated.
+
+    Computes carry_{t+1}, output_t = step(carry_t, args, x_t) for t = 0, 1, ..., where x_t is
+    `xs[t]`, or t itself without `xs`. A step may be anything that is pure: a learned optimizer's
+    update, an update of a policy, a step of an ODE solver. `minimize` is for losses.
+
+    Args:
+        step: `step(carry, args, x)` returns the next carry, of the same structure, and an output.
+        carry: a pytree of tensors.
+        args: a pytree; what the steps depend on. An adjoint that runs steps again does not reach
+            tensors that `step` closes over, and raises.
+        length: the number of steps; with `xs` the length of its leading dimension, if at all.
+        xs: a pytree of tensors with a leading dimension of time.
+        adjoint: how the result is differentiated, see `diffopt.adjoint`.
+
+    Returns:
+        The last carry, and the outputs of all steps: a tree of tensors with a leading dimension of
+        time where `step` returns trees of tensors.
+
+    Raises:
+        ValueError: neither `length` nor `xs` is given, or they and the leaves of `xs` disagree.
+        TypeError: `adjoint` is no `Adjoint`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> def euler(y, rate, t):
+        ...     return y + 0.1 * rate * y, y
+        >>> rate = torch.tensor(1.0, requires_grad=True)
+        >>> y, path = diffopt.adjoint.unroll(
+        ...     euler, torch.tensor(1.0), rate, 3, adjoint=diffopt.adjoint.Checkpointed()
+        ... )
+        >>> path
+        tensor([1.0000, 1.1000, 1.2100], grad_fn=<StackBackward0>)
+        >>> torch.autograd.grad(y, rate)  # 3 * 0.1 * 1.1^2
+        (tensor(0.3630),)
+    """
+    if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled()")
+    carry, outputs = adjoint.run(step, carry, args, _elements(xs, length))
+    return carry, _stack(outputs)
+
+
+def _elements(xs: Tree, length: int | None) -> list[Any]:
+    if xs is None:
+        if type(length) is not int or length < 0:
+            raise ValueError(f"length is {length!r}, but must be an integer >= 0 without xs")
+        return list(range(length))
+    leaves, spec = _tree.flatten(xs)
+    for leaf, path in zip(leaves, _tree.paths(xs, "xs"), strict=True):
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            raise ValueError(f"{path} is {_tree.describe(leaf)}, without a dimension of time")
+        length = len(leaf) if length is None else length
+        if len(leaf) != length:
+            raise ValueError(f"{path} has {len(leaf)} entries, where there are {length} steps")
+    columns = [leaf.unbind() for leaf in leaves]
+    return [_tree.unflatten(row, spec) for row in zip(*columns, strict=True)]
+
+
+def _stack(outputs: list[Any]) -> Any:
+    """One tree with a leading dimension of time, where each output is a tree of tensors."""
+    if not outputs or not all(isinstance(x, Tensor) for x in _tree.leaves(outputs)):
+        return outputs
+
+    def stack(*xs: Tensor) -> Tensor:
+        return torch.stack(xs)
+
+    return _tree.map(stack, *outputs)
