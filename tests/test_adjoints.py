@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import diffopt
-from diffopt.adjoint import Checkpointed, Unrolled
+from diffopt.adjoint import Checkpointed, Unrolled, unroll
 
 CHECKPOINTED = [
     Checkpointed(),
@@ -99,5 +99,305 @@ def test_checkpointed_equals_unrolled_under_autograd_twice(adjoint):
 @pytest.mark.parametrize("adjoint", [Checkpointed(), Checkpointed(levels=2)], ids=str)
 def test_checkpointed_agrees_with_finite_differences_twice(adjoint):
     leaves = [x.clone().requires_grad_() for x in INPUTS.values()]
-    assert gradcheck(at(adjoint), leaves)
-    assert gradgradcheck(at(adjoint), leaves)
+    assert gradcheck(at(adjoint), leaves, fast_mode=True)
+    assert gradgradcheck(at(adjoint), leaves, fast_mode=True)
+
+
+# What a step may depend on
+
+
+@pytest.mark.parametrize("adjoint", CHECKPOINTED, ids=str)
+def test_recomputed_steps_draw_the_same_random_numbers(adjoint):
+    start = torch.ones(50, dtype=torch.float64, requires_grad=True)
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    opt = diffopt.sgd()
+
+    def loss(w, generator):
+        noise = torch.rand(50, dtype=torch.float64, generator=generator)
+        return (torch.nn.functional.dropout(w, 0.5) ** 2 * noise).sum()
+
+    def derivatives(adjoint):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        sol = diffopt.minimize(
+            loss, start, generator, optimizer=opt, hparams=opt.hparams(lr=lr), steps=9,
+            adjoint=adjoint,
+        )  # fmt: skip
+        grads = torch.autograd.grad(sol.params.sum(), (lr, start))
+        return sol.params, grads, torch.rand(1), torch.rand(1, generator=generator)
+
+    torch.testing.assert_close(derivatives(adjoint), derivatives(Unrolled()), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("adjoint", CHECKPOINTED[:1] + CHECKPOINTED[-1:], ids=str)
+def test_recomputed_steps_are_cast_as_they_were(adjoint):
+    start = torch.linspace(0, 1, 8)
+    matrix = torch.linspace(-1, 1, 64).reshape(8, 8)
+
+    def derivative(adjoint):
+        lr = torch.tensor(0.1, requires_grad=True)
+        opt = diffopt.sgd()
+        with torch.autocast("cpu", torch.bfloat16):
+            sol = diffopt.minimize(
+                lambda w: ((matrix @ w).float() ** 2).sum(), start,
+                optimizer=opt, hparams=opt.hparams(lr=lr), steps=4, adjoint=adjoint,
+            )  # fmt: skip
+        return torch.autograd.grad(sol.params.sum(), lr)
+
+    torch.testing.assert_close(derivative(adjoint), derivative(Unrolled()), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), *CHECKPOINTED], ids=str)
+def test_hyperparameters_of_every_step_are_differentiated(adjoint):
+    rates = torch.tensor([0.1, 0.2, 0.3, 0.1], dtype=torch.float64, requires_grad=True)
+    opt = diffopt.sgd()
+    sol = diffopt.minimize(
+        lambda w: 0.5 * w**2, torch.tensor(1.0, dtype=torch.float64), optimizer=opt,
+        hparams=lambda t: opt.hparams(lr=rates[t]), steps=4, adjoint=adjoint,
+    )  # fmt: skip
+    product = (1 - rates).prod()
+    torch.testing.assert_close(sol.params, product)
+    (grad,) = torch.autograd.grad(sol.params, rates)
+    torch.testing.assert_close(grad, -product.detach() / (1 - rates.detach()))
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), *CHECKPOINTED], ids=str)
+def test_buffers_and_aux_carry_derivatives(adjoint):
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    opt = diffopt.sgd()
+
+    def loss(w, total, scale):
+        return 0.5 * scale * w**2, total + w * scale, {"w": w, "name": "aux"}
+
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    sol = diffopt.minimize(
+        loss, one, scale, optimizer=opt, hparams=opt.hparams(lr=0.1), steps=3,
+        buffers=zero, has_aux=True, adjoint=adjoint,
+    )  # fmt: skip
+    assert [aux["name"] for aux in sol.aux] == ["aux"] * 3
+    (grad,) = torch.autograd.grad(sol.buffers + sol.aux[2]["w"], scale)
+    # w_t = (1 - s/10)^t, total = s (1 + w_1 + w_2)
+    rate, s = 0.8, 2.0
+    expected = 1 + rate + rate**2 + s * (-0.1 - 0.2 * rate) - 0.2 * rate
+    assert grad.item() == pytest.approx(expected, rel=1e-12)
+
+
+# What cannot arrive
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("adjoint", CHECKPOINTED[:1] + CHECKPOINTED[-1:], ids=str)
+def test_a_closed_over_tensor_that_needs_a_gradient_raises(adjoint, computed):
+    opt = diffopt.sgd()
+
+    def solve(target):
+        target = 2 * target if computed else target
+        return diffopt.minimize(
+            lambda w: ((w - target) ** 2).sum(), torch.zeros(3, dtype=torch.float64),
+            optimizer=opt, hparams=opt.hparams(lr=0.1), steps=4, adjoint=adjoint,
+        ).params.sum()  # fmt: skip
+
+    target = torch.ones(3, dtype=torch.float64)
+    message = r"closes over a tensor of shape \(3,\) that requires a gradient.*pass it as an arg"
+    with pytest.raises(ValueError, match=message):
+        solve(target.clone().requires_grad_())
+    with pytest.raises(ValueError, match=message):
+        torch.func.grad(solve)(target)
+    batch = torch.stack([target, target])
+    with pytest.raises(ValueError, match=message):
+        torch.vmap(torch.func.grad(solve))(batch)
+    with pytest.raises(ValueError, match="closes over a tensor"):
+        torch.func.grad(lambda batch: torch.vmap(solve)(batch).sum())(batch)
+    assert solve(target).item() == pytest.approx(3 * (1 + computed) * (1 - 0.8**4))
+
+
+def test_what_a_step_makes_itself_is_not_taken_for_closed_over():
+    def step(w, rate, t):
+        with torch.enable_grad():
+            own = torch.ones_like(w).requires_grad_()
+            (grad,) = torch.autograd.grad((own * w**2).sum(), own, create_graph=True)
+        return w - rate * grad, ()
+
+    rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    w, _ = unroll(step, start, rate, 3, adjoint=Checkpointed())
+    expected, _ = unroll(step, start, rate, 3)
+    grads = [torch.autograd.grad(x.sum(), rate)[0] for x in (w, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=0)
+
+
+def test_a_loss_without_forward_derivative_names_the_operation_and_the_other_setting():
+    queries = torch.randn(1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    opt = diffopt.sgd()
+
+    def loss(w):
+        flash = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+        with torch.nn.attention.sdpa_kernel(flash):
+            attended = torch.nn.functional.scaled_dot_product_attention(w, queries, queries)
+        return (attended**2).sum()
+
+    lr = torch.tensor(0.1, requires_grad=True)
+    sol = diffopt.minimize(
+        loss, queries, optimizer=opt, hparams=opt.hparams(lr=lr), steps=2, adjoint=Checkpointed()
+    )
+    with pytest.raises(NotImplementedError, match=r"flash_attention.*hvp='reverse-over-reverse'"):
+        torch.autograd.grad(sol.params.sum(), lr)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segments": 0}, "segments is 0, but must be an integer >= 1"),
+        ({"levels": 1.5}, "levels is 1.5, but must be an integer >= 1"),
+        ({"offload": "disk"}, "offload is 'disk', but must be None or 'cpu'"),
+        ({"hvp": "forward"}, "hvp is 'forward', but must be"),
+    ],
+)
+def test_options_of_checkpointed_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        Checkpointed(**options)
+
+
+# Loops inside loops
+
+
+LOOPS = [Checkpointed(segments=2), Checkpointed(hvp="reverse-over-reverse"), Unrolled()]
+HESSIAN = torch.tensor([[1.3, 0.2, -0.1], [0.2, 1.1, 0.3], [-0.1, 0.3, 0.9]], dtype=torch.float64)
+
+
+def nested(adjoints, x, lr):
+    """The end of a loop whose loss contains the end of a loop whose loss contains one."""
+    opt = diffopt.sgd()
+
+    def innermost(w, v, u):
+        return 0.5 * w @ HESSIAN @ w + 0.1 * (w**4).sum() - w @ v * u.sum()
+
+    def middle(v, u):
+        w = solve(2, innermost, torch.zeros_like(v), v, u, lr=0.1).params
+        return ((w - u) ** 2).sum() + 0.1 * (v**2).sum()
+
+    def outermost(u, x):
+        v = solve(1, middle, torch.full_like(u, 0.5), u, lr=0.2).params
+        return ((v - x) ** 2).sum() + 0.1 * (u**2).sum()
+
+    def solve(level, loss, start, *args, lr):
+        hparams = opt.hparams(lr=lr)
+        return diffopt.minimize(
+            loss, start, *args, optimizer=opt, hparams=hparams, steps=2, adjoint=adjoints[level]
+        )
+
+    return (solve(0, outermost, torch.full_like(x, 0.3), x, lr=lr).params ** 2).sum()
+
+
+X = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
+RATE = torch.tensor(0.1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("levels", [(0, 0, 0), (1, 1, 1), (0, 1, 2), (2, 0, 0), (1, 0, 2)])
+def test_three_levels_of_loops_have_the_right_derivative(levels):
+    adjoints = [LOOPS[i] for i in levels]
+    inputs = (X.clone().requires_grad_(), RATE.clone().requires_grad_())
+    assert gradcheck(lambda x, lr: nested(adjoints, x, lr), inputs, fast_mode=True)
+    grads = torch.func.grad(lambda x: nested(adjoints, x, RATE))(X)
+    expected = torch.autograd.grad(nested([Unrolled()] * 3, *inputs), inputs)
+    torch.testing.assert_close(grads, expected[0], rtol=1e-12, atol=1e-14)
+
+
+# Stopping early
+
+
+@pytest.mark.parametrize("adjoint", [None, Unrolled(), *CHECKPOINTED], ids=str)
+def test_a_loop_stops_where_the_gradient_is_within_the_tolerance(adjoint):
+    start = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    opt = diffopt.sgd()
+    batches = iter(range(100))
+    sol = diffopt.minimize(
+        lambda w, _: 0.5 * (w**2).sum(), start, optimizer=opt, hparams=opt.hparams(lr=0.5),
+        batches=batches, tol=0.7, adjoint=adjoint,
+    )  # fmt: skip
+    assert sol.steps == 3  # 5, 2.5, 1.25, 0.625
+    assert len(sol.losses) == 4
+    assert next(batches) == 4
+    torch.testing.assert_close(sol.params, start / 8)
+    if adjoint is not None:
+        (grad,) = torch.autograd.grad(sol.params.sum(), start)
+        torch.testing.assert_close(grad, torch.full_like(start, 1 / 8))
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), *CHECKPOINTED[:2]], ids=str)
+def test_under_vmap_each_example_stops_by_itself(adjoint):
+    opt = diffopt.sgd()
+
+    def solve(start):
+        sol = diffopt.minimize(
+            lambda w: 0.5 * w**2, start, optimizer=opt, hparams=opt.hparams(lr=0.5), steps=100,
+            tol=0.7, adjoint=adjoint,
+        )  # fmt: skip
+        return sol.params, (sol.steps, sol.losses)
+
+    starts = torch.tensor([0.6, 5.0, 1.0], dtype=torch.float64)
+    grads, (steps, losses) = torch.vmap(torch.func.grad(solve, has_aux=True))(starts)
+    assert steps.tolist() == [0, 3, 1]
+    assert losses.shape == (3, 4)
+    torch.testing.assert_close(grads, 0.5 ** steps.double())
+
+
+def test_a_negative_tolerance_is_refused():
+    opt = diffopt.sgd()
+    with pytest.raises(ValueError, match="tol is -1, but must be a number >= 0"):
+        diffopt.minimize(
+            torch.square, torch.ones(()), optimizer=opt, hparams=opt.hparams(lr=1), steps=1, tol=-1
+        )
+
+
+# Any step function
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), *CHECKPOINTED], ids=str)
+def test_unroll_differentiates_any_step_over_xs(adjoint):
+    def step(carry, args, x):
+        position, velocity = carry
+        velocity = velocity + 0.1 * (x["force"] - args * torch.sin(position))
+        position = position + 0.1 * velocity
+        return (position, velocity), {"position": position, "push": x["force"].sum()}
+
+    def end(stiffness, force, start):
+        zeros = torch.zeros_like(start)
+        (position, _), path = unroll(
+            step, (start, zeros), stiffness, xs={"force": force}, adjoint=adjoint
+        )
+        assert path["position"].shape == (6, 2)
+        return position, path["position"]
+
+    inputs = (
+        torch.tensor(1.5, dtype=torch.float64, requires_grad=True),
+        torch.linspace(0, 1, 12, dtype=torch.float64).reshape(6, 2).requires_grad_(),
+        torch.tensor([0.1, 2.0], dtype=torch.float64, requires_grad=True),
+    )
+    assert gradcheck(end, inputs)
+    assert gradgradcheck(end, inputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "length is None, but must be an integer >= 0 without xs"),
+        ({"length": -1}, "length is -1"),
+        ({"xs": {"a": torch.ones(3), "b": torch.ones(2)}}, r"xs\['b'\] has 2 entries.*3 steps"),
+        ({"xs": torch.ones(())}, "xs is a tensor of shape .*without a dimension of time"),
+        ({"xs": torch.ones(3), "length": 4}, "xs has 3 entries, where there are 4 steps"),
+    ],
+)
+def test_unroll_checks_its_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        unroll(lambda carry, args, x: (carry, ()), torch.ones(1), **arguments)
+    with pytest.raises(TypeError, match="adjoint is 'unrolled'"):
+        unroll(lambda carry, args, x: (carry, ()), torch.ones(1), (), 2, adjoint="unrolled")
+
+
+def test_unroll_of_no_steps_is_the_identity():
+    start = torch.ones(2, requires_grad=True)
+    for adjoint in (Unrolled(), *CHECKPOINTED):
+        carry, outputs = unroll(lambda c, a, x: (2 * c, x), start, (), 0, adjoint=adjoint)
+        assert carry is start
+        assert outputs == []

@@ -110,7 +110,7 @@ def noticed() -> Generator[dict[int, Tensor]]:
     try:
         yield aliases
     finally:
-        _NOTICED.remove(aliases)
+        _NOTICED.pop()
 
 
 def has_derivative(tensor: Tensor) -> bool:

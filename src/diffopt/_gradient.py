@@ -1,6 +1,6 @@
 """The gradient of a loss, by autograd or by torch.func, whichever the surroundings allow."""
 
-# pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _hvp(
     is `grad`. By symmetry it is the derivative at e = 0 of the gradient by all xs of
     `value(xs + e vectors) + e <cotangents, outputs>`.
     """
-    count, create_graph = len(vectors), torch.is_grad_enabled()
+    count = len(vectors)
     chosen = [*range(count), *(i for i in range(count, len(xs)) if needed[i])]
     zero, one = cotangents[0].new_zeros(()), cotangents[0].new_ones(())
 
@@ -132,26 +132,9 @@ def _hvp(
         terms = [(v.conj() * y).real.sum() for y, v in pairs if _function.has_derivative(y)]
         return outputs[0] + e * torch.stack(terms).sum()
 
+    gradient_jvp = _functorch_jvp if _modes.transformed() else _autograd_jvp
     try:
-        if _modes.transformed():
-            others = [xs[i] for i in chosen[count:]]
-            gradient = torch.func.grad(total, tuple(range(1, len(chosen) + 1)))
-
-            def gradients(e: Tensor, *params: Tensor) -> Any:
-                return gradient(e, *params, *others)
-
-            primals, tangents = (zero, *xs[:count]), (one, *vectors)
-            results = torch.func.jvp(gradients, primals, tangents)[1]
-        else:
-            with forward_ad.dual_level(), torch.enable_grad():
-                inputs = [_function.alias(xs[i], create_graph) for i in chosen]
-                for i, vector in enumerate(vectors):
-                    inputs[i] = forward_ad.make_dual(inputs[i], vector)
-                value = total(forward_ad.make_dual(zero, one), *inputs)
-                grads = torch.autograd.grad(
-                    value, inputs, create_graph=create_graph, materialize_grads=True
-                )
-                results = [forward_ad.unpack_dual(grad).tangent for grad in grads]
+        results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
     except RuntimeError as error:
         if not re.search("forward (AD|mode)", str(error)):
             raise
@@ -163,3 +146,35 @@ def _hvp(
     for i, result in zip(chosen, results, strict=True):
         products[i] = result
     return products
+
+
+# The derivative of the gradient of `function(e, *xs)` by its xs, along tangents of its first
+# arguments.
+
+
+def _functorch_jvp(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    count = len(tangents)
+    gradient = torch.func.grad(function, tuple(range(1, len(inputs))))
+
+    def gradients(*moved: Tensor) -> Any:
+        return gradient(*moved, *inputs[count:])
+
+    return torch.func.jvp(gradients, tuple(inputs[:count]), tuple(tangents))[1]
+
+
+def _autograd_jvp(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    create_graph = torch.is_grad_enabled()
+    # Within a torch.autograd.Function forward mode is off as well.
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
+        duals = [_function.alias(x, create_graph) for x in inputs]
+        for i, tangent in enumerate(tangents):
+            duals[i] = forward_ad.make_dual(duals[i], tangent)
+        value = function(*duals)
+        grads = torch.autograd.grad(
+            value, duals[1:], create_graph=create_graph, materialize_grads=True
+        )
+        return [forward_ad.unpack_dual(grad).tangent for grad in grads]

@@ -87,8 +87,9 @@ class Checkpointed(Adjoint):
         xs = list(xs)
         if _modes.compiling() or _modes.forward_differentiated() or not torch.is_grad_enabled():
             return Unrolled().run(step, carry, args, xs)
-        if xs:
-            refuse_closed_over("the loss or step", step, carry, args, xs[0])
+        if not xs:
+            return carry, []
+        refuse_closed_over("the loss or step", step, carry, args, xs[0])
         if isinstance(step, GradientStep):
             step = replace(step, hvp=self.hvp)
         pieces = self.segments or _root(len(xs), self.levels + 1)
