@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _ops
 from diffopt._modes import number_of
 from diffopt.optim._adapter import Checkpoints
 from diffopt.rules._line_search import Point, strong_wolfe
-from diffopt.rules.lbfgs import curvature, direction, first_length, flat, real
+from diffopt.rules.lbfgs import LEAST_CURVATURE, curvature, direction, first_length, flat, real
 
 MEMORY = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
 
@@ -104,20 +103,22 @@ class _Objective:
         state: dict[str, Any],
         memory: dict[str, Any],
     ) -> None:
-        self.params, self.closure, self.state, self.memory = params, closure, state, memory
+        self.leaves, self.params = params, list(map(real, params))
+        self.sizes = list(map(Tensor.numel, self.params))
+        self.closure, self.state, self.memory = closure, state, memory
 
     def evaluate(self) -> tuple[Any, float, Tensor]:
         """What the closure returned, the loss as a number, and its gradient as one vector."""
         loss = self.closure()
         self.state["func_evals"] += 1
-        return loss, float(loss), flat(map(_dense_grad, self.params))
+        return loss, float(loss), flat(map(_dense_grad, self.leaves))
 
     def move(self, origin: list[Tensor], t: Any) -> None:
         """Put the parameters at length `t` along the direction."""
         self.memory["t"] = t
-        pieces = torch.split(self.memory["d"], [real(p).numel() for p in self.params])
+        pieces = self.memory["d"].split_with_sizes(self.sizes)
         for p, x, piece in zip(self.params, origin, pieces, strict=True):
-            real(p).copy_(_ops.add(real(x), piece.view_as(real(p)), number_of(t)))
+            torch.add(x, piece.view_as(p), alpha=t, out=p)
 
     def search(self, start: Point, tolerance_change: float, max_ls: int) -> Point:
         """Move by the length that a line search finds."""
@@ -132,7 +133,7 @@ class _Objective:
             evaluate,
             start,
             self.memory["t"],
-            scale=d.abs().max().cpu(),
+            scale=_greatest(d).cpu(),
             tolerance_change=tolerance_change,
             max_ls=max_ls,
         )
@@ -160,9 +161,10 @@ def _iterate(objective: _Objective, loss: float, grad: Tensor, group: dict[str, 
             if n < group["max_iter"]:
                 _, loss, grad = objective.evaluate()
         if (
-            state["func_evals"] >= most
+            n == group["max_iter"]
+            or state["func_evals"] >= most
             or _greatest(grad) <= group["tolerance_grad"]
-            or _greatest(memory["d"] * memory["t"]) <= tolerance_change
+            or _greatest(memory["d"]) * abs(number_of(memory["t"])) <= tolerance_change
             or abs(loss - memory["prev_loss"]) < tolerance_change
         ):
             return
@@ -177,24 +179,36 @@ def _choose_direction(
         memory |= {"d": -grad, "old_dirs": [], "old_stps": [], "ro": [], "H_diag": 1}
         memory["t"] = min(1.0, first_length(grad)) * lr
         return
-    y, s = grad - memory["prev_flat_grad"], memory["d"] * memory["t"]
-    kept, ro, H_diag = curvature(y, s)
-    if kept:
+    last = memory["prev_flat_grad"]  # a search that finds no lower loss ends with this gradient
+    y = torch.sub(grad, last, out=None if grad is last else last)
+    s = memory["d"].mul_(memory["t"])
+    ys = y.dot(s)
+    if ys > LEAST_CURVATURE:
+        ro, H_diag = curvature(ys, y.dot(y))
         for name, new in (("old_dirs", y), ("old_stps", s), ("ro", ro)):
             rows = [*memory[name], new]
             memory[name] = rows[max(0, len(rows) - group["history_size"]) :]
         memory["H_diag"] = H_diag
     rows = memory["old_dirs"], memory["old_stps"], memory["ro"]
-    memory["d"], al = direction(grad, *rows, memory["H_diag"])
+    memory["d"], al = direction(-grad, *rows, memory["H_diag"], _subtract_, Tensor.mul_)
     state.setdefault("al", [None] * group["history_size"])[: len(al)] = al
     memory["t"] = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may write to it
 
 
 def _dense_grad(p: Tensor) -> Tensor:
-    if p.grad is None:
+    grad = p.grad
+    if grad is None:
         return torch.zeros_like(p)
-    return p.grad if p.grad.layout is torch.strided else p.grad.to_dense()
+    return grad if grad.layout is torch.strided else grad.to_dense()
 
 
-def _greatest(vector: Tensor) -> float:
-    return float(vector.abs().max())
+def _greatest(vector: Tensor) -> Tensor:
+    """The greatest magnitude, found without a vector of magnitudes."""
+    least, most = vector.aminmax()
+    return torch.maximum(most, -least)
+
+
+def _subtract_(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
+    if coefficient.is_cpu:
+        return x.sub_(y, alpha=coefficient)  # pyright: ignore[reportArgumentType]
+    return x.addcmul_(y, coefficient, value=-1)  # alpha= would wait for the device

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffopt import _checks, _ops, _tree
 from diffopt._gradient import value_and_grad
 from diffopt._hparams import Hyperparameter, hparams, number
-from diffopt._modes import exact, exact_dtype, number_of
+from diffopt._modes import exact, exact_dtype
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 from diffopt.rules._line_search import Point, strong_wolfe
@@ -98,35 +98,38 @@ def lbfgs(*, history_size: int = 100) -> LimitedMemoryBFGS:
     return LimitedMemoryBFGS(history_size)
 
 
+def _subtract(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
+    return _ops.add(x, y, -coefficient)
+
+
 def direction(
-    grad: Tensor,
+    q: Tensor,
     old_dirs: Iterable[Tensor],
     old_stps: Iterable[Tensor],
     ro: Iterable[Tensor],
     H_diag: Any,
+    sub: Callable[[Tensor, Tensor, Tensor], Tensor] = _subtract,
+    mul: Callable[[Tensor, Any], Tensor] = torch.mul,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`-H grad`, and the weights of the first loop (Nocedal and Wright, algorithm 7.4).
+    """`H q`, and the weights of the first loop (Nocedal and Wright, algorithm 7.4).
 
     Pairs (y, s) of `old_dirs` and `old_stps` stand oldest first; `ro` is 1 / y.s, and 0 makes a
-    pair count for nothing.
+    pair count for nothing. `sub(x, y, c)` is x - c * y; it and `mul` may overwrite x, and so `q`.
     """
     pairs = list(zip(old_dirs, old_stps, ro, strict=True))
-    q = -grad
     al: list[Tensor] = []
     for y, s, rho in reversed(pairs):
         al.insert(0, rho * s.dot(q))
-        q = _ops.add(q, y, number_of(-al[0]))
-    d = H_diag * q
+        q = sub(q, y, al[0])
+    d = mul(q, H_diag)
     for (y, s, rho), alpha in zip(pairs, al, strict=True):
-        d = _ops.add(d, s, number_of(alpha - rho * y.dot(d)))
+        d = sub(d, s, rho * y.dot(d) - alpha)
     return d, al
 
 
-def curvature(y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether a pair is worth remembering, and if so 1 / y.s and the scale y.s / y.y of H."""
-    kept = y.dot(s) > LEAST_CURVATURE
-    ys, yy = (torch.where(kept, y.dot(x), 1) for x in (s, y))
-    return kept, 1 / ys, ys / yy
+def curvature(ys: Tensor, yy: Tensor) -> tuple[Tensor, Tensor]:
+    """What a pair tells of H: 1 / y.s, and the scale y.s / y.y."""
+    return 1 / ys, ys / yy
 
 
 def first_length(grad: Tensor) -> Tensor:
@@ -333,13 +336,14 @@ def _direction(problem: _Problem, old: LBFGSState) -> tuple[Tensor, LBFGSState]:
     ys, steps, ro, H_diag, prev_grad, prev_step = (field.to(dtype) for field in old[1:])
     y = problem.where_active(problem.grad - prev_grad, 0)
     s = problem.where_active(prev_step, 0)
-    kept, rho, scale = curvature(y, s)
+    kept = y.dot(s) > LEAST_CURVATURE
+    rho, scale = curvature(*(torch.where(kept, y.dot(x), 1) for x in (s, y)))
     ys, steps, ro = (
         torch.where(kept, torch.cat([rows[1:], row.unsqueeze(0)]), rows)
         for rows, row in ((ys, y), (steps, s), (ro, rho))
     )
     H_diag = torch.where(kept, scale, H_diag)
-    d, _ = direction(problem.grad, ys, steps, ro, H_diag)
+    d, _ = direction(-problem.grad, ys, steps, ro, H_diag)
     grad = problem.where_active(problem.grad, prev_grad)
     state = LBFGSState(exact(old.step) + 1, ys, steps, ro, H_diag, grad, prev_step)
     return problem.where_active(d, 0), state
