@@ -1,11 +1,13 @@
 """Adafactor: its factored state, its derivatives at zeros, and what it refuses."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import diffopt
+from diffopt import optim
 
 F64 = torch.float64
 NUMBERS = {"lr": 0.1, "beta2_decay": -0.6, "eps1": 0.3, "eps2": 0.2, "d": 1.2, "weight_decay": 0.05}
@@ -186,3 +188,60 @@ def test_complex_params_are_refused():
 def test_numbers_are_no_flags():
     with pytest.raises(TypeError, match=r"eps1 is 1e-30, not a bool"):
         diffopt.adafactor(eps1=1e-30)
+
+
+ALIKE = [(5,), (3, 4), (2, 3, 4), (), (0,)]
+BESIDE = [(7,), (70, 70), (70, 70)]  # too few, and too big
+
+
+def by_class(params, lr, *, stacked):
+    params = [p.clone().requires_grad_() for p in params]
+    optimizer = optim.Adafactor(params, lr, weight_decay=0.1, foreach=None if stacked else False)
+    for seed in range(3):
+        for i, p in enumerate(params):
+            p.grad = draw(*p.shape, seed=100 * seed + i).to(p.dtype)
+        optimizer.step()
+    rows = [optimizer.state[p] for p in params]
+    return [params, *([row[key] for key in sorted(row)] for row in rows)]
+
+
+def by_rule(params, lr, *, stacked):
+    params = [p.clone() for p in params]
+    opt = diffopt.adafactor(eps1=True, maximize=True)
+    opt = opt if stacked else dataclasses.replace(opt, execution="leaf")
+    state, hp = opt.init(params), opt.hparams(lr=lr, weight_decay=0.1)
+    for seed in range(3):
+        grads = [draw(*p.shape, seed=100 * seed + i).to(p.dtype) for i, p in enumerate(params)]
+        opt.update_(params, grads, state, hp)
+    return params, state
+
+
+@pytest.mark.parametrize("run", [by_class, by_rule])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=F64)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+def test_small_tensors_of_one_shape_are_stepped_together_as_they_are_alone(
+    run, lr, dtype, monkeypatch
+):
+    shapes = [shape for _ in range(9) for shape in ALIKE] + BESIDE
+    params = [draw(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    calls, vmap = [], torch.func.vmap
+
+    def spy(leaf):
+        return lambda *stacks: calls.append(stacks[0].shape) or vmap(leaf)(*stacks)
+
+    monkeypatch.setattr(torch.func, "vmap", spy)
+    expected = run(params, lr, stacked=False)
+    assert calls == []
+    together = run(params, lr, stacked=True)
+    assert sorted(calls) == sorted([(9, *shape) for shape in ALIKE] * 3)
+    exact = {"rtol": 1e-12, "atol": 1e-12} if dtype == F64 else {"rtol": 1e-2, "atol": 0}
+    torch.testing.assert_close(together, expected, **exact)
+
+
+def test_rates_of_each_weight_are_not_stepped_together(monkeypatch):
+    opt, params = diffopt.adafactor(), [draw(5, seed=i) for i in range(9)]
+    state, hp = opt.init(params), opt.hparams(lr=torch.linspace(0.1, 0.5, 5, dtype=F64))
+    expected, _ = opt.update(params, params, state, hp)
+    monkeypatch.delattr(torch.func, "vmap")
+    opt.update_(params, [p.clone() for p in params], state, hp)
+    torch.testing.assert_close(params, expected)

@@ -41,6 +41,7 @@ def leafwise(
     batchable: bool = True,
     shapes: Callable[[Shape], tuple[Shape, ...]] | None = None,
     refuse: Callable[[Tensor], str | None] | None = None,
+    stackable: bool = False,
 ) -> Leafwise[S, H]:
     """Make an optimizer from the mathematics of one tensor.
 
@@ -74,6 +75,9 @@ def leafwise(
             after `step`, where they are not all that of the parameter. Such a rule must refuse
             complex parameters.
         refuse: `(param) -> reason or None`: why the rule cannot update it, such as "is complex".
+        stackable: whether small tensors of one shape may be updated as one batch, by `torch.vmap`
+            of the rule, which rounds sums in another order. It is for rules that are not
+            elementwise.
 
     Returns:
         The optimizer. Parameters in half precision are updated in float32 arithmetic, complex ones
@@ -98,7 +102,7 @@ def leafwise(
     if not _modes.compiling():  # then it does not trace
         torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
     fields = init(torch.empty(0), torch.empty(()))
-    execution = (native, elementwise, batchable, shapes, refuse)
+    execution = (native, elementwise, batchable, shapes, refuse, stackable)
     mathematics = Rule(hparams, state, init, rule, scalars, maximize, initial, *execution)
     return Leafwise(hparams, mathematics, tuple(unused(field) for field in fields[1:]))
 
@@ -118,10 +122,10 @@ class Leafwise(Optimizer[S, H]):
         unused: which fields of the state, after `step`, hold `()` in this configuration.
         execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
             no derivative; "auto": the fastest that applies. That is, for `update_`, a native kernel
-            where there is one, else tiles of the cache's size on a CPU; foreach on other devices
-            where no derivative can be asked for; and else leaf. "compiled": `update_` runs one
-            kernel that `torch.compile` makes of the rule for these shapes, which takes seconds at
-            the first step; `update` is "leaf", to be compiled with what surrounds it.
+            where there is one, else tiles of the cache's size or stacks on a CPU; foreach on other
+            devices where no derivative can be asked for; and else leaf. "compiled": `update_` runs
+            one kernel that `torch.compile` makes of the rule for these shapes, which takes seconds
+            at the first step; `update` is "leaf", to be compiled with what surrounds it.
     """
 
     hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
@@ -177,7 +181,8 @@ class Leafwise(Optimizer[S, H]):
         """Update tensors that share device, dtype and hyperparameters, in place."""
         number = _modes.number_of(step)
         numeric = all(isinstance(value, (int, float)) for value in values)
-        if self.execution == "auto" and numeric and _execution.kernel_ready(columns):
+        native = self.execution == "auto" and self.rule.native and numeric
+        if native and _execution.kernel_ready(columns):
             first = None if isinstance(number, Tensor) else number == 1
             steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
             if _execution.native_(self.rule, steps, first, values, columns):
@@ -190,6 +195,8 @@ class Leafwise(Optimizer[S, H]):
             _execution.foreach_(self.rule, numbers, columns)
         elif self.execution == "auto" and _execution.tileable(self.rule, columns, values):
             _execution.tiled_(self.rule, numbers, columns)
+        elif self.execution == "auto" and _execution.stackable(self.rule, columns, values):
+            _execution.stacked_(self.rule, numbers, columns)
         else:
             _execution.leaf_(self.rule, numbers, columns)
 

@@ -25,6 +25,7 @@ Execution = Literal["auto", "leaf", "foreach", "compiled"]
 
 _AS_IS = (torch.float32, torch.float64)
 _TILE = 1 << 18  # elements for each thread: less pays too much Python, more leaves the cache
+_SMALL, _FEW = 1 << 12, 8  # up to so many elements, from so many tensors on, stacks pay
 _MOVING = ("weight_decay", "momentum")  # what moves a parameter whose gradient is zero
 WORKING_DTYPE = {
     torch.float16: torch.float32,
@@ -49,6 +50,7 @@ class Rule:
     batchable: bool
     shapes: Callable[[Shape], tuple[Shape, ...]] | None
     refuse: Callable[[Tensor], str | None] | None
+    stackable: bool
 
     def at(self, step: Any, values: Sequence[Any], like: Tensor) -> Numbers:
         """What the rule sees beside tensors, for tensors of the device and dtype of `like`."""
@@ -140,6 +142,32 @@ def tiled_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
             torch._foreach_copy_(old, new.split(lengths))
 
 
+def stacked_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place; small tensors of one shape by one call of the rule, which torch.vmap batches."""
+    size = torch.get_num_threads() * _TILE
+    lists = [c for c in columns if isinstance(c, list)]
+    lengths = [p.numel() for p in columns[0]]
+    alike: dict[Any, list[int]] = {}
+    for i, p in enumerate(columns[0]):
+        alike.setdefault(p.shape if lengths[i] <= _SMALL else i, []).append(i)
+
+    def leaf(*tensors: Tensor) -> list[Tensor]:
+        rest = iter(tensors)
+        row = [next(rest) if isinstance(c, list) else c for c in columns]
+        return [x for x in rule.apply(numbers, row) if isinstance(x, Tensor)]
+
+    for indices in alike.values():
+        for batch in _batches(indices, lengths, size):
+            if len(batch) < _FEW:
+                leaf_(rule, numbers, [pick(column, batch) for column in columns])
+                continue
+            pieces = [[column[i] for i in batch] for column in lists]
+            stacks: Any = torch.func.vmap(leaf)(*map(torch.stack, pieces))
+            for old, new in zip(_written(pieces), stacks, strict=True):
+                if new.numel():
+                    torch._foreach_copy_(old, new.unbind())
+
+
 def _prepared(
     rule: Rule, numbers: Numbers, columns: Sequence[Any], size: int
 ) -> Callable[[Sequence[Tensor]], None]:
@@ -163,13 +191,13 @@ def _prepared(
         row[k] = x
     try:
         new_p, *new = rule.run(numbers, row)
+        outputs = [value for k, value in enumerate([new_p, None, *new]) if k in lists]
+        program = _program.Program(tape, outputs)
     except (_program.Unrecordable, TypeError):
         return eagerly
     for column, value in zip(columns[2:], new, strict=True):
         if isinstance(column, Shared):
             column.new = value
-    outputs = [value for k, value in enumerate([new_p, None, *new]) if k in lists]
-    program = _program.Program(tape, outputs)
     registers = program.registers(size, like)
     return lambda piece: program.run(piece, registers)
 
@@ -224,12 +252,21 @@ def sparse_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
             leaf_(rule, numbers, [[x] if isinstance(x, Tensor) else x for x in row])
             continue
         grad = grad.coalesce()
+        if not grad._nnz():
+            continue
         where = tuple(grad.indices())
-        picked = [x[where] if isinstance(x, Tensor) else x for x in row[2:]]
-        new = rule.apply(numbers, [row[0][where], grad.values(), *picked])
+        picked = [_rows(x, where) if isinstance(x, Tensor) else x for x in row[2:]]
+        new = rule.apply(numbers, [_rows(row[0], where), grad.values(), *picked])
         for old, pieces in zip(_written(row), new, strict=True):
-            if isinstance(old, Tensor):
+            if isinstance(old, Tensor) and len(where) == 1:
+                old.index_copy_(0, where[0], pieces)
+            elif isinstance(old, Tensor):
                 old[where] = pieces
+
+
+def _rows(x: Tensor, where: tuple[Tensor, ...]) -> Tensor:
+    """`x[where]`; for rows that takes several times longer than `index_select`."""
+    return x.index_select(0, where[0]) if len(where) == 1 else x[where]
 
 
 def native_(
@@ -277,6 +314,12 @@ def tileable(rule: Rule, columns: Sequence[Any], values: Sequence[Any]) -> bool:
     """Whether tiles compute this."""
     cpu = columns[0][0].device.type == "cpu"
     return cpu and rule.elementwise and all(map(is_scalar, values)) and plain(columns)
+
+
+def stackable(rule: Rule, columns: Sequence[Any], values: Sequence[Any]) -> bool:
+    """Whether stacks compute this."""
+    cpu = columns[0][0].device.type == "cpu"
+    return cpu and rule.stackable and all(map(is_scalar, values)) and plain(columns)
 
 
 def is_scalar(value: Any) -> bool:

@@ -120,34 +120,43 @@ class Program:
         wanted = {x.index: k for k, x in enumerate(outputs) if x is not None}
         for index in wanted:
             last[index] = len(operations)
+        made = {operation.result.index: i for i, operation in enumerate(operations)}
         place = {x.index: k for k, x in enumerate(inputs)}  # the register of each value
-        free: dict[bool, list[int]] = {True: [], False: []}
-        self.boolean = [False] * len(inputs)
         self.inputs = len(inputs)
+        # Of each register: its kind, when its value is needed last, and when it must be free again.
+        self.boolean = [False] * len(inputs)
+        until = [last.get(x.index, -1) for x in inputs]
+        due = [-1 if x is None else made.get(x.index, -1) for x in outputs]
         self.lines: list[tuple[Any, ...]] = []
         for i, (function, arguments, options, result) in enumerate(operations):
             if result.index not in last:
                 continue
             sources = [place[x.index] if isinstance(x, Recorded) else None for x in arguments]
-            for x in {x for x in arguments if isinstance(x, Recorded)}:
-                register = place[x.index]
-                if last[x.index] == i and register >= self.inputs:
-                    free[x.boolean].append(register)
+            needed = last[result.index]
+            free = [
+                k
+                for k, boolean in enumerate(self.boolean)
+                if until[k] <= i and needed <= due[k] and boolean == result.boolean
+            ]
             k = wanted.get(result.index)
-            if k is not None and last.get(inputs[k].index, -1) <= i:
+            if k is not None and until[k] <= i:
                 target = k
-            elif free[result.boolean]:
-                target = free[result.boolean].pop()
+            elif free:
+                target = max(free, key=until.__getitem__)  # the latest in the cache
             else:
                 target = len(self.boolean)
                 self.boolean.append(result.boolean)
-            place[result.index] = target
+                until.append(i)
+                due.append(len(operations))
+            place[result.index], until[target] = target, needed
             self.lines.append((function, arguments, sources, options, target))
         self.copies = [
             (k, place[x.index])
             for k, x in enumerate(outputs)
             if x is not None and place[x.index] != k
         ]
+        if {k for k, _ in self.copies} & {source for _, source in self.copies}:
+            raise Unrecordable("a new value is the old one of what is overwritten")
 
     def registers(self, size: int, like: Tensor) -> list[Tensor]:
         """Memory for what is no input, for pieces of up to `size` elements."""

@@ -11,12 +11,14 @@ checkpoints, which are copies.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from diffopt import _execution, _hparams, _tree
 from diffopt._engine import Leafwise
@@ -150,6 +152,7 @@ class RuleOptimizer(Checkpoints):
     """Whether torch accepts foreach=True together with differentiable=True."""
 
     _plans: list[Any]
+    _rows: list[Any]
     watch: Watch
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
@@ -159,6 +162,27 @@ class RuleOptimizer(Checkpoints):
     def buffers(self, opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
         """The fields of the state, after the step, that this parameter has."""
         return fields_of(opt)
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What torch puts around every class's `step`, entered where there is a hook or profiler.
+
+        It takes as long as stepping some 50 small tensors.
+        """
+        hooked: Any = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            watched = (
+                torch.autograd._profiler_enabled()
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+            )
+            return (hooked if watched else func)(self, *args, **kwargs)
+
+        return step
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -185,7 +209,7 @@ class RuleOptimizer(Checkpoints):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self.watch = [], Watch()
+        self._plans, self._rows, self.watch = [], [], Watch()
         for key, row in self.state.items():
             if type(row) is dict:
                 self.state[key] = Row(self.watch, row)
@@ -231,10 +255,10 @@ class RuleOptimizer(Checkpoints):
     def _take(self) -> list[Any]:
         """What each group is to be stepped with; plans are kept where nothing has changed."""
         if "watch" not in self.__dict__:
-            self._plans, self.watch = [], Watch()
+            self._plans, self._rows, self.watch = [], [], Watch()
         plans: list[Any] = self._plans
-        known = same(list(self.state.values()), self.__dict__.get("_rows", ()))
-        if not known or len(plans) != len(self.param_groups):
+        rows = list(self.state.values())
+        if len(plans) != len(self.param_groups) or not same(rows, self._rows):
             plans = [None] * len(self.param_groups)
         taken: list[Any] = []
         for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
@@ -242,8 +266,9 @@ class RuleOptimizer(Checkpoints):
             if columns is None:
                 plans[i] = Plan(self, group, i)
                 columns = plans[i].take(self, group)
+                rows = list(self.state.values())
             taken.append(columns)
-        self._plans, self._rows, self.watch.changed = plans, list(self.state.values()), False
+        self._plans, self._rows, self.watch.changed = plans, rows, False
         return taken
 
     def check_param(self, param: Tensor, group: Group, name: str) -> None:

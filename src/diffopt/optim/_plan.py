@@ -127,6 +127,7 @@ class Bucket:
         self.rule, self.layout, self.fresh = opt.rule, key.layout, key.fresh
         self.params, self.rows, self.indices = params, rows, indices
         self.spent = False  # a first step is planned for once
+        self.begun = False  # whether the count is known to be past 1
         fields = zip(opt.rule.state._fields[1:], opt.unused, strict=True)
         self.fields = ["" if unused else name for name, unused in fields]
         self.fused = bool(group.get("fused"))
@@ -169,6 +170,8 @@ class Bucket:
                 return "native"
         if foreach is None and key.layout == "regular" and cpu:
             return "tiles"
+        if foreach is None and key.layout == "strided" and cpu and self.rule.stackable:
+            return "stacks"
         batched = (foreach or (foreach is None and not cpu)) and self.rule.batchable
         # DTensor has no rule for all foreach kernels.
         return "foreach" if batched and key.layout != "foreign" else "leaf"
@@ -218,13 +221,14 @@ class Bucket:
 
     def _in_place_step_(self, optimizer: Any, values: list[Any], columns: list[Any]) -> None:
         counts = self.scalars.get("step")
-        t: Any = 1.0 if self.fresh else 2.0
         if counts:
             counts.add_(1)
-            t = _modes.number_of(counts.first)
         if self.way != "native" or not self._native_step_(optimizer, values, columns):
             if self._scaled(optimizer, columns):
                 return
+            t: Any = 1.0 if self.fresh else 2.0
+            if counts:
+                t = _modes.number_of(counts.first)
             way = self.way
             if way == "native":
                 way = "tiles" if self.params[0].device.type == "cpu" else "foreach"
@@ -256,9 +260,10 @@ class Bucket:
         counts = self.scalars.get("step")
         steps = counts.on(device) if counts else []
         first: bool | None = self.fresh
-        if counts and not self.rule.initial:  # else the state is past its initial values
+        if counts and not (self.begun or self.rule.initial):  # else it is past its initial values
             t = _modes.number_of(counts.first)
             first = None if isinstance(t, Tensor) else t == 1
+            self.begun = first is False
         if not _execution.native_(self.rule, steps, first, [lr, *rest], columns, **amp):
             return False
         if "found_inf" in amp:
@@ -544,6 +549,7 @@ def name_of(group: Group, i: int, j: int) -> str:
 _WAYS = {
     "leaf": _execution.leaf_,
     "tiles": _execution.tiled_,
+    "stacks": _execution.stacked_,
     "foreach": _execution.foreach_,
     "sparse": _execution.sparse_,
 }

@@ -1,6 +1,7 @@
 """Adafactor: Adam's second moment by rows and columns only (Shazeer and Stern 2018)."""
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -8,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _ops
+from diffopt import _modes, _ops
 from diffopt._engine import Leafwise, leafwise, zeros_like
 from diffopt._hparams import Hyperparameter, check_flags, hparams, number
 from diffopt._tree import Tree
+
+_PIECE = 1 << 16  # torch.dot of many more float32 numbers loses digits
 
 
 class AdafactorState(NamedTuple):
@@ -108,14 +111,14 @@ def adafactor(*, eps1: bool = False, maximize: bool = False) -> Leafwise[Adafact
         if p.dim() > 1:
             row_var = _ops.lerp(row_var, _mean(square, -1), weight)
             col_var = _ops.lerp(col_var, _mean(square, -2), weight)
-            v = row_var * col_var / _mean(row_var, -2).clamp(min=eps)
+            v = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
         else:
             v = variance = _ops.lerp(variance, square, weight)
         u = g * v.clamp(min=eps * eps).rsqrt()
-        u = u * (alpha / (_rms(u) / hp.d).clamp(min=1))
+        scale = alpha / (_rms(u) / hp.d).clamp(min=1)
         if not _ops.is_zero(hp.weight_decay):  # lr may be infinite
             p = p * (1 - hp.lr * hp.weight_decay)
-        return p - u, AdafactorState(s.step, row_var, col_var, variance)
+        return _ops.add(p, u, -scale), AdafactorState(s.step, row_var, col_var, variance)
 
     record: Any = AdafactorEps1HParams if eps1 else AdafactorHParams
     return leafwise(
@@ -128,6 +131,7 @@ def adafactor(*, eps1: bool = False, maximize: bool = False) -> Leafwise[Adafact
         batchable=False,
         shapes=_shapes,
         refuse=_refuse,
+        stackable=True,
     )
 
 
@@ -147,5 +151,8 @@ def _mean(x: Tensor, dim: int) -> Tensor:
     return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)
 
 
-def _rms(x: Tensor) -> Any:
-    return _ops.sqrt((x * x).sum() / max(x.numel(), 1))
+def _rms(x: Tensor) -> Tensor:
+    if _modes.compiling():  # which fuses this, and would unroll the other
+        return _ops.sqrt((x * x).sum() / max(x.numel(), 1))
+    pieces = [piece.dot(piece) for piece in x.reshape(-1).split(_PIECE)]
+    return _ops.sqrt(torch.stack(pieces).sum() / max(x.numel(), 1))
