@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import diffopt
-from diffopt.adjoint import Checkpointed, Unrolled, unroll
+from diffopt.adjoint import Checkpointed, Truncated, Unrolled, unroll
 
 CHECKPOINTED = [
     Checkpointed(),
@@ -147,13 +147,14 @@ def test_recomputed_steps_are_cast_as_they_were(adjoint):
     torch.testing.assert_close(derivative(adjoint), derivative(Unrolled()), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("tol", [None, 1e-9])
 @pytest.mark.parametrize("adjoint", [Unrolled(), *CHECKPOINTED], ids=str)
-def test_hyperparameters_of_every_step_are_differentiated(adjoint):
+def test_hyperparameters_of_every_step_are_differentiated(adjoint, tol):
     rates = torch.tensor([0.1, 0.2, 0.3, 0.1], dtype=torch.float64, requires_grad=True)
     opt = diffopt.sgd()
     sol = diffopt.minimize(
         lambda w: 0.5 * w**2, torch.tensor(1.0, dtype=torch.float64), optimizer=opt,
-        hparams=lambda t: opt.hparams(lr=rates[t]), steps=4, adjoint=adjoint,
+        hparams=lambda t: opt.hparams(lr=rates[t]), steps=4, tol=tol, adjoint=adjoint,
     )  # fmt: skip
     product = (1 - rates).prod()
     torch.testing.assert_close(sol.params, product)
@@ -306,7 +307,7 @@ def test_three_levels_of_loops_have_the_right_derivative(levels):
 # Stopping early
 
 
-@pytest.mark.parametrize("adjoint", [None, Unrolled(), *CHECKPOINTED], ids=str)
+@pytest.mark.parametrize("adjoint", [None, Unrolled(), Truncated(3), *CHECKPOINTED], ids=str)
 def test_a_loop_stops_where_the_gradient_is_within_the_tolerance(adjoint):
     start = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
     opt = diffopt.sgd()
@@ -316,7 +317,7 @@ def test_a_loop_stops_where_the_gradient_is_within_the_tolerance(adjoint):
         batches=batches, tol=0.7, adjoint=adjoint,
     )  # fmt: skip
     assert sol.steps == 3  # 5, 2.5, 1.25, 0.625
-    assert len(sol.losses) == 4
+    assert len(sol.losses) == 3
     assert next(batches) == 4
     torch.testing.assert_close(sol.params, start / 8)
     if adjoint is not None:
@@ -338,8 +339,21 @@ def test_under_vmap_each_example_stops_by_itself(adjoint):
     starts = torch.tensor([0.6, 5.0, 1.0], dtype=torch.float64)
     grads, (steps, losses) = torch.vmap(torch.func.grad(solve, has_aux=True))(starts)
     assert steps.tolist() == [0, 3, 1]
-    assert losses.shape == (3, 4)
+    assert losses.shape == (3, 3)
     torch.testing.assert_close(grads, 0.5 ** steps.double())
+
+
+def test_truncation_under_vmap_refuses_examples_that_stopped_before():
+    opt = diffopt.sgd()
+
+    def solve(start):
+        return diffopt.minimize(
+            lambda w: 0.5 * w**2, start, optimizer=opt, hparams=opt.hparams(lr=0.5), steps=100,
+            tol=0.7, adjoint=Truncated(1),
+        ).params  # fmt: skip
+
+    with pytest.raises(ValueError, match="under vmap, tol ends the examples after different"):
+        torch.vmap(solve)(torch.tensor([5.0, 1.0]))
 
 
 def test_a_negative_tolerance_is_refused():
@@ -348,6 +362,28 @@ def test_a_negative_tolerance_is_refused():
         diffopt.minimize(
             torch.square, torch.ones(()), optimizer=opt, hparams=opt.hparams(lr=1), steps=1, tol=-1
         )
+
+
+# A batch of which an input, and so a result, is no batch
+
+
+@pytest.mark.parametrize("adjoint", CHECKPOINTED, ids=str)
+def test_a_common_start_gets_the_sum_of_a_batch_of_rates(adjoint):
+    start, rates = INPUTS["a"], torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    opt = diffopt.sgd()
+
+    def total(start, adjoint):
+        def end(lr):
+            sol = diffopt.minimize(
+                lambda w: (w**4).sum(), start, optimizer=opt, hparams=opt.hparams(lr=lr), steps=3,
+                adjoint=adjoint,
+            )  # fmt: skip
+            return (sol.losses**2).sum() + sol.params.sum()
+
+        return torch.vmap(end)(rates).sum()
+
+    found, expected = (torch.func.grad(total)(start, a) for a in (adjoint, Unrolled()))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 # Any step function

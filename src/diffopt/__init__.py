@@ -2,12 +2,19 @@
 
 from diffopt import (
     adjoint as adjoint,
+    inspect as inspect,
+    linear as linear,
     nn as nn,
     optim as optim,
     schedules as schedules,
     transforms as transforms,
 )
 from diffopt._tree import detach as detach
+from diffopt.implicit import (
+    fixed_point_iteration as fixed_point_iteration,
+    implicit_fixed_point as implicit_fixed_point,
+    implicit_root as implicit_root,
+)
 from diffopt.optimizer import Optimizer as Optimizer
 from diffopt.rules.adadelta import adadelta as adadelta
 from diffopt.rules.adafactor import adafactor as adafactor

@@ -50,6 +50,21 @@ def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
     return custom(function, inputs, pullback)
 
 
+def independent(tree: Tree, others: Tree) -> Tree:
+    """The tree, with derivatives of zero by what it does not depend on."""
+    if _modes.forward_differentiated() or _modes.compiling():
+        return tree
+    count = len(_tree.split(tree)[0])
+
+    def pullback(
+        inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        pairs = zip(inputs[count:], needed[count:], strict=True)
+        return [*cotangents, *(torch.zeros_like(x) if need else None for x, need in pairs)]
+
+    return custom(lambda inputs: inputs[0], (tree, others), pullback)
+
+
 def vjp(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor],
@@ -87,6 +102,28 @@ def vjp(
     for i, grad in zip(chosen, results, strict=True):
         grads[i] = grad
     return grads
+
+
+def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a function, batched where an input is.
+
+    An output that is one for a whole batch has one cotangent, which the rule that torch.vmap
+    derives for an autograd.Function would count once for every example.
+    """
+    representatives = {_batches(x): x for x in inputs}
+    result = list(outputs)
+    for levels, x in representatives.items():
+        for i, output in enumerate(result):
+            if not levels <= _batches(output):
+                result[i] = output + x.new_zeros((), dtype=output.dtype, device=output.device)
+    return result
+
+
+def _batches(tensor: Tensor) -> frozenset[int]:
+    """The levels of torch.func.vmap at which it is batched."""
+    functorch = torch._C._functorch
+    levels = filter(functorch.is_batchedtensor, _modes.levels(tensor))
+    return frozenset(map(functorch.maybe_get_level, levels))
 
 
 def alias(tensor: Tensor, attached: bool) -> Tensor:
@@ -174,7 +211,7 @@ class _Call:
             if id(output) in seen:  # autograd wants every output to be a tensor of its own
                 outputs[i] = output.clone()
             seen.add(id(output))
-        return tuple(outputs)
+        return tuple(batched_like(outputs, inputs))
 
 
 class _Custom(torch.autograd.Function):

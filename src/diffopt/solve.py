@@ -22,7 +22,7 @@ class Solution(NamedTuple):
     Attributes:
         params: the parameters after the last step.
         state: the optimizer's state after the last step: give it to the next call to go on.
-        losses: the loss before each step, shape [steps]; with `tol` also that at which it stopped.
+        losses: the loss before each step, shape [steps].
         aux: what the loss returned besides its value, one entry per step; empty without `has_aux`.
         buffers: what the loss returned as new buffers in the last step; `()` without
             `buffers`.
@@ -140,16 +140,16 @@ def minimize(
 
 
 def _until_done(step: GradientStep, carry: Tree, args: Tree, xs: Iterable[Any]) -> list[Any]:
-    """The first of the xs, up to the one where every gradient is within the tolerance."""
+    """Of the xs those before the one where every gradient is within the tolerance."""
     surroundings = Surroundings((carry, args))
     used: list[Any] = []
-    with torch.no_grad():
-        for x in xs:
-            used.append(x)
+    for x in xs:
+        with torch.no_grad():
             carry, (_, _, done) = _tree.detach(step(carry, args, x))
-            done = _modes.concrete(done)
-            if done is not None and bool(done.all()):
-                break
+        done = _modes.concrete(done)
+        if done is not None and bool(done.all()):
+            break
+        used.append(x)
     surroundings.restore()
     return used
 

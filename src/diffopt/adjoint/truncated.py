@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from diffopt import _tree
+from diffopt import _modes, _tree
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, Step
+from diffopt.adjoint._base import Adjoint, GradientStep, Step
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Truncated(Adjoint):
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         outputs: list[Any] = []
-        last = deque[Any]()
+        last: deque[Any] = deque()
         for x in xs:  # read k ahead: the number of steps may not be known
             last.append(x)
             if len(last) > self.k:
@@ -60,4 +60,16 @@ class Truncated(Adjoint):
         for x in last:
             carry, output = step(carry, args, x)
             outputs.append(output)
+        if isinstance(step, GradientStep) and last:
+            _refuse_steps_not_taken(outputs[-1])
         return carry, outputs
+
+
+def _refuse_steps_not_taken(output: Any) -> None:
+    """Raise where an example of a batch was done before the last of its steps."""
+    done = None if output[2] is None else _modes.concrete(output[2])
+    if done is not None and bool(done.any()):
+        raise ValueError(
+            "under vmap, tol ends the examples after different numbers of steps, so that the last "
+            "steps of the loop, which Truncated differentiates, are not theirs"
+        )

@@ -1,0 +1,395 @@
+"""Forward mode: the derivatives of a loop are carried along with it."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from diffopt import _function, _modes, _tree
+from diffopt._tree import Tree
+from diffopt.adjoint._base import Adjoint, Step
+from diffopt.adjoint._closed import refuse_closed_over
+from diffopt.adjoint._once import once
+from diffopt.adjoint.unrolled import Unrolled
+
+_SECOND_ORDER = (
+    "ForwardMode has no second derivatives in reverse mode: use Unrolled() or Checkpointed()"
+)
+
+
+@dataclass(frozen=True)
+class ForwardMode(Adjoint):
+    """Exact, in memory that does not grow with the number of steps, for few inputs.
+
+    With z_t the carry after t steps and u all numbers among the inputs that need a gradient, N of
+    them, the tangents are carried from step to step beside z_t:
+
+        dz_{t+1}/du = (d step/dz) dz_t/du + d step/du
+
+    The loop takes the time and memory of N + 1 carries, whatever its length, and nothing of a step
+    is kept but the tangents of its output. The backward pass multiplies cotangents with tangents.
+
+    Inputs are tensors among the initial carry (params, state, buffers), the arguments
+    (hyperparameters, arguments of the loss) and the xs (batches, hyperparameters by step). Each
+    counts once, however often it is used; tensors that were computed separately for every step
+    count separately, so that the rates of a schedule are many inputs where its parameters, used
+    within the step (`unroll`), are few. Tensors that the step closes over raise.
+
+    Derivatives are of first order: to differentiate the backward pass raises. Derivatives in
+    forward mode (`torch.func.jvp`, `torch.autograd.forward_ad`) are of any order; there and under
+    torch.compile the loop is run as it stands, as `Unrolled` does. Under other torch.func
+    transforms, such as `grad`, `jacrev` and `vmap`, N counts the inputs of one example, and
+    `torch.func.grad` within another reverse-mode transform raises where it would need a second
+    derivative. Random numbers are drawn once per step, for values and tangents alike.
+
+    Args:
+        max_inputs: the greatest N allowed.
+
+    Raises:
+        ValueError: `max_inputs` is no integer >= 1; `run`, `iterate`: more numbers need a gradient,
+            or the step closes over a tensor that does.
+        NotImplementedError: the step has an operation without a forward derivative; in the backward
+            pass, a second derivative is asked for.
+
+    Example:
+        >>> import torch, diffopt
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> opt = diffopt.sgd()
+        >>> sol = diffopt.minimize(
+        ...     lambda w: 0.5 * w**2, torch.tensor(1.0), optimizer=opt,
+        ...     hparams=opt.hparams(lr=lr), steps=9, adjoint=diffopt.adjoint.ForwardMode(),
+        ... )
+        >>> torch.autograd.grad(sol.params, lr)  # -9 (1 - lr)^8
+        (tensor(-3.8742),)
+
+    Sources: Williams and Zipser, "A learning algorithm for continually running fully recurrent
+    neural networks", 1989; Franceschi et al., "Forward and reverse gradient-based hyperparameter
+    optimization", 2017.
+    """
+
+    max_inputs: int = 1000
+
+    def __post_init__(self) -> None:
+        if type(self.max_inputs) is not int or self.max_inputs < 1:
+            raise ValueError(f"max_inputs is {self.max_inputs!r}, but must be an integer >= 1")
+
+    def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
+        if _as_it_stands():
+            return Unrolled().run(step, carry, args, xs)
+        inputs, outputs, tangents = _Inputs(self.max_inputs), list[Any](), list[Tensor | None]()
+        for point in _points(step, carry, args, xs, inputs, 1.0):
+            carry, carry_tangents = point.carry, point.tangents[: point.size]
+            outputs.append(point.output)
+            tangents.extend(point.tangents[point.size :])
+        if not outputs:
+            return carry, []
+        return _attach(inputs, (carry, outputs), [*carry_tangents, *tangents])  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def iterate(
+        self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any], *, discount: float = 1.0
+    ) -> Iterator[tuple[Tree, Any]]:
+        """Run a loop that can be differentiated after every step, while it goes on.
+
+        Yields carry_{t+1}, output_t = step(carry_t, args, x_t), both with derivatives by the inputs
+        as they are now: `torch.autograd.grad(validation(carry), args)` is the hypergradient of all
+        steps so far. Before it asks for the next step, the caller may change `args` in place, as
+        `torch.optim` does: the next step takes the new values. The tangents stay, that is, the
+        derivative is by a shift of the values of all steps so far by the same amount.
+
+        Args:
+            step: a pure function, `step(carry, args, x)` returns the next carry and an output.
+            carry: a pytree of tensors.
+            args: a pytree, read anew at every step.
+            xs: one tree per step; read one at a time, so that it may be endless.
+            discount: tangents are multiplied by it before every step but the first. 1 is exact;
+                0 forgets all steps but the last, which with the learning rate as `args` is
+                hypergradient descent (Baydin et al.); between them are Donini et al.
+
+        Returns:
+            An iterator over pairs of a carry and an output.
+
+        Raises:
+            ValueError: `discount` is not between 0 and 1.
+
+        Example:
+            >>> import torch, diffopt
+            >>> def step(w, lr, t):
+            ...     return w - lr * w, 0.5 * w**2  # the loss w^2 / 2
+            >>> lr = torch.tensor(0.1, requires_grad=True)
+            >>> meta = torch.optim.SGD([lr], lr=0.05)
+            >>> online = diffopt.adjoint.ForwardMode()
+            >>> for w, loss in online.iterate(step, torch.tensor(1.0), lr, range(3)):
+            ...     lr.grad, = torch.autograd.grad(0.5 * w**2, lr)
+            ...     meta.step()
+            >>> lr
+            tensor(0.2777, requires_grad=True)
+
+        Sources: Baydin et al., "Online learning rate adaptation with hypergradient descent", 2018;
+        Donini et al., "MARTHE: scheduling the learning rate via online hypergradients", 2020.
+        """
+        if not 0 <= discount <= 1:
+            raise ValueError(f"discount is {discount!r}, but must be a number from 0 to 1")
+        return self._iterate(step, carry, args, xs, discount)
+
+    def _iterate(
+        self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any], discount: float
+    ) -> Iterator[tuple[Tree, Any]]:
+        if _as_it_stands():
+            for x in xs:
+                carry, output = step(carry, args, x)
+                yield carry, output
+            return
+        inputs = _Inputs(self.max_inputs)
+        for point in _points(step, carry, args, xs, inputs, discount):
+            yield _attach(inputs, (point.carry, point.output), point.tangents)
+
+
+def _as_it_stands() -> bool:
+    """Whether the loop needs no tangents of its own."""
+    return _modes.compiling() or _modes.forward_differentiated() or not torch.is_grad_enabled()
+
+
+class _Inputs:
+    """The tensors that need a gradient, and which rows of a tangent are the derivatives by them.
+
+    A tensor with n numbers has n rows, a complex one 2 n.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 0
+        self.tensors: list[Tensor] = []
+        self.rows: dict[int, slice] = {}
+
+    def meet(self, tree: Tree) -> None:
+        """Take in what needs a gradient, by autograd or at a level of torch.func."""
+        for tensor in _tree.split(tree)[0]:
+            if id(tensor) in self.rows or not any(x.requires_grad for x in _modes.levels(tensor)):
+                continue
+            size = tensor.numel() * (2 if tensor.is_complex() else 1)
+            self.tensors.append(tensor)
+            self.rows[id(tensor)] = slice(self.count, self.count + size)
+            self.count += size
+        if self.count > self.limit:
+            raise ValueError(
+                f"{self.count} numbers need a gradient, and ForwardMode carries a tangent like the "
+                f"carry for each: use Checkpointed() or another adjoint in reverse mode, or give "
+                f"max_inputs={self.count} or more (it is {self.limit})"
+            )
+
+    def basis(self, tensor: Tensor) -> Tensor:
+        """The tangents of an input, or of another tensor: zeros."""
+        rows = self.rows.get(id(tensor))
+        pair = (2,) if tensor.is_complex() else ()
+        real = tensor.real if tensor.is_complex() else tensor
+        if rows is None:
+            basis = real.new_zeros((self.count, *tensor.shape, *pair))
+        else:
+            eye = torch.eye(rows.stop - rows.start, dtype=real.dtype, device=real.device)
+            above = (0, 0, rows.start, self.count - rows.stop)
+            basis = torch.nn.functional.pad(eye, above).reshape(-1, *tensor.shape, *pair)
+        return torch.view_as_complex(basis) if pair else basis
+
+
+class _Point(NamedTuple):
+    """The loop after a step, without derivatives, and the tangents of what it made.
+
+    A tangent is None where a tensor has no derivative; the first `size` are the carry's.
+    """
+
+    carry: Tree
+    output: Any
+    tangents: list[Tensor | None]
+    size: int
+
+
+def _points(
+    step: Step, carry: Tree, args: Tree, xs: Iterable[Any], inputs: _Inputs, discount: float
+) -> Iterator[_Point]:
+    iterator = iter(xs)
+    for x in itertools.islice(iterator, 1):
+        refuse_closed_over("the loss or step", step, carry, args, x)
+        iterator = itertools.chain([x], iterator)
+    inputs.meet((carry, args))
+    tangents = [
+        inputs.basis(tensor) if _function.has_derivative(tensor) else None
+        for tensor in _tree.split(carry)[0]
+    ]
+    carry, first = _tree.detach(carry), True
+    for x in iterator:
+        inputs.meet(x)
+        if not first and discount != 1:
+            tangents = [None if tangent is None else discount * tangent for tangent in tangents]
+        point = _advance(step, carry, args, x, tangents, inputs)
+        yield point
+        carry, tangents, first = point.carry, point.tangents[: point.size], False
+
+
+def _advance(
+    step: Step,
+    carry: Tree,
+    args: Tree,
+    x: Any,
+    carry_tangents: Sequence[Tensor | None],
+    inputs: _Inputs,
+) -> _Point:
+    """One step of values and tangents."""
+    others = _tree.split((args, x))[0]
+    directions = [None if t is None else _extended(t, inputs.count) for t in carry_tangents]
+    directions += [inputs.basis(y) if id(y) in inputs.rows else None for y in others]
+    values, join = _tree.split(_tree.detach((carry, args, x)))
+    chosen = [i for i, direction in enumerate(directions) if direction is not None]
+    rejoin: list[Any] = []
+
+    def outputs(*xs: Tensor) -> list[Tensor]:
+        arguments = list(values)
+        for i, y in zip(chosen, xs, strict=True):
+            arguments[i] = y
+        results, join_results = _tree.split(step(*join(arguments)))
+        rejoin[:] = [join_results]
+        return results
+
+    if inputs.count:
+        primals = [values[i] for i in chosen]
+        results, tangents = _pushforward(outputs, primals, [directions[i] for i in chosen])
+    else:
+        with torch.no_grad():
+            results = outputs(*(values[i] for i in chosen))
+        tangents: list[Tensor | None] = [
+            y.new_zeros((0, *y.shape)) if _function.has_derivative(y) else None for y in results
+        ]
+    carry, output = _tree.detach(rejoin[0](results))
+    return _Point(carry, output, tangents, len(_tree.split(carry)[0]))
+
+
+def _extended(tangent: Tensor, count: int) -> Tensor:
+    """With rows of zeros for inputs that were met since."""
+    missing = count - len(tangent)
+    if not missing:
+        return tangent
+    return torch.cat([tangent, tangent.new_zeros((missing, *tangent.shape[1:]))])
+
+
+def _pushforward(
+    function: Callable[..., list[Tensor]], primals: list[Tensor], directions: list[Any]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The values of a function, and its derivatives along each row of the directions."""
+    try:
+        if len(directions[0]) == 1 and not _modes.transformed():
+            return _dual(function, primals, directions)
+        return _batched(function, primals, directions)
+    except RuntimeError as error:
+        if not re.search("forward (AD|mode)", str(error)):
+            raise
+        raise NotImplementedError(
+            f"the loss or step has no forward derivative ({str(error).splitlines()[0]}): use "
+            "Checkpointed(hvp='reverse-over-reverse') or Unrolled()"
+        ) from error
+
+
+def _dual(
+    function: Callable[..., list[Tensor]], primals: list[Tensor], directions: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """For one direction: cheaper than torch.func in eager mode."""
+    values, tangents = list[Tensor](), list[Tensor | None]()
+    with forward_ad.dual_level(), torch.enable_grad():  # or the loss's gradient drops tangents
+        duals = [forward_ad.make_dual(x, d[0]) for x, d in zip(primals, directions, strict=True)]
+        for result in function(*duals):
+            value, tangent = forward_ad.unpack_dual(result)
+            values.append(value.detach())
+            if _function.has_derivative(value):
+                tangent = torch.zeros_like(value) if tangent is None else tangent
+                tangents.append(tangent.detach()[None])
+            else:
+                tangents.append(None)
+    return values, tangents
+
+
+def _batched(
+    function: Callable[..., list[Tensor]], primals: list[Tensor], directions: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    smooth: list[bool] = []
+
+    def parts(*xs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        results = function(*xs)
+        smooth[:] = [_function.has_derivative(y) for y in results]
+        pairs = list(zip(results, smooth, strict=True))
+        return [y for y, s in pairs if s], [y for y, s in pairs if not s]
+
+    def along(*direction: Tensor) -> tuple[Any, Any, Any]:
+        results: Any = torch.func.jvp(parts, tuple(primals), direction, has_aux=True)
+        return results
+
+    # What does not depend on the direction is expanded along it: a view.
+    values, tangents, rest = map(iter, torch.vmap(along, randomness="same")(*directions))
+    kinds = list(smooth)
+    results = [next(values if is_smooth else rest)[0] for is_smooth in kinds]
+    return results, [next(tangents) if is_smooth else None for is_smooth in kinds]
+
+
+def _attach(inputs: _Inputs, tree: Tree, tangents: Sequence[Tensor | None]) -> Tree:
+    """The tree with derivatives by the inputs."""
+    tensors, join = _tree.split(tree)
+    pairs = [(i, t) for i, t in enumerate(tangents) if t is not None and len(t)]
+    if pairs:
+        rows = [inputs.rows[id(x)] for x in inputs.tensors]
+        primals = [tensors[i] for i, _ in pairs]
+        results = _Attached.apply(rows, *inputs.tensors, *primals, *(t for _, t in pairs))
+        for (i, _), result in zip(pairs, results, strict=True):
+            tensors[i] = result
+    return join(tensors)
+
+
+class _Attached(torch.autograd.Function):
+    """`(rows, *inputs, *values, *tangents) -> values`, whose derivatives the tangents are."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: list[slice], *tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = tensors[len(rows) :]
+        return tuple(_function.batched_like([x.clone() for x in rest[: len(rest) // 2]], tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.rows, *tensors = inputs
+        count = len(ctx.rows)
+        ctx.save_for_backward(*tensors[:count], *tensors[count + len(output) :])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        saved = [torch._C._functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
+        contract = functools.partial(_contract, ctx.rows)
+        grads = once(_SECOND_ORDER, contract, [*saved, *cotangents])
+        return (None, *grads, *[None] * (2 * len(cotangents)))
+
+
+def _contract(rows: list[slice], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`(inputs, tangents, cotangents) -> gradients`: sums over outputs of <cotangent, tangent>."""
+    inputs, rest = tensors[: len(rows)], tensors[len(rows) :]
+    half = len(rest) // 2
+    pairs = list(zip(rest[:half], rest[half:], strict=True))
+    return tuple(_gradient(x, r, pairs) for x, r in zip(inputs, rows, strict=True))
+
+
+def _gradient(x: Tensor, rows: slice, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    total = torch.zeros_like(x)
+    for tangent, cotangent in pairs:
+        if len(tangent) < rows.stop:  # made before the input was met
+            continue
+        part = tangent[rows].reshape(rows.stop - rows.start, -1)
+        product = (part.conj() @ cotangent.reshape(-1)).real
+        if x.is_complex():
+            product = torch.view_as_complex(product.reshape(*x.shape, 2).contiguous())
+        total = total + product.reshape(x.shape).to(x)
+    return total

@@ -1,0 +1,124 @@
+"""The derivative of a minimum by the equation it solves, whatever led to it."""
+
+# pyright: reportUnknownMemberType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffopt import _function, _modes, _tree
+from diffopt._tree import Tree
+from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._lost import without_derivative
+from diffopt.adjoint.truncated import Truncated
+from diffopt.implicit import attach_minimum
+from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
+from diffopt.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    """The implicit function theorem where the loss is stationary.
+
+    With g(x, args) the gradient of the loss by the params, g(x, args) = 0 gives
+    dx = -(d_x g)^-1 (d_args g) dargs: a linear system with the Hessian, of which `solver` needs
+    products only. The loop builds no graph, so memory does not depend on the number of steps, and
+    it may end as you like (`tol=`).
+
+    Derivatives of any order, backward and forward, reach the loss's arguments and the batches. The
+    minimum does not depend on where the search began nor on the rate: those derivatives are zero.
+    `sol.losses`, `sol.state`, `sol.aux` and `sol.buffers` have no derivative: asking for one
+    raises. With `batches` the loss is the mean over all different ones. Dropout and the like have
+    no stationary point.
+
+    Args:
+        solver: for the linear systems, one of `diffopt.linear`: `ConjugateGradient` where the
+            Hessian is positive definite, `GMRES` elsewhere, `Direct` for small problems.
+        root_tolerance: the 2-norm of the gradient up to which the end of the loop is taken for a
+            stationary point: the derivative is wrong away from one. Adapt it to your loss's scale.
+        on_failure: whether to "warn" or to "raise" where the gradient is larger. What happens when
+            a linear system is not solved, the solver's own `on_failure` says.
+        on_solve: called with the `LinearSolution` of each linear system: residual, iterations.
+
+    Raises:
+        ValueError: `run`: the optimizer moves params where the gradient is zero (weight decay: put
+            that into the loss); the loss closes over a tensor that needs a gradient.
+        TypeError: `run`: the step is not that of `minimize`; use `diffopt.implicit_fixed_point`.
+        ConvergenceError: with `on_failure="raise"`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> def loss(w, decay):
+        ...     return 0.5 * (w - 3) ** 2 + 0.5 * decay * w**2
+        >>> decay = torch.tensor(0.5, requires_grad=True)
+        >>> opt = diffopt.sgd()
+        >>> sol = diffopt.minimize(
+        ...     loss, torch.tensor(0.0), decay, optimizer=opt, hparams=opt.hparams(lr=0.5),
+        ...     steps=100, adjoint=diffopt.adjoint.Implicit(),
+        ... )
+        >>> torch.autograd.grad(sol.params, decay)  # w = 3 / (1 + decay)
+        (tensor(-1.3333),)
+
+    Sources: Bengio, "Gradient-based optimization of hyperparameters", 2000; Rajeswaran et al.,
+    "Meta-learning with implicit gradients", 2019.
+    """
+
+    solver: LinearSolver = ConjugateGradient()  # noqa: RUF009 (frozen)
+    root_tolerance: float = 1e-3
+    on_failure: Literal["warn", "raise"] = "warn"
+    on_solve: Callable[[LinearSolution], object] | None = None
+
+    def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
+        if not isinstance(step, GradientStep):
+            raise TypeError("Implicit is for minimize: for another step use implicit_fixed_point")
+        xs = list(xs)
+        end, outputs = Truncated(0).run(step, carry, args, xs)
+        if not torch.is_grad_enabled() or not xs:
+            return end, outputs
+        (params, state, buffers), (hparams, inputs) = end, args
+        own = [own for own, _ in xs]
+        for record in own[-1:] if own[-1] is not None else [hparams]:
+            _refuse_decay(step.optimizer, params, record)
+
+        def loss(params: Tree, inputs: Tree, batches: list[Any], buffers: Tree) -> Tensor:
+            values = [step.objective(params, (buffers, inputs, batch))[0] for batch in batches]
+            return torch.stack(values).mean()
+
+        params = attach_minimum(
+            loss, params, inputs, _distinct(batch for _, batch in xs), buffers,
+            solver=self.solver, root_tolerance=self.root_tolerance, on_failure=self.on_failure,
+            on_solve=self.on_solve,
+        )  # fmt: skip
+        params = _function.independent(params, (carry, hparams, own))
+        message = "Implicit gives derivatives of sol.params, not of losses, state, aux or buffers"
+        rest = without_derivative((state, buffers, outputs), (carry, args, xs), message)
+        state, buffers, outputs = rest
+        return (params, state, buffers), outputs
+
+
+def _distinct(batches: Iterable[Any]) -> list[Any]:
+    """Each batch once."""
+    return list({tuple(map(id, _tree.leaves(batch))): batch for batch in batches}.values())
+
+
+def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) -> None:
+    """Raise where params move though the gradient is zero, or would for other tensor hparams."""
+
+    def other(leaf: Any) -> Any:
+        return 0.05 + 0.9 * leaf if isinstance(leaf, Tensor) else leaf
+
+    with torch.no_grad():
+        zeros = _tree.map(torch.zeros_like, params)
+        hparams = _tree.map(other, _tree.detach(hparams))
+        moved, _ = optimizer.update(params, zeros, optimizer.init(params), hparams)
+    for before, after in zip(_tree.leaves(params), _tree.leaves(moved), strict=True):
+        differs = _modes.concrete((before != after).any())
+        if differs is not None and bool(differs.any()):
+            raise ValueError(
+                "the optimizer moves params where their gradient is zero (by weight decay?), so "
+                "where it ends the loss is not stationary: put the decay into the loss"
+            )

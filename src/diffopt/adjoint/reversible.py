@@ -1,0 +1,560 @@
+"""Reverse mode through gradient descent with momentum that is run backwards, exactly."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _function, _hparams, _modes, _tree
+from diffopt._engine import Leafwise
+from diffopt._function import Surroundings
+from diffopt._gradient import HVP, value_and_grad
+from diffopt._modes import exact
+from diffopt._tree import Tree
+from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._closed import refuse_closed_over
+from diffopt.adjoint._once import once
+from diffopt.rules.sgd import MomentumHParams, SGDState
+
+_SHIFT = 30
+_DENOMINATOR = 1 << _SHIFT
+_LIMIT = 2.0**62
+_WORD = 1 << 63
+_PATIENCE = 100  # steps between looks at what is wrong, for which a GPU must wait
+_SECOND_ORDER = "Reversible has no second derivatives: use Unrolled() or Checkpointed()"
+_MOMENTUM = (
+    "hparams.momentum is {}, but must be > 0 and <= 1 for Reversible: a step with momentum 0 loses "
+    "the momentum buffer and cannot be undone"
+)
+_OUT_OF_RANGE = (
+    "params or state.momentum_buffer are not finite, or too great for so many fractional bits: "
+    "Reversible(bits=...) holds numbers below 2^(62 - bits)"
+)
+_CHANGED = "the loss changes its buffers, which Reversible cannot undo: use Checkpointed()"
+
+
+@dataclass(frozen=True)
+class Reversible(Adjoint):
+    """Exact for its own arithmetic: the backward pass runs momentum SGD backwards to the start.
+
+    For `minimize` with `diffopt.sgd()`. Parameters p and momentum buffers b are integer multiples
+    of 2^-bits during the loop, and the momentum a fraction n / 2^30. With [x] for x rounded,
+
+        b_t = floor(n b_{t-1} / 2^30) + [(1 - dampening) g_t],    p_t = p_{t-1} - [lr b_t]
+
+    where g_t is the gradient at p_{t-1} as floating-point numbers, with weight decay. Backwards,
+    p_{t-1} = p_t + [lr b_t], the same gradient gives the same integers to subtract, and what the
+    division by 2^30 lost, the place of b_{t-1} among the integers of equal quotient, was kept: as
+    digits of a long integer for each weight, 2 (1 - momentum) bits a step for a momentum of 0.5 or
+    more. That is a word of 64 bits for every 300 steps at 0.9, where `Unrolled` keeps several words
+    at every step. Nothing else is kept but the last carry, the outputs, and the state of the random
+    number generators before those steps that drew from them (5 KB each on a CPU).
+
+    Derivatives are those of the real-valued step at the recovered states, of first order, to
+    initial parameters, optimizer state and buffers, hyperparameters (by step as well), the loss's
+    arguments and the batches, under autograd and torch.func's `grad`, `vjp`, `jacrev` and `vmap`.
+    The backward pass ends with a check that the initial parameters and buffers came back bit for
+    bit. They are rounded to multiples of 2^-bits when the loop begins: in float32 those of
+    magnitude 2^(23 - bits) or more, 8e-6 by default, are such multiples.
+
+    Args:
+        bits: the number of fractional bits. Numbers of magnitude 2^(62 - bits), 4e6 by default, and
+            more are out of range.
+        hvp: how a step is differentiated, see `Checkpointed`.
+
+    Raises:
+        ValueError: an argument is out of its range; `run`: `momentum` is not in (0, 1] (at 0 a step
+            loses all of the buffer, and cannot be undone), with `tol`, parameters are complex,
+            parameters or buffers leave the range or are not finite, the loss changes its `buffers`,
+            or closes over a tensor that needs a gradient.
+        TypeError: `run`: the step is not one of `minimize`, or its optimizer is not `sgd()` with
+            momentum, without nesterov.
+        NotImplementedError: in forward mode, under torch.compile, and where a second derivative is
+            asked for.
+        RuntimeError: in the backward pass, the initial parameters did not come back: the loss is
+            not deterministic.
+
+    Example:
+        >>> import torch, diffopt
+        >>> lr = torch.tensor(0.25, requires_grad=True)
+        >>> opt = diffopt.sgd()
+        >>> sol = diffopt.minimize(
+        ...     lambda w: 0.5 * w**2, torch.tensor(1.0), optimizer=opt,
+        ...     hparams=opt.hparams(lr=lr, momentum=0.5), steps=2,
+        ...     adjoint=diffopt.adjoint.Reversible(),
+        ... )
+        >>> sol.params  # 1 - (2 + momentum) lr + lr^2
+        tensor(0.4375, grad_fn=<...>)
+        >>> torch.autograd.grad(sol.params, lr)
+        (tensor(-2.),)
+
+    Source: Maclaurin, Duvenaud and Adams, "Gradient-based hyperparameter optimization through
+    reversible learning", 2015. There the low digits of the product in Algorithm 3 are those of the
+    information buffer; here the product is rounded down, so that a finer fraction costs no
+    precision, and the buffer is no part of the loop without derivatives.
+    """
+
+    bits: int = 40
+    hvp: HVP = "reverse-over-reverse"
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not 1 <= self.bits <= 61:
+            raise ValueError(f"bits is {self.bits!r}, but must be an integer from 1 to 61")
+        if self.hvp not in ("forward-over-reverse", "reverse-over-reverse"):
+            raise ValueError(
+                f"hvp is {self.hvp!r}, but must be 'forward-over-reverse' or 'reverse-over-reverse'"
+            )
+
+    def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
+        if _modes.compiling() or _modes.forward_differentiated():
+            raise NotImplementedError(
+                "Reversible works neither in forward mode nor under torch.compile: use Unrolled()"
+            )
+        if not isinstance(step, GradientStep):
+            raise TypeError("Reversible is for minimize: another step cannot be run backwards")
+        _check_step(step)
+        carry, xs = _checked_carry(carry), list(xs)
+        if not xs:
+            return carry, []
+        refuse_closed_over("the loss", step, carry, args, xs[0])
+        inputs, join = _tree.split((carry, args, xs))
+        loop = _Loop(replace(step, hvp=self.hvp), 2.0**self.bits, join)
+        if torch.is_grad_enabled():
+            return loop.public(_Reversed.apply(loop, *inputs))
+        return loop.public(loop.forward(inputs, record=False))
+
+
+def _check_step(step: GradientStep) -> None:
+    opt = step.optimizer
+    if not isinstance(opt, Leafwise) or opt.rule.state is not SGDState:
+        raise TypeError("Reversible is for diffopt.sgd(): no other optimizer can be run backwards")
+    if opt.hparams is not MomentumHParams:
+        raise TypeError("Reversible needs sgd(momentum=True): a step without it cannot be undone")
+    zero, one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
+    with torch.no_grad():
+        hparams = MomentumHParams(lr=1.0, momentum=1.0)  # pyright: ignore[reportCallIssue]
+        moved, _ = opt.update(zero, one, opt.init(zero), hparams)
+    if float(moved.abs()) != 1:  # Nesterov's first step is lr * (1 + momentum) * grad
+        raise TypeError(
+            "Reversible needs sgd(nesterov=False): to undo a step of Nesterov's takes the gradient "
+            "at the parameters that are sought"
+        )
+    if step.tol is not None:
+        raise ValueError("Reversible takes all steps: give no tol")
+
+
+def _checked_carry(carry: Tree) -> Tree:
+    """With the momentum buffers in the order of the params."""
+    params, state, buffers = carry
+    if not isinstance(state, SGDState):
+        raise TypeError(f"state is a {type(state).__name__}, not a SGDState")
+    leaves, spec = _tree.flatten(params)
+    for i, leaf in enumerate(leaves):
+        if leaf.is_complex():
+            raise ValueError(
+                f"{_tree.paths(params, 'params')[i]} is complex, which Reversible does not take: "
+                "give its real and imaginary parts"
+            )
+    names = ("state.momentum_buffer", "params")
+    momentum = _tree.leaves_like(state.momentum_buffer, spec, params, names)
+    return params, state._replace(momentum_buffer=_tree.unflatten(momentum, spec)), buffers
+
+
+class _Reversed(torch.autograd.Function):
+    """`(loop, *inputs) -> the loop's results, and behind them what the way back needs`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loop: _Loop, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_function.batched_like(loop.forward(inputs), inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.loop, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output[sum(ctx.loop.counts) :])
+        ctx.mark_non_differentiable(*(x for x in output if not _function.has_derivative(x)))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = [torch._C._functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
+        needed = ctx.needs_input_grad[1:]
+        public = cotangents[: sum(ctx.loop.counts)]
+        given = [c is not None and _function.has_derivative(c) for c in public]
+        vectors = [c for c in public if c is not None and _function.has_derivative(c)]
+        back = functools.partial(ctx.loop.backward, needed, given)
+        grads = iter(once(_SECOND_ORDER, back, [*saved, *vectors]))
+        return (None, *(next(grads) if need else None for need in needed))
+
+
+class _Loop:
+    """One run of the loop, forwards and backwards.
+
+    It holds no tensors but states of generators. What else the way back needs are results of the
+    way forth: the last parameters and momentum buffers as integers, and what is on the tapes.
+    """
+
+    def __init__(self, step: GradientStep, scale: float, join: Callable[..., Tree]) -> None:
+        self.step, self.scale, self.join = step, scale, join
+        self.noise: list[Surroundings] = []  # of each step
+        self.counts: list[int] = []  # of tensors in the last carry, and in the output of each step
+        self.sizes: list[list[int]] = []  # of the words on each tape
+        self.join_public: Callable[..., Tree] = join
+
+    def public(self, results: Sequence[Tensor]) -> Any:
+        """The last carry and the outputs."""
+        return self.join_public(results[: sum(self.counts)])
+
+    def forward(self, inputs: Sequence[Tensor], record: bool = True) -> tuple[Tensor, ...]:
+        start, args, xs = _with_fractions(*self.join(inputs))
+        faults, outputs, rates = _Faults(), list[Any](), list[_Rates]()
+        params, buffers = self.integers(start, faults)
+        tapes = [_Tape(torch.zeros_like(b), [], []) for b in buffers]
+        quiet = Surroundings((start, args))
+        for t, x in enumerate(xs):
+            if not rates or x[0] is not None:
+                rates = _rates(start[0], args, x, faults)
+            before = Surroundings((start, args, x))
+            carry = self.carry(params, buffers, start, t)
+            value, (kept, aux), impulses = self.impulses(carry, args, x, rates)
+            outputs.append((value, aux, None))
+            self.noise.append(before if record and _drew(before) else quiet)
+            faults.note(_CHANGED, _differ(start[2], kept))
+            for i, rate in enumerate(rates):
+                quotient = _divide(buffers[i], rate.numerator)
+                if record:
+                    first, count = _dividends(quotient, rate.numerator)
+                    tapes[i].push(buffers[i] - first, count, rate.most)
+                buffers[i] = faults.add(quotient, impulses[i])
+                params[i] = faults.add(params[i], -_move(buffers[i], rate))
+            if t % _PATIENCE == 0 or t == len(xs) - 1:
+                faults.check()
+        carry = self.carry(params, buffers, start, len(xs))
+        results, self.join_public = _tree.split((carry, outputs))
+        self.counts = [len(_tree.split(tree)[0]) for tree in (carry, *outputs)]
+        self.sizes = [tape.sizes for tape in tapes]
+        words = [word for tape in tapes for word in tape.words]
+        results += [*params, *buffers, *(tape.top for tape in tapes), *words]
+        return _distinct(inputs, results)
+
+    def backward(
+        self, needed: Sequence[bool], given: Sequence[bool], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`(inputs, integers, tapes, cotangents that are given) -> gradients that are needed`."""
+        rest = iter(tensors)
+        inputs = [next(rest) for _ in needed]
+        start, args, xs = _with_fractions(*self.join(inputs))
+        params, buffers, tops = ([next(rest) for _ in self.sizes] for _ in range(3))
+        tapes = [
+            _Tape(top, [next(rest) for _ in sizes], list(sizes), len(xs))
+            for top, sizes in zip(tops, self.sizes, strict=True)
+        ]
+        cotangents, *later = _pieces(
+            [next(rest) if is_given else None for is_given in given], self.counts
+        )
+        lengths = [len(_tree.split(tree)[0]) for tree in (start, args, *xs)]
+        _, of_args, *of_xs = _pieces(needed, lengths)
+        smooth = [_function.has_derivative(x) for x in _tree.split(start)[0]]
+        totals: list[Tensor | None] = [None] * len(of_args)
+        by_step, rates = list[list[Tensor | None]](), list[_Rates]()
+        for t in reversed(range(len(xs))):
+            x = xs[t]
+            if not rates or x[0] is not None:
+                rates = _rates(start[0], args, x, _Faults())
+            for i, rate in enumerate(rates):
+                params[i] = params[i] + _move(buffers[i], rate).to(torch.int64)
+            carry = self.carry(params, buffers, start, t)
+            with self.noise[t].restored():
+                _, _, impulses = self.impulses(carry, args, x, rates)
+            for i, rate in enumerate(rates):
+                quotient = buffers[i] - impulses[i].to(torch.int64)
+                first, count = _dividends(quotient, rate.numerator)
+                buffers[i] = first + tapes[i].pop(count)
+            carry = self.carry(params, buffers, start, t)
+            with self.noise[t].restored():
+                wanted = [*smooth, *of_args, *of_xs[t]]
+                grads = self.gradients((carry, args, x), wanted, [*cotangents, *later[t]])
+            lengths = [len(smooth), len(of_args), len(of_xs[t])]
+            cotangents, parts, own = _pieces(grads, lengths)
+            totals = [_sum(total, part) for total, part in zip(totals, parts, strict=True)]
+            by_step.append(own)
+        _check_return(self.integers(start, _Faults()), (params, buffers))
+        grads = [*cotangents, *totals, *(grad for own in reversed(by_step) for grad in own)]
+        return tuple(
+            torch.zeros_like(x) if grad is None else grad
+            for x, grad, need in zip(inputs, grads, needed, strict=True)
+            if need
+        )
+
+    def integers(self, carry: Tree, faults: _Faults) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters and momentum buffers in units of 2^-bits."""
+        params, state, _ = carry
+        trees = map(_tree.leaves, (params, state.momentum_buffer))
+        zero = torch.zeros((), dtype=torch.int64)
+        params, buffers = (
+            [faults.add(zero.to(x.device), exact(x) * self.scale) for x in leaves]
+            for leaves in trees
+        )
+        return params, buffers
+
+    def carry(self, params: list[Tensor], buffers: list[Tensor], start: Tree, t: int) -> Tree:
+        """The same as floating-point numbers, before step t."""
+
+        def image(integers: list[Tensor], like: Tree) -> Tree:
+            leaves, spec = _tree.flatten(like)
+            pairs = zip(integers, leaves, strict=True)
+            return _tree.unflatten([(exact(n) / self.scale).to(x) for n, x in pairs], spec)
+
+        old, state, kept = start
+        step = (exact(state.step) + t).to(state.step.dtype)
+        return image(params, old), SGDState(step, image(buffers, state.momentum_buffer)), kept
+
+    def impulses(
+        self, carry: Tree, args: Tree, x: Any, rates: list[_Rates]
+    ) -> tuple[Tensor, Any, list[Tensor]]:
+        """Value and auxiliary output of the loss, and what is added to the momentum buffers."""
+        (params, state, buffers), (_, inputs), (_, batch) = carry, args, x
+        arguments = (buffers, inputs, batch)
+        value, aux, grads = value_and_grad(self.step.objective, params, arguments)
+        sign = -1 if self.step.optimizer.rule.maximize else 1
+        impulses: list[Tensor] = []
+        # Not by optimizer.update, whose roundings depend on who calls: they must come again.
+        for p, g, rate in zip(_tree.leaves(params), _tree.leaves(grads), rates, strict=True):
+            g = sign * exact(g) + rate.weight_decay * exact(p)
+            undampened = 1 - rate.dampening * (exact(state.step) > 0)
+            impulses.append((undampened * g * self.scale).round())
+        return value, aux, impulses
+
+    def gradients(
+        self, inputs: Tree, needed: Sequence[bool], cotangents: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The vector-Jacobian product of the real-valued step."""
+        tensors, join = _tree.split(inputs)
+        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        if not given:
+            return [None] * len(tensors)
+
+        def outputs(*xs: Tensor) -> list[Tensor]:
+            results = _tree.split(self.step(*join(xs)))[0]
+            return [results[i] for i in given]
+
+        vectors = [c for c in cotangents if c is not None]
+        return _function.vjp(outputs, tensors, needed, vectors)
+
+
+class _Rates(NamedTuple):
+    """The hyperparameters of one leaf."""
+
+    lr: Any
+    weight_decay: Any
+    dampening: Any
+    numerator: Any  # of the momentum
+    most: int  # how many integers can have the same quotient
+
+
+def _rates(params: Tree, args: Tree, x: Any, faults: _Faults) -> list[_Rates]:
+    record = args[0] if x[0] is None else x[0]
+    leaves, spec = _tree.flatten(params)
+    covered = {c.name: c for c in _hparams.broadcast(record, spec, params)}
+    rates: list[_Rates] = []
+    for i, leaf in enumerate(leaves):
+        values = {name: _exact_number(c.at(i), leaf) for name, c in covered.items()}
+        numerator, least = _integral_numerator(values.pop("momentum"), faults)
+        rates.append(_Rates(**values, numerator=numerator, most=-(-_DENOMINATOR // least)))
+    return rates
+
+
+def _exact_number(value: Any, leaf: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return exact(value if leaf.dim() else value.reshape(()))
+
+
+def _with_fractions(carry: Tree, args: Tree, xs: list[Any]) -> tuple[Tree, Tree, list[Any]]:
+    """The same with every momentum rounded to a multiple of 2^-30."""
+    hparams, inputs = args
+    batches = [(own if own is None else _fractional(own), batch) for own, batch in xs]
+    return carry, (_fractional(hparams) if hparams else hparams, inputs), batches
+
+
+def _fractional(hparams: MomentumHParams) -> MomentumHParams:
+    def rounded(momentum: Any) -> Any:
+        numerator = _numerator(momentum)
+        if isinstance(momentum, Tensor):
+            return (numerator / _DENOMINATOR).to(momentum.dtype)
+        if not _fits(numerator):
+            raise ValueError(_MOMENTUM.format(momentum))
+        return numerator / _DENOMINATOR
+
+    return replace(hparams, momentum=_tree.map(rounded, hparams.momentum))
+
+
+def _numerator(momentum: Any) -> Any:
+    """The n of momentum = n / 2^30."""
+    if isinstance(momentum, Tensor):
+        return (exact(momentum) * _DENOMINATOR).round()
+    return round(min(momentum, 2.0) * _DENOMINATOR)
+
+
+def _fits(numerator: Any) -> Any:
+    return (numerator >= 1) & (numerator <= _DENOMINATOR)
+
+
+def _integral_numerator(momentum: Any, faults: _Faults) -> tuple[Any, int]:
+    """The n of momentum = n / 2^30; and the least, where there is one for every weight."""
+    numerator = _numerator(momentum)
+    if not isinstance(numerator, Tensor):
+        return numerator, numerator
+    fits = _fits(numerator)
+    faults.note(_MOMENTUM.format("a tensor with entries out of range"), ~fits.all())
+    numerator = torch.where(fits, numerator, 1).to(torch.int64)
+    values = _modes.concrete(numerator)
+    return numerator, 1 if values is None or not values.numel() else int(values.min())
+
+
+# Integers c of 64 bits and fractions n / d with d = 2^30, so written that no product overflows.
+
+
+def _divide(c: Tensor, n: Any) -> Tensor:
+    """floor(c n / d)."""
+    return (c >> _SHIFT) * n + ((c & (_DENOMINATOR - 1)) * n >> _SHIFT)
+
+
+def _dividends(quotient: Tensor, n: Any) -> tuple[Tensor, Tensor]:
+    """The first of the integers c with this floor(c n / d), and how many there are."""
+    whole = torch.div(quotient, n, rounding_mode="floor")
+    part = quotient - whole * n
+
+    def least(part: Tensor) -> Tensor:  # ceil(part d / n)
+        return torch.div(part * _DENOMINATOR + (n - 1), n, rounding_mode="floor")
+
+    first = least(part)
+    return whole * _DENOMINATOR + first, least(part + 1) - first
+
+
+def _move(buffer: Tensor, rate: _Rates) -> Tensor:
+    """[lr b], as floating-point numbers."""
+    return (rate.lr * exact(buffer)).round()
+
+
+class _Tape:
+    """A stack of digits in bases of their own, for every weight: an integer of any length.
+
+    Attributes:
+        top: its lowest 63 bits, to which the next digits go.
+        words: the others.
+        sizes: how many digits had been pushed when each of them was full.
+    """
+
+    def __init__(self, top: Tensor, words: list[Tensor], sizes: list[int], count: int = 0) -> None:
+        self.top, self.words, self.sizes, self.count = top, words, sizes, count
+        self.bound = 1  # top is less
+
+    def push(self, digit: Tensor, base: Tensor, most: int) -> None:
+        """Add digits with 0 <= digit < base <= most."""
+        if self.bound * most > _WORD:
+            values = _modes.concrete(self.top)
+            if values is not None and values.numel():
+                self.bound = int(values.max()) + 1
+        if self.bound * most > _WORD:
+            self.words.append(self.top)
+            self.sizes.append(self.count)
+            self.top, self.bound = torch.zeros_like(self.top), 1
+        self.top = self.top * base + digit
+        self.bound *= most
+        self.count += 1
+
+    def pop(self, base: Tensor) -> Tensor:
+        """Take away the digits that were pushed last."""
+        whole = torch.div(self.top, base, rounding_mode="floor")
+        digit, self.top = self.top - whole * base, whole
+        self.count -= 1
+        if self.sizes and self.sizes[-1] == self.count:
+            self.sizes.pop()
+            self.top = self.words.pop()
+        return digit
+
+
+class _Faults:
+    """What is wrong with the values of tensors, gathered so that not every step waits for them."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, torch.device], Tensor] = {}
+
+    def note(self, message: str, condition: Tensor | None) -> None:
+        if condition is not None:
+            key = message, condition.device
+            self.found[key] = self.found[key] | condition if key in self.found else condition
+
+    def add(self, integers: Tensor, number: Tensor) -> Tensor:
+        """Their sum, the number rounded."""
+        fits = (exact(integers) + number).abs() < _LIMIT
+        self.note(_OUT_OF_RANGE, ~fits.all())
+        return integers + torch.where(fits, number, 0).round().to(torch.int64)
+
+    def check(self) -> None:
+        for (message, _), condition in self.found.items():
+            values = _modes.concrete(condition)
+            if values is not None and bool(values.any()):
+                raise ValueError(message)
+
+
+def _differ(old: Tree, new: Tree) -> Tensor | None:
+    """Whether a tensor of one tree is not that of the other."""
+    (before, spec), (after, new_spec) = _tree.flatten(old), _tree.flatten(new)
+    if spec != new_spec:
+        return torch.tensor(True)
+    unequal = [
+        (x != y).any()
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape
+        else torch.tensor(isinstance(x, Tensor) or isinstance(y, Tensor) or x != y)
+        for x, y in zip(before, after, strict=True)
+        if x is not y
+    ]
+    return functools.reduce(torch.logical_or, unequal) if unequal else None
+
+
+def _drew(before: Surroundings) -> bool:
+    """Whether random numbers have been drawn since."""
+    pairs = zip(before.generators, before.states, strict=True)
+    return any(not torch.equal(generator.get_state(), state) for generator, state in pairs)
+
+
+def _check_return(start: tuple[list[Tensor], ...], found: tuple[list[Tensor], ...]) -> None:
+    for name, before, after in zip(("params", "momentum buffers"), start, found, strict=True):
+        for x, y in zip(before, after, strict=True):
+            differs = _modes.concrete((x != y).any())
+            if differs is not None and bool(differs.any()):
+                raise RuntimeError(
+                    f"the loop run backwards did not come back to the initial {name}: the gradient "
+                    "of the loss is another when it is computed again, with the same random "
+                    "numbers; see torch.use_deterministic_algorithms"
+                )
+
+
+def _distinct(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each result a tensor of its own, as autograd wants it."""
+    seen = {id(x) for x in inputs}
+    distinct: list[Tensor] = []
+    for x in results:
+        distinct.append(x.clone() if id(x) in seen else x)
+        seen.add(id(x))
+    return tuple(distinct)
+
+
+def _pieces(values: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    rest = iter(values)
+    return [[next(rest) for _ in range(length)] for length in lengths]
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return x + y if x is not None and y is not None else y if x is None else x

@@ -1,0 +1,358 @@
+"""Implicit differentiation: the derivative of a solution from the equation it solves.
+
+Any solver will do, since its steps are not looked at: of x with residual(x, *args) = 0 the
+derivative is dx = -(d_x residual)^-1 (d_args residual) dargs.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _tree
+from diffopt._tree import Tree
+from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
+from diffopt.linear._base import (
+    anywhere,
+    check_on_failure,
+    fail,
+    method,
+    norm,
+    operator_of,
+    ravel,
+    ravel_like,
+    refuse_tracing,
+    require,
+    split,
+    template,
+)
+from diffopt.linear._derivative import Equation, Linear, attach
+from diffopt.linear._isolation import concrete, isolated, refuse_captured
+from diffopt.linear.krylov import GMRES
+
+OnFailure = Literal["warn", "raise"]
+
+_UNDER_TRANSFORMS = (
+    "This happened inside of `solve`, under transforms of torch.func. Tensors that were made "
+    "inside of the transformed function, or are batched, must be among its arguments. Under vmap, "
+    "a solver that leaves torch, or branches on values, is called for each sample with "
+    "sequential=True."
+)
+
+
+def implicit_root(
+    residual: Callable[..., Tree],
+    solve: Callable[..., Any],
+    *,
+    solver: LinearSolver = GMRES(),  # noqa: B008 (frozen)
+    symmetric: bool = False,
+    has_aux: bool = False,
+    sequential: bool = False,
+    root_tolerance: float = math.inf,
+    on_failure: OnFailure = "warn",
+    on_solve: Callable[[LinearSolution], object] | None = None,
+) -> Callable[..., Any]:
+    """Make a solver of residual(x, *args) = 0 differentiable, whatever it does inside.
+
+    The derivative comes from the equation: dx = -(d_x residual)^-1 (d_args residual) dargs. Reverse
+    mode solves (d_x residual)^T u = v with `solver`, from products alone, and gives
+    -(d_args residual)^T u to the args. It can be differentiated again, to any order, backward and
+    forward, under autograd and under torch.func transforms in any nesting. Memory does not grow
+    with the number of steps that `solve` takes.
+
+    Args:
+        residual: `residual(x, *args)`, a tree like x that is zero at a solution. It is
+            differentiated by torch.func: where it needs a gradient itself, use torch.func.grad.
+            Tensors it closes over are constants; one that is made inside of a function under
+            transforms of torch.func must be an argument where they nest forward mode.
+        solve: `solve(init, *args)` returns x, a tree of real floating-point tensors. It is called
+            without a graph, under torch.no_grad: one that needs gradients enables them. Unless a
+            vmap is in progress it gets plain tensors, under torch.func.grad too, and may convert
+            them to numpy.
+        solver: for the linear systems, one of `diffopt.linear`. `ConjugateGradient` and `Nystrom`
+            take d_x residual for symmetric, as it is where the residual is a gradient.
+        symmetric: whether d_x residual is symmetric, which any solver can profit from.
+        has_aux: whether `solve` returns `(x, aux)`; aux has no derivative.
+        sequential: under torch.func.vmap, call `solve` once for every sample, with plain tensors.
+            Otherwise it is called once and is batched as torch.func.vmap does it.
+        root_tolerance: the norm of the residual at x up to which x is taken for a solution: away
+            from one the derivative is wrong. Infinite by default: then only what isn't finite is
+            reported.
+        on_failure: whether to "warn" or to "raise" where the residual at x is larger.
+        on_solve: called with the `LinearSolution` of each linear system of a derivative. Under vmap
+            with those of all samples, batch dimensions in front.
+
+    Returns:
+        A function `(init, *args) -> x`, or `-> (x, aux)` with `has_aux`. Derivatives reach the
+        tensors among the args, which are trees, and none reach init: the solution does not depend
+        on where the search began (torch.func gives zeros, autograd None).
+
+    Raises:
+        TypeError: solver is no `LinearSolver`; from the returned function, a leaf of x is no real
+            floating-point tensor.
+        ValueError: `on_failure` or `root_tolerance` is not what it may be; residual's output is no
+            tree like x; residual computes with a tensor that needs a gradient, or is batched by
+            vmap, and is not among its arguments: pass it as one. That is found by a call of
+            residual on constants, and not where gradients are disabled inside of it.
+        ConvergenceError: with `on_failure="raise"`, here or in `solver`.
+        RuntimeError: torch.compile is tracing.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.implicit import implicit_root
+        >>> sqrt = implicit_root(lambda x, a: x**2 - a, lambda init, a: torch.sqrt(a))
+        >>> a = torch.tensor(1.0, requires_grad=True)
+        >>> x = sqrt(None, a)
+        >>> (first,) = torch.autograd.grad(x, a, create_graph=True)
+        >>> torch.autograd.grad(first, a)  # -1/4 a^(-3/2)
+        (tensor(-0.2500),)
+        >>> torch.func.grad(sqrt, argnums=1)(None, torch.tensor(4.0))
+        tensor(0.2500)
+
+    Source: Blondel et al., "Efficient and modular implicit differentiation", 2022.
+    """
+    _check_solver(solver)
+    check_on_failure(on_failure)
+    if root_tolerance != math.inf:
+        require(root_tolerance, "root_tolerance", 0.0)
+
+    def solution(init: Tree, *args: Any) -> Any:
+        refuse_tracing("implicit_root")
+        try:
+            result = isolated(solve, init, *args, plain=True, sequential=sequential)
+        except RuntimeError as error:
+            if _modes.transformed():
+                error.add_note(_UNDER_TRANSFORMS)
+            raise
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):  # pyright: ignore[reportUnknownArgumentType]
+            raise TypeError(f"solve must return (x, aux), not {_tree.describe(result)}")
+        x, aux = result if has_aux else (result, None)
+        x = attach_root(
+            residual,
+            x,
+            *args,
+            solver=solver,
+            symmetric=symmetric,
+            root_tolerance=root_tolerance,
+            on_failure=on_failure,
+            on_solve=on_solve,
+        )
+        return (x, aux) if has_aux else x
+
+    return solution
+
+
+def implicit_fixed_point(
+    step: Callable[..., Tree],
+    solve: Callable[..., Any] | None = None,
+    *,
+    solver: LinearSolver = GMRES(),  # noqa: B008 (frozen)
+    symmetric: bool = False,
+    has_aux: bool = False,
+    sequential: bool = False,
+    root_tolerance: float = math.inf,
+    on_failure: OnFailure = "warn",
+    on_solve: Callable[[LinearSolution], object] | None = None,
+) -> Callable[..., Any]:
+    """Make a solver of x = step(x, *args) differentiable, such as a deep equilibrium model's.
+
+    It is `implicit_root` of x - step(x, *args), whose derivative to x is I - d_x step: with
+    `solver=Neumann(k)` the derivative is that of the last k of many steps.
+
+    Args:
+        step: `step(x, *args)`, a tree like x.
+        solve: see `implicit_root`. Where it is None, `step` is repeated until it changes x no more
+            (`fixed_point_iteration`).
+        solver: see `implicit_root`.
+        symmetric: whether d_x step is symmetric.
+        has_aux: see `implicit_root`.
+        sequential: see `implicit_root`.
+        root_tolerance: see `implicit_root`.
+        on_failure: see `implicit_root`.
+        on_solve: see `implicit_root`.
+
+    Returns:
+        A function `(init, *args) -> x`, or `-> (x, aux)` with `has_aux`, see `implicit_root`.
+
+    Raises:
+        ValueError: as `implicit_root`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.implicit import implicit_fixed_point
+        >>> layer = implicit_fixed_point(lambda x, a: (x + a / x) / 2)  # Heron's square root
+        >>> a = torch.tensor(4.0, requires_grad=True)
+        >>> x = layer(torch.tensor(1.0), a)
+        >>> x.item(), torch.autograd.grad(x, a)
+        (2.0, (tensor(0.2500),))
+
+    Source: Bai, Kolter and Koltun, "Deep equilibrium models", 2019.
+    """
+
+    def residual(x: Tree, *args: Any) -> Tree:
+        vector, unravel = ravel(x, "x")
+        after = ravel_like(step(x, *args), x, ("the output of step", "x"))
+        return unravel(vector - after)
+
+    return implicit_root(
+        residual,
+        fixed_point_iteration(step, on_failure=on_failure) if solve is None else solve,
+        solver=solver,
+        symmetric=symmetric,
+        has_aux=has_aux,
+        sequential=sequential,
+        root_tolerance=root_tolerance,
+        on_failure=on_failure,
+        on_solve=on_solve,
+    )
+
+
+def fixed_point_iteration(
+    step: Callable[..., Tree],
+    *,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_steps: int = 1000,
+    on_failure: OnFailure = "warn",
+) -> Callable[..., Tree]:
+    """A solver of x = step(x, *args) by repetition; it builds no useful graph itself.
+
+    Args:
+        step: `step(x, *args)`, a tree like x.
+        rtol: it ends where a step changes x by a norm within `max(rtol * norm(x), atol)`; >= 0.
+            None is the dtype's machine epsilon to the power 3/4: 1.8e-12 in float64.
+        atol: see rtol; >= 0.
+        max_steps: steps at most, >= 1.
+        on_failure: whether to "warn" or to "raise" where that is not enough.
+
+    Returns:
+        A function `(init, *args) -> x`, for `implicit_fixed_point`. Under torch.func.vmap every
+        sample ends by its own change.
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.implicit import fixed_point_iteration
+        >>> fixed_point_iteration(lambda x: 0.5 * x + 1, max_steps=100)(torch.tensor(0.0))
+        tensor(2.0000)
+    """
+    if rtol is not None:
+        require(rtol, "rtol", 0.0)
+    require(atol, "atol", 0.0)
+    require(max_steps, "max_steps", 1, integer=True)
+    check_on_failure(on_failure)
+
+    def solve(init: Tree, *args: Any) -> Tree:
+        x, unravel = ravel(init, "init")
+        relative = torch.finfo(x.dtype).eps ** 0.75 if rtol is None else rtol
+        active = torch.ones((), dtype=torch.bool, device=x.device)
+        for _ in range(max_steps):
+            after = ravel_like(step(unravel(x), *args), init, ("the output of step", "init"))
+            moved = norm(after - x) > torch.clamp(relative * norm(after), min=atol)
+            x = torch.where(active, after, x)
+            active = active & moved
+            if not anywhere(active):
+                break
+        else:
+            fail(
+                f"the fixed-point iteration still moved after max_steps={max_steps} steps; give "
+                "it more, or another solve",
+                on_failure,
+            )
+        return unravel(x)
+
+    return solve
+
+
+def attach_root(
+    residual: Callable[..., Tree],
+    x: Tree,
+    *args: Any,
+    solver: LinearSolver,
+    symmetric: bool = False,
+    root_tolerance: float = math.inf,
+    on_failure: OnFailure = "warn",
+    on_solve: Callable[[LinearSolution], object] | None = None,
+) -> Tree:
+    """A solution x of residual(x, *args) = 0 that is known, with its derivative to the args.
+
+    Whatever derivative x came with is dropped. See `implicit_root` for the arguments.
+    """
+    _check_solver(solver)
+    x = isolated(lambda x: x, x)
+    vector, unravel = ravel(x, "x")
+    inputs, merge = split(args)
+    like = template(x)
+
+    def flat(v: Tensor, *inputs: Tensor) -> Tensor:
+        result = residual(unravel(v), *merge(inputs))
+        return ravel_like(result, like, ("the output of residual", "x"))
+
+    def transposed_at(v: Tensor, *inputs: Tensor) -> Linear:
+        pull = torch.func.vjp(lambda v: flat(v, *inputs), v)[1]
+        return lambda u: pull(u)[0]
+
+    _check_root(flat, vector, inputs, root_tolerance, on_failure)
+    refuse_captured(flat, "residual", vector, *inputs)
+    jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
+    equation = Equation(flat, jacobian, method(solver, unravel, on_solve))
+    return unravel(attach(equation, vector, *inputs))
+
+
+def attach_minimum(
+    loss: Callable[..., Tensor],
+    x: Tree,
+    *args: Any,
+    solver: LinearSolver = ConjugateGradient(),  # noqa: B008 (frozen)
+    root_tolerance: float = math.inf,
+    on_failure: OnFailure = "warn",
+    on_solve: Callable[[LinearSolution], object] | None = None,
+) -> Tree:
+    """A stationary point x of loss(x, *args) that is known, with its derivative to the args.
+
+    Its equation is that the gradient is zero, so that the linear systems are those of the Hessian.
+    """
+    return attach_root(
+        torch.func.grad(loss),
+        x,
+        *args,
+        solver=solver,
+        symmetric=True,
+        root_tolerance=root_tolerance,
+        on_failure=on_failure,
+        on_solve=on_solve,
+    )
+
+
+def _check_solver(solver: Any) -> None:
+    if not isinstance(solver, LinearSolver):
+        raise TypeError(f"solver is {solver!r}, not one of diffopt.linear such as GMRES()")
+
+
+def _check_root(
+    residual: Callable[..., Tensor],
+    x: Tensor,
+    inputs: list[Tensor],
+    tolerance: float,
+    on_failure: OnFailure,
+) -> None:
+    """Warn or raise if x is no solution."""
+    if anywhere(~torch.isfinite(x).all()):
+        fail("x is no solution: it isn't finite", on_failure)
+    elif tolerance < math.inf:
+        size: Tensor = isolated(lambda x, *inputs: norm(residual(x, *inputs)), x, *inputs)
+        if anywhere(~(size <= tolerance)):
+            fail(
+                "x is no solution: the norm of its residual is "
+                f"{concrete(size).max().item():.2g}, above root_tolerance={tolerance:.2g}, so that "
+                "its derivative would be wrong",
+                on_failure,
+            )

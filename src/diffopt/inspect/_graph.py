@@ -1,0 +1,312 @@
+"""graph(): autograd's graph from the outer loss to named inputs, collapsed by step."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from diffopt import _modes
+from diffopt._tree import Tree
+from diffopt.inspect import _plots
+from diffopt.inspect._names import named
+from diffopt.inspect._run import Region, region_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Node(NamedTuple):
+    """A box of the picture.
+
+    Attributes:
+        kind: what it stands for.
+        name: what is written on it.
+        loop: the number of a step's loop, in the order in which loops were run.
+        first: a step's number; the first of several steps in one box.
+        last: the last of them.
+    """
+
+    kind: Literal["outer", "step", "input"]
+    name: str
+    loop: int = 0
+    first: int = 0
+    last: int = 0
+
+
+OUTER = Node("outer", "outer")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Who feeds whom, in the direction of computation. Printing it tells which input feeds what.
+
+    Attributes:
+        inputs: the inputs, reached or not.
+        steps: the steps of the loops, in their order.
+        edges: pairs of nodes; the second is computed from the first.
+        leaves: all leaves of the graph, be they inputs or not.
+    """
+
+    inputs: tuple[Node, ...]
+    steps: tuple[Node, ...]
+    edges: frozenset[tuple[Node, Node]]
+    leaves: tuple[Tensor, ...]
+
+    def feeds(self, name: str) -> list[Node]:
+        """The steps, inputs and outer loss that are computed from an input at first hand.
+
+        Args:
+            name: the input's name. An input that feeds nothing has no meta-gradient.
+
+        Raises:
+            KeyError: no input has that name.
+        """
+        sources = [node for node in self.inputs if node.name == name]
+        if not sources:
+            raise KeyError(
+                f"no input is called {name!r}: there are {[x.name for x in self.inputs]}"
+            )
+        order = {node: i for i, node in enumerate((*self.steps, *self.inputs, OUTER))}
+        return sorted((y for x, y in self.edges if x == sources[0]), key=order.__getitem__)
+
+    def merged(self) -> Graph:
+        """The same with one box for steps that follow each other and have the same neighbours."""
+        boxes = _boxes(self.steps, self._alike)
+        pairs = {(boxes.get(x, x), boxes.get(y, y)) for x, y in self.edges}
+        edges = frozenset((x, y) for x, y in pairs if x != y)
+        return replace(self, steps=tuple(dict.fromkeys(boxes.values())), edges=edges)
+
+    def _alike(self, step: Node, after: Node) -> bool:
+        """Whether two steps have the same neighbours, but for those in their loop."""
+        if not _adjacent(step, after):
+            return False
+
+        def neighbours(node: Node) -> tuple[set[Node], set[Node]]:
+            sources = {x for x, y in self.edges if y == node and not _adjacent(x, node)}
+            return sources, {y for x, y in self.edges if x == node and not _adjacent(node, y)}
+
+        (sources, targets), (sources_after, targets_after) = neighbours(step), neighbours(after)
+        last = not any(x == after and _adjacent(after, y) for x, y in self.edges)
+        return sources == sources_after and (targets == targets_after or last)
+
+    @property
+    def dot(self) -> str:
+        """The picture in the language of Graphviz."""
+        ids = {node: f"n{i}" for i, node in enumerate((*self.inputs, *self.steps, OUTER))}
+        lines = ["digraph {", "  rankdir=LR;"]
+        for node, identity in ids.items():
+            label = node.name.replace("\\", "\\\\").replace('"', '\\"')
+            style = f"shape={_SHAPES[node.kind]}"
+            if node.kind == "input" and not self._reached(node):
+                style += ", style=dashed"
+            lines.append(f'  {identity} [label="{label}", {style}];')
+        lines += sorted(f"  {ids[x]} -> {ids[y]};" for x, y in self.edges)
+        return "\n".join([*lines, "}"])
+
+    def plot(self) -> Figure:
+        """The picture, drawn: a loop is a row, inputs stand below, dashed where they feed nothing.
+
+        Returns:
+            A `matplotlib.figure.Figure`; a notebook shows it, `savefig` writes it.
+
+        Raises:
+            ImportError: matplotlib is missing; `pip install 'diffopt[plots]'`.
+        """
+        places = self._places()
+        width = max(x for x, _ in places.values()) + 1
+        height = max(y for _, y in places.values()) + 1
+        inches = 0.6 + 0.08 * max(len(node.name) for node in places)  # from box to box
+        figure, (axes,) = _plots.subplots(1, (inches * width + 0.5, height + 0.5))
+        boxes: dict[Node, Any] = {}
+        for node, (x, y) in places.items():
+            lost = node.kind == "input" and not self._reached(node)
+            style = {"boxstyle": _BOXES[node.kind], "facecolor": "white"}
+            style["linestyle"] = "dashed" if lost else "solid"
+            color = "gray" if lost else "black"
+            box = axes.text(x, y, node.name, ha="center", va="center", bbox=style, color=color)
+            boxes[node] = box.get_bbox_patch()
+        for source, target in self.edges:
+            (x, y), (u, v) = places[source], places[target]
+            around = abs(u - x) > 1 if y == v else abs(v - y) > 1  # the boxes between
+            arrow = {
+                "arrowstyle": "->", "patchA": boxes[source], "patchB": boxes[target],
+                "shrinkA": 0, "shrinkB": 1,
+                "connectionstyle": f"arc3,rad={-0.8 / (2 + abs(u - x)) if around else 0}",
+            }  # fmt: skip
+            axes.annotate("", (u, v), (x, y), arrowprops=arrow)
+        axes.set(xlim=(-0.6, width - 0.4), ylim=(-0.4, height - 0.2))
+        axes.set_axis_off()
+        return figure
+
+    def __str__(self) -> str:
+        width = max((len(node.name) for node in self.inputs), default=0)
+        lines: list[str] = []
+        for node in self.inputs:
+            boxes = _boxes(self.feeds(node.name), _adjacent).values()
+            names = ", ".join(dict.fromkeys(box.name for box in boxes))
+            lines.append(f"{node.name:{width}} -> {names or 'nothing'}")
+        return "\n".join(lines)
+
+    def _reached(self, node: Node) -> bool:
+        return any(x == node for x, _ in self.edges)
+
+    def _places(self) -> dict[Node, tuple[float, float]]:
+        """Loops in rows from the top, the outer loss at their right, inputs in the lowest row."""
+        loops = max((step.loop for step in self.steps), default=0)
+        places: dict[Node, tuple[float, float]] = {}
+        for step in self.steps:
+            column = sum(other.loop == step.loop for other in places)
+            places[step] = (float(column), 1.0 + loops - step.loop)
+        width = max((x for x, _ in places.values()), default=-1.0) + 1
+        places[OUTER] = (width, 1.0 + loops / 2)
+
+        def middle(node: Node) -> float:
+            columns = [places[y][0] for x, y in self.edges if x == node and y in places]
+            return sum(columns) / len(columns) if columns else width
+
+        gap = max(1.0, width / max(1, len(self.inputs)))
+        row = enumerate(sorted(self.inputs, key=middle))
+        return places | {node: (i * gap, 0.0) for i, node in row}
+
+
+def graph(outer: Tensor, inputs: Tree) -> Graph:
+    """The graph from an outer loss to named inputs, with one node for each step of a loop.
+
+    It is autograd's graph as it stands, before or after the backward pass. To autograd a part of a
+    tensor, such as `sol.losses[2]`, depends on all that the tensor depends on. The steps of a loop
+    are told apart where it was run with a `Trace`; a loop whose steps are run again, as by
+    `Checkpointed`, is one node, and one that was not traced belongs to the outer loss. An input
+    that feeds nothing gets no gradient: it was not used, or cut off.
+
+    Args:
+        outer: what is differentiated, a tensor.
+        inputs: a pytree of what it is differentiated by, such as `{"lr": lr, "params": params}`.
+
+    Returns:
+        A `Graph`: `print` it, `plot()` it, or give its `dot` to Graphviz. `merged()` has fewer
+        boxes where there are many steps.
+
+    Raises:
+        ValueError: `outer` does not require a gradient, so that there is no graph.
+        RuntimeError: under a torch.func transform.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.sgd()
+        >>> inputs = {name: torch.tensor(0.1, requires_grad=True) for name in ("w", "lr", "decay")}
+        >>> sol = diffopt.minimize(
+        ...     lambda w: w**2, inputs["w"], optimizer=opt, hparams=opt.hparams(lr=inputs["lr"]),
+        ...     steps=4, adjoint=diffopt.inspect.Trace(),
+        ... )
+        >>> print(diffopt.inspect.graph(sol.params, inputs))
+        w     -> step 0
+        lr    -> steps 0-3
+        decay -> nothing
+    """
+    if _modes.transformed():
+        raise RuntimeError("graph() is for autograd: torch.func transforms hide their graphs")
+    if not outer.requires_grad:
+        raise ValueError(
+            "outer does not require a gradient: it depends on nothing that does, or was "
+            "computed under torch.no_grad() or from detached tensors"
+        )
+    names = named(inputs)
+    starts: dict[Any, list[Node]] = {}
+    for name, leaf in names:
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            starts.setdefault(get_gradient_edge(leaf)[:2], []).append(Node("input", name))
+    pairs, leaves = _walk(outer, {edge: tuple(nodes) for edge, nodes in starts.items()})
+    regions = {x for pair in pairs for x in pair if isinstance(x, Region)}
+    nodes = _step_nodes(regions)
+
+    def nodes_of(region: Any) -> tuple[Node, ...]:
+        return (nodes[region],) if isinstance(region, Region) else region
+
+    edges = {(x, y) for a, b in pairs for x in nodes_of(a) for y in nodes_of(b)}
+    return Graph(
+        tuple(Node("input", name) for name, _ in names),
+        tuple(sorted(nodes.values(), key=lambda node: (node.loop, node.first))),
+        frozenset(edges),
+        tuple(leaves),
+    )
+
+
+def _walk(outer: Tensor, starts: dict[Any, tuple[Node, ...]]) -> tuple[set[Any], list[Tensor]]:
+    """The pairs of regions between which edges run, and the leaves.
+
+    A region is what lies behind the mark of a step, behind inputs, or behind neither.
+    """
+    edge = get_gradient_edge(outer)[:2]
+    first: Any = region_of(edge[0]) or (OUTER,)
+    pairs: set[Any] = set()
+    if edge in starts:
+        first = starts[edge]
+    if first != (OUTER,):
+        pairs.add((first, (OUTER,)))
+    leaves: dict[Any, Tensor] = {}
+    seen = {(first, edge[0])}
+    todo = list(seen)
+    while todo:
+        region, node = todo.pop()
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            leaves[node] = variable
+        for child, number in node.next_functions:
+            if child is None:
+                continue
+            behind = starts.get((child, number)) or region_of(child) or region
+            if behind != region:
+                pairs.add((behind, region))
+            if (behind, child) not in seen:
+                seen.add((behind, child))
+                todo.append((behind, child))
+    return pairs, list(leaves.values())
+
+
+def _step_nodes(regions: set[Region]) -> dict[Region, Node]:
+    loops = sorted({region.run for region in regions}, key=lambda run: run.number)
+    nodes: dict[Region, Node] = {}
+    for run, step in regions:
+        first, last = (0, run.steps - 1) if step is None else (step, step)
+        nodes[Region(run, step)] = _step(loops.index(run), first, last, len(loops) > 1)
+    return nodes
+
+
+def _step(loop: int, first: int, last: int, several: bool) -> Node:
+    name = f"step {first}" if first == last else f"steps {first}-{last}"
+    return Node("step", f"{name} of loop {loop}" if several else name, loop, first, last)
+
+
+def _adjacent(node: Node, after: Node) -> bool:
+    steps = node.kind == after.kind == "step" and node.loop == after.loop
+    return steps and node.last + 1 == after.first
+
+
+def _boxes(nodes: Iterable[Node], alike: Callable[[Node, Node], bool]) -> dict[Node, Node]:
+    """One box for neighbours that are alike, and each node's box."""
+    groups: list[list[Node]] = []
+    for node in nodes:
+        if groups and alike(groups[-1][-1], node):
+            groups[-1].append(node)
+        else:
+            groups.append([node])
+    return {node: _box(group) for group in groups for node in group}
+
+
+def _box(nodes: list[Node]) -> Node:
+    first, last = nodes[0], nodes[-1]
+    if first is last:
+        return first
+    _, of, loop = first.name.partition(" of ")
+    name = f"steps {first.first}-{last.last}{of}{loop}"
+    return Node("step", name, first.loop, first.first, last.last)
+
+
+_SHAPES = {"outer": "doubleoctagon", "step": "box", "input": "ellipse"}
+_BOXES = {"outer": "round4", "step": "square", "input": "round"}

@@ -1,0 +1,243 @@
+"""One loop that is watched: its steps leave norms here, and marks in autograd's graph."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _function, _modes, _tree
+from diffopt._tree import Tree
+from diffopt.adjoint import GradientStep
+from diffopt.adjoint._base import Step
+from diffopt.optimizer import Optimizer
+
+_NUMBERS = itertools.count()
+
+
+class Region(NamedTuple):
+    """What lies behind a mark in autograd's graph: a step, or all steps where it is None."""
+
+    run: Run
+    step: int | None
+
+
+class Run:
+    """What was seen of one loop.
+
+    Quantities are kept leaf by leaf, on their devices: `seen[quantity][step][leaf]`. The adjoints
+    are those of the last backward pass. It visits steps in falling order, so that one which does
+    not fall is the beginning of another pass.
+    """
+
+    def __init__(self, of_gradients: bool) -> None:
+        self.number = next(_NUMBERS)
+        self.of_gradients = of_gradients  # whether the steps are `GradientStep`s
+        self.steps = 0
+        self.seen: dict[str, dict[int, dict[int, Tensor]]] = {}
+        self._lowest = 0
+
+    def watched(self, step: Step) -> Step:
+        """The step, which leaves what it does here. Its xs must be numbered."""
+        if isinstance(step, GradientStep):
+            return _WatchedGradientStep(**_fields(step), run=self)
+
+        def watched(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
+            number, x = x
+            return self.leave(number, carry, *step(carry, args, x))
+
+        return watched
+
+    def numbered(self, xs: Iterable[Any]) -> Iterator[Any]:
+        """The xs with their steps, which are known so also where steps are run again."""
+        for number, x in enumerate(xs):
+            yield _Numbered.of(number, x) if self.of_gradients else (number, x)
+
+    def see(self, quantity: str, step: int, tree: Tree) -> None:
+        """Keep the norms of a tree, unless the step is run again, be it elsewhere."""
+        if step in self.seen.setdefault(quantity, {}):
+            return
+        norms = [_norm(x) for x in _tree.leaves(tree) if isinstance(x, Tensor)]
+        self.seen[quantity][step] = {i: x for i, x in enumerate(norms) if x is not None}
+
+    def enter(self, carry: Tree) -> Tree:
+        """The initial carry, watched by the backward pass."""
+        return self._watch(carry, 0, None)
+
+    def leave(self, step: int, old: Tree, new: Tree, output: Any) -> tuple[Tree, Any]:
+        """What a step returns, watched by the backward pass."""
+        if self.of_gradients:
+            self.see("updates", step, _tree.map(_difference, old[0], new[0]))
+        region = Region(self, step)
+        return self._watch(new, step + 1, region), self._marked(output, region)
+
+    def end(self, carry: Tree, outputs: list[Any]) -> tuple[Tree, list[Any]]:
+        """What the loop returns, marked as such where no single step could do so."""
+        self.steps = len(outputs)
+        if self.of_gradients:
+            losses = [_modes.concrete(value) for value, _, _ in outputs]
+            self.seen["losses"] = {t: {0: x} for t, x in enumerate(losses) if x is not None}
+        if not outputs:
+            return carry, outputs
+        region = Region(self, None)
+        return self._watch(carry, self.steps, region, twice=False), self._marked(outputs, region)
+
+    def values(self, quantity: str, step: int) -> Tensor | None:
+        """The norm over all leaves at one step, on the CPU; None where it is not known."""
+        leaves = [x.cpu() for x in self.seen.get(quantity, {}).get(step, {}).values()]
+        if not leaves:
+            return None
+        if quantity == "losses":
+            return leaves[0]
+        return torch.linalg.vector_norm(torch.stack(torch.broadcast_tensors(*leaves)), dim=0)
+
+    def series(self, quantity: str, length: int) -> Tensor:
+        """The norms of all steps; NaN where one is not known."""
+        if length == 0:
+            return torch.empty(0, dtype=torch.float64)
+        nan = torch.tensor(torch.nan, dtype=torch.float64)
+        rows = [self.values(quantity, step) for step in range(length)]
+        rows = [nan if row is None else row.double() for row in rows]
+        return torch.stack(torch.broadcast_tensors(*rows))
+
+    def _watch(self, carry: Tree, step: int, region: Region | None, *, twice: bool = True) -> Tree:
+        params = carry[0] if self.of_gradients else carry
+        count = len(_tree.leaves(params))  # which come first
+        leaves, spec = _tree.flatten(carry)
+        for i, leaf in enumerate(leaves):
+            if twice or not self._is_marked(leaf):
+                quantity = "adjoint" if i < count else "state_adjoint"
+                see = functools.partial(self._arrive, quantity, step, i)
+                leaves[i] = _tapped(leaf, see, region)
+        return _tree.unflatten(leaves, spec)
+
+    def _marked(self, tree: Tree, region: Region) -> Tree:
+        """The same tensors, behind which autograd's graph is that of `region`, or of a step."""
+
+        def marked(leaf: Any) -> Any:
+            return leaf if self._is_marked(leaf) else _tapped(leaf, None, region)
+
+        return _tree.map(marked, tree)
+
+    def _is_marked(self, leaf: Any) -> bool:
+        region = region_of(getattr(leaf, "grad_fn", None))
+        return region is not None and region.run is self
+
+    def _arrive(self, quantity: str, step: int, leaf: int, cotangent: Tensor) -> None:
+        norms = self.seen.setdefault(quantity, {})
+        if step > self._lowest or leaf in norms.get(step, {}):
+            norms = self.seen[quantity] = {}
+            self.seen.pop("state_adjoint" if quantity == "adjoint" else "adjoint", None)
+        self._lowest = step
+        norm = _norm(cotangent)
+        if norm is not None:
+            norms.setdefault(step, {})[leaf] = norm
+
+
+def region_of(node: Any) -> Region | None:
+    """The region that lies behind a node of autograd's graph, if the node is a mark."""
+    region = getattr(node, "region", None)
+    return region if isinstance(region, Region) else None
+
+
+def _tapped(leaf: Any, see: Callable[[Tensor], None] | None, region: Region | None) -> Any:
+    if not (isinstance(leaf, Tensor) and _function.has_derivative(leaf)):
+        return leaf
+    needed = any(level.requires_grad for level in _modes.levels(leaf))
+    if not (needed and torch.is_grad_enabled()) or _modes.forward_differentiated():
+        return leaf
+    return _Tap.apply(see, region, leaf)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which shows cotangents as they pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(see: Any, region: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.see, ctx.region, _ = inputs
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[None, None, Tensor | None]:
+        (cotangent,) = cotangents
+        if cotangent is not None and ctx.see is not None:
+            ctx.see(cotangent)
+        return None, None, cotangent
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WatchedGradientStep(GradientStep):
+    run: Run
+
+    def __call__(self, carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
+        see = functools.partial(self.run.see, "grads", x.number)
+        step = replace(GradientStep(**_fields(self)), optimizer=_Watched(self.optimizer, see))
+        return self.run.leave(x.number, carry, *step(carry, args, x))
+
+
+def _fields(step: GradientStep) -> dict[str, Any]:
+    return {field.name: getattr(step, field.name) for field in fields(GradientStep)}
+
+
+class _Watched(Optimizer[Any, Any]):
+    """An optimizer that shows the gradients it is given."""
+
+    def __init__(self, optimizer: Optimizer[Any, Any], see: Callable[[Tree], None]) -> None:
+        self.optimizer, self.hparams, self.see = optimizer, optimizer.hparams, see
+
+    def init(self, params: Tree) -> Any:
+        return self.optimizer.init(params)
+
+    def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
+        self.see(grads)
+        return self.optimizer.update(params, grads, state, hparams)
+
+
+class _Numbered(tuple[Any, ...]):
+    """The `(own hparams, batch)` of a step, that knows the step."""
+
+    number: int
+
+    @classmethod
+    def of(cls, number: int, x: Iterable[Any]) -> _Numbered:
+        numbered = cls(x)
+        numbered.number = number
+        return numbered
+
+
+def _flatten_numbered(x: _Numbered) -> tuple[list[Any], int]:
+    return list(x), x.number
+
+
+def _unflatten_numbered(values: Iterable[Any], number: Any) -> _Numbered:
+    return _Numbered.of(number, values)
+
+
+_tree.register_node(_Numbered, _flatten_numbered, _unflatten_numbered)
+
+
+def _difference(old: Tensor, new: Tensor) -> Tensor:
+    return new.detach() - old.detach()
+
+
+def _norm(tensor: Tensor) -> Tensor | None:
+    """The 2-norm in float64, where squares do not overflow; one for each example under vmap."""
+    tensor = tensor.detach()
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    exact = _modes.exact_dtype(tensor.device)
+    dtype = exact.to_complex() if tensor.is_complex() else exact
+    return _modes.concrete(torch.linalg.vector_norm(tensor, dtype=dtype))

@@ -1,0 +1,19 @@
+"""Linear solvers for operators given by their products with vectors."""
+
+from diffopt.linear._base import (
+    ConvergenceError as ConvergenceError,
+    ConvergenceWarning as ConvergenceWarning,
+    LinearSolution as LinearSolution,
+    LinearSolver as LinearSolver,
+    LinearSystem as LinearSystem,
+    Run as Run,
+    anywhere as anywhere,
+)
+from diffopt.linear.direct import Direct as Direct, Nystrom as Nystrom
+from diffopt.linear.krylov import (
+    GMRES as GMRES,
+    BiCGStab as BiCGStab,
+    ConjugateGradient as ConjugateGradient,
+    NormalCG as NormalCG,
+)
+from diffopt.linear.series import Neumann as Neumann

@@ -1,0 +1,186 @@
+"""The implicit function theorem as a differentiable rule: the one derivative that is written here.
+
+Of x with r(x, y) = 0 it is dx = -(d_x r)^-1 (d_y r) dy. A linear solve A(y) u = b is the case
+r = A(y) u - b, so that the solves of a derivative are differentiated by the same rule.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffopt import _function, _tree
+from diffopt._tree import Tree
+from diffopt.linear._isolation import concrete, isolated, outer_derivatives
+
+if TYPE_CHECKING:
+    from diffopt.linear._base import LinearSolution
+
+Linear: TypeAlias = Callable[[Tensor], Tensor]
+"""A linear map on vectors."""
+
+
+def transpose(linear: Linear, like: Tensor) -> Linear:
+    """The adjoint of a linear map on vectors like `like`."""
+    pull = torch.func.vjp(linear, torch.zeros_like(like))[1]
+    return lambda vector: pull(vector)[0]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A linear map that depends on `point`, a number of tensors.
+
+    Attributes:
+        at: `at(*point)` is the linear map.
+        transposed_at: `transposed_at(*point)` is its adjoint.
+        precondition: applies an approximate inverse, whatever the point.
+        adjoint_precondition: applies its adjoint.
+    """
+
+    at: Callable[..., Linear]
+    transposed_at: Callable[..., Linear]
+    precondition: Linear
+    adjoint_precondition: Linear
+
+    @property
+    def T(self) -> Operator:
+        """The adjoint."""
+        return Operator(self.transposed_at, self.at, self.adjoint_precondition, self.precondition)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the linear systems of a derivative are solved.
+
+    Attributes:
+        numbers: `numbers(operator, b, x0, *point)` is the solution as a constant.
+        unravel: puts a vector like x into the tree the user knows.
+        report: is given every solution.
+    """
+
+    numbers: Callable[..., LinearSolution]
+    unravel: Callable[[Tensor], Tree]
+    report: Callable[[LinearSolution], object] | None = None
+
+
+@dataclass(frozen=True)
+class Equation:
+    """residual(x, *inputs) = 0 in a vector x.
+
+    Attributes:
+        residual: of `(x, *inputs)`, a vector like x.
+        jacobian: its derivative to x, at the point `(x, *inputs)`.
+        method: for the linear systems with that operator.
+    """
+
+    residual: Callable[..., Tensor]
+    jacobian: Operator
+    method: Method
+
+
+def solve(
+    method: Method, operator: Operator, b: Tensor, x0: Tensor | None, *point: Tensor
+) -> LinearSolution:
+    """The solution u of operator(*point) u = b, differentiable in b and point."""
+    solution: LinearSolution = isolated(partial(method.numbers, operator), b, x0, *point)
+    if method.report:
+        tree = solution._replace(value=method.unravel(solution.value))
+        method.report(_tree.map(concrete, tree))
+
+    def residual(u: Tensor, b: Tensor, *point: Tensor) -> Tensor:
+        return operator.at(*point)(u) - b
+
+    jacobian = replace(
+        operator,
+        at=lambda u, b, *point: operator.at(*point),
+        transposed_at=lambda u, b, *point: operator.transposed_at(*point),
+    )
+    equation = Equation(residual, jacobian, method)
+    return solution._replace(value=attach(equation, solution.value, b, *point))
+
+
+def attach(equation: Equation, x: Tensor, *inputs: Tensor) -> Tensor:
+    """A constant x that solves the equation, with its derivative to the inputs."""
+    return _Attach.apply(equation, x, *inputs)  # pyright: ignore[reportReturnType]
+
+
+class _Attach(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(equation: Equation, x: Tensor, *inputs: Tensor) -> Tensor:
+        return _function.batched_like([x.clone()], inputs)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.equation = inputs[0]
+        ctx.save_for_backward(output, *inputs[2:])
+        ctx.save_for_forward(output, *inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        equation, (x, *inputs) = ctx.equation, ctx.saved_tensors
+        needed = [
+            i
+            for i, needed in enumerate(ctx.needs_input_grad[2:])
+            if needed and _differentiable(inputs[i])
+        ]
+        results: list[Tensor | None] = [None] * len(inputs)
+        if needed:
+            u = solve(equation.method, equation.jacobian.T, grads[0], None, x, *inputs).value
+            for i, grad in zip(needed, _pullback(equation, x, inputs, needed)(-u), strict=True):
+                results[i] = grad
+        return (None, None, *results)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        equation, (x, *inputs) = ctx.equation, ctx.saved_tensors
+        given = [
+            i
+            for i, tangent in enumerate(tangents[2:])
+            if tangent is not None and _differentiable(inputs[i])
+        ]
+        if not given:
+            return torch.zeros_like(x)
+        moved = [tangents[2 + i] for i in given]
+        with outer_derivatives(x, *inputs, *moved) as tensors:
+            x, inputs, moved = tensors[0], tensors[1 : -len(given)], tensors[-len(given) :]
+            # The pullback is linear, and its adjoint is what pushes tangents forward: so there is
+            # no need of forward derivatives of what the user wrote.
+            try:
+                push = torch.func.vjp(_pullback(equation, x, inputs, given), torch.zeros_like(x))[1]
+                (change,) = push(tuple(moved))
+                return solve(equation.method, equation.jacobian, -change, None, x, *inputs).value
+            except RuntimeError as error:
+                if "INTERNAL ASSERT" in str(error):
+                    error.add_note(_MADE_INSIDE)
+                raise
+
+
+_MADE_INSIDE = (
+    "A residual or operator may compute with a tensor that was made inside the function which is "
+    "differentiated, forward over reverse, without being an argument: pass it as an argument."
+)
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _pullback(
+    equation: Equation, x: Tensor, inputs: Sequence[Tensor], which: Sequence[int]
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The vector-Jacobian product of the residual with respect to some of its inputs."""
+
+    def residual(*chosen: Tensor) -> Tensor:
+        replaced = dict(zip(which, chosen, strict=True))
+        return equation.residual(x, *(replaced.get(i, old) for i, old in enumerate(inputs)))
+
+    return torch.func.vjp(residual, *(inputs[i] for i in which))[1]

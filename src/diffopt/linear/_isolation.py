@@ -1,0 +1,171 @@
+"""Running code outside of every derivative in progress, and looking through torch.func's wrappers.
+
+The only module that touches functorch's private functions on wrapped tensors.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+
+from diffopt import _modes, _tree
+from diffopt._tree import Tree
+
+_functorch: Any = torch._C._functorch
+
+
+def isolated(
+    function: Callable[..., Tree], *trees: Tree, plain: bool = False, sequential: bool = False
+) -> Tree:
+    """`function(*trees)` as constants: no graph, no tangents, but the batches of torch.func.vmap.
+
+    With `plain` the function runs outside of every transform unless its arguments are batched, so
+    that it may leave torch; but it cannot use tensors that were made inside of nested transforms.
+    With `sequential` it is called so for every sample of a batch.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(forward_ad._set_fwd_grad_enabled(False))
+        trees = _tensors(_constant, trees)
+        if sequential:
+            return _each_sample(function, trees)
+        leaves = [leaf for leaf in _tree.leaves(trees) if isinstance(leaf, Tensor)]
+        if plain and not any(map(_is_batched, leaves)):
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        return _tensors(_constant, function(*trees))
+
+
+def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
+    batched = [t for t in _tree.leaves(trees) if isinstance(t, Tensor) and _is_batched(t)]
+    if not batched:
+        with temporarily_clear_interpreter_stack():
+            return _tensors(_constant, function(*trees))
+    level = max(map(_level, batched))
+    sizes = {_inner(t).shape[_batch_dim(t)] for t in batched if _level(t) == level}
+
+    def sample(index: int) -> Tree:
+        def select(tensor: Tensor) -> Tensor:
+            if not _is_batched(tensor) or _level(tensor) != level:
+                return tensor
+            return _constant(_inner(tensor).select(_batch_dim(tensor), index))
+
+        return _each_sample(function, _tensors(select, trees))
+
+    def join(*leaves: Any) -> Any:
+        if not isinstance(leaves[0], Tensor):
+            return leaves[0]
+        return _functorch._add_batch_dim(_constant(torch.stack(leaves)), 0, level)
+
+    (size,) = sizes
+    return _tree.map(join, *(sample(index) for index in range(size)))
+
+
+@contextmanager
+def outer_derivatives(*tensors: Tensor) -> Generator[list[Tensor]]:
+    """Inside the jvp of an autograd.Function: see `tensors` as the next transform outside does.
+
+    Torch runs a jvp with forward derivatives off, at every level of nested transforms. Here they
+    are on again, and the tensors have lost the tangents of the level whose jvp it is.
+    """
+    stack = _functorch.get_interpreter_stack() or []
+    levels = [i.level() for i in stack if i.key() == _functorch.TransformType.Jvp]
+    level = max(levels, default=0)
+
+    def primal(tensor: Tensor) -> Tensor:
+        if _is_batched(tensor):
+            inner, dim = primal(_inner(tensor)), _batch_dim(tensor)
+            return _functorch._add_batch_dim(inner, dim, _level(tensor))
+        if level:
+            return _functorch._unwrap_for_grad(tensor, level)
+        return forward_ad.unpack_dual(tensor).primal
+
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield [primal(tensor) for tensor in tensors]
+
+
+def concrete(tensor: Tensor) -> Tensor:
+    """The values of a constant; under vmap those of all samples, batch dimensions in front."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _is_batched(tensor):
+            tensor = _inner(tensor).movedim(_batch_dim(tensor), 0)
+        else:
+            tensor = _inner(tensor)
+    return tensor
+
+
+def refuse_captured(function: Callable[..., Tree], name: str, *trees: Tree) -> None:
+    """Raise if `function` computes with a tensor of a derivative or batch that is no argument.
+
+    Such a tensor cannot be differentiated by an implicit rule, and its batch is gone when the
+    rule runs. Not seen are tensors which are used where gradients are disabled.
+    """
+    if not (torch.is_grad_enabled() or _modes.transformed() or _modes.forward_differentiated()):
+        return
+    with torch.enable_grad():
+        outputs = function(*_tensors(_one_sample, trees))
+    if any(_belongs(leaf) for leaf in _tree.leaves(outputs) if isinstance(leaf, Tensor)):
+        raise ValueError(
+            f"{name} computes with a tensor that needs a gradient, or is batched by vmap, but is "
+            "not among its arguments: pass it as an argument (a module's parameters by "
+            "diffopt.nn.functionalize), or detach it; a gradient inside is for torch.func.grad"
+        )
+
+
+def _belongs(tensor: Tensor) -> bool:
+    while True:
+        if tensor.requires_grad or _is_batched(tensor):
+            return True
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+        if not _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = _inner(tensor)
+
+
+def _tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    return _tree.map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """The tensor without its wrappers for derivatives, but with those for batches."""
+    if _is_batched(tensor):
+        inner, dim, level = _constant(_inner(tensor)), _batch_dim(tensor), _level(tensor)
+        return _functorch._add_batch_dim(inner, dim, level)
+    if _functorch.is_functorch_wrapped_tensor(tensor):
+        return _constant(_inner(tensor))
+    # Not at the level in progress, which would wrap the result.
+    with temporarily_clear_interpreter_stack(), forward_ad._set_fwd_grad_enabled(False):
+        return tensor.detach()
+
+
+def _one_sample(tensor: Tensor) -> Tensor:
+    """The tensor without any wrapper: of a batch, the first sample."""
+    tensor = _constant(tensor)
+    while _is_batched(tensor):
+        tensor = _constant(_inner(tensor).select(_batch_dim(tensor), 0))
+    return tensor
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    return _functorch.is_batchedtensor(tensor)
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    return _functorch.get_unwrapped(tensor)
+
+
+def _batch_dim(tensor: Tensor) -> int:
+    return _functorch.maybe_get_bdim(tensor)
+
+
+def _level(tensor: Tensor) -> int:
+    return _functorch.maybe_get_level(tensor)

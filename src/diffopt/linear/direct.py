@@ -1,0 +1,104 @@
+"""Solvers that hold a matrix: the whole of it, or some of its columns."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+from __future__ import annotations
+
+import random
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from diffopt.linear._base import LinearSolver, LinearSystem, Run, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Direct(LinearSolver):
+    """Builds the matrix of A and factors it: for small systems, of up to some thousand unknowns.
+
+    Args:
+        rtol: see `LinearSolver`: how large a residual is taken for a sign of a singular matrix.
+        atol: see `LinearSolver`.
+        damping: see `LinearSolver`.
+        on_failure: see `LinearSolver`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.linear import Direct
+        >>> A, b = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([2.0, 4.0])
+        >>> Direct().solve(lambda v: A @ v, b).value
+        tensor([-3.,  1.])
+    """
+
+    def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
+        x = _solve(_columns(system, range(x0.numel())).T, system.b)
+        return Run(x, torch.ones_like(system.tolerance, dtype=torch.int64), "it may be singular")
+
+
+@dataclass(frozen=True)
+class Nystrom(LinearSolver):
+    """A low-rank approximation of a symmetric A, inverted together with its damping.
+
+    With the columns C of A at `rank` random indices K, and W = C[K]: A is replaced by C W^-1 C^T,
+    and x = b / damping - C (W + C^T C / damping)^-1 C^T b / damping^2. Exact where A is of that
+    rank; otherwise the approximation lies under a positive semi-definite A, so that x is too large
+    in the directions that are missing, the more so the smaller the damping. It takes `rank`
+    products with A, in one batch.
+
+    Args:
+        rank: number of columns, >= 1; all of them where there are fewer.
+        damping: added to A, > 0. Nothing is inverted without it.
+        seed: of the choice of columns.
+        rtol: see `LinearSolver`. The default of 1 accepts what is no worse than x = 0.
+        atol: see `LinearSolver`.
+        on_failure: see `LinearSolver`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.linear import Nystrom
+        >>> A, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([4.0, 5.0])
+        >>> Nystrom(rank=2, damping=1.0).solve(lambda v: A @ v, b).value  # (A + I) x = b
+        tensor([1.0000, 1.0000])
+
+    Source: Hataya and Yamada, "Nyström method for accurate and scalable implicit differentiation",
+    2023, equation 6.
+    """
+
+    rank: int
+    _: KW_ONLY
+    seed: int = 0
+    rtol: float | None = 1.0
+
+    symmetric = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rank, "rank", 1, integer=True)
+        require(self.seed, "seed", 0, integer=True)
+        if self.damping == 0:
+            raise ValueError("damping is 0, but Nystrom needs a number > 0")
+
+    def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
+        n, b, damping = x0.numel(), system.b, self.damping
+        rank = min(self.rank, n)
+        # Python's generator: torch's is not to be had under vmap.
+        indices = sorted(random.Random(self.seed).sample(range(n), rank))
+        units = torch.eye(n, dtype=b.dtype, device=b.device)[indices]
+        columns = _columns(system, indices) - damping * units
+        core = columns[:, indices] + columns @ columns.T / damping
+        x = b / damping - _solve(core, columns @ b) @ columns / damping**2
+        return Run(x, torch.full_like(system.tolerance, rank, dtype=torch.int64))
+
+
+def _columns(system: LinearSystem, indices: range | list[int]) -> Tensor:
+    """Columns of the matrix, as rows."""
+    n, b = system.b.numel(), system.b
+    units = torch.eye(n, dtype=b.dtype, device=b.device)[list(indices)]
+    return torch.vmap(system.matvec)(units)
+
+
+def _solve(matrix: Tensor, b: Tensor) -> Tensor:
+    """Without an error where the matrix is singular: the residual tells."""
+    wide = torch.promote_types(b.dtype, torch.float32)  # there is none in half precision
+    return torch.linalg.solve_ex(matrix.to(wide), b.to(wide))[0].to(b.dtype)

@@ -1,0 +1,330 @@
+"""Krylov methods: conjugate gradients, also on the normal equations, GMRES and BiCGStab."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt._tree import Tree
+from diffopt.linear._base import LinearSolver, LinearSystem, Run, anywhere, norm, require
+from diffopt.linear._isolation import concrete
+
+
+class Cycle(NamedTuple):
+    """What a method did between two restarts.
+
+    Attributes:
+        x: the new approximation.
+        steps: how many iterations, a 0-d integer tensor.
+        hopeless: whether no restart can help.
+    """
+
+    x: Tensor
+    steps: Tensor
+    hopeless: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Krylov(LinearSolver):
+    """Iterates until the residual, computed anew from x, is within the tolerance.
+
+    A method updates its residual by a recurrence that drifts from b - A x; where they have come
+    apart, and where a method breaks down, it is started again from the x it reached, unless the
+    last cycle did not lower the residual.
+
+    Args:
+        max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
+        preconditioner: `v -> M^-1 v` on trees like b, linear, an approximate inverse of A. A solve
+            with A^T, as a derivative needs it, takes its adjoint.
+        rtol: see `LinearSolver`.
+        atol: see `LinearSolver`.
+        damping: see `LinearSolver`.
+        on_failure: see `LinearSolver`.
+    """
+
+    max_steps: int | None = None
+    preconditioner: Callable[[Tree], Tree] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps is not None:
+            require(self.max_steps, "max_steps", 0, integer=True)
+
+    def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
+        x, limit = x0, self.max_steps
+        limit = min(10 * x0.numel(), 1000) if limit is None else limit
+        size = norm(residual)
+        steps = torch.zeros((), dtype=torch.int64, device=x.device)
+        active = size > system.tolerance
+        hopeless = torch.zeros_like(active)
+        taken = 0
+        while taken < limit and anywhere(active):
+            cycle = self._cycle(system, x, residual, active, limit - taken)
+            taken += max(1, int(concrete(cycle.steps).max()))
+            finite = active & torch.isfinite(cycle.x).all()
+            x = torch.where(finite, cycle.x, x)
+            steps, hopeless = steps + cycle.steps, hopeless | cycle.hopeless
+            before, residual = size, system.residual(x)
+            size = norm(residual)
+            active = finite & ~cycle.hopeless & (size < before) & (size > system.tolerance)
+        return Run(x, steps, self._obstacle if anywhere(hopeless) else "")
+
+    _obstacle = ""
+
+    @abstractmethod
+    def _cycle(
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+    ) -> Cycle:
+        """At most `limit` iterations from x, where `active`; elsewhere x stays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConjugateGradient(Krylov):
+    """Conjugate gradients, for a symmetric positive definite A (plus damping).
+
+    Negative curvature, p^T A p <= 0, ends the iteration unconverged: x is what was reached before.
+    The preconditioner must be symmetric positive definite as well. An iteration takes one product
+    with A.
+
+    Args:
+        rtol: see `LinearSolver`.
+        atol: see `LinearSolver`.
+        damping: see `LinearSolver`.
+        max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
+        preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
+        on_failure: see `LinearSolver`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.linear import ConjugateGradient
+        >>> A, b = torch.tensor([[4.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
+        >>> solution = ConjugateGradient(rtol=1e-6).solve(lambda v: A @ v, b)
+        >>> solution.value
+        tensor([0.0909, 0.6364])
+        >>> int(solution.iterations), bool(solution.converged)
+        (2, True)
+
+    Source: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
+    """
+
+    symmetric = True
+    _obstacle = (
+        "it found no positive curvature: the operator (or the preconditioner) is not positive "
+        "definite; damping may help"
+    )
+
+    def _cycle(
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+    ) -> Cycle:
+        r, eps = residual, torch.finfo(x.dtype).eps
+        z = p = system.precondition(r)
+        rho = r @ z
+        steps, hopeless = torch.zeros_like(active, dtype=torch.int64), torch.zeros_like(active)
+        for _ in range(limit):
+            q = system.matvec(p)
+            curvature = p @ q
+            positive = (curvature > eps * norm(p) * norm(q)) & (rho > 0)
+            hopeless = hopeless | (active & ~positive)
+            active = active & positive
+            steps = steps + active
+            alpha = torch.where(active, rho / curvature, 0.0)
+            x, r = x + alpha * p, r - alpha * q
+            active = active & (norm(r) > system.tolerance)
+            if not anywhere(active):
+                break
+            z = system.precondition(r)
+            rho, before = torch.where(active, r @ z, rho), rho
+            p = torch.where(active, z + rho / before * p, p)
+        return Cycle(x, steps, hopeless)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalCG(Krylov):
+    """Conjugate gradients on A^T A x = A^T b, for any nonsingular A.
+
+    Robust, and slow where A is ill-conditioned, since the condition number is squared. An iteration
+    takes one product with A and one with A^T; the preconditioner P approximates A^-1 as everywhere,
+    and P P^T is used for A^T A.
+
+    Args:
+        rtol: see `LinearSolver`; the residual is that of A x = b.
+        atol: see `LinearSolver`.
+        damping: see `LinearSolver`; it is added to A, not to A^T A.
+        max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
+        preconditioner: `v -> P v` on trees like b, an approximate inverse of A.
+        on_failure: see `LinearSolver`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.linear import NormalCG
+        >>> A, b = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([2.0, 4.0])
+        >>> NormalCG().solve(lambda v: A @ v, b).value
+        tensor([-3.0000,  1.0000])
+
+    Source: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952,
+    section 10.
+    """
+
+    def _cycle(
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+    ) -> Cycle:
+        rmatvec, r = system.transposed(), residual
+
+        def gradient(r: Tensor) -> tuple[Tensor, Tensor]:
+            s = system.adjoint_precondition(rmatvec(r))
+            return system.precondition(s), s @ s
+
+        p, rho = gradient(r)
+        steps = torch.zeros_like(active, dtype=torch.int64)
+        for _ in range(limit):
+            q = system.matvec(p)
+            steps = steps + active
+            alpha = torch.where(active & (rho > 0), rho / (q @ q), 0.0)
+            x, r = x + alpha * p, r - alpha * q
+            active = active & (norm(r) > system.tolerance) & (rho > 0)
+            if not anywhere(active):
+                break
+            (z, new), before = gradient(r), rho
+            rho = torch.where(active, new, rho)
+            p = torch.where(active, z + rho / before * p, p)
+        return Cycle(x, steps, torch.zeros_like(active))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMRES(Krylov):
+    """Generalised minimal residuals, restarted, for any nonsingular A.
+
+    Keeps `restart` vectors of the size of b. Preconditioned from the right, so that the residual is
+    that of A x = b. An iteration takes one product with A; orthogonalisation is Gram-Schmidt, done
+    twice.
+
+    Args:
+        restart: iterations between restarts, >= 1. Few may make no progress.
+        rtol: see `LinearSolver`.
+        atol: see `LinearSolver`.
+        damping: see `LinearSolver`.
+        max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
+        preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
+        on_failure: see `LinearSolver`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.linear import GMRES
+        >>> A, b = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([2.0, 4.0])
+        >>> GMRES().solve(lambda v: A @ v, b).value
+        tensor([-3.0000,  1.0000])
+
+    Source: Saad and Schultz, "GMRES: a generalized minimal residual algorithm for solving
+    nonsymmetric linear systems", 1986.
+    """
+
+    restart: int = 30
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.restart, "restart", 1, integer=True)
+
+    def _cycle(
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+    ) -> Cycle:
+        m, eps = min(self.restart, limit, x.numel()), torch.finfo(x.dtype).eps
+        beta = norm(residual)
+        steps = torch.zeros_like(active, dtype=torch.int64)
+        basis = [residual * torch.where(active, 1 / beta, 0.0)]
+        # The rows of the orthogonal factor of the Hessenberg matrix, one Givens rotation a step.
+        rows = list(torch.eye(m + 1, dtype=x.dtype, device=x.device))
+        triangle: list[Tensor] = []
+        rhs: list[Tensor] = []
+        for j in range(m):
+            w = system.matvec(system.precondition(basis[j]))
+            vectors = torch.stack(basis)
+            h = vectors @ w
+            w = w - h @ vectors
+            again = vectors @ w
+            w, h = w - again @ vectors, h + again
+            height = norm(w)
+            column = torch.cat([h, height[None], h.new_zeros(m - j - 1)])
+            column = torch.stack(rows) @ column
+            radius = torch.hypot(column[j], column[j + 1])
+            steps = steps + active
+            active = active & (radius > eps * norm(column))
+            cos = torch.where(active, column[j] / radius, 1.0)
+            sin = torch.where(active, column[j + 1] / radius, 0.0)
+            rows[j], rows[j + 1] = (
+                cos * rows[j] + sin * rows[j + 1],
+                cos * rows[j + 1] - sin * rows[j],
+            )
+            unit = torch.arange(m, device=x.device) == j
+            column = torch.where(unit, radius, torch.where(unit.cumsum(0) > 0, 0.0, column[:m]))
+            triangle.append(torch.where(active, column, unit.to(x.dtype)))
+            rhs.append(torch.where(active, beta * rows[j][0], 0.0))
+            active = active & (beta * rows[j + 1][0].abs() > system.tolerance)
+            if not anywhere(active):
+                break
+            basis.append(w * torch.where(active & (height > 0), 1 / height, 0.0))
+        k = len(rhs)
+        wide = torch.promote_types(x.dtype, torch.float32)  # no triangular solve in half precision
+        upper = torch.stack(triangle, 1)[:k].to(wide)
+        y = torch.linalg.solve_triangular(upper, torch.stack(rhs)[:, None].to(wide), upper=True)
+        change = system.precondition(y[:, 0].to(x.dtype) @ torch.stack(basis[:k]))
+        return Cycle(x + change, steps, torch.zeros_like(active))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiCGStab(Krylov):
+    """Stabilised bi-conjugate gradients, for a nonsymmetric A in little memory.
+
+    Seven vectors, whatever the number of iterations, each of which takes two products with A. It
+    may break down, above all where A has imaginary eigenvalues; then it starts again from where it
+    is. Preconditioned from the right.
+
+    Args:
+        rtol: see `LinearSolver`.
+        atol: see `LinearSolver`.
+        damping: see `LinearSolver`.
+        max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
+        preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
+        on_failure: see `LinearSolver`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.linear import BiCGStab
+        >>> A, b = torch.tensor([[3.0, 2.0], [-1.0, 1.0]]), torch.tensor([5.0, 0.0])
+        >>> BiCGStab(rtol=1e-6).solve(lambda v: A @ v, b).value
+        tensor([1.0000, 1.0000])
+
+    Source: van der Vorst, "Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the
+    solution of nonsymmetric linear systems", 1992.
+    """
+
+    def _cycle(
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+    ) -> Cycle:
+        shadow = r = p = residual
+        rho = shadow @ r
+        steps = torch.zeros_like(active, dtype=torch.int64)
+        for _ in range(limit):
+            y = system.precondition(p)
+            v = system.matvec(y)
+            scale = shadow @ v
+            steps = steps + active
+            active = active & (scale != 0) & (rho != 0)
+            alpha = torch.where(active, rho / scale, 0.0)
+            s = r - alpha * v
+            z = system.precondition(s)
+            t = system.matvec(z)
+            omega = torch.where(active & (t @ t > 0), (t @ s) / (t @ t), 0.0)
+            x, r = x + alpha * y + omega * z, s - omega * t
+            active = active & (norm(r) > system.tolerance) & (omega != 0)
+            if not anywhere(active):
+                break
+            rho, before = torch.where(active, shadow @ r, rho), rho
+            p = torch.where(active, r + rho / before * alpha / omega * (p - omega * v), p)
+        return Cycle(x, steps, torch.zeros_like(active))

@@ -1,0 +1,63 @@
+"""A truncated Neumann series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from diffopt._tree import Tree
+from diffopt.linear._base import LinearSolver, LinearSystem, Run, require
+
+
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    """The first k terms of a series: x = scale * sum_{j < k} (I - scale A)^j b.
+
+    It converges to A^-1 b where every eigenvalue of scale * A is within 1 of 1. Cut at k terms, its
+    error is (I - scale A)^k A^-1 b: directions in which A is small are damped, so that a derivative
+    made with it is biased towards zero, as is one that is unrolled through the last k steps of
+    gradient descent with the rate `scale`. Second derivatives are biased likewise, and are not
+    exactly those of the biased first. With x0 or a preconditioner it is k steps of
+    x + scale * M^-1 (b - A x). Each step, and the residual, takes one product with A.
+
+    Args:
+        k: number of terms, >= 1.
+        scale: a positive number.
+        rtol: see `LinearSolver`. The default of 1 only says that the series does not diverge.
+        atol: see `LinearSolver`.
+        damping: see `LinearSolver`.
+        preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
+        on_failure: see `LinearSolver`.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.linear import Neumann
+        >>> Neumann(k=3).solve(lambda v: 0.5 * v, torch.tensor(1.0)).value  # 1 + 1/2 + 1/4
+        tensor(1.7500)
+
+    Source: Lorraine, Vicol and Duvenaud, "Optimizing millions of hyperparameters by implicit
+    differentiation", 2020.
+    """
+
+    k: int
+    scale: float = 1.0
+    _: KW_ONLY
+    rtol: float | None = 1.0
+    preconditioner: Callable[[Tree], Tree] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.k, "k", 1, integer=True)
+        require(self.scale, "scale", 0.0)
+
+    def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
+        x = x0
+        for step in range(self.k):
+            change = self.scale * system.precondition(residual)
+            x = x + change
+            if step < self.k - 1:
+                residual = residual - system.matvec(change)
+        return Run(x, torch.full_like(system.tolerance, self.k, dtype=torch.int64))
