@@ -195,7 +195,7 @@ def test_logistic_regression_on_breast_cancer():
         )  # fmt: skip
         return entropy(x_val @ sol.params, y_val)
 
-    log_decay = torch.linspace(-3, -1, 30, dtype=torch.float64)
+    log_decay = torch.linspace(-2, 0, 30, dtype=torch.float64)
     grads = [
         torch.func.grad(lambda d, a=adjoint: validation(d, a))(log_decay)
         for adjoint in (Implicit(ConjugateGradient(rtol=1e-12)), Implicit(Direct()))

@@ -111,8 +111,7 @@ def test_batches_and_own_hyperparameters_receive_those_of_the_last_step():
 
 
 @pytest.mark.parametrize("tol", [1e-8, 1e-1])
-def test_a_loop_that_tol_ends_has_the_derivative_of_the_step_not_taken(tol):
-    """It is the one from the solution, which as such changes nothing and has no derivative."""
+def test_a_loop_that_tol_ends_has_the_derivative_of_the_last_step_taken(tol):
     sol = run(START, loss=quartic, steps=500, tol=tol)
     assert sol.steps < 500
     one_more = run(sol.params, loss=quartic, steps=1, adjoint=None)
@@ -124,8 +123,10 @@ def test_a_loop_that_tol_ends_has_the_derivative_of_the_step_not_taken(tol):
     def solve(target, lr, **arguments):
         return run(START, target, lr, loss=quartic, steps=500, tol=tol, **arguments).params
 
+    before = run(START, loss=quartic, steps=int(sol.steps) - 1, adjoint=None).params
+
     def step(target, lr):
-        return run(sol.params, target, lr, loss=quartic, steps=1, adjoint=Unrolled()).params
+        return run(before, target, lr, loss=quartic, steps=1, adjoint=Unrolled()).params
 
     by_both = torch.func.jacrev(step, (0, 1))(TARGET, RATE)
     torch.testing.assert_close(torch.func.jacrev(solve, (0, 1))(TARGET, RATE), by_both)
@@ -133,13 +134,22 @@ def test_a_loop_that_tol_ends_has_the_derivative_of_the_step_not_taken(tol):
 
 
 def test_tol_under_vmap_ends_each_example_by_itself():
+    """An example that stops before others has the derivative of a step from its solution."""
     targets = torch.stack([TARGET, START + 1e-3, -TARGET])
 
     def solve(target):
         return run(START, target, loss=quartic, steps=500, tol=1e-3).params
 
-    one_by_one = torch.stack([torch.func.jacrev(solve)(t) for t in targets])
-    torch.testing.assert_close(torch.vmap(torch.func.jacrev(solve))(targets), one_by_one)
+    def step(start, target):
+        return run(start, target, loss=quartic, steps=1, adjoint=Unrolled()).params
+
+    solutions = torch.stack([solve(target) for target in targets])
+    last = torch.stack([torch.func.jacrev(solve)(target) for target in targets])
+    further = torch.vmap(torch.func.jacrev(step, argnums=1))(solutions, targets)
+    steps = [run(START, target, loss=quartic, steps=500, tol=1e-3).steps for target in targets]
+    longest = torch.stack(steps) == max(steps)
+    expected = torch.where(longest[:, None, None], last, further)
+    torch.testing.assert_close(torch.vmap(torch.func.jacrev(solve))(targets), expected)
 
 
 def test_tol_repeats_random_numbers():

@@ -981,6 +981,7 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's, once in a process
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", GRADIENTS)
 @several_groups

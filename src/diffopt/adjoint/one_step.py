@@ -29,9 +29,9 @@ class OneStep(Adjoint):
     Gradients reach hyperparameters, arguments and tensors that the loss closes over, and of what
     differs from step to step that of the last one. The initial parameters, state and buffers
     receive none, also if there is but one step or none at all, since a fixed point does not depend
-    on them. Where `tol` ends the loop of `minimize`, the step is that which was not taken any more,
-    from the solution. Values are those of the whole loop; of `losses` and `aux` those of the last
-    step alone have derivatives.
+    on them. Where, under vmap, `tol` ends an example before others, the step is one more from its
+    solution. Values are those of the whole loop; of `losses` and `aux` those of the last step alone
+    have derivatives.
 
     It is differentiable once, in reverse or forward mode: the derivative of the derivative of one
     step is far from a second derivative of the solution even where the first is exact, and raises
