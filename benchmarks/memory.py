@@ -65,10 +65,10 @@ ADJOINTS: dict[str, Callable[[int], Adjoint]] = {
 
 
 def mlp() -> tuple[list[Tensor], Callable[..., Tensor]]:
-    """55,000 weights and 128 examples."""
-    sizes = (196, 196, 64, 10)
+    """9,000 weights and 64 examples."""
+    sizes = (64, 96, 32, 10)
     params = [torch.randn(m, n) / m**0.5 for m, n in itertools.pairwise(sizes)]
-    x, y = torch.randn(128, 196), torch.randint(10, (128,))
+    x, y = torch.randn(64, 64), torch.randint(10, (64,))
 
     def loss(params: list[Tensor], decay: Tensor) -> Tensor:
         h = x
@@ -80,8 +80,8 @@ def mlp() -> tuple[list[Tensor], Callable[..., Tensor]]:
 
 
 def transformer() -> tuple[list[Tensor], Callable[..., Tensor]]:
-    """One block of width 32 with 4 heads: 13,000 weights and 8 sequences of 16."""
-    width, heads, length, batch = 32, 4, 16, 8
+    """One block of width 32 with 4 heads: 13,000 weights and 4 sequences of 16."""
+    width, heads, length, batch = 32, 4, 16, 4
     shapes = [
         (width, 3 * width),
         (width, width),

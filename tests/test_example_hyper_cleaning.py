@@ -1,0 +1,114 @@
+"""The example that finds wrong labels: its data, its command and what it reaches."""
+
+import functools
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+for package in ("matplotlib", "mlxtend", "rich", "sklearn"):
+    pytest.importorskip(package)
+
+FOLDER = Path(__file__).parents[1] / "examples" / "hyperparameters"
+SMALL = ["--inner-steps", "30", "--outer-steps", "10"]
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[SimpleNamespace]:
+    """The example's modules, which import each other by bare names."""
+    names = ("noisy_digits", "hyper_cleaning")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        digits = modules.noisy_digits
+        patch.setattr(digits, "mnist_data", functools.cache(digits.mnist_data))  # it parses text
+        yield modules
+
+
+@pytest.fixture(scope="module")
+def data(example):
+    return example.noisy_digits.load(3000, 500, wrong_labels=1200, seed=0)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    out = tmp_path_factory.mktemp("hyper_cleaning")
+    files = ["--out", str(out), "--json", str(out / "figures.json")]
+    command = [sys.executable, str(FOLDER / "hyper_cleaning.py"), *SMALL, *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = json.loads((out / "figures.json").read_text())
+    return SimpleNamespace(out=out, printed=done.stdout, **figures)
+
+
+def test_learned_weights_beat_equal_weights_on_the_test_set(small_run):
+    test = {title: row["test"] for title, row in small_run.rows.items()}
+    assert test["all labels, learned weights"] > test["all labels"] + 0.005
+
+
+def test_learned_weights_tell_wrong_labels_from_correct_ones(small_run):
+    found = small_run.separation
+    assert found["auc"] > 0.9
+    assert found["mean weight of wrong labels"] < 0.3
+    assert found["mean weight of correct labels"] > 0.7
+
+
+def test_a_run_ends_with_its_figures_and_a_picture(small_run):
+    assert len(small_run.curve) == 11
+    assert f"{small_run.separation['auc']:.3f}" in small_run.printed
+    assert f"{small_run.rows['all labels, learned weights']['test']:.1%}" in small_run.printed
+    assert (small_run.out / "hyper_cleaning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_weights_gradient_is_that_of_the_unrolled_loop(example, data):
+    logits = torch.zeros(len(data.train.y), requires_grad=True)
+    method = example.hyper_cleaning
+
+    def gradient(adjoint):
+        params = method.train(data.train, logits.sigmoid(), 5, adjoint)
+        answers = method.predict(params, data.validation.x)
+        loss = torch.nn.functional.cross_entropy(answers, data.validation.y)
+        return torch.autograd.grad(loss, logits)[0]
+
+    expected = gradient(method.diffopt.adjoint.Unrolled())
+    torch.testing.assert_close(gradient(method.Checkpointed()), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_only_labels_of_the_training_set_are_wrong_and_as_many_as_asked(example, data):
+    clean = example.noisy_digits.load(3000, 500, wrong_labels=0, seed=0)
+    assert int(data.wrong.sum()) == 1200
+    assert (data.train.y != clean.train.y).equal(data.wrong)
+    assert data.train.x.equal(clean.train.x)
+    assert data.validation.y.equal(clean.validation.y)
+    assert data.test.y.equal(clean.test.y)
+    assert [len(part.y) for part in (data.train, data.validation, data.test)] == [3000, 500, 1500]
+
+
+def test_a_gradient_points_to_its_own_orientation(example):
+    ramp = torch.arange(28.0).expand(1, 28, 28)  # brighter to the right
+    strength = example.noisy_digits.oriented_gradients(ramp).reshape(8, -1).sum(1)
+    assert strength.argmax() == 0
+    assert strength[3:6].max() < 1e-6 * strength[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--inner-steps", "0"], "--inner-steps 0: must be at least 1"),
+        (["--train", "4500"], "leave none of the 5000 digits for the test"),
+        (["--corruption", "1"], "--corruption 1.0: must leave labels of both kinds"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--json", "no/such/folder/file"], "not a file in an existing folder"),
+    ],
+)
+def test_a_bad_option_is_named(example, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["hyper_cleaning.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        example.hyper_cleaning.parse()
+    assert message in capsys.readouterr().err
