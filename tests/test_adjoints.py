@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import diffopt
-from diffopt.adjoint import Checkpointed, Truncated, Unrolled, unroll
+from diffopt.adjoint import Checkpointed, ForwardMode, Implicit, Truncated, Unrolled, unroll
 
 CHECKPOINTED = [
     Checkpointed(),
@@ -302,6 +302,42 @@ def test_three_levels_of_loops_have_the_right_derivative(levels):
     grads = torch.func.grad(lambda x: nested(adjoints, x, RATE))(X)
     expected = torch.autograd.grad(nested([Unrolled()] * 3, *inputs), inputs)
     torch.testing.assert_close(grads, expected[0], rtol=1e-12, atol=1e-14)
+
+
+OUTER = [Checkpointed(), Checkpointed(hvp="reverse-over-reverse"), ForwardMode()]
+INNER = [Checkpointed(levels=2), ForwardMode(), Implicit(), Truncated(60)]
+
+
+@pytest.mark.parametrize("outer", OUTER, ids=str)
+@pytest.mark.parametrize("inner", INNER, ids=str)
+def test_adjoints_mix(outer, inner):
+    """An inner loop that has converged, so that each of these adjoints is exact."""
+    opt = diffopt.sgd()
+
+    def innermost(w, v):
+        return 0.5 * w @ HESSIAN @ w - w.sum() * v.exp()
+
+    def solve(adjoints, u):
+        def middle(v, u):
+            w = diffopt.minimize(
+                innermost, torch.zeros_like(u), v, optimizer=opt, hparams=opt.hparams(lr=0.5),
+                steps=60, adjoint=adjoints[1],
+            ).params  # fmt: skip
+            return ((w - u) ** 2).sum() + 0.1 * v**2
+
+        return diffopt.minimize(
+            middle, 5 * RATE, u, optimizer=opt, hparams=opt.hparams(lr=0.05), steps=2,
+            adjoint=adjoints[0],
+        ).params  # fmt: skip
+
+    u = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(solve([Unrolled()] * 2, u), u)
+    if isinstance(inner, ForwardMode) and outer == OUTER[1]:
+        with pytest.raises(NotImplementedError, match="no second derivatives in reverse mode"):
+            torch.autograd.grad(solve([outer, inner], u), u)
+        return
+    (grad,) = torch.autograd.grad(solve([outer, inner], u), u)
+    torch.testing.assert_close(grad, expected, rtol=1e-8, atol=0)
 
 
 # Stopping early

@@ -302,7 +302,8 @@ def _dual(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """For one direction: cheaper than torch.func in eager mode."""
     values, tangents = list[Tensor](), list[Tensor | None]()
-    with forward_ad.dual_level(), torch.enable_grad():  # or the loss's gradient drops tangents
+    # Within a torch.autograd.Function forward mode is off, and so is it without a graph.
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, d[0]) for x, d in zip(primals, directions, strict=True)]
         for result in function(*duals):
             value, tangent = forward_ad.unpack_dual(result)
