@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import diffopt
-from diffopt.adjoint import FirstOrder, Truncated, Unrolled
+from diffopt.adjoint import Checkpointed, FirstOrder, ForwardMode, Truncated, Unrolled
 
 START = torch.linspace(-1, 1, 4, dtype=torch.float64)
 
@@ -49,7 +49,7 @@ def solve(loss, w=START, steps=4, adjoint=Unrolled(), lr=0.01, opt=None):  # noq
 
 
 @pytest.mark.parametrize("opt", [diffopt.sgd(), diffopt.adam(amsgrad=True), diffopt.rmsprop()])
-@pytest.mark.parametrize("adjoint", [Unrolled(), FirstOrder(), Truncated(2), None])
+@pytest.mark.parametrize("adjoint", [Unrolled(), FirstOrder(), Truncated(2), Checkpointed(), None])
 def test_no_reference_cycles(adjoint, opt):
     loss, lr = Census(), torch.tensor(0.01, requires_grad=True)
     with no_garbage_collector():
@@ -159,3 +159,28 @@ def test_detach_passes_over_what_is_no_tensor():
     assert tree["x"].requires_grad
     assert cut["x"].data_ptr() == tree["x"].data_ptr()
     assert (cut["name"], cut["n"], cut["none"]) == ("a", 3, None)
+
+
+@pytest.mark.parametrize("adjoint", [Checkpointed(levels=5), Checkpointed(levels=8), ForwardMode()])
+def test_what_lives_at_once_hardly_grows_with_the_number_of_steps(adjoint):
+    def most(steps):
+        loss, lr = Census(), torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+        with no_garbage_collector():
+            sol = solve(loss, steps=steps, adjoint=adjoint, lr=lr)
+            torch.autograd.grad(sol.params.sum(), lr)
+        return loss.most
+
+    assert most(320) <= 4 * most(10)
+
+
+def test_checkpoints_are_offloaded_from_a_gpu_only():
+    loss, lr = Census(), torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+    grads = [
+        torch.autograd.grad(solve(loss, steps=9, adjoint=adjoint, lr=lr).params.sum(), lr)
+        for adjoint in (Checkpointed(offload="cpu"), Checkpointed())
+    ]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="offload='cpu' does not work under"):
+        torch.func.grad(
+            lambda lr: solve(loss, adjoint=Checkpointed(offload="cpu"), lr=lr).params.sum()
+        )(lr.detach())

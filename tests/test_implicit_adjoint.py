@@ -1,0 +1,142 @@
+"""minimize(adjoint=Implicit()): what is right, and what is refused."""
+
+import pytest
+import torch
+
+import diffopt
+from diffopt.adjoint import Implicit, Unrolled, unroll
+from diffopt.linear import ConjugateGradient, ConvergenceError, ConvergenceWarning, Direct
+
+OPT = diffopt.sgd()
+TARGET = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+
+def loss(w, target, decay):
+    """Its Hessian depends on w."""
+    return ((w - target) ** 2).sum() + 0.1 * (w**4).sum() + 0.5 * decay * (w**2).sum()
+
+
+def solve(target, decay, adjoint=Implicit(), start=None, steps=400, opt=OPT, **numbers):  # noqa: B008
+    start = torch.zeros_like(target) if start is None else start
+    hparams = opt.hparams(**{"lr": 0.1, **numbers})
+    return diffopt.minimize(
+        loss, start, target, decay, optimizer=opt, hparams=hparams, steps=steps, adjoint=adjoint
+    )
+
+
+def inputs():
+    return TARGET.clone().requires_grad_(), torch.tensor(0.3, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(rtol=1e-14), Direct()], ids=str)
+def test_first_and_second_derivatives_are_those_of_the_unrolled_loop(solver):
+    def derivatives(adjoint):
+        leaves = inputs()
+        grads = torch.autograd.grad(
+            solve(*leaves, adjoint).params.sin().sum(), leaves, create_graph=True
+        )
+        return grads, torch.autograd.grad(sum(g.cos().sum() for g in grads), leaves)
+
+    implicit, unrolled = derivatives(Implicit(solver)), derivatives(Unrolled())
+    torch.testing.assert_close(implicit, unrolled, rtol=1e-9, atol=1e-12)
+
+
+def test_it_works_under_transforms_in_any_nesting():
+    def outer(adjoint):
+        return lambda target, decay: solve(target, decay, adjoint).params.sin().sum()
+
+    decays = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    implicit, unrolled = outer(Implicit(ConjugateGradient(rtol=1e-14))), outer(Unrolled())
+    for transform in (
+        lambda f: torch.func.grad(f, (0, 1))(TARGET, decays[0]),
+        lambda f: torch.func.hessian(f, (0, 1))(TARGET, decays[0]),
+        lambda f: torch.func.jacfwd(f, (0, 1))(TARGET, decays[0]),
+        lambda f: torch.vmap(torch.func.grad(f, (0, 1)), (None, 0))(TARGET, decays),
+        lambda f: torch.func.grad(lambda t: torch.vmap(f, (None, 0))(t, decays).sum())(TARGET),
+    ):
+        torch.testing.assert_close(transform(implicit), transform(unrolled), rtol=1e-8, atol=1e-10)
+
+
+def test_batches_stand_for_their_mean():
+    x = torch.randn(4, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def ridge(w, decay, x, y):
+        return 0.5 * ((x @ w - y) ** 2).mean() + 0.5 * decay * (w**2).sum()
+
+    decay = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x_all, y_all = x.reshape(-1, 3), y.reshape(-1)
+    system = x_all.T @ x_all / 32 + decay.detach() * torch.eye(3, dtype=torch.float64)
+    solution = torch.linalg.solve(system, x_all.T @ y_all / 32)
+    sol = diffopt.minimize(
+        ridge, solution, decay, optimizer=OPT, hparams=OPT.hparams(lr=1e-9),
+        batches=list(zip(x, y, strict=True)) * 3, adjoint=Implicit(),
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(sol.params.sum(), decay)
+    expected = -torch.linalg.solve(system, solution).sum()
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0)
+
+
+def test_what_the_minimum_does_not_depend_on_gets_zeros():
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    start = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    sol = solve(*inputs(), start=start, lr=lr)
+    for grad in torch.autograd.grad(sol.params.sum(), (lr, start)):
+        assert not grad.any()
+
+
+def test_losses_and_state_have_no_derivative():
+    sol = solve(*inputs(), opt=diffopt.adam())
+    for value in (sol.losses[-1], sol.state.exp_avg.sum()):
+        with pytest.raises(NotImplementedError, match=r"derivatives of sol\.params, not of losses"):
+            value.backward()
+    _, tangent = torch.func.jvp(
+        lambda d: solve(TARGET, d).losses[0], (torch.tensor(0.3),), (torch.tensor(1.0),)
+    )
+    assert tangent.isnan()
+
+
+@pytest.mark.parametrize(
+    ("opt", "numbers"),
+    [
+        (diffopt.sgd(), {"weight_decay": 0.1}),
+        (diffopt.sgd(), {"weight_decay": torch.tensor(0.0, requires_grad=True)}),
+        (diffopt.adamw(), {}),
+    ],
+)
+def test_an_optimizer_that_decays_is_refused(opt, numbers):
+    with pytest.raises(ValueError, match="put the decay into the loss"):
+        solve(*inputs(), opt=opt, **numbers)
+
+
+def test_an_end_that_is_no_minimum_warns_or_raises():
+    with pytest.warns(ConvergenceWarning, match=r"above root_tolerance=0\.001"):
+        solve(*inputs(), steps=3)
+    with pytest.raises(ConvergenceError, match="x is no solution"):
+        solve(*inputs(), Implicit(on_failure="raise"), steps=3)
+
+
+def test_linear_solves_are_reported():
+    reports = []
+    leaves = inputs()
+    torch.autograd.grad(solve(*leaves, Implicit(on_solve=reports.append)).params.sum(), leaves)
+    (report,) = reports
+    assert bool(report.converged)
+    assert 0 < int(report.iterations) <= 3
+
+
+def test_closed_over_tensors_and_other_steps_are_refused():
+    target, decay = inputs()
+    with pytest.raises(ValueError, match="pass it as"):
+        diffopt.minimize(
+            lambda w: loss(w, target, decay), torch.zeros_like(TARGET), optimizer=OPT,
+            hparams=OPT.hparams(lr=0.1), steps=300, adjoint=Implicit(),
+        )  # fmt: skip
+    with pytest.raises(TypeError, match="use implicit_fixed_point"):
+        unroll(lambda c, a, x: (c, ()), TARGET, (), 3, adjoint=Implicit())
+
+
+def test_without_gradients_nothing_is_checked_or_solved():
+    with torch.no_grad():
+        sol = solve(*inputs(), steps=3)
+    assert not sol.params.requires_grad
