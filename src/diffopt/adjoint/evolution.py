@@ -21,7 +21,7 @@ from diffopt._function import Surroundings
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._closed import refuse_closed_over
-from diffopt.adjoint._first_order import constant_in, first_order
+from diffopt.adjoint._limited import constant_in, first_order
 from diffopt.adjoint.unrolled import Unrolled
 
 

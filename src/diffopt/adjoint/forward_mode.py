@@ -20,7 +20,7 @@ from diffopt import _function, _modes, _tree
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, Step
 from diffopt.adjoint._closed import refuse_closed_over
-from diffopt.adjoint._once import once
+from diffopt.adjoint._limited import once
 from diffopt.adjoint.unrolled import Unrolled
 
 _SECOND_ORDER = (

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffopt import _function, _modes, _tree
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
-from diffopt.adjoint._lost import without_derivative
+from diffopt.adjoint._limited import without_derivative
 from diffopt.adjoint.truncated import Truncated
 from diffopt.implicit import attach_minimum
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver

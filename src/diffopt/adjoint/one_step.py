@@ -12,7 +12,7 @@ from torch import Tensor
 from diffopt import _function, _tree
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
-from diffopt.adjoint._first_order import first_order
+from diffopt.adjoint._limited import first_order
 from diffopt.adjoint.truncated import Truncated
 
 

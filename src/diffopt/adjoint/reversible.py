@@ -21,7 +21,7 @@ from diffopt._modes import exact
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._closed import refuse_closed_over
-from diffopt.adjoint._once import once
+from diffopt.adjoint._limited import once
 from diffopt.rules.sgd import MomentumHParams, SGDState
 
 _SHIFT = 30

@@ -1,0 +1,132 @@
+"""Results that lack a derivative, which raise where one is asked for that would be wrong."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from diffopt import _function, _modes, _tree
+from diffopt._tree import Tree
+
+
+def first_order(tree: Tree, message: str) -> Tree:
+    """The same values and first derivatives, of which a further derivative raises `message`.
+
+    That is so in reverse and forward mode and any mixture of the two, but not for the derivative of
+    a vector-Jacobian product by its vector, which is right. Not noticed under torch.compile.
+    """
+    if _modes.compiling():
+        return tree
+
+    def mark(leaf: Any) -> Any:
+        marked = isinstance(leaf, Tensor) and _function.has_derivative(leaf)
+        return cast(Any, _FirstOrder.apply(message, leaf)) if marked else leaf
+
+    return _tree.map(mark, tree)
+
+
+def without_derivative(tree: Tree, sources: Tree, message: str) -> Tree:
+    """The same values, where a derivative by the sources is not zero but cannot be had.
+
+    Reverse mode raises `message`. Forward mode, which meets every result, gives tangents of NaN.
+    """
+    tensors, join = _tree.split(tree)
+    chosen = [i for i, x in enumerate(tensors) if _function.has_derivative(x)]
+    inputs = [x for x in _tree.split(sources)[0] if _function.has_derivative(x)]
+    if _modes.compiling() or not chosen or not inputs:
+        return tree
+    results = cast(Any, _Lost.apply(message, len(chosen), *(tensors[i] for i in chosen), *inputs))
+    for i, result in zip(chosen, results, strict=True):
+        tensors[i] = result
+    return join(tensors)
+
+
+def once(
+    message: str, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """`function(*inputs)`, a derivative of which raises `message`."""
+    return cast(Any, _Once.apply(message, function, *inputs))
+
+
+def constant_in(gradient: Tensor, inputs: Iterable[Tensor], message: str) -> Tensor:
+    """A gradient whose derivative by the inputs raises `message`."""
+    zero = cast(Tensor, _Zero.apply(message, *filter(_function.has_derivative, inputs)))
+    return gradient + zero.to(gradient.device, gradient.dtype)
+
+
+class _FirstOrder(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(message: str, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.message, x = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, Tensor]:
+        x = torch._C._functorch.unwrap_if_dead(ctx.saved_tensors[0])
+        return None, constant_in(cotangents[0], [x], ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return constant_in(tangents[1], ctx.saved_tensors, ctx.message)
+
+
+class _Raising(torch.autograd.Function):
+    """A function of a message and more, whose derivatives raise the message."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise NotImplementedError(ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(ctx.message)
+
+
+class _Zero(_Raising):
+    """A node of its own, so that it raises only where its derivative is asked for."""
+
+    @staticmethod
+    def forward(message: str, *inputs: Tensor) -> Tensor:
+        return torch.zeros((), device=inputs[0].device)
+
+
+class _Once(_Raising):
+    @staticmethod
+    def forward(
+        message: str, function: Callable[..., Sequence[Tensor]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple(_function.batched_like(function(*inputs), inputs))
+
+
+class _Lost(_Raising):
+    @staticmethod
+    def forward(message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_function.batched_like([x.clone() for x in tensors[:count]], tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.message = inputs[0]
+        ctx.save_for_forward(*output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.full_like(x, torch.nan) for x in ctx.saved_tensors)
