@@ -44,8 +44,13 @@ def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
     def pullback(
         inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        with surroundings.restored():
-            return vjp(tensors, inputs, needed, cotangents)
+        def product(arguments: Tree) -> list[Tensor | None]:
+            with surroundings.restored():
+                return vjp(tensors, arguments[0], needed, arguments[1])
+
+        arguments = list(inputs), list(cotangents)
+        # Where the product is differentiated in turn, no more is kept of it than of the function.
+        return recomputed(product, arguments) if torch.is_grad_enabled() else product(arguments)
 
     return custom(function, inputs, pullback)
 

@@ -32,9 +32,10 @@ class Checkpointed(Adjoint):
 
     Derivatives of any order reach the initial parameters, state and buffers, every tensor
     hyperparameter, the loss's arguments and the batches, but not tensors that the loss closes over:
-    that raises. Derivatives of the backward pass itself (second order) record it, and then take the
-    memory of the whole loop. In forward mode (`torch.func.jvp`, `torch.autograd.forward_ad`) and
-    under torch.compile the loop is run as it stands, as `Unrolled` does.
+    that raises. The backward pass is run again in turn where it is differentiated, so that higher
+    orders take little memory as well, and torch.func.grad no more than autograd. In forward mode
+    (`torch.func.jvp`, `torch.autograd.forward_ad`) and under torch.compile the loop is run as it
+    stands, as `Unrolled` does.
 
     Args:
         segments: the number of pieces on each level, T^(1/(levels + 1)) by default.
