@@ -1,7 +1,6 @@
 """Adafactor: Adam's second moment by rows and columns only (Shazeer and Stern 2018)."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -9,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _ops
+from diffopt import _ops
 from diffopt._engine import Leafwise, leafwise, zeros_like
 from diffopt._hparams import Hyperparameter, check_flags, hparams, number
 from diffopt._tree import Tree
-
-_PIECE = 1 << 16  # torch.dot of many more float32 numbers loses digits
 
 
 class AdafactorState(NamedTuple):
@@ -152,7 +149,4 @@ def _mean(x: Tensor, dim: int) -> Tensor:
 
 
 def _rms(x: Tensor) -> Tensor:
-    if _modes.compiling():  # which fuses this, and would unroll the other
-        return _ops.sqrt((x * x).sum() / max(x.numel(), 1))
-    pieces = [piece.dot(piece) for piece in x.reshape(-1).split(_PIECE)]
-    return _ops.sqrt(torch.stack(pieces).sum() / max(x.numel(), 1))
+    return _ops.sqrt((x * x).sum() / max(x.numel(), 1))
