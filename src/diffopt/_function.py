@@ -168,12 +168,11 @@ class Surroundings:
 
     def __init__(self, inputs: Tree) -> None:
         leaves = _tree.leaves(inputs)
-        devices = {x.device for x in leaves if isinstance(x, Tensor) and x.device.type != "cpu"}
+        devices = {x.device for x in leaves if isinstance(x, Tensor)}
+        devices = {device for device in devices if device.type not in ("cpu", "meta")}
         self.generators = [x for x in leaves if isinstance(x, torch.Generator)]
         self.generators.append(torch.default_generator)
-        for device in devices:
-            module = torch.get_device_module(device)
-            self.generators.append(module.default_generators[device.index])
+        self.generators.extend(g for device in devices for g in _default_generators(device))
         self.states = [generator.get_state() for generator in self.generators]
         self.autocasts = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -198,6 +197,13 @@ class Surroundings:
             finally:
                 for generator, state in zip(self.generators, now, strict=True):
                     generator.set_state(state)
+
+
+def _default_generators(device: torch.device) -> list[torch.Generator]:
+    if device.type == "mps":
+        return [torch.mps._get_default_mps_generator()]
+    generators = getattr(torch.get_device_module(device.type), "default_generators", ())
+    return [generators[device.index]] if generators else []
 
 
 class _Call:
