@@ -310,7 +310,7 @@ def test_what_is_not_finite_is_no_convergence(name):
         (lambda: ConjugateGradient(max_steps=1.5), r"max_steps is 1.5, but must be an integer"),
         (lambda: GMRES(restart=0), r"restart is 0, but must be an integer >= 1"),
         (lambda: Neumann(k=0), r"k is 0, but must be an integer >= 1"),
-        (lambda: Nystrom(3), r"damping is 0, but Nystrom needs a number > 0"),
+        (lambda: Nystrom(3, damping=0.0), r"damping is 0, but Nystrom needs a number > 0"),
         (lambda: Nystrom(0, damping=1.0), r"rank is 0, but must be an integer >= 1"),
     ],
 )

@@ -48,7 +48,7 @@ class Nystrom(LinearSolver):
 
     Args:
         rank: number of columns, >= 1; all of them where there are fewer.
-        damping: added to A, > 0. Nothing is inverted without it.
+        damping: added to A, > 0: nothing is inverted without it.
         seed: of the choice of columns.
         rtol: see `LinearSolver`. The default of 1 accepts what is no worse than x = 0.
         atol: see `LinearSolver`.
@@ -67,6 +67,7 @@ class Nystrom(LinearSolver):
 
     rank: int
     _: KW_ONLY
+    damping: float = 0.01
     seed: int = 0
     rtol: float | None = 1.0
 
