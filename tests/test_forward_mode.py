@@ -466,3 +466,20 @@ def test_max_inputs_is_checked(value):
 def test_discount_is_checked(discount):
     with pytest.raises(ValueError, match=r"discount is .*, but must be a number from 0 to 1"):
         ForwardMode().iterate(lambda w, lr, t: (w, None), START, START, [0], discount=discount)
+
+
+def test_tangents_have_the_dtype_of_what_they_belong_to():
+    """torch.vmap of torch.func.jvp makes that of a number times a 0-d tensor float64."""
+    start = {"w": torch.zeros(3, requires_grad=True), "b": torch.zeros((), requires_grad=True)}
+    lr, momentum = torch.tensor(0.1, requires_grad=True), torch.tensor(0.9, requires_grad=True)
+    opt = diffopt.sgd()
+
+    def grads(adjoint):
+        sol = diffopt.minimize(
+            lambda p: 0.5 * ((p["w"] + p["b"] - 1) ** 2).sum(), start, optimizer=opt,
+            hparams=opt.hparams(lr=lr, momentum=momentum), steps=5, adjoint=adjoint,
+        )  # fmt: skip
+        value = sol.params["w"].sum() + sol.params["b"]
+        return torch.autograd.grad(value, (lr, momentum, *start.values()))
+
+    torch.testing.assert_close(grads(ForwardMode()), grads(Unrolled()))

@@ -310,7 +310,7 @@ def _dual(
             values.append(value.detach())
             if _function.has_derivative(value):
                 tangent = torch.zeros_like(value) if tangent is None else tangent
-                tangents.append(tangent.detach()[None])
+                tangents.append(tangent.detach().to(value.dtype)[None])
             else:
                 tangents.append(None)
     return values, tangents
@@ -335,7 +335,11 @@ def _batched(
     values, tangents, rest = map(iter, torch.vmap(along, randomness="same")(*directions))
     kinds = list(smooth)
     results = [next(values if is_smooth else rest)[0] for is_smooth in kinds]
-    return results, [next(tangents) if is_smooth else None for is_smooth in kinds]
+    # torch makes the tangent of a number times a 0-d tensor float64.
+    return results, [
+        next(tangents).to(result.dtype) if is_smooth else None
+        for result, is_smooth in zip(results, kinds, strict=True)
+    ]
 
 
 def _attach(inputs: _Inputs, tree: Tree, tangents: Sequence[Tensor | None]) -> Tree:
