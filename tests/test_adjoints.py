@@ -11,11 +11,9 @@ CHECKPOINTED = [
     Checkpointed(),
     Checkpointed(levels=3),
     Checkpointed(segments=2),
-    Checkpointed(segments=1),
-    Checkpointed(hvp="reverse-over-reverse"),
     Checkpointed(levels=2, hvp="reverse-over-reverse"),
 ]
-STEPS = 7
+STEPS = 5
 BATCHES = list(torch.linspace(-1, 1, 3 * STEPS, dtype=torch.float64).reshape(STEPS, 3))
 INPUTS = {
     "a": torch.tensor([0.3, -1.2, 0.8, 0.1], dtype=torch.float64),
