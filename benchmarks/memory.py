@@ -56,6 +56,9 @@ ADJOINTS: dict[str, Callable[[int], Adjoint]] = {
     "Checkpointed, reverse": lambda _: Checkpointed(hvp="reverse-over-reverse"),
     "Checkpointed(levels=3)": lambda _: Checkpointed(levels=3),
     "Checkpointed(levels=log2 T)": lambda T: Checkpointed(levels=math.ceil(math.log2(T))),
+    "Checkpointed(levels=log2 T), reverse": lambda T: Checkpointed(
+        levels=math.ceil(math.log2(T)), hvp="reverse-over-reverse"
+    ),
     "ForwardMode": lambda _: ForwardMode(),
     "Reversible": lambda _: Reversible(),
     "Implicit": lambda _: Implicit(root_tolerance=math.inf),
@@ -106,7 +109,16 @@ def transformer() -> tuple[list[Tensor], Callable[..., Tensor]]:
     return params, loss
 
 
-MODELS = {"mlp": mlp, "transformer": transformer}
+def quartic() -> tuple[list[Tensor], Callable[..., Tensor]]:
+    """20,000 weights and next to no work: for the memory of very long loops."""
+
+    def loss(params: list[Tensor], decay: Tensor) -> Tensor:
+        return (params[0] ** 4).mean() + decay * (params[0] ** 2).mean()
+
+    return [torch.randn(20_000)], loss
+
+
+MODELS = {"mlp": mlp, "transformer": transformer, "quartic": quartic}
 
 
 def case(model: str, name: str, steps: int) -> Callable[[], object]:
@@ -188,7 +200,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--steps", nargs="+", type=int, default=[10, 100, 1000, 10_000], help="of the inner loop")
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--models", nargs="+", choices=MODELS, default=["mlp", "transformer"])
     add("--only", nargs="+", choices=ADJOINTS, default=list(ADJOINTS))
     add("--gigabytes", type=float, default=8, help="memory that a case may take")
     add("--minutes", type=float, default=10, help="time that a case may take")
