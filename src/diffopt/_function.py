@@ -28,15 +28,13 @@ def custom(function: Callable[[Tree], Tree], inputs: Tree, pullback: Pullback) -
     with its arguments only. `function` must not hold tensors either, or they outlive their use.
     """
     tensors, join = _tree.split(inputs)
-    call = _Call(function, join, pullback)
-    outputs = _Custom.apply(call, *tensors)
-    return call.join_outputs(outputs)
+    return _Call(function, join, pullback).apply(tensors)
 
 
 def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
     """`function(inputs)`, run again from the inputs when its derivative is wanted."""
     surroundings = Surroundings(inputs)
-    _, join = _tree.split(inputs)
+    leaves, join = _tree.split(inputs)
 
     def tensors(*xs: Tensor) -> list[Tensor]:
         return _tree.split(function(join(xs)))[0]
@@ -52,7 +50,7 @@ def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
         # Where the product is differentiated in turn, no more is kept of it than of the function.
         return recomputed(product, arguments) if torch.is_grad_enabled() else product(arguments)
 
-    return custom(function, inputs, pullback)
+    return _Call(function, join, pullback).apply(leaves)
 
 
 def independent(tree: Tree, others: Tree) -> Tree:
@@ -214,6 +212,10 @@ class _Call:
     ) -> None:
         self.function, self.join, self.pullback = function, join, pullback
         self.join_outputs: Callable[..., Tree] = join
+
+    def apply(self, tensors: Sequence[Tensor]) -> Tree:
+        outputs: Any = _Custom.apply(self, *tensors)
+        return self.join_outputs(outputs)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         outputs, self.join_outputs = _tree.split(self.function(self.join(inputs)))
