@@ -35,6 +35,9 @@ class Opaque:
     def __init__(self, inside):
         self.inside = inside
 
+    def __repr__(self):
+        return f"Opaque({self.inside!r})"
+
 
 pytree.register_pytree_node(Opaque, lambda o: ([o.inside], None), lambda c, _: Opaque(*c))
 
@@ -306,3 +309,70 @@ def test_nesterov_needs_momentum():
         diffopt.sgd(nesterov=True, momentum=False)
     with pytest.raises(TypeError, match="momentum"):
         diffopt.sgd(momentum=False).hparams(momentum=0.9)
+
+
+STRUCTURES = [
+    torch.ones(2),
+    3.0,
+    None,
+    (),
+    [],
+    {},
+    [1, torch.ones(1)],
+    [torch.ones(1), [1]],
+    [[], torch.ones(1)],
+    (torch.ones(1), 2),
+    torch.ones(2).shape,
+    Pair(1, torch.ones(1)),
+    Pair((1, 2), {"a": 3}),
+    {"a": 1, "b": torch.ones(1)},
+    {"b": 1, "a": torch.ones(1)},
+    collections.OrderedDict(a=1, b=[2, 3]),
+    collections.defaultdict(list, a=1, b=2),
+    collections.deque([1, 2]),
+    [collections.deque([1, 2], maxlen=3), 1],
+    Opaque(1),
+    Box([1, 2]),
+    diffopt.sgd().hparams(lr={"a": 0.1, "b": 0.2}),
+    (diffopt.sgd().hparams(lr=0.1), [None]),
+    (torch.return_types.max((torch.ones(1), torch.ones(1))), 1),
+]
+
+
+@pytest.mark.parametrize(
+    "order", [STRUCTURES, STRUCTURES[::-1], [*STRUCTURES[6:9], STRUCTURES[6]] * 3]
+)
+def test_flattening_is_torchs_whatever_came_before(order):
+    for tree in order:
+        leaves, spec = _tree.flatten(tree)
+        expected, expected_spec = pytree.tree_flatten(tree)
+        assert len(leaves) == len(expected)
+        assert all(x is y for x, y in zip(leaves, expected, strict=True))
+        assert spec == expected_spec
+        again = _tree.unflatten(range(len(leaves)), spec)
+        other = pytree.tree_unflatten(range(len(leaves)), expected_spec)
+        assert repr(again) == repr(other)
+        assert repr(_tree.map(type, tree)) == repr(pytree.tree_map(type, tree))
+
+
+def test_a_subclass_of_a_container_is_a_leaf():
+    class Own(list):
+        pass
+
+    own = Own([1, 2])
+    for tree, leaves in (([1, 2], [1, 2]), (own, [own]), ([1, own], [1, own]), ([1, [2]], [1, 2])):
+        assert _tree.flatten(tree)[0] == leaves
+
+
+@pytest.mark.parametrize("values", [[1], [1, 2, 3]])
+def test_unflatten_wants_as_many_values_as_leaves(values):
+    _, spec = _tree.flatten((torch.ones(1), [torch.ones(1)]))
+    with pytest.raises(ValueError, match="leaves"):
+        _tree.unflatten(values, spec)
+
+
+def test_a_structure_that_came_first_is_forgotten():
+    specs = [_tree.flatten({name: 1})[1] for name in "abcdefgh"]
+    assert len(_tree._KNOWN[dict, 1]) == _tree._REMEMBERED
+    for name, spec in zip("abcdefgh", specs, strict=True):
+        assert _tree.unflatten([2], spec) == {name: 2}

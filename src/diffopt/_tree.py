@@ -7,28 +7,128 @@ The only module that touches torch's private pytree module.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+from diffopt import _modes
 
 Tree: TypeAlias = Any
 """A tensor, or a container of trees that torch's pytree registry knows."""
 
 Spec: TypeAlias = pytree.TreeSpec
 
-flatten: Callable[..., tuple[list[Any], Spec]] = pytree.tree_flatten
 leaves: Callable[[Tree], list[Any]] = pytree.tree_leaves
-map: Callable[..., Tree] = pytree.tree_map
 GetAttrKey = pytree.GetAttrKey
 register_node = pytree.register_pytree_node
 
 
+def flatten(tree: Tree) -> tuple[list[Any], Spec]:
+    """The leaves and the structure; for one that came before several times faster than torch's."""
+    if _modes.compiling():
+        return pytree.tree_flatten(tree)
+    sized = isinstance(tree, (list, tuple, dict))
+    key = type(tree), len(cast(Any, tree)) if sized else 1
+    for known in _KNOWN.get(key, ()):
+        values: list[Any] = []
+        if _collect(tree, known, values):
+            return values, known.spec
+    values, spec = pytree.tree_flatten(tree)
+    node = _node(spec)
+    if node is not None:
+        first, *rest = node, *_KNOWN.get(key, ())
+        for forgotten in rest[_REMEMBERED - 1 :]:
+            _NODES.pop(id(forgotten.spec), None)
+        _KNOWN[key] = first, *rest[: _REMEMBERED - 1]
+        _NODES[id(spec)] = node
+    return values, spec
+
+
 def unflatten(values: Iterable[Any], spec: Spec) -> Tree:
     """The tree of structure `spec` that holds `values`."""
-    return pytree.tree_unflatten(values, spec)
+    node = None if _modes.compiling() else _NODES.get(id(spec))
+    if node is None or node.spec is not spec:
+        return pytree.tree_unflatten(values, spec)
+    values = list(values)
+    if len(values) != spec.num_leaves:
+        raise ValueError(f"{len(values)} values for {spec.num_leaves} leaves")
+    return _build(node, iter(values))
+
+
+def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """The tree of `function(leaf, *leaves)`, for trees of one structure."""
+    if others:
+        return pytree.tree_map(function, tree, *others)
+    values, spec = flatten(tree)
+    return unflatten([function(value) for value in values], spec)
+
+
+class _Node(NamedTuple):
+    """A structure in a form that is walked along quickly."""
+
+    spec: Spec
+    kind: Any  # None for a leaf
+    context: Any
+    children: tuple[_Node, ...]
+
+
+_LEAF = _Node(pytree.tree_structure(0), None, None, ())
+_REMEMBERED = 4
+_KNOWN: dict[tuple[type, int], tuple[_Node, ...]] = {}  # by type and length of the root
+_NODES: dict[int, _Node] = {}  # those of `_KNOWN` by identity of their specs
+
+
+def _node(spec: Spec) -> _Node | None:
+    """None where a node of another kind than those of Python and of this package is in it."""
+    kind: Any = spec.type
+    if kind is None:
+        return _LEAF
+    children = tuple(_node(spec.child(i)) for i in range(spec.num_children))
+    ours = kind in (list, tuple, dict, pytree.namedtuple) or spec.context is None
+    if not ours or None in children:
+        return None
+    return _Node(spec, kind, spec.context, cast(Any, children))
+
+
+def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
+    """Add the leaves to the values, if the tree has this structure."""
+    _, kind, context, children = node
+    if kind is None:
+        values.append(tree)
+        return isinstance(tree, Tensor) or is_leaf(tree)
+    mine: Any
+    if kind is list or kind is tuple:
+        same, mine = type(tree) is kind, tree
+    elif kind is pytree.namedtuple:
+        same, mine = type(tree) is context, tree
+    elif kind is dict:
+        same = type(tree) is dict and list(tree) == context
+        mine = tree.values() if same else ()
+    else:
+        same = type(tree) is kind
+        mine = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)[0] if same else ()
+    if not same or len(mine) != len(children):
+        return False
+    for child, structure in zip(mine, children):  # noqa: B905 (`strict` takes its time)
+        if structure is _LEAF and isinstance(child, Tensor):
+            values.append(child)
+        elif not _collect(child, structure, values):
+            return False
+    return True
+
+
+def _build(node: _Node, values: Iterator[Any]) -> Tree:
+    """The tree of this structure of the next values."""
+    _, kind, context, nodes = node
+    if kind is None:
+        return next(values)
+    children = [next(values) if child is _LEAF else _build(child, values) for child in nodes]
+    return (
+        children if kind is list else pytree.SUPPORTED_NODES[kind].unflatten_fn(children, context)
+    )
 
 
 def split(tree: Tree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Tree]]:
