@@ -7,11 +7,13 @@ from torch.autograd import gradcheck, gradgradcheck
 import diffopt
 from diffopt.adjoint import Checkpointed, ForwardMode, Implicit, Truncated, Unrolled, unroll
 
+FORWARD = Checkpointed(hvp="forward-over-reverse")
 CHECKPOINTED = [
     Checkpointed(),
     Checkpointed(levels=3),
     Checkpointed(segments=2),
-    Checkpointed(levels=2, hvp="reverse-over-reverse"),
+    FORWARD,
+    Checkpointed(levels=2, hvp="forward-over-reverse"),
 ]
 STEPS = 5
 BATCHES = list(torch.linspace(-1, 1, 3 * STEPS, dtype=torch.float64).reshape(STEPS, 3))
@@ -94,7 +96,7 @@ def test_checkpointed_equals_unrolled_under_autograd_twice(adjoint):
     )
 
 
-@pytest.mark.parametrize("adjoint", [Checkpointed(), Checkpointed(levels=2)], ids=str)
+@pytest.mark.parametrize("adjoint", [Checkpointed(levels=2), FORWARD], ids=str)
 def test_checkpointed_agrees_with_finite_differences_twice(adjoint):
     leaves = [x.clone().requires_grad_() for x in INPUTS.values()]
     assert gradcheck(at(adjoint), leaves, fast_mode=True)
@@ -237,10 +239,39 @@ def test_a_loss_without_forward_derivative_names_the_operation_and_the_other_set
 
     lr = torch.tensor(0.1, requires_grad=True)
     sol = diffopt.minimize(
-        loss, queries, optimizer=opt, hparams=opt.hparams(lr=lr), steps=2, adjoint=Checkpointed()
+        loss, queries, optimizer=opt, hparams=opt.hparams(lr=lr), steps=2, adjoint=FORWARD
     )
     with pytest.raises(NotImplementedError, match=r"flash_attention.*hvp='reverse-over-reverse'"):
         torch.autograd.grad(sol.params.sum(), lr)
+
+
+class Cube(torch.autograd.Function):
+    """x^3, without a forward derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3 * ctx.saved_tensors[0] ** 2
+
+
+def test_a_function_without_forward_derivative_is_named():
+    opt, lr = diffopt.sgd(), torch.tensor(0.1, requires_grad=True)
+
+    def run(adjoint):
+        loop = {"optimizer": opt, "hparams": opt.hparams(lr=lr), "steps": 2, "adjoint": adjoint}
+        return diffopt.minimize(Cube.apply, torch.tensor(1.0), **loop).params
+
+    w = run(FORWARD)
+    with pytest.raises(NotImplementedError, match=r"Cube.*give hvp='reverse-over-reverse'"):
+        torch.autograd.grad(w, lr)
+    with pytest.raises(NotImplementedError, match=r"Cube.*use Checkpointed\(\)"):
+        run(ForwardMode())
+    expected = -3 - 3 * 0.7**2 + 0.1 * 6 * 0.7 * 3  # w - lr 3 w^2, twice
+    torch.testing.assert_close(torch.autograd.grad(run(Checkpointed()), lr)[0].item(), expected)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +291,7 @@ def test_options_of_checkpointed_are_checked(options, message):
 # Loops inside loops
 
 
-LOOPS = [Checkpointed(segments=2), Checkpointed(hvp="reverse-over-reverse"), Unrolled()]
+LOOPS = [Checkpointed(segments=2), FORWARD, Unrolled()]
 HESSIAN = torch.tensor([[1.3, 0.2, -0.1], [0.2, 1.1, 0.3], [-0.1, 0.3, 0.9]], dtype=torch.float64)
 
 
@@ -302,7 +333,7 @@ def test_three_levels_of_loops_have_the_right_derivative(levels):
     torch.testing.assert_close(grads, expected[0], rtol=1e-12, atol=1e-14)
 
 
-OUTER = [Checkpointed(), Checkpointed(hvp="reverse-over-reverse"), ForwardMode()]
+OUTER = [Checkpointed(), FORWARD, ForwardMode()]
 INNER = [Checkpointed(levels=2), ForwardMode(), Implicit(), Truncated(60)]
 
 
@@ -330,7 +361,7 @@ def test_adjoints_mix(outer, inner):
 
     u = X.clone().requires_grad_()
     (expected,) = torch.autograd.grad(solve([Unrolled()] * 2, u), u)
-    if isinstance(inner, ForwardMode) and outer == OUTER[1]:
+    if isinstance(inner, ForwardMode) and outer == Checkpointed():
         with pytest.raises(NotImplementedError, match="no second derivatives in reverse mode"):
             torch.autograd.grad(solve([outer, inner], u), u)
         return

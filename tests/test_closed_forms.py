@@ -7,7 +7,12 @@ import diffopt
 from diffopt.adjoint import Checkpointed, ForwardMode, Implicit, Truncated, Unrolled
 from diffopt.linear import GMRES, BiCGStab, ConjugateGradient, Direct, Neumann, NormalCG
 
-EXACT = [Unrolled(), Checkpointed(), Checkpointed(levels=3), ForwardMode()]
+EXACT = [
+    Unrolled(),
+    Checkpointed(levels=3),
+    Checkpointed(hvp="forward-over-reverse"),
+    ForwardMode(),
+]
 SGD = diffopt.sgd()
 
 

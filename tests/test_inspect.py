@@ -24,8 +24,8 @@ EXACT = [
     Checkpointed(),
     Checkpointed(levels=2),
     Checkpointed(segments=1),
-    Checkpointed(hvp="reverse-over-reverse"),
-    Checkpointed(levels=3, hvp="reverse-over-reverse"),
+    Checkpointed(hvp="forward-over-reverse"),
+    Checkpointed(levels=3, hvp="forward-over-reverse"),
 ]
 EVERY = [*EXACT, Truncated(4), FirstOrder()]
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -33,6 +34,8 @@ def custom(function: Callable[[Tree], Tree], inputs: Tree, pullback: Pullback) -
 
 def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
     """`function(inputs)`, run again from the inputs when its derivative is wanted."""
+    if not _modes.recording():
+        return function(inputs)
     surroundings = Surroundings(inputs)
     leaves, join = _tree.split(inputs)
 
@@ -48,7 +51,7 @@ def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
 
         arguments = list(inputs), list(cotangents)
         # Where the product is differentiated in turn, no more is kept of it than of the function.
-        return recomputed(product, arguments) if torch.is_grad_enabled() else product(arguments)
+        return recomputed(product, arguments)
 
     return _Call(function, join, pullback).apply(leaves)
 
@@ -72,9 +75,9 @@ def vjp(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor],
     needed: Sequence[bool],
-    cotangents: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The vector-Jacobian product of `function(*inputs)`; None for what is not needed."""
+    """The vector-Jacobian product of `function(*inputs)`; None is as good as zeros."""
     create_graph = torch.is_grad_enabled()
     chosen = [i for i, need in enumerate(needed) if need]
 
@@ -83,8 +86,8 @@ def vjp(
         for i, x in zip(chosen, xs, strict=True):
             arguments[i] = x
         pairs = zip(function(*arguments), cotangents, strict=True)
-        outputs, vectors = zip(*[(y, v) for y, v in pairs if has_derivative(y)], strict=True)
-        return outputs, vectors
+        pairs = [(y, v) for y, v in pairs if v is not None and has_derivative(y)]
+        return tuple(y for y, _ in pairs), tuple(v for _, v in pairs)
 
     if _modes.transformed():
         chosen_inputs = (inputs[i] for i in chosen)
@@ -176,6 +179,12 @@ class Surroundings:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in {"cpu", *(device.type for device in devices)}
         ]
+
+    def now(self) -> Surroundings:
+        """The same with the random numbers where they are now."""
+        result = copy.copy(self)
+        result.states = [generator.get_state() for generator in self.generators]
+        return result
 
     def restore(self) -> None:
         """Put the random number generators back to where they were."""

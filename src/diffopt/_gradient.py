@@ -4,7 +4,9 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import functools
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -136,11 +138,12 @@ def _hvp(
     try:
         results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
     except RuntimeError as error:
-        if not re.search("forward (AD|mode)", str(error)):
+        complaint = lacks_forward(error)
+        if complaint is None:
             raise
         raise NotImplementedError(
-            f"the loss cannot be differentiated by hvp='forward-over-reverse' "
-            f"({str(error).splitlines()[0]}): give hvp='reverse-over-reverse'"
+            f"the loss cannot be differentiated by hvp='forward-over-reverse' ({complaint}): "
+            "give hvp='reverse-over-reverse'"
         ) from error
     products: list[Tensor | None] = [None] * len(xs)
     for i, result in zip(chosen, results, strict=True):
@@ -148,33 +151,52 @@ def _hvp(
     return products
 
 
+def lacks_forward(error: RuntimeError) -> str | None:
+    """What torch says of an operation without forward derivative; None for any other error.
+
+    It names the operation, but for a torch.autograd.Function, whose name is put in front.
+    """
+    if not re.search("forward (AD|mode)", str(error)):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    functions = [frame.f_locals.get("cls") for frame in frames]
+    names = [
+        f"{function.__name__}: "
+        for function in functions
+        if isinstance(function, type) and issubclass(function, torch.autograd.Function)
+    ]
+    return "".join(names[-1:]) + str(error).splitlines()[0]
+
+
 # The derivative of the gradient of `function(e, *xs)` by its xs, along tangents of its first
-# arguments.
+# arguments. All others get zeros, the cotangent that starts the backward pass among them: without a
+# tangent they turn into tensors of a kind whose shapes torch computes in Python, which took longer
+# than all the rest of a small step.
 
 
 def _functorch_jvp(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    count = len(tangents)
-    gradient = torch.func.grad(function, tuple(range(1, len(inputs))))
+    one, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[0])
+    rest = map(torch.zeros_like, inputs[len(tangents) :])
 
-    def gradients(*moved: Tensor) -> Any:
-        return gradient(*moved, *inputs[count:])
+    def gradients(one: Tensor, e: Tensor, *xs: Tensor) -> Any:
+        return torch.func.vjp(functools.partial(function, e), *xs)[1](one)
 
-    return torch.func.jvp(gradients, tuple(inputs[:count]), tuple(tangents))[1]
+    return torch.func.jvp(gradients, (one, *inputs), (zero, *tangents, *rest))[1]
 
 
 def _autograd_jvp(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     create_graph = torch.is_grad_enabled()
+    one, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[0])
+    rest = map(torch.zeros_like, inputs[len(tangents) :])
     # Within a torch.autograd.Function forward mode is off as well.
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
-        duals = [_function.alias(x, create_graph) for x in inputs]
-        for i, tangent in enumerate(tangents):
-            duals[i] = forward_ad.make_dual(duals[i], tangent)
-        value = function(*duals)
+        aliases = [_function.alias(x, create_graph) for x in inputs]
+        one, e, *xs = map(forward_ad.make_dual, (one, *aliases), (zero, *tangents, *rest))
         grads = torch.autograd.grad(
-            value, duals[1:], create_graph=create_graph, materialize_grads=True
+            function(e, *xs), xs, one, create_graph=create_graph, materialize_grads=True
         )
         return [forward_ad.unpack_dual(grad).tangent for grad in grads]

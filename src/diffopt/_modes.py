@@ -32,6 +32,11 @@ def forward_differentiated() -> bool:
     return forward_ad._current_level >= 0
 
 
+def recording() -> bool:
+    """Whether what is computed may be differentiated in reverse mode."""
+    return torch.is_grad_enabled() or transformed()
+
+
 def differentiated(tensors: Iterable[Tensor]) -> bool:
     """Whether a derivative may be asked of what is computed from `tensors`."""
     if transformed() or forward_differentiated():

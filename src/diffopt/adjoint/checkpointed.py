@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -42,16 +42,18 @@ class Checkpointed(Adjoint):
         levels: how often pieces are cut into pieces.
         offload: "cpu" keeps the carries of the first level in pinned host memory when they are on
             a GPU; not under torch.func transforms.
-        hvp: how a step is differentiated. "forward-over-reverse": the vector-Jacobian product of
-            the loss's gradient is a forward derivative of it, by the symmetry of second
-            derivatives; nothing of a step's activations is kept. "reverse-over-reverse": by the
-            graph of the gradient, for losses with operations that lack a forward derivative, such
-            as flash attention.
+        hvp: how the gradient in a step is differentiated. "reverse-over-reverse": by its own graph,
+            that of one step at a time. "forward-over-reverse": its vector-Jacobian product is a
+            forward derivative of it, by the symmetry of second derivatives; no graph of it is made.
+            That takes fewer floating-point operations and needs a forward derivative of every
+            operation of the loss, which some lack, such as flash attention. In torch it has been
+            the slower of the two so far, by much for small models.
 
     Raises:
         ValueError: an argument is out of its range; `run`: the step closes over a tensor that needs
             a gradient.
-        NotImplementedError: in the backward pass, the loss has no forward derivative.
+        NotImplementedError: in the backward pass by "forward-over-reverse", an operation of the
+            loss has no forward derivative.
 
     Example:
         >>> import torch, diffopt
@@ -71,7 +73,7 @@ class Checkpointed(Adjoint):
     segments: int | None = None
     levels: int = 1
     offload: Literal["cpu"] | None = None
-    hvp: HVP = "forward-over-reverse"
+    hvp: HVP = "reverse-over-reverse"
 
     def __post_init__(self) -> None:
         for name, value, least in (("segments", self.segments, 1), ("levels", self.levels, 1)):
@@ -93,9 +95,14 @@ class Checkpointed(Adjoint):
         refuse_closed_over("the loss or step", step, carry, args, xs[0])
         if isinstance(step, GradientStep):
             step = replace(step, hvp=self.hvp)
-        pieces = self.segments or _root(len(xs), self.levels + 1)
+        frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
+        loop = _Loop(step, self.segments or _root(len(xs), self.levels + 1), frugal)
+        outputs: list[Any] = []
         with self._offloaded(args, xs):
-            return _run(step, self.levels, pieces, (carry, args, xs))
+            for piece in loop.cut(xs):
+                carry, some = loop.checkpointed(self.levels - 1, carry, args, piece)
+                outputs.extend(some)
+        return carry, outputs
 
     def _offloaded(self, args: Tree, xs: list[Any]) -> contextlib.AbstractContextManager[Any]:
         """Where what autograd saves on a GPU goes to the host, but for what is there anyway."""
@@ -119,24 +126,139 @@ class Checkpointed(Adjoint):
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _run(step: Step, level: int, pieces: int, inputs: Tree) -> tuple[Tree, list[Any]]:
-    carry, args, xs = inputs
-    outputs: list[Any] = []
-    if level == 0:
-        frugal = isinstance(step, GradientStep) and step.hvp == "forward-over-reverse"
+@dataclass(frozen=True)
+class _Loop:
+    """A step that is run many times.
+
+    Attributes:
+        step: the step.
+        pieces: into how many a run is cut.
+        frugal: whether the graph of a step keeps little more than carries.
+    """
+
+    step: Step
+    pieces: int
+    frugal: bool
+
+    def cut(self, xs: list[Any]) -> list[list[Any]]:
+        size = -(-len(xs) // self.pieces)
+        return [xs[start : start + size] for start in range(0, len(xs), size)]
+
+    def run(self, carry: Tree, args: Tree, xs: list[Any]) -> tuple[Tree, list[Any]]:
+        outputs: list[Any] = []
         for x in xs:
-            if frugal or len(xs) == 1:
-                carry, output = step(carry, args, x)
-            else:
-                carry, output = _function.recomputed(lambda inputs: step(*inputs), (carry, args, x))
+            carry, output = self.step(carry, args, x)
             outputs.append(output)
         return carry, outputs
-    size = -(-len(xs) // pieces)
-    for start in range(0, len(xs), size):
-        run = functools.partial(_run, step, level - 1, pieces)
-        carry, some = _function.recomputed(run, (carry, args, xs[start : start + size]))
-        outputs.extend(some)
-    return carry, outputs
+
+    def checkpointed(
+        self, level: int, carry: Tree, args: Tree, xs: list[Any]
+    ) -> tuple[Tree, list[Any]]:
+        """`run`, of which nothing but its arguments is kept; on level 0 it is not cut again."""
+        if not _modes.recording():
+            return self.run(carry, args, xs)
+        inputs = carry, args, xs
+        _, join = _tree.split(inputs)
+        surroundings = _function.Surroundings(inputs)
+        sizes: list[int] = []
+
+        def run(inputs: Tree) -> tuple[Tree, list[Any]]:
+            carry, outputs = self.run(*inputs)
+            sizes[:] = _sizes([carry, *outputs])
+            return carry, outputs
+
+        def pullback(
+            tensors: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
+        ) -> Sequence[Tensor | None]:
+            inputs = carry, args, xs = join(tensors)
+            wanted = _cut(needed, _sizes([carry, args, *xs]))
+            with surroundings.restored():
+                grads = self.sweep(level, inputs, wanted, _cut(cotangents, sizes))
+            return list(itertools.chain(*grads))
+
+        return _function.custom(run, inputs, pullback)
+
+    def sweep(
+        self,
+        level: int,
+        inputs: Tree,
+        wanted: list[list[bool]],
+        cotangents: list[list[Tensor | None]],
+    ) -> list[list[Tensor | None]]:
+        """The vector-Jacobian product of `run(*inputs)`, from the last step to the first.
+
+        Args:
+            level: how often pieces are cut into pieces still, before they are single steps.
+            inputs: the carry, args and xs.
+            wanted: which gradients are, of those by the tensors of the carry, args and each x.
+            cotangents: for the tensors of the last carry and of each output.
+
+        Returns:
+            The gradients, in the order of `wanted`.
+        """
+
+        def product(arguments: Tree) -> list[list[Tensor | None]]:
+            (carry, args, xs), (by_carry, *by_outputs) = arguments
+            if len(xs) == 1 or (level == 0 and self.frugal):
+                return self.recorded((carry, args, xs), wanted, [by_carry, *by_outputs])
+            pieces = self.cut(xs) if level else [[x] for x in xs]
+            starts: list[tuple[Tree, _function.Surroundings]] = []
+            surroundings = _function.Surroundings(inputs)
+            for piece in pieces:
+                starts.append((carry, surroundings.now()))
+                if piece is not pieces[-1]:
+                    carry, _ = self.checkpointed(level - 1, carry, args, piece)
+            want_carry, want_args, *want_xs = wanted
+            by_args: list[Tensor | None] = [None] * len(want_args)
+            by_xs: list[list[Tensor | None]] = []
+            end = len(xs)
+            while starts:
+                carry, there = starts.pop()
+                piece = pieces.pop()
+                steps = slice(end - len(piece), end)
+                end -= len(piece)
+                want = [_function.has_derivative(x) for x in _tree.split(carry)[0]]
+                with there.restored():
+                    by_carry, by_these_args, *by_these_xs = self.sweep(
+                        level - 1,
+                        (carry, args, piece),
+                        [want if starts else want_carry, want_args, *want_xs[steps]],
+                        [by_carry, *by_outputs[steps]],
+                    )
+                by_args = list(map(_sum, by_args, by_these_args))
+                by_xs[:0] = by_these_xs
+            return [by_carry, by_args, *by_xs]
+
+        # Where the product is differentiated in turn, no more is kept of it than of the run.
+        return _function.recomputed(product, (inputs, cotangents))
+
+    def recorded(
+        self, inputs: Tree, wanted: list[list[bool]], cotangents: list[list[Tensor | None]]
+    ) -> list[list[Tensor | None]]:
+        """The vector-Jacobian product of `run(*inputs)`, by the graph of all its steps."""
+        tensors, join = _tree.split(inputs)
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            return _tree.split(self.run(*join(tensors)))[0]
+
+        grads = _function.vjp(
+            run, tensors, list(itertools.chain(*wanted)), list(itertools.chain(*cotangents))
+        )
+        return _cut(grads, list(map(len, wanted)))
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return x if y is None else y if x is None else x + y
+
+
+def _sizes(trees: list[Tree]) -> list[int]:
+    """The number of tensors in each."""
+    return [len(_tree.split(tree)[0]) for tree in trees]
+
+
+def _cut(values: Iterable[Any], sizes: list[int]) -> list[list[Any]]:
+    values = iter(values)
+    return [list(itertools.islice(values, size)) for size in sizes]
 
 
 def _root(number: int, degree: int) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import _function, _modes, _tree
+from diffopt._gradient import lacks_forward
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, Step
 from diffopt.adjoint._closed import refuse_closed_over
@@ -24,7 +24,8 @@ from diffopt.adjoint._limited import once
 from diffopt.adjoint.unrolled import Unrolled
 
 _SECOND_ORDER = (
-    "ForwardMode has no second derivatives in reverse mode: use Unrolled() or Checkpointed()"
+    "ForwardMode has no second derivatives in reverse mode: use Unrolled() or Checkpointed(), or "
+    "in a loop around it Checkpointed(hvp='forward-over-reverse')"
 )
 
 
@@ -289,11 +290,12 @@ def _pushforward(
             return _dual(function, primals, directions)
         return _batched(function, primals, directions)
     except RuntimeError as error:
-        if not re.search("forward (AD|mode)", str(error)):
+        complaint = lacks_forward(error)
+        if complaint is None:
             raise
         raise NotImplementedError(
-            f"the loss or step has no forward derivative ({str(error).splitlines()[0]}): use "
-            "Checkpointed(hvp='reverse-over-reverse') or Unrolled()"
+            f"the loss or step has no forward derivative ({complaint}): use Checkpointed() or "
+            "Unrolled()"
         ) from error
 
 
