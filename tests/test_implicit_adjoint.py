@@ -125,6 +125,27 @@ def test_linear_solves_are_reported():
     assert 0 < int(report.iterations) <= 3
 
 
+def test_a_backward_solve_starts_where_warm_start_says():
+    reports = []
+    leaves = inputs()
+
+    def derivatives(warm_start=None):
+        adjoint = Implicit(on_solve=reports.append, warm_start=warm_start)
+        value = solve(*leaves, adjoint).params.sum()
+        grads = torch.autograd.grad(value, leaves, create_graph=True)
+        return *grads, *torch.autograd.grad(grads[0].sum(), leaves, allow_unused=True)
+
+    cold = derivatives()
+    first = reports[0]
+    assert first.iterations > 0
+    reports.clear()
+    torch.testing.assert_close(derivatives(lambda: first.value), cold)
+    assert reports[0].iterations == 0
+    torch.testing.assert_close(derivatives(lambda: None), cold, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the output of warm_start is a tensor of shape"):
+        derivatives(lambda: torch.ones(1))
+
+
 def test_closed_over_tensors_and_other_steps_are_refused():
     target, decay = inputs()
     with pytest.raises(ValueError, match="pass it as"):

@@ -43,6 +43,9 @@ class Implicit(Adjoint):
         on_failure: whether to "warn" or to "raise" where the gradient is larger. What happens when
             a linear system is not solved, the solver's own `on_failure` says.
         on_solve: called with the `LinearSolution` of each linear system: residual, iterations.
+        warm_start: called before the linear system of a backward pass; returns where that starts, a
+            tree like params, or None for zeros. In an outer loop, which changes the problem little,
+            the last solution is a good start: keep what `on_solve` is given.
 
     Raises:
         ValueError: `run`: the optimizer moves params where the gradient is zero (weight decay: put
@@ -71,6 +74,7 @@ class Implicit(Adjoint):
     root_tolerance: float = 1e-3
     on_failure: Literal["warn", "raise"] = "warn"
     on_solve: Callable[[LinearSolution], object] | None = None
+    warm_start: Callable[[], Tree] | None = None
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if not isinstance(step, GradientStep):
@@ -91,7 +95,7 @@ class Implicit(Adjoint):
         params = attach_minimum(
             loss, params, inputs, _distinct(batch for _, batch in xs), buffers,
             solver=self.solver, root_tolerance=self.root_tolerance, on_failure=self.on_failure,
-            on_solve=self.on_solve,
+            on_solve=self.on_solve, warm_start=self.warm_start,
         )  # fmt: skip
         params = _function.independent(params, (carry, hparams, own))
         message = "Implicit gives derivatives of sol.params, not of losses, state, aux or buffers"

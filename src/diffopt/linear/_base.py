@@ -192,9 +192,10 @@ def method(
     solver: LinearSolver,
     unravel: Callable[[Tensor], Tree],
     report: Callable[[LinearSolution], object] | None = None,
+    start: Callable[[], Tensor | None] | None = None,
 ) -> Method:
     """A solver as the derivative wants it."""
-    return Method(partial(_numbers, solver), unravel, report)
+    return Method(partial(_numbers, solver), unravel, report, start)
 
 
 def operator_of(

@@ -63,11 +63,13 @@ class Method:
         numbers: `numbers(operator, b, x0, *point)` is the solution as a constant.
         unravel: puts a vector like x into the tree the user knows.
         report: is given every solution.
+        start: where the solve of a backward pass starts; None or a result of None for zeros.
     """
 
     numbers: Callable[..., LinearSolution]
     unravel: Callable[[Tensor], Tree]
     report: Callable[[LinearSolution], object] | None = None
+    start: Callable[[], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def solve(
         at=lambda u, b, *point: operator.at(*point),
         transposed_at=lambda u, b, *point: operator.transposed_at(*point),
     )
-    equation = Equation(residual, jacobian, method)
+    equation = Equation(residual, jacobian, replace(method, start=None))
     return solution._replace(value=attach(equation, solution.value, b, *point))
 
 
@@ -134,7 +136,8 @@ class _Attach(torch.autograd.Function):
         ]
         results: list[Tensor | None] = [None] * len(inputs)
         if needed:
-            u = solve(equation.method, equation.jacobian.T, grads[0], None, x, *inputs).value
+            start = equation.method.start() if equation.method.start else None
+            u = solve(equation.method, equation.jacobian.T, grads[0], start, x, *inputs).value
             for i, grad in zip(needed, _pullback(equation, x, inputs, needed)(-u), strict=True):
                 results[i] = grad
         return (None, None, *results)
