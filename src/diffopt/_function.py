@@ -17,19 +17,22 @@ from diffopt import _modes, _tree
 from diffopt._tree import Tree
 
 Pullback: TypeAlias = Callable[
-    [Sequence[Tensor], Sequence[bool], Sequence[Tensor]], Sequence[Tensor | None]
+    [Sequence[Tensor], Sequence[bool], Sequence[Any]], Sequence[Tensor | None]
 ]
 """`(inputs, which of them need a gradient, cotangents) -> gradients`, all flat lists of tensors."""
 
 
-def custom(function: Callable[[Tree], Tree], inputs: Tree, pullback: Pullback) -> Tree:
+def custom(
+    function: Callable[[Tree], Tree], inputs: Tree, pullback: Pullback, *, sparse: bool = False
+) -> Tree:
     """`function(inputs)`, of which autograd keeps nothing but the tensors among the inputs.
 
     Its vector-Jacobian product is `pullback`, which is differentiated in turn, and so must compute
-    with its arguments only. `function` must not hold tensors either, or they outlive their use.
+    with its arguments only; where it is `sparse` it takes None for cotangents of zeros. `function`
+    must not hold tensors either, or they outlive their use.
     """
     tensors, join = _tree.split(inputs)
-    return _Call(function, join, pullback).apply(tensors)
+    return _Call(function, join, pullback, sparse).apply(tensors)
 
 
 def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
@@ -43,7 +46,7 @@ def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
         return _tree.split(function(join(xs)))[0]
 
     def pullback(
-        inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
+        inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         def product(arguments: Tree) -> list[Tensor | None]:
             with surroundings.restored():
@@ -53,7 +56,7 @@ def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
         # Where the product is differentiated in turn, no more is kept of it than of the function.
         return recomputed(product, arguments)
 
-    return _Call(function, join, pullback).apply(leaves)
+    return _Call(function, join, pullback, sparse=True).apply(leaves)
 
 
 def independent(tree: Tree, others: Tree) -> Tree:
@@ -217,9 +220,14 @@ class _Call:
     """One application of a function to a tree."""
 
     def __init__(
-        self, function: Callable[[Tree], Tree], join: Callable[..., Tree], pullback: Pullback
+        self,
+        function: Callable[[Tree], Tree],
+        join: Callable[..., Tree],
+        pullback: Pullback,
+        sparse: bool,
     ) -> None:
         self.function, self.join, self.pullback = function, join, pullback
+        self.sparse = sparse and not _modes.transformed()  # vmap's rule wants tensors
         self.join_outputs: Callable[..., Tree] = join
 
     def apply(self, tensors: Sequence[Tensor]) -> Tree:
@@ -247,10 +255,11 @@ class _Custom(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(not ctx.call.sparse)
         ctx.mark_non_differentiable(*(x for x in output if not has_derivative(x)))
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         # What was saved in a torch.func transform that has ended carries its wrapper still.
         inputs = [torch._C._functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
         grads = ctx.call.pullback(inputs, ctx.needs_input_grad[1:], cotangents)

@@ -168,7 +168,7 @@ class _Loop:
             return carry, outputs
 
         def pullback(
-            tensors: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
+            tensors: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
         ) -> Sequence[Tensor | None]:
             inputs = carry, args, xs = join(tensors)
             wanted = _cut(needed, _sizes([carry, args, *xs]))
@@ -176,7 +176,7 @@ class _Loop:
                 grads = self.sweep(level, inputs, wanted, _cut(cotangents, sizes))
             return list(itertools.chain(*grads))
 
-        return _function.custom(run, inputs, pullback)
+        return _function.custom(run, inputs, pullback, sparse=True)
 
     def sweep(
         self,
