@@ -26,10 +26,13 @@ GetAttrKey = pytree.GetAttrKey
 register_node = pytree.register_pytree_node
 
 
-def flatten(tree: Tree) -> tuple[list[Any], Spec]:
-    """The leaves and the structure; for one that came before several times faster than torch's."""
-    if _modes.compiling():
-        return pytree.tree_flatten(tree)
+def flatten(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> tuple[list[Any], Spec]:
+    """The leaves and the structure; for one that came before several times faster than torch's.
+
+    `is_leaf` says what is not to be taken apart.
+    """
+    if is_leaf is not None or _modes.compiling():
+        return pytree.tree_flatten(tree, is_leaf)
     sized = isinstance(tree, (list, tuple, dict))
     key = type(tree), len(cast(Any, tree)) if sized else 1
     for known in _KNOWN.get(key, ()):
@@ -58,11 +61,16 @@ def unflatten(values: Iterable[Any], spec: Spec) -> Tree:
     return _build(node, iter(values))
 
 
-def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+def map(
+    function: Callable[..., Any],
+    tree: Tree,
+    *others: Tree,
+    is_leaf: Callable[[Tree], bool] | None = None,
+) -> Tree:
     """The tree of `function(leaf, *leaves)`, for trees of one structure."""
     if others:
-        return pytree.tree_map(function, tree, *others)
-    values, spec = flatten(tree)
+        return pytree.tree_map(function, tree, *others, is_leaf=is_leaf)
+    values, spec = flatten(tree, is_leaf)
     return unflatten([function(value) for value in values], spec)
 
 
@@ -98,7 +106,7 @@ def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
     _, kind, context, children = node
     if kind is None:
         values.append(tree)
-        return isinstance(tree, Tensor) or is_leaf(tree)
+        return isinstance(tree, Tensor) or pytree.tree_is_leaf(tree)
     mine: Any
     if kind is list or kind is tuple:
         same, mine = type(tree) is kind, tree
