@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import diffopt
-from diffopt import optim
+from diffopt import _execution, optim
+from diffopt.rules import hparams, leafwise, number
 
 F64 = torch.float64
 NUMBERS = {"lr": 0.1, "beta2_decay": -0.6, "eps1": 0.3, "eps2": 0.2, "d": 1.2, "weight_decay": 0.05}
@@ -245,3 +247,114 @@ def test_rates_of_each_weight_are_not_stepped_together(monkeypatch):
     monkeypatch.delattr(torch.func, "vmap")
     opt.update_(params, [p.clone() for p in params], state, hp)
     torch.testing.assert_close(params, expected)
+
+
+@pytest.fixture
+def pieced(monkeypatch):
+    """The lengths of the vectors that are stepped by pieces, of some seven elements."""
+    monkeypatch.setattr(_execution, "_TILE", 7)
+    lengths, pieced_ = [], _execution._pieced_
+
+    def spy(rule, numbers, row):
+        done = pieced_(rule, numbers, row)
+        lengths.extend([row[0].numel()] * done)
+        return done
+
+    monkeypatch.setattr(_execution, "_pieced_", spy)
+    return lengths
+
+
+LENGTHS = [1, 6, 7, 8, 13, 14, 15, 100]
+
+
+@pytest.mark.parametrize("run", [by_class, by_rule])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=F64)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_long_vectors_are_stepped_by_pieces_as_they_are_whole(run, lr, dtype, pieced):
+    params = [draw(n, seed=n).to(dtype) for n in LENGTHS]
+    params += [draw().to(dtype), draw(0).to(dtype), draw(9, 9).to(dtype)]
+    expected = run(params, lr, stacked=False)
+    assert pieced == []
+    assert_close = torch.testing.assert_close
+    close = {"rtol": 1e-12, "atol": 1e-14} if dtype == F64 else {"rtol": 1e-5, "atol": 1e-7}
+    result = run(params, lr, stacked=True)
+    assert_close(result, expected, **close)
+    assert pieced == LENGTHS[2:] * 3
+    assert_close(run(params, lr, stacked=True), result, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("flags", [{}, {"maximize": True}])
+@pytest.mark.parametrize("zero", ["params", "grads", "neither"])
+def test_pieces_equal_the_rule_for_all_hyperparameters(tensors, flags, zero, pieced):
+    numbers = {k: torch.tensor(v, dtype=F64) if tensors else v for k, v in NUMBERS.items()}
+    opt = diffopt.adafactor(eps1=True, **flags)
+    leaf, hp = dataclasses.replace(opt, execution="leaf"), opt.hparams(**numbers)
+    params = [draw(n, seed=n) * (zero != "params") for n in (20, 50)]
+    twin = [p.clone() for p in params]
+    state, twin_state = opt.init(params), opt.init(twin)
+    for seed in range(4):
+        grads = [draw(p.numel(), seed=90 + seed) * (zero != "grads") for p in params]
+        opt.update_(params, grads, state, hp)
+        leaf.update_(twin, grads, twin_state, hp)
+        torch.testing.assert_close((params, state), (twin, twin_state), rtol=1e-12, atol=1e-14)
+    assert pieced == [20, 50] * 4
+
+
+@pytest.mark.parametrize(
+    "param", [draw(30).bfloat16(), draw(6, 5)], ids=["half precision", "matrix"]
+)
+def test_what_cannot_be_cut_is_stepped_whole(param, pieced):
+    for run in (by_class, by_rule):
+        result, expected = (run([param], 0.1, stacked=stacked) for stacked in (True, False))
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    assert pieced == []
+
+
+@pytest.mark.parametrize("strided", ["param", "grad"])
+def test_a_vector_with_gaps_is_stepped_whole(strided, pieced):
+    gaps, dense = draw(60)[::2], draw(30)
+    param, grad = (gaps, dense) if strided == "param" else (dense, gaps)
+    opt, twin = diffopt.adafactor(), param.clone()
+    opt.update_(twin, grad, opt.init(twin), opt.hparams(lr=0.1))
+    pieced.clear()
+    param = param.requires_grad_()
+    param.grad = grad
+    optim.Adafactor([param], 0.1).step()
+    torch.testing.assert_close(param.detach(), twin, rtol=1e-12, atol=1e-14)
+    assert pieced == []
+
+
+class Nothing(NamedTuple):
+    step: Any
+
+
+@hparams
+class Rate:
+    lr: float = number(0.1, ge=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "by_pieces"),
+    [
+        (lambda p, g: g / (p * p).sum() + (p - p.sum()).sum(), True),
+        (lambda p, g: g.flip(0), False),
+        (lambda p, g: g * torch.arange(30.0, dtype=F64), False),
+        (lambda p, g: g * p.shape[0], False),
+        (lambda p, g: g / (p.sum() * g).sum(0, keepdim=True), False),
+        (lambda p, g: torch.ones(30, dtype=F64), False),
+    ],
+    ids=["sums", "order", "a constant for each", "shape", "another sum", "no operation"],
+)
+def test_pieces_are_for_rules_of_elementwise_operations_and_sums(change, by_pieces, pieced):
+    def rule(p, g, s, hp, _):
+        return p - hp.lr * change(p, g), s
+
+    opt = leafwise(
+        Nothing, Rate, lambda p, step: Nothing(step), rule, batchable=False, stackable=True
+    )
+    param, grad = draw(30), draw(30, seed=1)
+    expected, _ = opt.update(param, grad, opt.init(param), opt.hparams())
+    opt.update_(param, grad, opt.init(param), opt.hparams())
+    torch.testing.assert_close(param, expected, rtol=1e-12, atol=1e-12)
+    assert pieced == [30] * by_pieces

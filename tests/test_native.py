@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import diffopt
-from diffopt import _execution
+from diffopt import _execution, _program
 from diffopt.rules import Leafwise
 from registry import REGISTRY
 
@@ -171,3 +171,31 @@ def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch):
         opt = rule_only(rule)
         agree(opt, opt.hparams(lr=0.1), {"a": draw(3), "b": draw(2, 2)}, steps=6)
     assert len(seen) == 6 * len(rules)
+
+
+def test_a_program_computes_what_is_wanted_and_a_value_wanted_twice_once():
+    tape = _program.Tape(3)
+    p, g, _ = tape.inputs
+    new = 2 * p + g
+    _ = (g * g).sqrt()
+    program = _program.Program(tape, [new, None, new])
+    assert len(program.lines) == 2
+    assert program.copies == [(2, 0)]
+    old, grad, average = draw(5), draw(5), draw(5)
+    expected = 2 * old + grad
+    program.run((old, grad, average), program.registers(5, old))
+    assert torch.equal(old, expected)
+    assert torch.equal(average, expected)
+
+
+def test_a_sum_stops_the_recording_until_it_is_known():
+    tape = _program.Tape(1, whole=draw(5))
+    with pytest.raises(_program.Summed):
+        (2 * tape.inputs[0]).sum()
+    tape = _program.Tape(1, whole=draw(5), sums=[3.0])
+    assert tape.inputs[0].sum() == 3
+    assert (tape.inputs[0].numel(), tape.inputs[0].dim()) == (5, 1)
+    with pytest.raises(_program.Summed):
+        tape.inputs[0].sum()
+    with pytest.raises(_program.Unrecordable):
+        _program.Tape(1).inputs[0].numel()

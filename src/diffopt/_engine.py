@@ -76,8 +76,9 @@ def leafwise(
             complex parameters.
         refuse: `(param) -> reason or None`: why the rule cannot update it, such as "is complex".
         stackable: whether small tensors of one shape may be updated as one batch, by `torch.vmap`
-            of the rule, which rounds sums in another order. It is for rules that are not
-            elementwise.
+            of the rule, and big ones in pieces, where all that the rule does beside elementwise
+            operations is `_ops.total`. Either rounds sums in another order. It is for rules that
+            are not elementwise.
 
     Returns:
         The optimizer. Parameters in half precision are updated in float32 arithmetic, complex ones

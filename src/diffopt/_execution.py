@@ -10,6 +10,7 @@ share device, dtype, step and hyperparameters, so that per-step scalars are comp
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ Execution = Literal["auto", "leaf", "foreach", "compiled"]
 
 _AS_IS = (torch.float32, torch.float64)
 _TILE = 1 << 18  # elements for each thread: less pays too much Python, more leaves the cache
+_USUAL = 6  # tensors in the cache at once, for which that is
 _SMALL, _FEW = 1 << 12, 8  # up to so many elements, from so many tensors on, stacks pay
 _MOVING = ("weight_decay", "momentum")  # what moves a parameter whose gradient is zero
 WORKING_DTYPE = {
@@ -103,10 +105,9 @@ class Shared:
 
 def leaf_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
     """In place, tensor by tensor."""
-    for i in range(len(columns[0])):
-        row = [pick(column, i) for column in columns]
+    for row in _rows_of(columns):
         for old, new in zip(_written(row), rule.apply(numbers, row), strict=True):
-            if isinstance(old, Tensor):
+            if isinstance(old, Tensor) and new is not old:
                 old.copy_(new)
 
 
@@ -122,18 +123,17 @@ def tiled_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
     They are slices of big tensors, and small tensors strung together. `tileable` says when.
     """
-    size = torch.get_num_threads() * _TILE
     lists = [c for c in columns if isinstance(c, list)]
-    update_ = _prepared(rule, numbers, columns, size)
-    flat = [[x.view(-1) for x in column] for column in lists]
-    small: list[int] = []
+    size, update_ = _prepared(rule, numbers, columns)
+    flat = [[x if x.dim() == 1 else x.view(-1) for x in column] for column in lists]
+    small, strung = list[int](), torch.get_num_threads() * _TILE // 2  # more costs page faults
     for i, tensor in enumerate(flat[0]):
-        if tensor.numel() < size // 2:
+        if tensor.numel() < strung // 2:
             small.append(i)
             continue
         for piece in zip(*(column[i].split(size) for column in flat), strict=True):
             update_(piece)
-    for batch in _batches(small, [tensor.numel() for tensor in flat[0]], size):
+    for batch in _batches(small, [tensor.numel() for tensor in flat[0]], strung):
         pieces = [[column[i] for i in batch] for column in flat]
         tile = [torch.cat(column) for column in pieces]
         update_(tile)
@@ -143,35 +143,105 @@ def tiled_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
 
 def stacked_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    """In place; small tensors of one shape by one call of the rule, which torch.vmap batches."""
-    size = torch.get_num_threads() * _TILE
+    """In place; small tensors of one shape by one call of the rule, which torch.vmap batches.
+
+    Long ones go by pieces, where the rule is made of elementwise operations and sums.
+    """
     lists = [c for c in columns if isinstance(c, list)]
-    lengths = [p.numel() for p in columns[0]]
-    alike: dict[Any, list[int]] = {}
-    for i, p in enumerate(columns[0]):
-        alike.setdefault(p.shape if lengths[i] <= _SMALL else i, []).append(i)
+    alone: list[int] = []
 
     def leaf(*tensors: Tensor) -> list[Tensor]:
         rest = iter(tensors)
         row = [next(rest) if isinstance(c, list) else c for c in columns]
         return [x for x in rule.apply(numbers, row) if isinstance(x, Tensor)]
 
+    for batch in _alike(columns[0]):
+        if len(batch) < _FEW:
+            alone += batch
+            continue
+        pieces = [[column[i] for i in batch] for column in lists]
+        stacks: Any = torch.func.vmap(leaf)(*map(torch.stack, pieces))
+        for old, new in zip(_written(pieces), stacks, strict=True):
+            if new.numel():
+                torch._foreach_copy_(old, new.unbind())
+    whole = [
+        i
+        for i in alone
+        if columns[0][i].numel() < _TILE
+        or not _pieced_(rule, numbers, [pick(column, i) for column in columns])
+    ]
+    leaf_(rule, numbers, [pick(column, whole) for column in columns])
+
+
+def _alike(params: list[Tensor]) -> Iterator[list[int]]:
+    """Cut a list of tensors so that the small ones of one shape are together."""
+    size = torch.get_num_threads() * _TILE
+    lengths = list(map(Tensor.numel, params))
+    alike: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        alike.setdefault(p.shape if lengths[i] <= _SMALL else i, []).append(i)
     for indices in alike.values():
-        for batch in _batches(indices, lengths, size):
-            if len(batch) < _FEW:
-                leaf_(rule, numbers, [pick(column, batch) for column in columns])
-                continue
-            pieces = [[column[i] for i in batch] for column in lists]
-            stacks: Any = torch.func.vmap(leaf)(*map(torch.stack, pieces))
-            for old, new in zip(_written(pieces), stacks, strict=True):
-                if new.numel():
-                    torch._foreach_copy_(old, new.unbind())
+        yield from _batches(indices, lengths, size)
+
+
+def _pieced_(rule: Rule, numbers: Numbers, row: Sequence[Any]) -> bool:
+    """One tensor in place, by pieces that stay in the cache; False where that is impossible.
+
+    At each sum of all elements the rule is stopped, run up to there on every piece, which changes
+    nothing, and recorded once more with the sum known. So it reads the tensors once for each sum.
+    """
+    p, size = row[0], torch.get_num_threads() * _TILE
+    lists = [k for k, x in enumerate(row) if isinstance(x, Tensor) and x.numel()]
+    kinds = {(row[k].shape, row[k].dtype, row[k].is_contiguous()) for k in lists}
+    shared = any(isinstance(x, Shared) for x in row)
+    if shared or p.dtype not in _AS_IS or kinds != {(p.shape, p.dtype, True)}:
+        return False
+    terms = p.new_empty(min(size, p.numel()))
+    pieces = [*zip(*(row[k].view(-1).split(size) for k in lists), strict=True)]
+    sums: list[float] = []
+    try:
+        while True:
+            program, unfinished = _up_to_a_sum(rule, numbers, row, lists, sums)
+            registers = program.registers(len(terms), p)
+            total = 0.0
+            for piece in pieces:
+                part = terms[: piece[0].numel()]
+                program.run((*piece, part), registers)
+                if unfinished:
+                    total += part.sum().item()
+            if not unfinished:
+                return True
+            sums.append(total)
+    except _program.Unrecordable:  # before anything is written
+        return False
+
+
+def _up_to_a_sum(
+    rule: Rule, numbers: Numbers, row: Sequence[Any], lists: list[int], sums: list[float]
+) -> tuple[_program.Program, bool]:
+    """A program that writes the terms of the first sum that is not known yet, and True; else False.
+
+    They go to one tensor more than the row has; without such a sum the row gets its new values.
+    """
+    tape = _program.Tape(len(lists) + 1, row[0], sums)
+    inputs = list(row)
+    for k, x in zip(lists, tape.inputs, strict=False):
+        inputs[k] = x
+    try:
+        new_p, *new = rule.run(numbers, inputs)
+    except _program.Summed as stop:
+        return _program.Program(tape, [*(None for _ in lists), stop.terms]), True
+    except TypeError as error:
+        raise _program.Unrecordable(*error.args) from error
+    outputs = [x for k, x in enumerate([new_p, None, *new]) if k in lists]
+    return _program.Program(tape, [*outputs, None]), False
 
 
 def _prepared(
-    rule: Rule, numbers: Numbers, columns: Sequence[Any], size: int
-) -> Callable[[Sequence[Tensor]], None]:
-    """The rule in place, for one row of the columns that are lists."""
+    rule: Rule, numbers: Numbers, columns: Sequence[Any]
+) -> tuple[int, Callable[[Sequence[Tensor]], None]]:
+    """The size of pieces, and the rule in place, for one row of the columns that are lists."""
+    size = torch.get_num_threads() * _TILE
     lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
     like = columns[0][0]
 
@@ -184,7 +254,7 @@ def _prepared(
                 old.copy_(new)
 
     if any(x.dtype != like.dtype or x.dtype not in _AS_IS for k in lists for x in columns[k]):
-        return eagerly
+        return size, eagerly
     tape = _program.Tape(len(lists))
     row = [c.value if isinstance(c, Shared) else c for c in columns]
     for k, x in zip(lists, tape.inputs, strict=True):
@@ -194,12 +264,13 @@ def _prepared(
         outputs = [value for k, value in enumerate([new_p, None, *new]) if k in lists]
         program = _program.Program(tape, outputs)
     except (_program.Unrecordable, TypeError):
-        return eagerly
+        return size, eagerly
     for column, value in zip(columns[2:], new, strict=True):
         if isinstance(column, Shared):
             column.new = value
+    size = size * _USUAL // len(program.boolean)
     registers = program.registers(size, like)
-    return lambda piece: program.run(piece, registers)
+    return size, lambda piece: program.run(piece, registers)
 
 
 def compiled_(rule: Rule, step: Tensor, values: Sequence[Any], columns: Sequence[Any]) -> None:
@@ -336,6 +407,12 @@ def pick(column: Any, batch: int | list[int]) -> Any:
     if isinstance(column, Shared) or unused(column):
         return column
     return column[batch] if isinstance(batch, int) else [column[i] for i in batch]
+
+
+def _rows_of(columns: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """One element of each column, tensor by tensor."""
+    lists = (c if isinstance(c, list) else itertools.repeat(c) for c in columns)
+    return zip(*lists, strict=False)
 
 
 def _written(columns: Sequence[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ carries its gradient) or a TensorList. Every derivative is finite wherever the m
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import torch
@@ -102,6 +103,17 @@ def clamp(x: Leaf, least: Any, greatest: Any) -> Leaf:
     return x.clamp(least, greatest)
 
 
+def total(x: Any) -> Any:
+    """The sum of all elements; a number where that costs no wait and no derivative."""
+    result = x.sum()
+    return _modes.number_of(result) if type(result) is Tensor else result  # DTensor has parts
+
+
+def at_least(x: Any, least: Any) -> Any:
+    """`x`, but no less than `least`; both may be numbers."""
+    return where(x < least, least, x)
+
+
 def maximum(x: Leaf, y: Leaf) -> Leaf:
     """The greater of the two, element by element."""
     if isinstance(x, TensorList):
@@ -109,13 +121,15 @@ def maximum(x: Leaf, y: Leaf) -> Leaf:
     return torch.maximum(x, y)
 
 
-def sqrt(x: Leaf) -> Leaf:
+def sqrt(x: Any) -> Any:
     """The square root, with derivative 0 at 0.
 
     An optimizer meets sqrt(0) where a gradient has been zero throughout. There the root is
     multiplied by such a gradient, so the right derivative is that of the other factor, and the
     infinite one of torch.sqrt would turn it into NaN.
     """
+    if isinstance(x, float):
+        return math.sqrt(x)
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_sqrt(x.tensors))
     if _modes.transformed() or _modes.forward_differentiated():

@@ -22,11 +22,21 @@ _OTHERS = ("pow", "square", "clamp", "maximum", "minimum", "where", "addcmul", "
 _FUNCTIONS = {name: getattr(torch, name) for name in (*_COMPARISONS, *_ARITHMETIC, *_OTHERS)}
 """Elementwise functions that can write to given memory."""
 
+_OF_THE_WHOLE = ("dim", "dtype", "numel")
+
 _ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "negative": "neg"}
 
 
 class Unrecordable(Exception):
     """The rule does something that is not in `_FUNCTIONS`."""
+
+
+class Summed(Unrecordable):
+    """The rule does that only once it knows the sum of all elements of `terms`."""
+
+    def __init__(self, terms: Recorded) -> None:
+        super().__init__("sum")
+        self.terms = terms
 
 
 class Operation(NamedTuple):
@@ -39,11 +49,20 @@ class Operation(NamedTuple):
 
 
 class Tape:
-    """What is done to some tensors, in order."""
+    """What is done to some tensors, in order.
 
-    def __init__(self, inputs: int) -> None:
+    Args:
+        inputs: how many tensors.
+        whole: the tensor whose shape and dtype a rule sees; None where it must not ask.
+        sums: what `sum()` returns the first time, the second and so on; then it raises `Summed`.
+    """
+
+    def __init__(
+        self, inputs: int, whole: Tensor | None = None, sums: Sequence[float] = ()
+    ) -> None:
         self.inputs = [Recorded(self, i) for i in range(inputs)]
         self.operations: list[Operation] = []
+        self.whole, self.sums = whole, iter(sums)
 
     def add(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Recorded:
         index = len(self.inputs) + len(self.operations)
@@ -64,8 +83,12 @@ class Recorded:
 
     def record(self, name: str, *arguments: Any, **options: Any) -> Recorded:
         name = _ALIASES.get(name.strip("_"), name.strip("_"))
-        if name not in _FUNCTIONS:
+        if name not in _FUNCTIONS or any(isinstance(x, Recorded) for x in options.values()):
             raise Unrecordable(name)
+        if self.tape.whole is not None and any(
+            isinstance(x, Tensor) and x.dim() > 0 for x in arguments
+        ):
+            raise Unrecordable("a tensor that is not cut into pieces")
         if name == "where":  # which writes to given memory for tensors only
             arguments = tuple(
                 torch.tensor(x) if isinstance(x, (int, float)) else x for x in arguments
@@ -79,7 +102,17 @@ class Recorded:
         one = next(x for x in args if isinstance(x, Recorded))
         return one.record(function.__name__, *args, **(kwargs or {}))
 
+    def sum(self) -> float:
+        known = next(self.tape.sums, None)
+        if known is None:
+            raise Summed(self)
+        return known
+
     def __getattr__(self, name: str) -> Any:
+        if name in _OF_THE_WHOLE:
+            if self.tape.whole is None:
+                raise Unrecordable(name)
+            return getattr(self.tape.whole, name)
         return functools.partial(self.record, name, self)
 
     def __rsub__(self, other: Any) -> Recorded:
@@ -110,16 +143,20 @@ class Program:
         outputs: for each input the new value, or None where it is only read.
     """
 
-    def __init__(self, tape: Tape, outputs: Sequence[Recorded | None]) -> None:
+    def __init__(self, tape: Tape, outputs: Sequence[Any]) -> None:
         inputs, operations = tape.inputs, tape.operations
-        last: dict[int, int] = {}  # the operation that needs a value last
-        for i, operation in enumerate(operations):
-            for x in (*operation.arguments, *operation.options.values()):
-                if isinstance(x, Recorded):
-                    last[x.index] = i
-        wanted = {x.index: k for k, x in enumerate(outputs) if x is not None}
-        for index in wanted:
-            last[index] = len(operations)
+        if not all(x is None or isinstance(x, Recorded) for x in outputs):
+            raise Unrecordable("a new value that does not come of an operation")
+        wanted: dict[int, int] = {}  # a value that is wanted twice is written to its first place
+        for k, x in enumerate(outputs):
+            if x is not None:
+                wanted.setdefault(x.index, k)
+        last = dict.fromkeys(wanted, len(operations))  # the operation that needs a value last
+        for i, operation in reversed([*enumerate(operations)]):
+            if operation.result.index in last:
+                for x in operation.arguments:
+                    if isinstance(x, Recorded):
+                        last.setdefault(x.index, i)
         made = {operation.result.index: i for i, operation in enumerate(operations)}
         place = {x.index: k for k, x in enumerate(inputs)}  # the register of each value
         self.inputs = len(inputs)
@@ -128,10 +165,15 @@ class Program:
         until = [last.get(x.index, -1) for x in inputs]
         due = [-1 if x is None else made.get(x.index, -1) for x in outputs]
         self.lines: list[tuple[Any, ...]] = []
+        self.constants: list[Any] = []  # they stand behind the registers
         for i, (function, arguments, options, result) in enumerate(operations):
             if result.index not in last:
                 continue
-            sources = [place[x.index] if isinstance(x, Recorded) else None for x in arguments]
+            sources: list[int] = []
+            for x in arguments:
+                if not isinstance(x, Recorded):
+                    self.constants.insert(0, x)
+                sources.append(place[x.index] if isinstance(x, Recorded) else -len(self.constants))
             needed = last[result.index]
             free = [
                 k
@@ -149,7 +191,7 @@ class Program:
                 until.append(i)
                 due.append(len(operations))
             place[result.index], until[target] = target, needed
-            self.lines.append((function, arguments, sources, options, target))
+            self.lines.append((function, sources, options, target))
         self.copies = [
             (k, place[x.index])
             for k, x in enumerate(outputs)
@@ -166,12 +208,9 @@ class Program:
     def run(self, inputs: Sequence[Tensor], registers: Sequence[Tensor]) -> None:
         """Overwrite the inputs that have new values."""
         size = inputs[0].numel()
-        tensors = [*inputs, *(x if x.numel() == size else x[:size] for x in registers)]
-        for function, arguments, sources, options, target in self.lines:
-            values = [
-                x if source is None else tensors[source]
-                for x, source in zip(arguments, sources, strict=True)
-            ]
-            function(*values, **options, out=tensors[target])
+        pieces = (x if x.numel() == size else x[:size] for x in registers)
+        values = [*inputs, *pieces, *self.constants]
+        for function, sources, options, target in self.lines:
+            function(*map(values.__getitem__, sources), **options, out=values[target])
         for target, source in self.copies:
-            tensors[target].copy_(tensors[source])
+            values[target].copy_(values[source])

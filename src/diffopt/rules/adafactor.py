@@ -102,7 +102,7 @@ def adafactor(*, eps1: bool = False, maximize: bool = False) -> Leafwise[Adafact
     def rule(p: Any, g: Any, s: AdafactorState, hp: Any, c: Any) -> tuple[Any, AdafactorState]:
         rho, weight = c
         eps = hp.eps1 if eps1 else torch.finfo(p.dtype).eps
-        alpha = _rms(p).clamp(min=hp.eps2) * rho
+        alpha = _ops.at_least(_rms(p), hp.eps2) * rho
         row_var, col_var, variance = s[1:]
         square = g * g
         if p.dim() > 1:
@@ -112,7 +112,7 @@ def adafactor(*, eps1: bool = False, maximize: bool = False) -> Leafwise[Adafact
         else:
             v = variance = _ops.lerp(variance, square, weight)
         u = g * v.clamp(min=eps * eps).rsqrt()
-        scale = alpha / (_rms(u) / hp.d).clamp(min=1)
+        scale = alpha / _ops.at_least(_rms(u) / hp.d, 1)
         if not _ops.is_zero(hp.weight_decay):  # lr may be infinite
             p = p * (1 - hp.lr * hp.weight_decay)
         return _ops.add(p, u, -scale), AdafactorState(s.step, row_var, col_var, variance)
@@ -148,5 +148,5 @@ def _mean(x: Tensor, dim: int) -> Tensor:
     return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)
 
 
-def _rms(x: Tensor) -> Tensor:
-    return _ops.sqrt((x * x).sum() / max(x.numel(), 1))
+def _rms(x: Tensor) -> Any:
+    return _ops.sqrt(_ops.total(x * x) / max(x.numel(), 1))
