@@ -284,7 +284,7 @@ def main() -> None:
 def affordable(last: tuple[int, dict[str, float]], steps: int, options: Any) -> bool:
     """Whether a case with more steps stays within the limits, if all grows with their number."""
     factor = steps / last[0]
-    slow = 12 * last[1]["seconds"] * factor > 60 * options.minutes  # counting takes its time
+    slow = 6 * last[1]["seconds"] * factor > 60 * options.minutes  # counting takes its time
     return not slow and not (
         last[1]["live"] > 50e6 and last[1]["live"] * factor > 1e9 * options.gigabytes
     )

@@ -3,11 +3,11 @@
     python benchmarks/steps.py [--device cuda] [--only Adam AdamW] [--repeats 10] [--cold]
 
 The contenders take turns of a few steps, the first of which is not counted, or with `--cold` of one
-step, which then finds the others' data in the caches. They are the class of diffopt.optim,
-`update_` of the rule under it, and torch's ways of running the same step. "ratio" is the class's
-time over the fastest of torch's. "floor" is the time to read and write what a step must, at the
-bandwidth of a large tensor scaled in place in the same run: on tensors that exceed the caches no
-step runs much faster.
+step, which then finds the others' data in the caches; the order is reversed from round to round.
+They are the class of diffopt.optim, `update_` of the rule under it, and torch's ways of running the
+same step. "ratio" is the class's time over the fastest of torch's. "floor" is the time to read and
+write what a step must, at the bandwidth of a large tensor scaled in place in the same run: on
+tensors that exceed the caches no step runs much faster.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def medians(steps: dict[str, Step], device: str, repeats: int, turn: int = 1) ->
     """Of turns of so many steps, but for the first turn, and the first of several steps."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(repeats + 1):
-        for name, step in steps.items():
+        for name, step in list(steps.items())[:: 1 if i % 2 else -1]:
             elapsed = [milliseconds(step, device) for _ in range(turn)]
             times[name] += elapsed[turn > 1 :] if i else []
     return {name: statistics.median(of) for name, of in times.items()}
