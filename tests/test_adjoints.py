@@ -227,6 +227,31 @@ def test_what_a_step_makes_itself_is_not_taken_for_closed_over():
     torch.testing.assert_close(*grads, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("adjoint", CHECKPOINTED, ids=str)
+def test_second_derivatives_of_a_classifier_equal_unrolled(adjoint):
+    """Forward derivatives of torch have derivatives that raise (log_softmax) or are wrong."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    y = torch.randint(3, (6,), generator=generator)
+    opt = diffopt.adam()
+
+    def loss(w, decay):
+        h = torch.nn.functional.layer_norm(x @ w, (3,)).softmax(-1)
+        return torch.nn.functional.cross_entropy(h, y) + decay * (w**2).sum()
+
+    def derivatives(adjoint):
+        lr, decay = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.1, 0.2))
+        w = x[:4, :3].T.reshape(4, 3).clone()
+        sol = diffopt.minimize(
+            loss, w, decay, optimizer=opt, hparams=opt.hparams(lr=lr), steps=5, adjoint=adjoint
+        )
+        first = torch.autograd.grad(loss(sol.params, 0.0), (lr, decay), create_graph=True)
+        return *first, *torch.autograd.grad(first[0] * first[1], (lr, decay))
+
+    expected = derivatives(Unrolled())
+    torch.testing.assert_close(derivatives(adjoint), expected, rtol=1e-10, atol=0)
+
+
 def test_a_loss_without_forward_derivative_names_the_operation_and_the_other_setting():
     queries = torch.randn(1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
     opt = diffopt.sgd()

@@ -41,14 +41,20 @@ def value_and_grad(
     loss's activations; they are exact by the symmetry of second derivatives, for what is among
     params and inputs.
     """
-    graph = second_order and torch.is_grad_enabled()
-    if graph and hvp == "forward-over-reverse" and not _modes.forward_differentiated():
+    recording, forward = torch.is_grad_enabled(), _modes.forward_differentiated()
+    if second_order and recording and hvp == "forward-over-reverse" and not forward:
         return _forward_over_reverse(function, params, inputs)
     if _modes.transformed():
         value, aux, grads = _functorch(function, params, inputs)
     else:
-        value, aux, grads = _autograd(function, params, inputs, graph)
-    return (value, aux, grads) if second_order else _tree.detach((value, aux, grads))
+        value, aux, grads = _autograd(
+            function, params, inputs, second_order and (recording or forward)
+        )
+    if not second_order:
+        return _tree.detach((value, aux, grads))
+    if forward and not recording:  # tangents without a graph, which `detach` would drop
+        return _tree.map(lambda x: x.clone() if isinstance(x, Tensor) else x, (value, aux, grads))
+    return value, aux, grads
 
 
 def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor, Any, Tree]:
@@ -95,10 +101,17 @@ def _forward_over_reverse(
         value, aux = function(*join(xs))
         return [value, *_tree.split(aux)[0]]
 
+    def results(*xs: Tensor) -> list[Tensor]:
+        return _tree.split(value_and_grad(function, *join(xs)))[0]
+
     def pullback(
         xs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         with surroundings.restored():
+            # The derivative of torch's forward derivatives is wrong for some operations (2.13:
+            # layer_norm, batch_norm, logdet) and raises for others.
+            if torch.is_grad_enabled():
+                return _function.vjp(results, xs, needed, cotangents)
             parts = len(cotangents) - count
             return _hvp(outputs, xs, needed, cotangents[parts:], cotangents[:parts])
 
@@ -171,7 +184,9 @@ def lacks_forward(error: RuntimeError) -> str | None:
 # The derivative of the gradient of `function(e, *xs)` by its xs, along tangents of its first
 # arguments. All others get zeros, the cotangent that starts the backward pass among them: without a
 # tangent they turn into tensors of a kind whose shapes torch computes in Python, which took longer
-# than all the rest of a small step.
+# than all the rest of a small step. Gradients are recorded (`create_graph`), as some of torch's
+# backward formulas compute with constants elsewhere (logdet), or with what has no forward
+# derivative (silu, group_norm).
 
 
 def _functorch_jvp(
@@ -183,20 +198,20 @@ def _functorch_jvp(
     def gradients(one: Tensor, e: Tensor, *xs: Tensor) -> Any:
         return torch.func.vjp(functools.partial(function, e), *xs)[1](one)
 
-    return torch.func.jvp(gradients, (one, *inputs), (zero, *tangents, *rest))[1]
+    with torch.enable_grad():
+        return torch.func.jvp(gradients, (one, *inputs), (zero, *tangents, *rest))[1]
 
 
 def _autograd_jvp(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    create_graph = torch.is_grad_enabled()
     one, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[0])
     rest = map(torch.zeros_like, inputs[len(tangents) :])
     # Within a torch.autograd.Function forward mode is off as well.
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
-        aliases = [_function.alias(x, create_graph) for x in inputs]
+        aliases = [_function.alias(x, attached=False) for x in inputs]
         one, e, *xs = map(forward_ad.make_dual, (one, *aliases), (zero, *tangents, *rest))
         grads = torch.autograd.grad(
-            function(e, *xs), xs, one, create_graph=create_graph, materialize_grads=True
+            function(e, *xs), xs, one, create_graph=True, materialize_grads=True
         )
-        return [forward_ad.unpack_dual(grad).tangent for grad in grads]
+        return [forward_ad.unpack_dual(grad).tangent.detach() for grad in grads]
