@@ -283,6 +283,17 @@ class Cube(torch.autograd.Function):
         return grad * 3 * ctx.saved_tensors[0] ** 2
 
 
+def test_forward_over_reverse_with_parameters_that_do_not_matter():
+    params = {"used": torch.tensor(2.0), "unused": torch.tensor(3.0)}
+    opt, lr = diffopt.sgd(), torch.tensor(0.1, requires_grad=True)
+    end = diffopt.minimize(
+        lambda p: p["used"] ** 2, params, optimizer=opt, hparams=opt.hparams(lr=lr), steps=2,
+        adjoint=FORWARD,
+    ).params  # fmt: skip
+    (grad,) = torch.autograd.grad(end["used"] + end["unused"], lr)
+    torch.testing.assert_close(grad, torch.tensor(2 * 2 * 0.8 * -2))  # 2 (1 - 2 lr)^2
+
+
 def test_a_function_without_forward_derivative_is_named():
     opt, lr = diffopt.sgd(), torch.tensor(0.1, requires_grad=True)
 

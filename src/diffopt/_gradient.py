@@ -53,7 +53,8 @@ def value_and_grad(
     if not second_order:
         return _tree.detach((value, aux, grads))
     if forward and not recording:  # tangents without a graph, which `detach` would drop
-        return _tree.map(lambda x: x.clone() if isinstance(x, Tensor) else x, (value, aux, grads))
+        tensors, join = _tree.split((value, aux, grads))
+        return join([x.clone() for x in tensors])
     return value, aux, grads
 
 
@@ -171,13 +172,10 @@ def lacks_forward(error: RuntimeError) -> str | None:
     """
     if not re.search("forward (AD|mode)", str(error)):
         return None
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    functions = [frame.f_locals.get("cls") for frame in frames]
-    names = [
-        f"{function.__name__}: "
-        for function in functions
-        if isinstance(function, type) and issubclass(function, torch.autograd.Function)
-    ]
+    # The frame where its missing `jvp` is called; the node of the graph knows the class.
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    nodes = [frame["self"] for frame in frames if "self" in frame]
+    names = [f"{n._forward_cls.__name__}: " for n in nodes if hasattr(n, "_forward_cls")]
     return "".join(names[-1:]) + str(error).splitlines()[0]
 
 
@@ -214,4 +212,4 @@ def _autograd_jvp(
         grads = torch.autograd.grad(
             function(e, *xs), xs, one, create_graph=True, materialize_grads=True
         )
-        return [forward_ad.unpack_dual(grad).tangent.detach() for grad in grads]
+        return _tree.detach([forward_ad.unpack_dual(grad).tangent for grad in grads])
