@@ -125,6 +125,20 @@ def test_linear_solves_are_reported():
     assert 0 < int(report.iterations) <= 3
 
 
+def test_forward_mode_without_a_graph():
+    target, decay = (x.detach() for x in inputs())
+
+    def end(decay):
+        return solve(target, decay).params
+
+    expected = torch.func.jvp(end, (decay,), (torch.ones_like(decay),))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.func.jvp(end, (decay,), (torch.ones_like(decay),)), expected
+        )
+    assert expected[1].abs().sum() > 0
+
+
 def test_a_backward_solve_starts_where_warm_start_says():
     reports = []
     leaves = inputs()

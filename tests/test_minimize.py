@@ -772,3 +772,11 @@ def test_errors(arguments, error, message):
     call = {"loss": lambda w: (w**2).sum(), "params": START, **GOOD, **arguments}
     with pytest.raises(error, match=message):
         diffopt.minimize(call.pop("loss"), call.pop("params"), **call)
+
+
+def test_inference_mode_is_refused():
+    opt = diffopt.sgd()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use no_grad"):
+        diffopt.minimize(
+            lambda w: w**2, torch.tensor(1.0), optimizer=opt, hparams=opt.hparams(lr=0.1), steps=1
+        )

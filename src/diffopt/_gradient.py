@@ -82,6 +82,8 @@ def _autograd(
         aliases = [_function.alias(leaf, create_graph) for leaf in leaves]
         value, aux = function(_tree.unflatten(aliases, spec), inputs)
         if not value.requires_grad:
+            if torch.is_inference_mode_enabled():
+                raise RuntimeError("in torch.inference_mode there are no gradients: use no_grad")
             raise ValueError("loss does not depend on params: it must compute with its argument")
         grads = torch.autograd.grad(
             value, aliases, create_graph=create_graph, materialize_grads=True

@@ -37,6 +37,11 @@ def recording() -> bool:
     return torch.is_grad_enabled() or transformed()
 
 
+def differentiable() -> bool:
+    """Whether what is computed may be differentiated in any mode."""
+    return torch.is_grad_enabled() or forward_differentiated()
+
+
 def differentiated(tensors: Iterable[Tensor]) -> bool:
     """Whether a derivative may be asked of what is computed from `tensors`."""
     if transformed() or forward_differentiated():

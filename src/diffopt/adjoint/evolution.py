@@ -108,7 +108,7 @@ class Evolution(Adjoint):
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         xs = list(xs)
-        if not torch.is_grad_enabled() or not xs:
+        if not _modes.differentiable() or not xs:
             return Unrolled().run(step, carry, args, xs)
         if _modes.compiling() or _modes.forward_differentiated():
             raise NotImplementedError("Evolution works neither in forward mode nor when compiled")

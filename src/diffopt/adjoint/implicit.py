@@ -81,7 +81,7 @@ class Implicit(Adjoint):
             raise TypeError("Implicit is for minimize: for another step use implicit_fixed_point")
         xs = list(xs)
         end, outputs = Truncated(0).run(step, carry, args, xs)
-        if not torch.is_grad_enabled() or not xs:
+        if not _modes.differentiable() or not xs:
             return end, outputs
         (params, state, buffers), (hparams, inputs) = end, args
         own = [own for own, _ in xs]

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffopt import _function, _tree
+from diffopt import _function, _modes, _tree
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import first_order
@@ -75,7 +74,7 @@ def _never_done(step: GradientStep) -> Step:
     def run(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
         surroundings = _function.Surroundings((carry, args, x))
         kept, output = step(carry, args, x)
-        if not torch.is_grad_enabled():
+        if not _modes.differentiable():
             return kept, output
         with surroundings.restored():
             moved, _ = replace(step, tol=None)(carry, args, x)

@@ -108,7 +108,7 @@ def refuse_captured(function: Callable[..., Tree], name: str, *trees: Tree) -> N
     Such a tensor cannot be differentiated by an implicit rule, and its batch is gone when the
     rule runs. Not seen are tensors which are used where gradients are disabled.
     """
-    if not (torch.is_grad_enabled() or _modes.transformed() or _modes.forward_differentiated()):
+    if not (_modes.differentiable() or _modes.transformed()):
         return
     with torch.enable_grad():
         outputs = function(*_tensors(_one_sample, trees))
