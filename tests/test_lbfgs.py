@@ -588,3 +588,25 @@ def test_groups_and_other_line_searches_are_refused():
     optimizer.add_param_group({"params": [q]})
     with pytest.raises(ValueError, match="one parameter group, but there are 2"):
         optimizer.step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_ascent_is_descent_of_the_negative(search):
+    """torch 2.14 puts `maximize` into the group, as an older torch finds it in a checkpoint."""
+
+    def run(sign, maximize):
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+        optimizer = LBFGS([p], lr=0.5, max_iter=6, line_search_fn=search)
+        optimizer.param_groups[0]["maximize"] = maximize
+
+        def closure():
+            optimizer.zero_grad()
+            loss = sign * ((p - 1) ** 4).sum()
+            loss.backward()
+            return loss
+
+        return optimizer.step(closure), p.detach()
+
+    torch.testing.assert_close(
+        run(-1, True), tuple(-x if x.dim() == 0 else x for x in run(1, False))
+    )

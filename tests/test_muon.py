@@ -42,6 +42,17 @@ def test_follows_torch_in_bfloat16(numbers, nesterov, adjust_lr_fn):
     CHECKS["parity"](dataclasses.replace(row, shapes=((16, 8), (8, 16), (5, 5), (1, 3))))
 
 
+@pytest.mark.parametrize(("shape", "ratio"), [((2, 8), 0.5), ((8, 2), 2), ((3, 3), 1)])
+def test_the_spectral_adjustment_is_not_clamped(shape, ratio):
+    grad, zeros = draw(*shape), torch.zeros(shape, dtype=F64)
+
+    def step(adjust_lr_fn):
+        opt = diffopt.muon(precision=None, adjust_lr_fn=adjust_lr_fn)
+        return opt.update(zeros, grad, opt.init(zeros), opt.hparams(lr=1.0))[0]
+
+    torch.testing.assert_close(step("spectral_unclamped"), step("original") * min(1, ratio))
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
 def test_a_convergent_iteration_makes_singular_values_one(shape):
     opt = diffopt.muon(precision=None, ns_steps=30)
@@ -111,7 +122,7 @@ def test_a_zero_gradient_is_divided_by_eps():
         assert curvature.isfinite().all()
 
 
-@pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw", "spectral_unclamped"])
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
 def test_nothing_comes_of_matrices_without_elements_but_finite_numbers(shape, adjust_lr_fn):
     opt, empty = diffopt.muon(adjust_lr_fn=adjust_lr_fn, precision=None), draw(*shape)

@@ -33,6 +33,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         tolerance_change: stop where no entry changes by more, or the loss by as much (1e-9).
         history_size: how many pairs are remembered (100).
         line_search_fn: "strong_wolfe", or None for steps of length lr.
+        maximize: ascend instead of descend; from torch 2.14 on.
 
     Raises:
         ValueError: what `torch.optim.LBFGS` raises.
@@ -81,7 +82,8 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)
         memory = {name: state.get(name) for name in MEMORY}
-        objective = _Objective(group["params"], torch.enable_grad()(closure), state, memory)
+        sign = -1 if group.get("maximize") else 1
+        objective = _Objective(group["params"], torch.enable_grad()(closure), sign, state, memory)
 
         first_loss, loss, grad = objective.evaluate()
         if _greatest(grad) <= group["tolerance_grad"]:
@@ -94,24 +96,26 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
 
 
 class _Objective:
-    """The closure's loss as a function of the parameters, which it moves."""
+    """The closure's loss, times a sign, as a function of the parameters, which it moves."""
 
     def __init__(
         self,
         params: list[Tensor],
         closure: Callable[[], Any],
+        sign: int,
         state: dict[str, Any],
         memory: dict[str, Any],
     ) -> None:
         self.leaves, self.params = params, list(map(real, params))
         self.sizes = list(map(Tensor.numel, self.params))
-        self.closure, self.state, self.memory = closure, state, memory
+        self.closure, self.sign, self.state, self.memory = closure, sign, state, memory
 
     def evaluate(self) -> tuple[Any, float, Tensor]:
-        """What the closure returned, the loss as a number, and its gradient as one vector."""
+        """What the closure returned, what is minimized, and its gradient as one vector."""
         loss = self.closure()
         self.state["func_evals"] += 1
-        return loss, float(loss), flat(map(_dense_grad, self.leaves))
+        grad = flat(map(_dense_grad, self.leaves))
+        return loss, self.sign * float(loss), grad if self.sign > 0 else grad.neg_()
 
     def move(self, origin: list[Tensor], t: Any) -> None:
         """Put the parameters at length `t` along the direction."""

@@ -39,7 +39,7 @@ def muon(
     *,
     nesterov: bool = True,
     ns_steps: int = 5,
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] | None = None,
     precision: torch.dtype | None = torch.bfloat16,
     maximize: bool = False,
 ) -> Leafwise[MuonState, MuonHParams]:
@@ -53,9 +53,10 @@ def muon(
         X_k = ns_a * X_{k-1} + (ns_b * A + ns_c * A^2) X_{k-1}, where A = X_{k-1} X_{k-1}^T
         p  <- p * (1 - lr * weight_decay) - lr * ratio * X_{ns_steps}
 
-    where ratio is sqrt(max(1, rows / columns)), or 0.2 * sqrt(max(rows, columns)) where
-    `adjust_lr_fn` is "match_rms_adamw". Matrices with more rows than columns are transposed for the
-    iteration (Newton and Schulz's, with a polynomial of degree 5).
+    where ratio is sqrt(max(1, rows / columns)), where `adjust_lr_fn` is "match_rms_adamw"
+    0.2 * sqrt(max(rows, columns)), and where it is "spectral_unclamped" sqrt(rows / columns).
+    Matrices with more rows than columns are transposed for the iteration (Newton and Schulz's, with
+    a polynomial of degree 5).
 
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
     `weight_decay` >= 0 (0.1), `momentum` >= 0 (0.95); and, one for each matrix, `ns_a`, `ns_b`,
@@ -91,8 +92,8 @@ def muon(
                 [ 0.0000,  0.1000]])
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; Liu et
-    al., "Muon is scalable for LLM training", 2025, for "match_rms_adamw"; with torch's momentum, an
-    average and not a sum.
+    al., "Muon is scalable for LLM training", 2025, for "match_rms_adamw"; Bernstein, "Deriving
+    Muon", 2025, for "spectral_unclamped"; with torch's momentum, an average and not a sum.
     """
     check_flags(nesterov=nesterov, maximize=maximize)
     _check_iteration(ns_steps, adjust_lr_fn, precision)
@@ -110,7 +111,8 @@ def muon(
         if adjust_lr_fn == "match_rms_adamw":
             ratio = 0.2 * max(rows, columns) ** 0.5
         else:
-            ratio = max(1, rows / max(columns, 1)) ** 0.5
+            least = 0 if adjust_lr_fn == "spectral_unclamped" else 1
+            ratio = max(least, rows / max(columns, 1)) ** 0.5
         p = p * (1 - hp.lr * hp.weight_decay)
         return _ops.add(p, x, -hp.lr * ratio), MuonState(s.step, b)
 
@@ -150,9 +152,10 @@ def _refuse(p: Tensor) -> str | None:
 def _check_iteration(ns_steps: object, adjust_lr_fn: object, precision: object) -> None:
     if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or not 0 <= ns_steps < 100:
         raise ValueError(f"ns_steps is {ns_steps!r}, but must be an integer >= 0 and < 100")
-    if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+    if adjust_lr_fn not in (None, "original", "match_rms_adamw", "spectral_unclamped"):
         raise ValueError(
-            f'adjust_lr_fn is {adjust_lr_fn!r}, but must be None, "original" or "match_rms_adamw"'
+            f'adjust_lr_fn is {adjust_lr_fn!r}, but must be None, "original", "match_rms_adamw" or '
+            '"spectral_unclamped"'
         )
     if precision is not None and not isinstance(precision, torch.dtype):
         raise TypeError(f"precision is {precision!r}, not a dtype")
