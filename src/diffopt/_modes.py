@@ -33,8 +33,11 @@ def forward_differentiated() -> bool:
 
 
 def recording() -> bool:
-    """Whether what is computed may be differentiated in reverse mode."""
-    return torch.is_grad_enabled() or transformed()
+    """Whether what is computed may be differentiated in reverse mode.
+
+    torch.func enables gradients in its transforms, but not in what an autograd.Function computes.
+    """
+    return torch.is_grad_enabled() or compiling()
 
 
 def differentiable() -> bool:

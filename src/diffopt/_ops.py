@@ -132,6 +132,8 @@ def sqrt(x: Any) -> Any:
         return math.sqrt(x)
     if isinstance(x, TensorList):
         return TensorList(torch._foreach_sqrt(x.tensors))
+    if not _modes.differentiable():
+        return x.sqrt()
     if _modes.transformed() or _modes.forward_differentiated():
         zero = x == 0
         return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
