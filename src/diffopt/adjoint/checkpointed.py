@@ -26,9 +26,9 @@ class Checkpointed(Adjoint):
 
     The loop of T steps is cut into `segments`, of which only the first carries are kept; with
     `levels` > 1 so is each of them when its turn comes to be run again, and so on. At any time
-    about (levels + 1) T^(1/(levels + 1)) carries and the activations of one step are there. The
-    forward pass is run levels + 1 times, and random numbers repeat themselves. `levels=1` keeps
-    2 sqrt(T) carries; more than log2(T) levels are no gain.
+    about (levels + 1) T^(1/(levels + 1)) carries and the activations of one step are there. A step
+    is run levels + 2 times at most, the last time with its graph; random numbers repeat themselves.
+    `levels=1` keeps 2 sqrt(T) carries; more than log2(T) levels are no gain.
 
     Derivatives of any order reach the initial parameters, state and buffers, every tensor
     hyperparameter, the loss's arguments and the batches, but not tensors that the loss closes over:
