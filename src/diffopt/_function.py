@@ -37,7 +37,8 @@ def custom(
 
 def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
     """`function(inputs)`, run again from the inputs when its derivative is wanted."""
-    if not _modes.recording():
+    # torch.func enables gradients in its transforms, but not in what an autograd.Function computes.
+    if not torch.is_grad_enabled():
         return function(inputs)
     surroundings = Surroundings(inputs)
     leaves, join = _tree.split(inputs)

@@ -112,7 +112,7 @@ def _forward_over_reverse(
     ) -> Sequence[Tensor | None]:
         with surroundings.restored():
             # The derivative of torch's forward derivatives is wrong for some operations (2.13:
-            # layer_norm, batch_norm, logdet) and raises for others.
+            # layer_norm, batch_norm) and raises for others (log_softmax).
             if torch.is_grad_enabled():
                 return _function.vjp(results, xs, needed, cotangents)
             parts = len(cotangents) - count

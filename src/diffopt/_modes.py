@@ -32,14 +32,6 @@ def forward_differentiated() -> bool:
     return forward_ad._current_level >= 0
 
 
-def recording() -> bool:
-    """Whether what is computed may be differentiated in reverse mode.
-
-    torch.func enables gradients in its transforms, but not in what an autograd.Function computes.
-    """
-    return torch.is_grad_enabled() or compiling()
-
-
 def differentiable() -> bool:
     """Whether what is computed may be differentiated in any mode."""
     return torch.is_grad_enabled() or forward_differentiated()

@@ -155,7 +155,7 @@ class _Loop:
         self, level: int, carry: Tree, args: Tree, xs: list[Any]
     ) -> tuple[Tree, list[Any]]:
         """`run`, of which nothing but its arguments is kept; on level 0 it is not cut again."""
-        if not _modes.recording():
+        if not torch.is_grad_enabled():
             return self.run(carry, args, xs)
         inputs = carry, args, xs
         _, join = _tree.split(inputs)
