@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -23,16 +24,22 @@ Pullback: TypeAlias = Callable[
 
 
 def custom(
-    function: Callable[[Tree], Tree], inputs: Tree, pullback: Pullback, *, sparse: bool = False
+    function: Callable[[Tree], Tree],
+    inputs: Tree,
+    pullback: Pullback,
+    *,
+    sparse: bool = False,
+    varies: Sequence[bool] = (),
 ) -> Tree:
     """`function(inputs)`, of which autograd keeps nothing but the tensors among the inputs.
 
     Its vector-Jacobian product is `pullback`, which is differentiated in turn, and so must compute
     with its arguments only; where it is `sparse` it takes None for cotangents of zeros. `function`
-    must not hold tensors either, or they outlive their use.
+    must not hold tensors either, or they outlive their use. `varies` is False for the first outputs
+    that are constants.
     """
     tensors, join = _tree.split(inputs)
-    return _Call(function, join, pullback, sparse).apply(tensors)
+    return _Call(function, join, pullback, sparse, varies).apply(tensors)
 
 
 def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
@@ -226,8 +233,9 @@ class _Call:
         join: Callable[..., Tree],
         pullback: Pullback,
         sparse: bool,
+        varies: Sequence[bool] = (),
     ) -> None:
-        self.function, self.join, self.pullback = function, join, pullback
+        self.function, self.join, self.pullback, self.varies = function, join, pullback, varies
         self.sparse = sparse and not _modes.transformed()  # vmap's rule wants tensors
         self.join_outputs: Callable[..., Tree] = join
 
@@ -257,7 +265,9 @@ class _Custom(torch.autograd.Function):
         ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(not ctx.call.sparse)
-        ctx.mark_non_differentiable(*(x for x in output if not has_derivative(x)))
+        varies = itertools.chain(ctx.call.varies, itertools.repeat(True))
+        pairs = zip(output, varies)  # noqa: B905 (the second has no end)
+        ctx.mark_non_differentiable(*(x for x, v in pairs if not (v and has_derivative(x))))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,8 @@
-"""Finding tensors that a function closes over, which a derivative could not reach."""
+"""What a step depends on beside its arguments, and which of its carry never varies."""
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from diffopt import _function, _modes, _tree
 from diffopt._tree import Tree
+from diffopt.adjoint._base import GradientStep
 
 
 def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree) -> None:
@@ -25,7 +27,7 @@ def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree
         with _function.Surroundings(arguments).restored(), _function.noticed() as aliases:
             with torch.enable_grad():
                 outputs = function(*_tree.detach(arguments))
-            leaves = {id(x): x for x in _graph_leaves(outputs) if id(x) not in aliases}
+            leaves = {id(x): x for x in graph_leaves(outputs) if id(x) not in aliases}
         found = leaves if run == 0 else {key: leaves[key] for key in found.keys() & leaves.keys()}
         if not found:
             return
@@ -36,7 +38,69 @@ def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree
     )
 
 
-def _graph_leaves(tree: Tree) -> Iterator[Tensor]:
+def varying(step: GradientStep, carry: Tree, args: Tree, xs: list[Any]) -> list[bool]:
+    """Which tensors of the carry depend on what may be differentiated, after any number of steps.
+
+    Others, such as a count of steps and the running statistics of a batch normalisation, are
+    constants. It takes running the first step with a graph, twice as a rule.
+
+    Raises:
+        ValueError: the step returns other numbers when it is run again.
+    """
+    tensors, join = _tree.split((carry, args, xs[0]))
+    everything = [_function.has_derivative(tensor) for tensor in tensors]
+    starts = _tree.split(carry)[0]
+    if len({len(_tree.split(x)[0]) for x in xs}) > 1:  # later steps may depend on something new
+        return everything[: len(starts)]
+    varies = list(everything)
+    for i in range(len(_tree.split(carry[0])[0]), len(starts)):  # params always do
+        varies[i] &= any(level.requires_grad for level in _modes.levels(tensors[i]))
+    values: list[Tensor] = []
+    depends: list[bool] = []
+
+    def run(*chosen: Tensor) -> list[Tensor]:
+        aliases = iter(chosen)
+        inputs = [
+            next(aliases) if varied else x.detach()
+            for x, varied in zip(tensors, varies, strict=True)
+        ]
+        outputs = _tree.split(step(*join(inputs)))[0]
+        depends[:] = [x.requires_grad for x in outputs[: len(starts)]]
+        _refuse_other(values, outputs)
+        values[:] = _tree.detach(outputs)
+        return [x for x in outputs if _function.has_derivative(x)]
+
+    while True:
+        chosen = [x.detach() for x, varied in zip(tensors, varies, strict=True) if varied]
+        with _function.Surroundings((carry, args, xs[0])).restored(), torch.enable_grad():
+            if _modes.transformed():
+                torch.func.vjp(run, *chosen)
+            else:
+                run(*(_function.alias(x, attached=False) for x in chosen))
+        if len(depends) != len(starts):
+            return everything[: len(starts)]
+        grown = [v or d for v, d in zip(varies, depends, strict=False)]
+        if grown == varies[: len(starts)]:
+            return grown
+        varies[: len(starts)] = grown
+
+
+def _refuse_other(before: list[Tensor], after: list[Tensor]) -> None:
+    """Raise where numbers are not the same, though not for what kernels in parallel round."""
+    for old, new in zip(before, after, strict=False):
+        old, new = _modes.concrete(old), _modes.concrete(new)
+        if old is None or new is None or old.shape != new.shape or not old.numel():
+            continue
+        old, new = old.to(torch.complex128), new.to(torch.complex128)
+        size = old.abs().nan_to_num().max().item()
+        if not torch.allclose(old, new, rtol=0.0, atol=1e-2 * size, equal_nan=True):
+            raise ValueError(
+                "the loss is random in a way that cannot be repeated: pass the generator it draws "
+                "from as an argument"
+            )
+
+
+def graph_leaves(tree: Tree) -> Iterator[Tensor]:
     """Tensors on which those of a tree depend, by autograd and at every level of torch.func."""
     nodes: list[Any] = []
     for tensor in _tree.split(tree)[0]:
@@ -48,7 +112,7 @@ def _graph_leaves(tree: Tree) -> Iterator[Tensor]:
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        if hasattr(node, "variable"):
+        if isinstance(node, torch._C._functions.AccumulateGrad):
             yield node.variable
         for child, _ in node.next_functions:
             if child is not None and child not in seen:

@@ -16,7 +16,7 @@ from diffopt import _function, _modes, _tree
 from diffopt._gradient import HVP
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
-from diffopt.adjoint._closed import refuse_closed_over
+from diffopt.adjoint._closed import graph_leaves, refuse_closed_over, varying
 from diffopt.adjoint.unrolled import Unrolled
 
 
@@ -93,10 +93,12 @@ class Checkpointed(Adjoint):
         if not xs:
             return carry, []
         refuse_closed_over("the loss or step", step, carry, args, xs[0])
+        varies = [_function.has_derivative(x) for x in _tree.split(carry)[0]]
         if isinstance(step, GradientStep):
+            varies = varying(step, carry, args, xs)
             step = replace(step, hvp=self.hvp)
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
-        loop = _Loop(step, self.segments or _root(len(xs), self.levels + 1), frugal)
+        loop = _Loop(step, self.segments or _root(len(xs), self.levels + 1), frugal, varies)
         outputs: list[Any] = []
         with self._offloaded(args, xs):
             for piece in loop.cut(xs):
@@ -134,11 +136,13 @@ class _Loop:
         step: the step.
         pieces: into how many a run is cut.
         frugal: whether the graph of a step keeps little more than carries.
+        varies: which tensors of a carry depend on what may be differentiated.
     """
 
     step: Step
     pieces: int
     frugal: bool
+    varies: list[bool]
 
     def cut(self, xs: list[Any]) -> list[list[Any]]:
         size = -(-len(xs) // self.pieces)
@@ -148,6 +152,10 @@ class _Loop:
         outputs: list[Any] = []
         for x in xs:
             carry, output = self.step(carry, args, x)
+            if self.frugal:  # all that such a step returns counts as differentiable
+                tensors, join = _tree.split(carry)
+                pairs = zip(tensors, self.varies, strict=True)
+                carry = join(x if varied else x.detach() for x, varied in pairs)
             outputs.append(output)
         return carry, outputs
 
@@ -176,7 +184,7 @@ class _Loop:
                 grads = self.sweep(level, inputs, wanted, _cut(cotangents, sizes))
             return list(itertools.chain(*grads))
 
-        return _function.custom(run, inputs, pullback, sparse=True)
+        return _function.custom(run, inputs, pullback, sparse=True, varies=self.varies)
 
     def sweep(
         self,
@@ -217,12 +225,11 @@ class _Loop:
                 piece = pieces.pop()
                 steps = slice(end - len(piece), end)
                 end -= len(piece)
-                want = [_function.has_derivative(x) for x in _tree.split(carry)[0]]
                 with there.restored():
                     by_carry, by_these_args, *by_these_xs = self.sweep(
                         level - 1,
                         (carry, args, piece),
-                        [want if starts else want_carry, want_args, *want_xs[steps]],
+                        [self.varies if starts else want_carry, want_args, *want_xs[steps]],
                         [by_carry, *by_outputs[steps]],
                     )
                 by_args = list(map(_sum, by_args, by_these_args))
@@ -239,12 +246,32 @@ class _Loop:
         tensors, join = _tree.split(inputs)
 
         def run(*tensors: Tensor) -> list[Tensor]:
-            return _tree.split(self.run(*join(tensors)))[0]
+            outputs = _tree.split(self.run(*join(tensors)))[0]
+            if wanted[0] == self.varies:
+                self.check(outputs, inputs, aliases)
+            return outputs
 
-        grads = _function.vjp(
-            run, tensors, list(itertools.chain(*wanted)), list(itertools.chain(*cotangents))
-        )
+        with _function.noticed() as aliases:
+            grads = _function.vjp(
+                run, tensors, list(itertools.chain(*wanted)), list(itertools.chain(*cotangents))
+            )
         return _cut(grads, list(map(len, wanted)))
+
+    def check(self, outputs: list[Tensor], inputs: Tree, aliases: dict[int, Tensor]) -> None:
+        """Raise where a derivative would be lost that the first step did not show."""
+        for output, varied in zip(outputs, self.varies, strict=False):
+            if output.requires_grad and not varied and _function.has_derivative(output):
+                raise ValueError(
+                    f"a tensor of shape {tuple(output.shape)} of the optimizer's state or the "
+                    "buffers depends on what is differentiated in some steps, but not in the "
+                    "first: Checkpointed cannot differentiate that, Unrolled can"
+                )
+        if _modes.transformed():
+            return
+        if any(id(leaf) not in aliases for leaf in graph_leaves(outputs)):
+            carry, args, xs = inputs
+            for x in xs:
+                refuse_closed_over("the loss or step", self.step, carry, args, x)
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
