@@ -10,7 +10,17 @@ import torch
 
 import diffopt
 from diffopt import inspect
-from diffopt.adjoint import Checkpointed, FirstOrder, Truncated, Unrolled
+from diffopt.adjoint import (
+    Checkpointed,
+    Evolution,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    OneStep,
+    Reversible,
+    Truncated,
+    Unrolled,
+)
 from diffopt.optimizer import Optimizer
 
 F64 = torch.float64
@@ -277,6 +287,54 @@ def test_an_adjoint_finds_the_step_and_its_inputs_as_without_trace():
     assert trace.norms.grads.isfinite().all()
 
 
+class Rebuilt(diffopt.adjoint.Adjoint):
+    """Takes the documented pairs apart and builds them again, or with batches of its own."""
+
+    def __init__(self, own_batches):
+        self.own_batches = own_batches
+
+    def run(self, step, carry, args, xs):
+        pairs = [(own, tuple(batch) if self.own_batches else batch) for own, batch in xs]
+        return Unrolled().run(step, carry, args, pairs)
+
+
+def test_an_adjoint_may_build_the_inputs_of_steps_anew():
+    traces = [inspect.Trace(adjoint) for adjoint in (Unrolled(), Rebuilt(False), Rebuilt(True))]
+    for trace in traces:
+        w = leaf(W)
+        torch.autograd.grad(descend(trace, w).params @ V, w)
+    expected, found, unseen = (trace.norms for trace in traces)
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(unseen.losses, expected.losses, rtol=0, atol=0)
+    assert unseen.grads.isnan().all()
+    assert unseen.adjoint[-1] == expected.adjoint[-1]
+
+
+class Counted(diffopt.adjoint.Adjoint):
+    def run(self, step, carry, args, xs):
+        return Unrolled().run(step, carry, args, range(len(list(xs))))
+
+
+def test_a_step_function_may_be_given_inputs_of_the_adjoints_own():
+    y, numbers = diffopt.adjoint.unroll(
+        lambda y, rate, t: (rate * y, t), leaf(1.0), 2.0, 3, adjoint=inspect.Trace(Counted())
+    )
+    assert (y.item(), numbers) == (8.0, [0, 1, 2])
+
+
+def test_norms_of_a_loop_run_backwards_are_those_of_the_unrolled_one():
+    opt, found = diffopt.sgd(momentum=True), []
+    for adjoint in (Unrolled(), Reversible()):
+        trace, w, lr = inspect.Trace(adjoint), leaf(W), leaf(0.1)
+        sol = diffopt.minimize(
+            quadratic, w, optimizer=opt, hparams=opt.hparams(lr=lr, momentum=0.5), steps=STEPS,
+            adjoint=trace,
+        )  # fmt: skip
+        torch.autograd.grad(sol.params @ V, (w, lr))
+        found.append(trace.norms)
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10, equal_nan=True)
+
+
 class Elsewhere(diffopt.adjoint.Adjoint):
     """Runs the loop again from other parameters, as differences do."""
 
@@ -340,6 +398,8 @@ def test_errors_say_what_to_do():
         _ = inspect.Trace().norms
     with pytest.raises(TypeError, match=r"not one of diffopt\.adjoint"):
         inspect.Trace("unrolled")
+    with pytest.raises(TypeError, match=r"adjoint is Trace\(.*\) already"):
+        inspect.Trace(inspect.Trace())
     compiled = torch.compile(lambda w: descend(inspect.Trace(), w).params, backend="eager")
     with pytest.raises(RuntimeError, match="use it eagerly"):
         compiled(W)
@@ -400,6 +460,30 @@ def test_the_step_at_which_the_adjoint_is_first_zero_is_told(adjoint):
     if isinstance(adjoint, Unrolled):
         assert explanation["w"].step == 3
         assert "exactly zero from params_3 on" in explanation["w"].reason
+
+
+WITHOUT_STEPS = [ForwardMode(), Implicit(), OneStep(), Evolution(samples=1)]
+
+
+def bowl(w, decay):
+    return 0.5 * ((w - 1) ** 2).sum() + 0.5 * decay * (w**2).sum()
+
+
+def inner(adjoint, loss=bowl, lr=0.5, steps=40):
+    """An inner loop that ends at its minimum, and its inputs."""
+    trace, inputs, opt = inspect.Trace(adjoint), {"decay": leaf(0.1), "lr": leaf(lr)}, diffopt.sgd()
+    sol = diffopt.minimize(
+        loss, torch.zeros(2, dtype=F64), inputs["decay"], optimizer=opt,
+        hparams=opt.hparams(lr=inputs["lr"]), steps=steps, adjoint=trace,
+    )  # fmt: skip
+    return trace, inputs, sol
+
+
+@pytest.mark.parametrize("adjoint", WITHOUT_STEPS, ids=lambda adjoint: type(adjoint).__name__)
+def test_an_adjoint_that_is_not_that_of_steps_is_not_said_to_be_cut(adjoint):
+    trace, inputs, sol = inner(adjoint)
+    torch.autograd.grad(sol.params @ V, inputs["decay"])
+    assert trace.events == []
 
 
 class Forgetful(Optimizer):
@@ -492,6 +576,73 @@ def test_adjoints_that_drop_an_input_are_named():
         assert found[name].step == step
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_input_that_a_loop_run_again_does_not_differentiate_is_not_blamed_on_the_user(steps):
+    trace, inputs, sol = inner(Checkpointed(), lambda w, d: bowl(w, d.detach()), steps=steps)
+    outer = sol.params @ V
+    grads = torch.autograd.grad(outer, inputs.values(), allow_unused=True)
+    for known in (trace, None):
+        found = explained(inputs, outer, grads, trace=known)
+        assert [row.status for row in found.rows] == ["None", "ok"]
+        assert found["decay"].reason.startswith("the loop gave it none: no step uses it, but by")
+    trace, inputs, sol = inner(Unrolled(), steps=steps)
+    assert "the loop gave" not in explained(inputs, sol.params @ V, (None, None))["lr"].reason
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed(), *WITHOUT_STEPS], ids=str)
+def test_zeros_from_the_outer_loss_are_found_whatever_the_adjoint(adjoint):
+    trace, inputs, sol = inner(adjoint)
+    dead = torch.relu(sol.params.sum() - 100)
+    grads = torch.autograd.grad(dead, inputs.values(), retain_graph=True)
+    for outer in (dead, None):
+        for row in inspect.explain(grads, inputs, outer=outer, trace=trace).rows:
+            assert (row.status, row.step) == ("zero", 40)
+            assert "adjoint is exactly zero from params_40 on" in row.reason
+    elsewhere = inspect.explain(grads, inputs, outer=dead + 0 * sum(inputs.values()), trace=trace)
+    assert {row.step for row in elsewhere.rows} == {None}
+
+
+def test_zeros_of_an_input_that_acts_by_another_are_found():
+    trace, log = inspect.Trace(), leaf(-1.0)
+    inputs = {"log": log, "lr": log.exp()}
+    outer = torch.relu(descend(trace, lr=inputs["lr"]).params.sum() - 100)
+    assert [row.step for row in explained(inputs, outer, trace=trace).rows] == [STEPS, STEPS]
+
+
+def test_a_zero_at_some_step_is_no_reason_for_an_input_of_unknown_steps():
+    trace, w, lr = inspect.Trace(Checkpointed()), leaf(W), leaf(0.5)
+    sol = descend(trace, w, lr, loss=kinds, batches=["1", "0", "0"], steps=3)
+    torch.autograd.grad(sol.params @ V, lr)
+    assert inspect.Event("gradient", "zero", 1) in trace.events
+    row = inspect.explain((torch.zeros((), dtype=F64),), {"lr": lr}, trace=trace).rows[0]
+    assert row.step is None
+
+
+def test_an_adjoint_is_named_where_it_may_have_to_do_with_it_and_only_there():
+    for adjoint in WITHOUT_STEPS:
+        trace, inputs, sol = inner(adjoint, lr=0.5)
+        outer, inputs = sol.params @ V, inputs | {"unused": leaf(1.0)}
+        found = explained(inputs, outer, trace=trace)
+        assert ("dropped by" in found["unused"].reason) == isinstance(adjoint, OneStep)
+        assert found["decay"].status == "ok"
+        if isinstance(adjoint, Implicit):
+            assert found["lr"].reason.startswith("a rate or a start, on which the minimum, by Impl")
+
+
+def test_an_outer_loss_without_graph_is_not_laid_to_what_the_trace_rules_out():
+    trace, inputs, opt = inspect.Trace(FirstOrder()), {"lr": leaf(LR)}, diffopt.sgd()
+    sol = diffopt.minimize(
+        quadratic, W, optimizer=opt, hparams=opt.hparams(lr=inputs["lr"].item()), steps=2,
+        adjoint=trace,
+    )  # fmt: skip
+    (row,) = explained(inputs, sol.params.sum(), (None,), trace=trace).rows
+    assert "float()" in row.reason
+    assert "loss alone, which FirstOrder drops" in row.reason
+    assert "Truncated" not in row.reason
+    (row,) = explained(inputs, sol.params.sum(), (None,)).rows
+    assert "adjoint=None or Truncated(0)" in row.reason
+
+
 def test_zeros_and_non_finite_entries_are_counted():
     x = leaf([0.0, 1.0, 4.0])
     grads = {"a": torch.tensor([0.0, torch.nan, torch.inf]), "b": [torch.zeros(2)], "c": 1 + x}
@@ -530,6 +681,12 @@ def test_meta_gradients_that_do_not_match_raise():
         inspect.explain((W, W), {"w": W})
     with pytest.raises(ValueError, match=r"meta-gradient of w is 1\.0 of type float"):
         inspect.explain({"w": 1.0}, {"w": W})
+    with pytest.raises(ValueError, match=r"of w has shape \(\), but w has \(2,\)"):
+        inspect.explain((W.sum(), W), {"w": W, "lr": W.sum()})
+    with pytest.raises(TypeError, match=r"outer is 2\.0 of type float, not the tensor"):
+        inspect.explain((W,), {"w": W}, outer=2.0)
+    with pytest.raises(TypeError, match=r"trace is Unrolled\(\), not a Trace"):
+        inspect.explain((W,), {"w": W}, trace=Unrolled())
     with pytest.raises(KeyError, match="no input is called 'v'"):
         inspect.explain((W,), {"w": W})["v"]
 
@@ -660,6 +817,8 @@ def test_dot_has_every_node_and_edge_and_dashes_what_is_not_reached():
 
 
 def test_a_graph_needs_a_graph():
+    with pytest.raises(TypeError, match=r"outer is .*tuple.*, not the tensor"):
+        inspect.graph((leaf(1.0),), {"w": W})
     with pytest.raises(ValueError, match="outer does not require a gradient"):
         inspect.graph(W, {"w": W})
     with pytest.raises(RuntimeError, match=r"torch\.func"):
@@ -695,8 +854,17 @@ def test_the_plot_marks_what_is_not_finite_and_is_drawn(tmp_path):
     labels = [line.get_label() for axes in figure.axes for line in axes.lines]
     assert "the loss is first not finite at step 2" in labels
     figure.savefig(tmp_path / "trace.png")
-    torch.vmap(lambda w: descend(trace, w).params)(torch.stack([W, 2 * W]))
-    trace.plot().savefig(tmp_path / "vmap.png")
+    top, bottom = (axes.get_position() for axes in figure.axes)
+    assert min(top.width, bottom.width) > 0.7  # the legend is below
+
+
+def test_the_plot_has_one_color_for_a_quantity_of_all_examples():
+    pytest.importorskip("matplotlib")
+    trace = inspect.Trace()
+    torch.vmap(lambda w: descend(trace, w).params)(torch.stack([W] * 5))
+    lines = trace.plot().axes[1].lines
+    assert [line.get_color() for line in lines] == ["C1"] * 5 + ["C2"] * 5
+    assert [x.get_label() for x in lines if x.get_label()[0] != "_"] == ["gradient", "update"]
 
 
 def test_the_graph_is_drawn_with_every_name(tmp_path):
@@ -711,6 +879,14 @@ def test_the_graph_is_drawn_with_every_name(tmp_path):
     assert styles.keys() == {"outer", "early", "shift", "w", *names(graph.steps)}
     assert len(axes.texts) == 10 + len(graph.edges)
     figure.savefig(tmp_path / "graph.svg")
+
+
+def test_many_steps_are_drawn_merged():
+    pytest.importorskip("matplotlib")
+    inputs, sol = scheduled(inspect.Trace(), steps=50)
+    figure = inspect.graph(sol.params @ V, inputs).plot()
+    assert {"step 0", "steps 1-2", "steps 3-49"} <= {x.get_text() for x in figure.axes[0].texts}
+    assert figure.get_figwidth() < 12
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

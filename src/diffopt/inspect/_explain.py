@@ -11,8 +11,17 @@ from torch import Tensor
 
 from diffopt import _function, _tree
 from diffopt._tree import Tree
-from diffopt.adjoint import Checkpointed, FirstOrder, Unrolled
-from diffopt.inspect._graph import Graph, graph
+from diffopt.adjoint import (
+    Adjoint,
+    Checkpointed,
+    Evolution,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    Reversible,
+    Unrolled,
+)
+from diffopt.inspect._graph import Graph, Node, graph
 from diffopt.inspect._names import named
 from diffopt.inspect._trace import Event, Trace
 
@@ -94,7 +103,8 @@ def explain(
         An `Explanation`: print it, or look into its `rows`.
 
     Raises:
-        ValueError: `meta_grads` does not match `inputs`.
+        ValueError: `meta_grads` does not match `inputs`, be it in structure or in a shape.
+        TypeError: `outer` is no tensor or `trace` no `Trace`.
 
     Example:
         >>> import torch, diffopt
@@ -110,8 +120,12 @@ def explain(
         lr     ok        3.85  0/1    0/1
         decay  None                               it does not require a gradient: ...
     """
+    if trace is not None and not isinstance(trace, Trace):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"trace is {trace!r}, not a Trace: give what the loop was run with")
+    if outer is not None and not isinstance(outer, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"outer is {_tree.describe(outer)}, not the tensor that is differentiated")
     names = named(inputs)
-    grads = _grads(meta_grads, inputs, [name for name, _ in names])
+    grads = _grads(meta_grads, inputs, names)
     picture = graph(outer, inputs) if outer is not None and outer.requires_grad else None
     events = tuple(trace.events) if trace is not None else ()
     rows: list[Row] = []
@@ -121,17 +135,21 @@ def explain(
     return Explanation(tuple(rows), events)
 
 
-def _grads(meta_grads: Tree, inputs: Tree, names: list[str]) -> list[Any]:
+def _grads(meta_grads: Tree, inputs: Tree, names: list[tuple[str, Any]]) -> list[Any]:
     leaves, spec = _tree.flatten(inputs)
     if isinstance(meta_grads, tuple) and all(map(_is_grad, cast(tuple[Any, ...], meta_grads))):
         grads = list(cast(tuple[Any, ...], meta_grads))
         if len(grads) != len(leaves):
-            raise ValueError(f"meta_grads has {len(grads)} entries, but the inputs are {names}")
+            known = [name for name, _ in names]
+            raise ValueError(f"meta_grads has {len(grads)} entries, but the inputs are {known}")
     else:
         grads = _tree.leaves_like(meta_grads, spec, inputs, ("meta_grads", "inputs"))
-    for name, grad in zip(names, grads, strict=True):
+    for (name, leaf), grad in zip(names, grads, strict=True):
         if not _is_grad(grad):
             raise ValueError(f"the meta-gradient of {name} is {_tree.describe(grad)}, not a tensor")
+        if isinstance(leaf, Tensor) and grad is not None and grad.shape != leaf.shape:
+            shapes = f"{tuple(grad.shape)}, but {name} has {tuple(leaf.shape)}"
+            raise ValueError(f"the meta-gradient of {name} has shape {shapes}")
     return grads
 
 
@@ -154,6 +172,13 @@ def _row(name: str, grad: Tensor | None, search: _Search) -> Row:
     return Row(name, "ok", *counts, None, "")
 
 
+_CUT = "cut by detach, .data, .item(), float(), torch.tensor() or no_grad"
+_UNUSED = (
+    "no step uses it, but by detach, .item() or no_grad or in what has no derivative, as argmax"
+)
+_DROP_NOTHING = Unrolled, Checkpointed, Reversible, ForwardMode, Evolution, Implicit
+
+
 @dataclass(frozen=True)
 class _Search:
     """Where to look for reasons; each answer is `(step, reason)`."""
@@ -174,21 +199,39 @@ class _Search:
         if not leaf.requires_grad:
             return None, "it does not require a gradient: requires_grad_() before it is used"
         if self.outer is not None and not self.outer.requires_grad:
-            return None, "outer has no graph: no_grad, detach, adjoint=None or Truncated(0)"
-        if self.picture is not None and self.picture.feeds(self.name):
-            if not leaf.is_leaf:
-                return None, ".grad stays None as it is no leaf: autograd.grad() or retain_grad()"
-            return None, "it is in the graph of outer: was backward() called, and with it as input?"
-        return self._unreached(leaf)
+            causes = ["it uses nothing that requires a gradient", _CUT, *self._dropped()]
+            if self.trace is None:
+                causes.append("adjoint=None or Truncated(0)")
+            return None, f"outer has no graph: {', or '.join(causes)}"
+        if not self._nodes:
+            return self._unreached(leaf)
+        asked = "was backward() called, and with it as input?"
+        if not leaf.is_leaf:
+            asked = ".grad stays None as it is no leaf: autograd.grad() or retain_grad()"
+        if self._acts_within():
+            return None, f"the loop gave it none: {_UNUSED}; else {asked}"
+        reason = f"it is in the graph of outer: {asked}"
+        if any(node.kind == "outer" for node in self._nodes):
+            reason += " Or a function with its own backward, as a Checkpointed loop, gave it none"
+        return None, reason
 
     def zero(self) -> tuple[int | None, str]:
-        if self.picture is not None and not self.picture.feeds(self.name):
+        if self.picture is not None and not self._nodes:
             return self._unreached(self.leaf)
         for event in reversed(self._events("zero")):  # the adjoint first
-            steps = self._steps() or [event.step]
-            if max(steps) < event.step if event.quantity == "adjoint" else min(steps) >= event.step:
+            if self.trace is None or any(node.kind != "step" for node in self._nodes):
+                break  # it also acts elsewhere
+            steps = self._steps() or range(len(self.trace.norms.losses))  # or all
+            before = max(steps, default=-1) < event.step
+            if before if event.quantity == "adjoint" else min(steps, default=0) >= event.step:
                 return event.step, str(event)
         causes = ["a derivative on the way is exactly zero, as that of sign or of a dead relu"]
+        if self._acts_within():
+            causes.append(_UNUSED)
+        if isinstance(self._adjoint, Implicit):
+            causes.insert(
+                0, "a rate or a start, on which the minimum, by Implicit, does not depend"
+            )
         return None, ", or ".join([*causes, *self._dropped()])
 
     def nonfinite(self) -> tuple[int | None, str]:
@@ -211,26 +254,42 @@ class _Search:
             step = min((step.first for step in self.picture.steps), default=0) or None
         if step is not None:
             reason += f", whose graph begins at step {step}"
-        causes = ["not used", "cut by detach, .data, .item() or no_grad", *self._dropped()]
+        causes = ["not used", _CUT, *self._dropped()]
         return step, f"{reason}: {', or '.join(causes)}"
 
     def _dropped(self) -> list[str]:
         """What the adjoint may have to do with it."""
-        adjoint = None if self.trace is None else self.trace.adjoint
-        if isinstance(adjoint, FirstOrder):
+        if isinstance(self._adjoint, FirstOrder):
             return ["acts through the loss alone, which FirstOrder drops"]
-        if adjoint is None or isinstance(adjoint, (Unrolled, Checkpointed)):
+        if self._adjoint is None or isinstance(self._adjoint, _DROP_NOTHING):
             return []
-        return [f"dropped by {type(adjoint).__name__}"]
+        return [f"dropped by {type(self._adjoint).__name__}"]
+
+    @property
+    def _adjoint(self) -> Adjoint | None:
+        return None if self.trace is None else self.trace.adjoint
+
+    @property
+    def _nodes(self) -> list[Node]:
+        """The steps and the outer loss that it feeds, itself or by other inputs."""
+        names, nodes = [self.name], list[Node]()
+        for name in names:
+            fed = [] if self.picture is None else self.picture.feeds(name)
+            names.extend(node.name for node in fed if node.kind == "input")
+            nodes.extend(node for node in fed if node.kind != "input")
+        return nodes
+
+    def _acts_within(self) -> bool:
+        """Whether it feeds a loop of which autograd's graph does not show the steps."""
+        return any(node.whole for node in self._nodes)
 
     def _events(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.kind == kind]
 
     def _steps(self) -> list[int] | None:
         """The steps it feeds, where they can be told apart."""
-        nodes = [] if self.picture is None else self.picture.feeds(self.name)
-        steps = [x.first for x in nodes if x.kind == "step" and x.first == x.last]
-        return steps if nodes and len(steps) == len(nodes) else None
+        steps = [x.first for x in self._nodes if x.kind == "step" and not x.whole]
+        return steps if steps and len(steps) == len(self._nodes) else None
 
 
 def _cells(row: Row) -> tuple[str, ...]:

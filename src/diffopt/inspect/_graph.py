@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from diffopt import _modes
+from diffopt import _modes, _tree
 from diffopt._tree import Tree
 from diffopt.inspect import _plots
 from diffopt.inspect._names import named
@@ -30,6 +30,7 @@ class Node(NamedTuple):
         loop: the number of a step's loop, in the order in which loops were run.
         first: a step's number; the first of several steps in one box.
         last: the last of them.
+        whole: whether it is a loop whose steps are not told apart.
     """
 
     kind: Literal["outer", "step", "input"]
@@ -37,6 +38,7 @@ class Node(NamedTuple):
     loop: int = 0
     first: int = 0
     last: int = 0
+    whole: bool = False
 
 
 OUTER = Node("outer", "outer")
@@ -112,26 +114,29 @@ class Graph:
     def plot(self) -> Figure:
         """The picture, drawn: a loop is a row, inputs stand below, dashed where they feed nothing.
 
+        Where there are more than 20 steps, it is that of `merged()`.
+
         Returns:
             A `matplotlib.figure.Figure`; a notebook shows it, `savefig` writes it.
 
         Raises:
             ImportError: matplotlib is missing; `pip install 'diffopt[plots]'`.
         """
-        places = self._places()
+        shown = self.merged() if len(self.steps) > _MOST_STEPS else self
+        places = shown._places()
         width = max(x for x, _ in places.values()) + 1
         height = max(y for _, y in places.values()) + 1
         inches = 0.6 + 0.08 * max(len(node.name) for node in places)  # from box to box
         figure, (axes,) = _plots.subplots(1, (inches * width + 0.5, height + 0.5))
         boxes: dict[Node, Any] = {}
         for node, (x, y) in places.items():
-            lost = node.kind == "input" and not self._reached(node)
+            lost = node.kind == "input" and not shown._reached(node)
             style = {"boxstyle": _BOXES[node.kind], "facecolor": "white"}
             style["linestyle"] = "dashed" if lost else "solid"
             color = "gray" if lost else "black"
             box = axes.text(x, y, node.name, ha="center", va="center", bbox=style, color=color)
             boxes[node] = box.get_bbox_patch()
-        for source, target in self.edges:
+        for source, target in shown.edges:
             (x, y), (u, v) = places[source], places[target]
             around = abs(u - x) > 1 if y == v else abs(v - y) > 1  # the boxes between
             arrow = {
@@ -193,6 +198,7 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
         boxes where there are many steps.
 
     Raises:
+        TypeError: `outer` is no tensor.
         ValueError: `outer` does not require a gradient, so that there is no graph.
         RuntimeError: under a torch.func transform.
 
@@ -209,6 +215,8 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
         lr    -> steps 0-3
         decay -> nothing
     """
+    if not isinstance(outer, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"outer is {_tree.describe(outer)}, not the tensor that is differentiated")
     if _modes.transformed():
         raise RuntimeError("graph() is for autograd: torch.func transforms hide their graphs")
     if not outer.requires_grad:
@@ -274,7 +282,8 @@ def _step_nodes(regions: set[Region]) -> dict[Region, Node]:
     nodes: dict[Region, Node] = {}
     for run, step in regions:
         first, last = (0, run.steps - 1) if step is None else (step, step)
-        nodes[Region(run, step)] = _step(loops.index(run), first, last, len(loops) > 1)
+        node = _step(loops.index(run), first, last, len(loops) > 1)
+        nodes[Region(run, step)] = node._replace(whole=step is None)
     return nodes
 
 
@@ -308,5 +317,6 @@ def _box(nodes: list[Node]) -> Node:
     return Node("step", name, first.loop, first.first, last.last)
 
 
+_MOST_STEPS = 20  # that are drawn one by one
 _SHAPES = {"outer": "doubleoctagon", "step": "box", "input": "ellipse"}
 _BOXES = {"outer": "round4", "step": "square", "input": "round"}

@@ -45,20 +45,29 @@ class Run:
         self._lowest = 0
 
     def watched(self, step: Step) -> Step:
-        """The step, which leaves what it does here. Its xs must be numbered."""
+        """The step, which leaves what it does here, unless an adjoint made an x of its own."""
         if isinstance(step, GradientStep):
             return _WatchedGradientStep(**_fields(step), run=self)
 
         def watched(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
-            number, x = x
-            return self.leave(number, carry, *step(carry, args, x))
+            if not isinstance(x, _Numbered):
+                return step(carry, args, x)
+            return self.leave(x.number, carry, *step(carry, args, *x))
 
         return watched
 
     def numbered(self, xs: Iterable[Any]) -> Iterator[Any]:
-        """The xs with their steps, which are known so also where steps are run again."""
+        """The xs with their steps, which are known so also where steps are run again.
+
+        An x of a `GradientStep` is a pair, which adjoints unpack and build again: its second part,
+        the batch, is what knows the step. Any other x is wrapped.
+        """
         for number, x in enumerate(xs):
-            yield _Numbered.of(number, x) if self.of_gradients else (number, x)
+            if self.of_gradients:
+                own, batch = x
+                yield own, _Numbered.of(number, batch)
+            else:
+                yield _Numbered.of(number, (x,))
 
     def see(self, quantity: str, step: int, tree: Tree) -> None:
         """Keep the norms of a tree, unless the step is run again, be it elsewhere."""
@@ -183,9 +192,12 @@ class _WatchedGradientStep(GradientStep):
     run: Run
 
     def __call__(self, carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
-        see = functools.partial(self.run.see, "grads", x.number)
-        step = replace(GradientStep(**_fields(self)), optimizer=_Watched(self.optimizer, see))
-        return self.run.leave(x.number, carry, *step(carry, args, x))
+        step, (own, batch) = GradientStep(**_fields(self)), x
+        if not isinstance(batch, _Numbered):
+            return step(carry, args, x)
+        see = functools.partial(self.run.see, "grads", batch.number)
+        step = replace(step, optimizer=_Watched(self.optimizer, see))
+        return self.run.leave(batch.number, carry, *step(carry, args, (own, tuple(batch))))
 
 
 def _fields(step: GradientStep) -> dict[str, Any]:
@@ -207,7 +219,7 @@ class _Watched(Optimizer[Any, Any]):
 
 
 class _Numbered(tuple[Any, ...]):
-    """The `(own hparams, batch)` of a step, that knows the step."""
+    """A tuple that knows its step."""
 
     number: int
 

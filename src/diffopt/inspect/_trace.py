@@ -11,7 +11,15 @@ from torch import Tensor
 
 from diffopt import _modes
 from diffopt._tree import Tree
-from diffopt.adjoint import Adjoint, GradientStep, Unrolled
+from diffopt.adjoint import (
+    Adjoint,
+    Evolution,
+    ForwardMode,
+    GradientStep,
+    Implicit,
+    OneStep,
+    Unrolled,
+)
 from diffopt.adjoint._base import Step
 from diffopt.inspect import _plots
 from diffopt.inspect._run import Run
@@ -23,7 +31,9 @@ if TYPE_CHECKING:
 class Norms(NamedTuple):
     """2-norms along a loop of T steps, in float64 on the CPU; NaN where one is not known.
 
-    Of a loop of `unroll` only the adjoint is known, of the whole carry.
+    Of a loop of `unroll` only the adjoint is known, of the whole carry. `Unrolled` takes the step
+    counter in the optimizer's state for a constant; an adjoint that runs steps again, such as
+    `Checkpointed`, has a derivative by it, which is part of `state_adjoint` there.
 
     Attributes:
         losses: the loss before step t, shape [T].
@@ -47,7 +57,7 @@ class Event(NamedTuple):
     Attributes:
         quantity: what it happened to.
         kind: "non-finite", "zero" (exactly), or "cut": from this step on backwards there is no
-            adjoint, though it was known at the step behind.
+            adjoint, though it was known at the step behind and goes back through the steps.
         step: t of the loss, gradient or update of step t or of the adjoint of params_t. For
             adjoints, whose pass runs backwards, it is the last one; a "zero" lasts from there on.
     """
@@ -70,7 +80,9 @@ class Trace(Adjoint):
 
     Losses, gradients and updates are seen in the forward pass, the adjoint dL/dparams_t in every
     backward pass through the loop, also where the steps are run again for it, as by `Checkpointed`.
-    An adjoint that does not go back through the steps shows that of the final params alone.
+    An adjoint that does not go back through the steps shows that of the final params alone. Steps
+    are known by the batch in their `x`: what one of your own does with other batches is not seen.
+    `Reversible` takes its steps as such only on the way back, where they are seen then.
 
     A trace holds norms, no tensors of the loop. They are those of the last loop run with it and of
     the last backward pass through that, be it one for a second derivative; a pass goes no further
@@ -81,7 +93,7 @@ class Trace(Adjoint):
         adjoint: how the loop is differentiated.
 
     Raises:
-        TypeError: `adjoint` is no `Adjoint`.
+        TypeError: `adjoint` is no `Adjoint`, or a `Trace` itself.
         RuntimeError: nothing has been run yet; `run`: under torch.compile.
 
     Example:
@@ -103,6 +115,8 @@ class Trace(Adjoint):
     def __init__(self, adjoint: Adjoint = Unrolled()) -> None:  # noqa: B008 (frozen)
         if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled")
+        if isinstance(adjoint, Trace):
+            raise TypeError(f"adjoint is {adjoint!r} already: give what that watches")
         self.adjoint = adjoint
         self._last: Run | None = None
 
@@ -144,7 +158,8 @@ class Trace(Adjoint):
         zeros = itertools.takewhile(lambda t: _is("zero", run.values("adjoint", t)), known[::-1])
         for step in list(zeros)[-1:]:  # and at all steps before
             events.append(Event("adjoint", "zero", step))
-        if known and known[-1] > 1:  # params_0 themselves are seldom among the inputs
+        stepwise = not isinstance(self.adjoint, (OneStep, Implicit, ForwardMode, Evolution))
+        if stepwise and known and known[-1] > 1:  # params_0 are seldom among the inputs
             events.append(Event("adjoint", "cut", known[-1] - 1))
         return sorted(events, key=_in_time)
 
@@ -158,7 +173,7 @@ class Trace(Adjoint):
             ImportError: matplotlib is missing; `pip install 'diffopt[plots]'`.
         """
         norms = self.norms
-        figure, (top, bottom) = _plots.subplots(2, (7.0, 5.0))
+        figure, (top, bottom) = _plots.subplots(2, (7.0, 6.0))
         lines = {
             "loss": (top, norms.losses),
             "gradient": (bottom, norms.grads),
@@ -166,23 +181,21 @@ class Trace(Adjoint):
             "adjoint": (bottom, norms.adjoint),
             "adjoint of the state": (bottom, norms.state_adjoint),
         }
+        colors = {label: f"C{i}" for i, label in enumerate(lines)}
         for label, (axes, values) in lines.items():
             if values.isnan().all():
                 continue
             columns = values.reshape(len(values), -1).numpy()  # one for each example
-            drawn = axes.plot(columns, marker=".", label=label)
-            for line in drawn[1:]:
-                line.set(color=drawn[0].get_color(), label=None)
-        for event in self.events:
+            axes.plot(columns, marker=".", color=colors[label])[0].set_label(label)
+        for i, event in enumerate(self.events):
             if event.kind == "non-finite":
-                axes = top if event.quantity == "loss" else bottom
-                axes.axvline(event.step, color="red", linestyle=":", label=str(event))
+                axes, color = lines[event.quantity][0], colors[event.quantity]
+                dashes = (2 * i, (2, 6))  # so that lines at the same step do not hide each other
+                axes.axvline(event.step, color=color, linestyle=dashes, label=str(event))
         bottom.set_yscale("log", nonpositive="mask")
         top.set_ylabel("loss")
         bottom.set(xlabel="step", ylabel="norm")
-        for axes in (top, bottom):
-            if axes.lines:
-                axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
         return figure
 
     def _run(self) -> Run:
