@@ -649,6 +649,104 @@ def test_an_iteration_that_does_not_end_is_reported():
         diverging(number(1.0), A)
 
 
+@pytest.mark.parametrize("step", [lambda x: 3 * x, lambda x: 1e300 * x**3, torch.log])
+def test_an_iteration_that_leaves_the_numbers_is_reported(step):
+    raising = fixed_point_iteration(step, on_failure="raise")
+    for call in (raising, lambda x: vmap(raising)(torch.stack([x, 2 * x]))):
+        with pytest.raises(ConvergenceError, match="diverged: x isn't finite"):
+            call(number(0.5))
+    with pytest.warns(ConvergenceWarning, match="diverged"):
+        fixed_point_iteration(step)(number(0.5))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_an_iteration_ends_where_it_converges_at_any_scale(scale):
+    solve = fixed_point_iteration(lambda x, a: (x + a) / 2, on_failure="raise")
+    target = torch.tensor([1.0, -2.0]) * scale
+    torch.testing.assert_close(solve(torch.zeros(2), target) / scale, target / scale)
+
+
+@pytest.mark.parametrize("order", ["func", "autograd"])
+def test_a_root_within_the_residual_of_another(order):
+    """z^2 + z - sqrt(a z) = 1, with the square root as a root."""
+    inner = implicit_root(lambda x, a: x**2 - a, lambda init, a: torch.sqrt(a), solver=Direct())
+
+    def solve(init, a):
+        z = torch.ones_like(a)
+        for _ in range(60):
+            z = (torch.sqrt(a * z) + 1) / (z + 1)
+        return z
+
+    nested = implicit_root(lambda z, a: z**2 + z - inner(None, a * z) - 1, solve, solver=Direct())
+    plain = implicit_root(lambda z, a: z**2 + z - torch.sqrt(a * z) - 1, solve, solver=Direct())
+
+    def twice(f):
+        a = A.clone().requires_grad_()
+        (first,) = torch.autograd.grad(f(a), a, create_graph=True)
+        return torch.autograd.grad(first, a)[0]
+
+    modes = (grad, forward)
+    orders = [lambda f, o=o, i=i: o(i(f))(A) for o in modes for i in modes]
+    for derivative in orders if order == "func" else [twice]:
+        expected = derivative(lambda a: plain(None, a))
+        torch.testing.assert_close(derivative(lambda a: nested(None, a)), expected)
+
+
+def test_auxiliary_numbers_of_samples_are_stacked_and_other_things_refused():
+    def make(aux):
+        return implicit_root(
+            residual, lambda init, a: (a**1.5, aux(a)), has_aux=True, sequential=True
+        )
+
+    a = torch.stack([A, 4 * A])
+    for batch in (a, torch.stack([a, a])):
+        counting = make(lambda a: {"whole": int(a), "part": float(a)})
+        stacked = vmap(counting, (None, 0))
+        for _ in range(batch.dim() - 1):
+            stacked = vmap(stacked, (None, 0))
+        aux = stacked(None, batch)[1]
+        assert (aux["whole"] == batch.long()).all()
+        torch.testing.assert_close(aux["part"], batch.float())
+    with pytest.raises(TypeError, match="must return tensors or numbers, or the same object"):
+        vmap(lambda a: make(lambda a: object())(None, a)[0])(a)
+
+
+def test_a_warm_start_may_be_the_last_report_of_a_batch():
+    reports, start = [], []
+    root = implicit_root(
+        lambda x, a: x**3 + 0.1 * x.sum() - a,
+        fixed_point,
+        solver=GMRES(**TIGHT),
+        on_solve=reports.append,
+        warm_start=lambda: start[0] if start else None,
+    )
+
+    def f(a):
+        return root(None, a).sin().sum()
+
+    a = 1 + random(2, 3, 4).abs()
+    for transform in (
+        lambda a: vmap(grad(f))(a[0]),
+        lambda a: grad(lambda a: vmap(f)(a).sum())(a[0]),
+        lambda a: vmap(vmap(grad(f)), in_dims=1)(a),
+        lambda a: vmap(grad(lambda a: vmap(f)(a).sum()))(a),
+    ):
+        start.clear()
+        cold = transform(a)
+        start.append(reports[-1].value)
+        torch.testing.assert_close(transform(a), cold)
+        assert not reports[-1].iterations.any()
+        start[0] = torch.ones(4, dtype=torch.float64)  # one for all samples
+        torch.testing.assert_close(transform(a), cold)
+
+
+def fixed_point(init, a):
+    x = a
+    for _ in range(200):
+        x = (x + (a - 0.1 * x.sum()) / x**2 + x) / 3
+    return x
+
+
 CAPTURED = [
     lambda a, w: torch.autograd.grad(hidden(w.requires_grad_())(None, a), w),
     lambda a, w: hidden(w.requires_grad_())(None, a.clone().requires_grad_()),
@@ -724,6 +822,11 @@ def test_a_residual_may_hide_constants():
             r"output of step is a tensor of shape \(1,\)",
         ),
         (lambda: implicit_root(residual, by_numpy, solver=GMRES), TypeError, "solver is"),
+        (lambda: implicit_root(3, by_numpy), TypeError, "residual is 3 .*, not a function"),
+        (lambda: implicit_root(residual, 3), TypeError, "solve is 3 .*, not a function"),
+        (lambda: implicit_fixed_point(3), TypeError, "step is 3 .*, not a function"),
+        (lambda: fixed_point_iteration(3), TypeError, "step is 3 .*, not a function"),
+        (lambda: implicit_root(residual, by_numpy, warm_start=A), TypeError, "warm_start is a"),
         (lambda: fixed_point_iteration(layer, max_steps=0), ValueError, "max_steps is 0"),
     ],
 )

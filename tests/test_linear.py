@@ -300,6 +300,44 @@ def test_what_is_not_finite_is_no_convergence(name):
         assert not solve(solver, matrix, B * torch.nan).converged
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_a_right_hand_side_that_is_not_finite_gives_nan_for_its_sample_only(name):
+    solver, matrix = EXACT[name]
+    b = torch.stack([B, torch.where(B[0] == B, torch.inf, B), 0 * B, B * torch.nan])
+    with pytest.warns(ConvergenceWarning, match="b isn't finite"):
+        solution = torch.vmap(lambda b: solve(solver, matrix, b))(b)
+    assert solution.converged.tolist() == [True, False, True, False]
+    assert solution.value[[1, 3]].isnan().all()
+    assert solution.residual[[1, 3]].isnan().all()
+    torch.testing.assert_close(matrix @ solution.value[0], B)
+    assert not solution.value[2].any()
+    raising = replaced(solver, on_failure="raise")
+    with pytest.raises(ConvergenceError, match="b isn't finite"):
+        solve(raising, matrix, b[1])
+
+
+@pytest.mark.parametrize("size", [2.0**-120, 2.0**-80, 2.0**66, 2.0**120])
+@pytest.mark.parametrize("name", EXACT)
+def test_a_scale_whose_square_is_out_of_range_changes_nothing(name, size):
+    solver, matrix = EXACT[name]
+    solver, matrix, b = replaced(solver, rtol=1e-5), matrix.float(), B.float()
+    plain, scaled = solve(solver, matrix, b, b), solve(solver, matrix, b * size, b * size)
+    assert scaled.converged
+    torch.testing.assert_close(scaled.value / size, plain.value, rtol=0, atol=0)
+    _, batch = torch.vmap(lambda s: solve(solver, matrix, b * s)[:2])(torch.tensor([1.0, size]))
+    assert (batch <= 1e-5 * (b * torch.tensor([[1.0], [size]])).double().norm(dim=1)).all()
+
+
+def test_atol_is_that_of_the_system_as_it_is_given():
+    small = B * 1e-30
+    assert not ConjugateGradient(atol=1e-20).solve(lambda v: v, small).value.any()
+    assert ConjugateGradient(atol=1e-40).solve(lambda v: v, small).value.all()
+
+
+def test_nothing_to_solve_for():
+    assert GMRES().solve(lambda v: v, torch.ones(0)).converged
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -310,6 +348,8 @@ def test_what_is_not_finite_is_no_convergence(name):
         (lambda: ConjugateGradient(max_steps=1.5), r"max_steps is 1.5, but must be an integer"),
         (lambda: GMRES(restart=0), r"restart is 0, but must be an integer >= 1"),
         (lambda: Neumann(k=0), r"k is 0, but must be an integer >= 1"),
+        (lambda: Neumann(3, 0.0), r"scale is 0.0, but must be a number > 0"),
+        (lambda: Neumann(3, "a"), r"scale is 'a', but must be a number > 0"),
         (lambda: Nystrom(3, damping=0.0), r"damping is 0, but Nystrom needs a number > 0"),
         (lambda: Nystrom(0, damping=1.0), r"rank is 0, but must be an integer >= 1"),
     ],
@@ -326,6 +366,9 @@ def test_solvers_refuse(make, message):
         (lambda s: s.solve(lambda v: v, B.long()), TypeError, r"b has dtype torch.int64"),
         (lambda s: s.solve(lambda v: v, B + 0j), TypeError, r"dtype torch.complex128, .* real"),
         (lambda s: s.solve(lambda v: v, ()), ValueError, r"b holds no tensor"),
+        (lambda s: s.solve(GENERAL, B), TypeError, r"operator is a tensor of .*, not a function"),
+        (lambda s: s.solve(abs, B, transpose=3), TypeError, r"transpose is 3 .*, not a function"),
+        (lambda s: GMRES(preconditioner=3), TypeError, r"preconditioner is 3 .*, not a function"),
         (lambda s: s.solve(lambda v: v[:3], B), ValueError, r"output of operator .*\(3,\), but"),
         (lambda s: s.solve(lambda v: (v,), B), ValueError, r"the output of operator is a tuple"),
         (

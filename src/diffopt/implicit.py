@@ -9,7 +9,7 @@ derivative is dx = -(d_x residual)^-1 (d_args residual) dargs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,8 +20,10 @@ from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
 from diffopt.linear._base import (
     anywhere,
+    check_function,
     check_on_failure,
     fail,
+    magnitude,
     method,
     norm,
     operator_of,
@@ -90,7 +92,8 @@ def implicit_root(
             with those of all samples, batch dimensions in front.
         warm_start: called before the linear system of a backward pass; returns where that starts, a
             tree like x such as the last `LinearSolution`'s value, or None for zeros. Where the
-            problem changes little from one derivative to the next it saves iterations.
+            problem changes little from one derivative to the next it saves iterations. Under vmap
+            it has the batch dimensions in front, as `on_solve` is given them, or none at all.
 
     Returns:
         A function `(init, *args) -> x`, or `-> (x, aux)` with `has_aux`. Derivatives reach the
@@ -98,8 +101,9 @@ def implicit_root(
         on where the search began (torch.func gives zeros, autograd None).
 
     Raises:
-        TypeError: solver is no `LinearSolver`; from the returned function, a leaf of x is no real
-            floating-point tensor.
+        TypeError: solver is no `LinearSolver`; residual, solve, `on_solve` or `warm_start` is no
+            function; from the returned function, a leaf of x is no real floating-point tensor, or
+            with sequential aux holds what cannot be stacked.
         ValueError: `on_failure` or `root_tolerance` is not what it may be; residual's output is no
             tree like x; residual computes with a tensor that needs a gradient, or is batched by
             vmap, and is not among its arguments: pass it as one. That is found by a call of
@@ -121,10 +125,9 @@ def implicit_root(
 
     Source: Blondel et al., "Efficient and modular implicit differentiation", 2022.
     """
-    _check_solver(solver)
-    check_on_failure(on_failure)
-    if root_tolerance != math.inf:
-        require(root_tolerance, "root_tolerance", 0.0)
+    check_function(residual, "residual")
+    check_function(solve, "solve")
+    check_arguments(solver, root_tolerance, on_failure, on_solve, warm_start)
 
     def solution(init: Tree, *args: Any) -> Any:
         refuse_tracing("implicit_root")
@@ -201,6 +204,7 @@ def implicit_fixed_point(
 
     Source: Bai, Kolter and Koltun, "Deep equilibrium models", 2019.
     """
+    check_function(step, "step")
 
     def residual(x: Tree, *args: Any) -> Tree:
         vector, unravel = ravel(x, "x")
@@ -237,7 +241,7 @@ def fixed_point_iteration(
             None is the dtype's machine epsilon to the power 3/4: 1.8e-12 in float64.
         atol: see rtol; >= 0.
         max_steps: steps at most, >= 1.
-        on_failure: whether to "warn" or to "raise" where that is not enough.
+        on_failure: whether to "warn" or to "raise" where that is not enough, or x isn't finite.
 
     Returns:
         A function `(init, *args) -> x`, for `implicit_fixed_point`. Under torch.func.vmap every
@@ -245,6 +249,7 @@ def fixed_point_iteration(
 
     Raises:
         ValueError: a number is out of its range.
+        TypeError: step is no function.
 
     Example:
         >>> import torch, diffopt
@@ -252,6 +257,7 @@ def fixed_point_iteration(
         >>> fixed_point_iteration(lambda x: 0.5 * x + 1, max_steps=100)(torch.tensor(0.0))
         tensor(2.0000)
     """
+    check_function(step, "step")
     if rtol is not None:
         require(rtol, "rtol", 0.0)
     require(atol, "atol", 0.0)
@@ -264,9 +270,11 @@ def fixed_point_iteration(
         active = torch.ones((), dtype=torch.bool, device=x.device)
         for _ in range(max_steps):
             after = ravel_like(step(unravel(x), *args), init, ("the output of step", "init"))
-            moved = norm(after - x) > torch.clamp(relative * norm(after), min=atol)
+            unit = magnitude(after)  # in which no norm leaves the range of the dtype
+            change, size = norm((after - x) / unit), norm(after / unit)
+            moved = change > torch.maximum(relative * size, atol / unit)
             x = torch.where(active, after, x)
-            active = active & moved
+            active = active & moved & torch.isfinite(x).all()
             if not anywhere(active):
                 break
         else:
@@ -275,6 +283,8 @@ def fixed_point_iteration(
                 "it more, or another solve",
                 on_failure,
             )
+        if anywhere(~torch.isfinite(x).all()):
+            fail("the fixed-point iteration diverged: x isn't finite", on_failure)
         return unravel(x)
 
     return solve
@@ -295,7 +305,7 @@ def attach_root(
 
     Whatever derivative x came with is dropped. See `implicit_root` for the arguments.
     """
-    _check_solver(solver)
+    check_arguments(solver, root_tolerance, on_failure, on_solve, warm_start)
     x = isolated(lambda x: x, x)
     vector, unravel = ravel(x, "x")
     inputs, merge = split(args)
@@ -313,9 +323,9 @@ def attach_root(
     refuse_captured(flat, "residual", vector, *inputs)
     jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
 
-    def start() -> Tensor | None:
-        tree = warm_start() if warm_start else None
-        return None if tree is None else ravel_like(tree, like, ("the output of warm_start", "x"))
+    def start(system: Sequence[Tensor]) -> Tensor | None:
+        tree, names = warm_start() if warm_start else None, ("the output of warm_start", "x")
+        return None if tree is None else ravel_like(tree, like, names, system)
 
     equation = Equation(flat, jacobian, method(solver, unravel, on_solve, start))
     return unravel(attach(equation, vector, *inputs))
@@ -348,9 +358,17 @@ def attach_minimum(
     )
 
 
-def _check_solver(solver: Any) -> None:
+def check_arguments(
+    solver: Any, root_tolerance: Any, on_failure: Any, on_solve: Any, warm_start: Any
+) -> None:
+    """What every implicit derivative is told."""
     if not isinstance(solver, LinearSolver):
         raise TypeError(f"solver is {solver!r}, not one of diffopt.linear such as GMRES()")
+    if root_tolerance != math.inf:
+        require(root_tolerance, "root_tolerance", 0.0)
+    check_on_failure(on_failure)
+    check_function(on_solve, "on_solve", optional=True)
+    check_function(warm_start, "warm_start", optional=True)
 
 
 def _check_root(

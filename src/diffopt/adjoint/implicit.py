@@ -15,7 +15,7 @@ from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import without_derivative
 from diffopt.adjoint.truncated import Truncated
-from diffopt.implicit import attach_minimum
+from diffopt.implicit import attach_minimum, check_arguments
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
 from diffopt.optimizer import Optimizer
 
@@ -48,9 +48,11 @@ class Implicit(Adjoint):
             the last solution is a good start: keep what `on_solve` is given.
 
     Raises:
-        ValueError: `run`: the optimizer moves params where the gradient is zero (weight decay: put
-            that into the loss); the loss closes over a tensor that needs a gradient.
-        TypeError: `run`: the step is not that of `minimize`; use `diffopt.implicit_fixed_point`.
+        ValueError: `root_tolerance` or `on_failure` is not what it may be; `run`: the
+            optimizer moves params where the gradient is zero (weight decay: put that into the
+            loss); the loss closes over a tensor that needs a gradient.
+        TypeError: the solver is no `LinearSolver`, `on_solve` or `warm_start` no function; `run`:
+            the step is not that of `minimize`; use `diffopt.implicit_fixed_point`.
         ConvergenceError: with `on_failure="raise"`.
 
     Example:
@@ -75,6 +77,11 @@ class Implicit(Adjoint):
     on_failure: Literal["warn", "raise"] = "warn"
     on_solve: Callable[[LinearSolution], object] | None = None
     warm_start: Callable[[], Tree] | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(
+            self.solver, self.root_tolerance, self.on_failure, self.on_solve, self.warm_start
+        )
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if not isinstance(step, GradientStep):
@@ -115,7 +122,11 @@ def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) ->
     def other(leaf: Any) -> Any:
         return 0.05 + 0.9 * leaf if isinstance(leaf, Tensor) else leaf
 
+    def movable(leaf: Tensor) -> Tensor:  # decay shows neither at zero nor at infinity
+        return torch.where(torch.isfinite(leaf) & (leaf != 0), leaf, 1.0)
+
     with torch.no_grad():
+        params = _tree.map(movable, params)
         zeros = _tree.map(torch.zeros_like, params)
         hparams = _tree.map(other, _tree.detach(hparams))
         moved, _ = optimizer.update(params, zeros, optimizer.init(params), hparams)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -18,7 +18,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._tree import Tree
 from diffopt.linear._derivative import Linear, Method, Operator, solve, transpose
-from diffopt.linear._isolation import concrete, refuse_captured
+from diffopt.linear._isolation import batched, concrete, refuse_captured
 
 
 class ConvergenceWarning(UserWarning):
@@ -54,7 +54,7 @@ class LinearSystem:
         transposed: makes the function v -> (A + damping I)^T v.
         precondition: v -> M^-1 v, the identity where there is no preconditioner.
         adjoint_precondition: v -> M^-T v.
-        b: the right-hand side.
+        b: the right-hand side, scaled to a magnitude near 1 so that products of it stay in range.
         tolerance: the residual norm that is small enough, a 0-d tensor.
     """
 
@@ -155,16 +155,18 @@ class LinearSolver(ABC):
             transpose: `transpose(v, *operands)` is A^T v. Derived from `operator` where it is None.
 
         Returns:
-            A `LinearSolution`.
+            A `LinearSolution`. Where b isn't finite its value is NaN, and it has not converged.
 
         Raises:
-            TypeError: a leaf of b is no real floating-point tensor.
+            TypeError: a leaf of b is no real floating-point tensor; `operator` is no function.
             ValueError: trees that must be alike differ; `operator` computes with a tensor that
                 needs a gradient but is none of its operands.
             ConvergenceError: with `on_failure="raise"`.
             RuntimeError: torch.compile is tracing: the number of iterations depends on values.
         """
         refuse_tracing("a linear solver")
+        check_function(operator, "operator")
+        check_function(transpose, "transpose", optional=True)
         vector, unravel = ravel(b, "b")
         start = None if x0 is None else ravel_like(x0, b, ("x0", "b"))
         tensors, merge = split(operands)
@@ -192,7 +194,7 @@ def method(
     solver: LinearSolver,
     unravel: Callable[[Tensor], Tree],
     report: Callable[[LinearSolution], object] | None = None,
-    start: Callable[[], Tensor | None] | None = None,
+    start: Callable[[Sequence[Tensor]], Tensor | None] | None = None,
 ) -> Method:
     """A solver as the derivative wants it."""
     return Method(partial(_numbers, solver), unravel, report, start)
@@ -245,6 +247,8 @@ def _numbers(
     solver: LinearSolver, operator: Operator, b: Tensor, x0: Tensor | None, *point: Tensor
 ) -> LinearSolution:
     """The solution in constants, with its warning or error."""
+    finite, scale = torch.isfinite(b).all(), magnitude(b)
+    b = torch.where(finite, b / scale, 0.0)
     size = norm(b)
     rtol = torch.finfo(b.dtype).eps ** 0.5 if solver.rtol is None else solver.rtol
     system = LinearSystem(
@@ -253,24 +257,41 @@ def _numbers(
         operator.precondition,
         operator.adjoint_precondition,
         b,
-        torch.clamp(rtol * size, min=solver.atol),
+        torch.maximum(rtol * size, solver.atol / scale),
     )
     if x0 is None:
         x, iterations, obstacle = solver.run(system, torch.zeros_like(b), b)
     else:
-        x0 = torch.where(size > 0, x0, 0.0)  # of b = 0 the solution is known
+        x0 = x0 / scale
+        x0 = torch.where((size > 0) & torch.isfinite(x0).all(), x0, 0.0)  # of b = 0, x is known
         x, iterations, obstacle = solver.run(system, x0, system.residual(x0))
-    residual = norm(system.residual(x))
-    converged = residual <= system.tolerance
-    if anywhere(~converged):
-        worst = concrete(torch.where(converged, 0.0, residual / size)).max().item()
+    residual, x = norm(system.residual(x)), torch.where(finite, x * scale, torch.nan)
+    residual = torch.where(torch.isfinite(x).all(), residual, torch.inf)
+    within = residual <= system.tolerance
+    if anywhere(~finite):
+        fail(
+            f"{type(solver).__name__} gives NaN, since b isn't finite: in a backward pass that is "
+            "the gradient which came in",
+            solver.on_failure,
+        )
+    if anywhere(finite & ~within):
+        worst = concrete(torch.where(finite & ~within, residual / size, 0.0)).max().item()
         fail(
             f"{type(solver).__name__} stopped after {concrete(iterations).max().item()} iterations "
             f"at a residual of {worst:.2g} times the norm of b, above the tolerance of "
             f"rtol={rtol:.2g}, atol={solver.atol:.2g}" + (f": {obstacle}" if obstacle else ""),
             solver.on_failure,
         )
-    return LinearSolution(x, residual, iterations, converged)
+    residual = torch.where(finite, residual * scale, torch.nan)
+    return LinearSolution(x, residual, iterations, finite & within)
+
+
+def magnitude(vector: Tensor) -> Tensor:
+    """A power of two near its largest entry, to divide by without rounding; 1 if not finite."""
+    # At most half of the entry, since log2 of the largest number rounds up.
+    smallest = vector.new_full((1,), 4 * torch.finfo(vector.dtype).tiny)
+    largest = torch.cat([vector.abs(), smallest]).max()
+    return torch.where(largest.isfinite(), torch.exp2(torch.floor(torch.log2(largest / 2))), 1.0)
 
 
 def norm(vector: Tensor) -> Tensor:
@@ -294,6 +315,12 @@ def check_on_failure(value: Any) -> None:
     """Nothing passes in silence."""
     if value not in ("warn", "raise"):
         raise ValueError(f'on_failure is {value!r}, but must be "warn" or "raise"')
+
+
+def check_function(value: Any, name: str, *, optional: bool = False) -> None:
+    """Something to call."""
+    if not (callable(value) or (optional and value is None)):
+        raise TypeError(f"{name} is {_tree.describe(value)}, not a function")
 
 
 def require(value: Any, name: str, low: float, *, integer: bool = False) -> None:
@@ -356,10 +383,16 @@ def template(tree: Tree) -> Tree:
     return _tree.map(lambda leaf: torch.empty_like(leaf, device="meta"), tree)
 
 
-def ravel_like(tree: Tree, like: Tree, names: tuple[str, str]) -> Tensor:
-    """The leaves of `tree` in one vector; they must have the shapes of `like`."""
+def ravel_like(
+    tree: Tree, like: Tree, names: tuple[str, str], others: Sequence[Tensor] = ()
+) -> Tensor:
+    """The leaves of `tree` in one vector; they must have the shapes of `like`.
+
+    They may have the batches of `others` in front.
+    """
     references, spec = _tree.flatten(like)
     leaves = _tree.leaves_like(tree, spec, like, names)
+    leaves = [batched(x, ref.dim(), others) for x, ref in zip(leaves, references, strict=True)]
     for i, (leaf, reference) in enumerate(zip(leaves, references, strict=True)):
         path = _tree.paths(like, names[0])[i] if _wrong(leaf, reference) else ""
         if path:

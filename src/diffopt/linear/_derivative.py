@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffopt import _function, _tree
 from diffopt._tree import Tree
-from diffopt.linear._isolation import concrete, isolated, outer_derivatives
+from diffopt.linear._isolation import alive, concrete, isolated, outer_derivatives
 
 if TYPE_CHECKING:
     from diffopt.linear._base import LinearSolution
@@ -63,13 +63,14 @@ class Method:
         numbers: `numbers(operator, b, x0, *point)` is the solution as a constant.
         unravel: puts a vector like x into the tree the user knows.
         report: is given every solution.
-        start: where the solve of a backward pass starts; None or a result of None for zeros.
+        start: where the solve of a backward pass starts, given the tensors whose batches are those
+            of the solve; None or a result of None for zeros.
     """
 
     numbers: Callable[..., LinearSolution]
     unravel: Callable[[Tensor], Tree]
     report: Callable[[LinearSolution], object] | None = None
-    start: Callable[[], Tensor | None] | None = None
+    start: Callable[[Sequence[Tensor]], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        equation, (x, *inputs) = ctx.equation, ctx.saved_tensors
+        equation, (x, *inputs) = ctx.equation, map(alive, ctx.saved_tensors)
         needed = [
             i
             for i, needed in enumerate(ctx.needs_input_grad[2:])
@@ -136,15 +137,16 @@ class _Attach(torch.autograd.Function):
         ]
         results: list[Tensor | None] = [None] * len(inputs)
         if needed:
-            start = equation.method.start() if equation.method.start else None
-            u = solve(equation.method, equation.jacobian.T, grads[0], start, x, *inputs).value
+            system, start = (grads[0], x, *inputs), equation.method.start
+            x0 = start(system) if start else None
+            u = solve(equation.method, equation.jacobian.T, grads[0], x0, x, *inputs).value
             for i, grad in zip(needed, _pullback(equation, x, inputs, needed)(-u), strict=True):
                 results[i] = grad
         return (None, None, *results)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        equation, (x, *inputs) = ctx.equation, ctx.saved_tensors
+        equation, (x, *inputs) = ctx.equation, map(alive, ctx.saved_tensors)
         given = [
             i
             for i, tangent in enumerate(tangents[2:])
@@ -168,8 +170,9 @@ class _Attach(torch.autograd.Function):
 
 
 _MADE_INSIDE = (
-    "A residual or operator may compute with a tensor that was made inside the function which is "
-    "differentiated, forward over reverse, without being an argument: pass it as an argument."
+    "A residual, operator or preconditioner may compute with a tensor that was made inside the "
+    "function which is differentiated, forward over reverse, without being an argument: pass it as "
+    "an argument."
 )
 
 

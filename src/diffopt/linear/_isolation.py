@@ -8,7 +8,8 @@ The only module that touches functorch's private functions on wrapped tensors.
 # pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import numbers
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -61,9 +62,18 @@ def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
         return _each_sample(function, _tensors(select, trees))
 
     def join(*leaves: Any) -> Any:
-        if not isinstance(leaves[0], Tensor):
+        if all(isinstance(leaf, Tensor) for leaf in leaves):
+            stacked = torch.stack(leaves)
+        elif all(isinstance(leaf, numbers.Real) for leaf in leaves):
+            stacked = torch.tensor(leaves)
+        elif all(leaf is leaves[0] for leaf in leaves):
             return leaves[0]
-        return _functorch._add_batch_dim(_constant(torch.stack(leaves)), 0, level)
+        else:
+            raise TypeError(
+                "under vmap with sequential=True solve must return tensors or numbers, or the same "
+                f"object for every sample, not {_tree.describe(leaves[0])}"
+            )
+        return _functorch._add_batch_dim(_constant(stacked), 0, level)
 
     (size,) = sizes
     return _tree.map(join, *(sample(index) for index in range(size)))
@@ -99,6 +109,23 @@ def concrete(tensor: Tensor) -> Tensor:
             tensor = _inner(tensor).movedim(_batch_dim(tensor), 0)
         else:
             tensor = _inner(tensor)
+    return tensor
+
+
+def alive(tensor: Tensor) -> Tensor:
+    """The tensor without the wrapper of a transform that has ended since it was saved."""
+    return _functorch.unwrap_if_dead(tensor)
+
+
+def batched(tensor: Any, dim: int, others: Sequence[Tensor]) -> Any:
+    """The inverse of `concrete` for a tensor of `dim` dimensions behind those of batches.
+
+    Its batches are those of the others. Anything without a dimension for each is left as it is.
+    """
+    levels = sorted({_level(x) for other in others for x in _modes.levels(other) if _is_batched(x)})
+    if isinstance(tensor, Tensor) and tensor.dim() == dim + len(levels):
+        for level in levels:
+            tensor = _functorch._add_batch_dim(tensor, 0, level)
     return tensor
 
 

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from diffopt._tree import Tree
-from diffopt.linear._base import LinearSolver, LinearSystem, Run, anywhere, norm, require
+from diffopt.linear._base import (
+    LinearSolver,
+    LinearSystem,
+    Run,
+    anywhere,
+    check_function,
+    norm,
+    require,
+)
 from diffopt.linear._isolation import concrete
 
 
@@ -56,6 +64,7 @@ class Krylov(LinearSolver):
         super().__post_init__()
         if self.max_steps is not None:
             require(self.max_steps, "max_steps", 0, integer=True)
+        check_function(self.preconditioner, "preconditioner", optional=True)
 
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
         x, limit = x0, self.max_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt._tree import Tree
-from diffopt.linear._base import LinearSolver, LinearSystem, Run, require
+from diffopt.linear._base import LinearSolver, LinearSystem, Run, check_function, require
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Neumann(LinearSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.k, "k", 1, integer=True)
-        require(self.scale, "scale", 0.0)
+        if type(self.scale) not in (int, float) or not 0 < self.scale < math.inf:
+            raise ValueError(f"scale is {self.scale!r}, but must be a number > 0")
+        check_function(self.preconditioner, "preconditioner", optional=True)
 
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
         x = x0
