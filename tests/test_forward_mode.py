@@ -102,6 +102,59 @@ def test_buffers_aux_and_tensors_without_derivatives():
     torch.testing.assert_close(run(ForwardMode(), scale), run(Unrolled(), scale), **CLOSE)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inputs", [1, 3])
+def test_running_statistics_are_constants(inputs, training):
+    torch.manual_seed(0)
+    norm = diffopt.nn.functionalize(torch.nn.BatchNorm1d(3).double().train(training))
+    x = torch.randn(8, 3, dtype=torch.float64)
+    params = {name: w.detach() for name, w in norm.params.items()}
+
+    def loss(params, buffers, scale):
+        y, buffers = norm(params, buffers, x)
+        return (scale * (y - 1) ** 2).mean(), buffers
+
+    def derivative(adjoint):
+        scale = torch.linspace(0.5, 1, inputs, dtype=torch.float64).requires_grad_()
+        opt = diffopt.adam()
+        sol = diffopt.minimize(
+            loss, params, scale, buffers=norm.buffers, optimizer=opt,
+            hparams=opt.hparams(lr=0.1), steps=3, adjoint=adjoint,
+        )  # fmt: skip
+        assert not any(buffer.requires_grad for buffer in sol.buffers.values())
+        return torch.autograd.grad(loss(sol.params, sol.buffers, 1.0)[0], scale)
+
+    torch.testing.assert_close(derivative(ForwardMode()), derivative(Unrolled()), **CLOSE)
+
+
+def test_results_that_depend_on_no_input_are_constants():
+    w = {"a": INPUTS["a"], "c": INPUTS["c"].clone().requires_grad_()}
+    sol = solve(
+        lambda w: (w["a"] ** 2).sum() + (w["c"] ** 2).sum(), w, lr=0.1, adjoint=ForwardMode()
+    )
+    assert sol.params["c"].requires_grad
+    assert not sol.params["a"].requires_grad
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_tensors_without_numbers(alone):
+    w = [double(1.0, 2.0).requires_grad_(not alone), double([]).requires_grad_()]
+    sol = solve(lambda w: (w[0] ** 2).sum() + w[1].sum(), w, lr=0.1, adjoint=ForwardMode())
+    (grad,) = torch.autograd.grad(sol.params[0].sum() + sol.params[1].sum(), w[1])
+    assert grad.shape == (0,)
+
+
+def test_goes_on_from_a_state_with_tensors_without_numbers():
+    def derivative(adjoint):
+        opt, w = diffopt.adafactor(), torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+        call = {"optimizer": opt, "hparams": opt.hparams(lr=0.1), "steps": 2, "adjoint": adjoint}
+        sol = diffopt.minimize(lambda w: (w**2).sum(), w, **call)
+        sol = diffopt.minimize(lambda w: (w**2).sum(), sol.params, state=sol.state, **call)
+        return torch.autograd.grad(sol.params.sum(), w)
+
+    torch.testing.assert_close(derivative(ForwardMode()), derivative(Unrolled()), **CLOSE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_other_dtypes(dtype):
     def run(adjoint):
@@ -205,6 +258,51 @@ def test_an_output_that_is_one_for_a_whole_batch(by):
         return torch.func.grad(over_targets, by)(INPUTS["lr"], INPUTS["c"])
 
     torch.testing.assert_close(derivative(ForwardMode()), derivative(Unrolled()), **CLOSE)
+
+
+DETERMINANTS = {
+    "logdet": lambda w, x: torch.logdet(w @ w.T + torch.eye(3, dtype=w.dtype)) * x,
+    "solve": lambda w, x: torch.linalg.solve(w @ w.T + x * torch.eye(3, dtype=w.dtype), w).sum(),
+    "slogdet": lambda w, x: torch.linalg.slogdet(w + 3 * torch.eye(3, dtype=w.dtype))[1] * x,
+}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("loss", DETERMINANTS.values(), ids=DETERMINANTS)
+def test_factorizations_under_vmap(loss, shared):
+    """Of which torch's derivatives along a batch of directions are wrong under vmap."""
+
+    def end(adjoint):
+        def one(w, x):
+            opt = diffopt.sgd()
+            return diffopt.minimize(
+                loss, w, x, optimizer=opt, hparams=opt.hparams(lr=0.1), steps=2, adjoint=adjoint,
+            ).params.pow(3).sum()  # fmt: skip
+
+        w = torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3).sin().flip(1)
+        x = torch.linspace(0.5, 2, 4, dtype=torch.float64)
+        expanded = (lambda w, x: one(w, x)) if shared else one
+        in_dims = (None, 0) if shared else (0, 0)
+        w = w if shared else w.expand(4, 3, 3)
+        return torch.vmap(torch.func.grad(expanded, (0, 1)), in_dims)(w, x)
+
+    torch.testing.assert_close(end(ForwardMode()), end(Unrolled()), **CLOSE)
+
+
+def test_values_and_tangents_see_the_same_noise_under_vmap():
+    def grads(adjoint):
+        def one(scale):
+            opt = diffopt.sgd()
+            return diffopt.minimize(
+                lambda w, s: ((w - s * torch.rand(3, dtype=w.dtype)) ** 2).sum(), INPUTS["c"],
+                scale, optimizer=opt, hparams=opt.hparams(lr=0.1), steps=3, adjoint=adjoint,
+            ).params.sin().sum()  # fmt: skip
+
+        torch.manual_seed(0)
+        scales = torch.linspace(0.5, 1, 6, dtype=torch.float64).reshape(2, 3)
+        return torch.vmap(torch.func.grad(one), randomness="different")(scales), torch.rand(1)
+
+    torch.testing.assert_close(grads(ForwardMode()), grads(Unrolled()), **CLOSE)
 
 
 def test_batched_gradients_of_autograd():
@@ -431,6 +529,35 @@ def test_closed_over_tensors_raise():
         solve(lambda w: (scale * w**2).sum(), adjoint=ForwardMode())
     with pytest.raises(ValueError, match="loss or step closes over a tensor of shape"):
         next(ForwardMode().iterate(lambda w, _, x: (scale * w, None), START, (), [0]))
+
+
+@pytest.mark.parametrize("inputs", [0, 1, 3])
+@pytest.mark.parametrize("transform", [lambda f: f, torch.vmap], ids=["autograd", "vmap"])
+def test_tensors_closed_over_in_a_later_step_raise(inputs, transform):
+    scale = double(2.0).requires_grad_()
+    lr = torch.full((inputs,), 0.1, dtype=torch.float64, requires_grad=True) if inputs else 0.1
+    opt = diffopt.sgd()
+
+    def end(w):
+        return diffopt.minimize(
+            lambda w, t: (w**2).sum() * (scale if t == 2 else 1), w, batches=range(4),
+            optimizer=opt, hparams=opt.hparams(lr=lr), adjoint=ForwardMode(),
+        ).params  # fmt: skip
+
+    start = torch.ones(3, inputs or 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="loss or step closes over a tensor of shape"):
+        transform(end)(start if transform is torch.vmap else start[0])
+
+
+def test_a_tensor_that_the_step_makes_itself_is_not_closed_over():
+    def step(w, lr, t):
+        inner = w.detach().clone().requires_grad_()
+        (grad,) = torch.autograd.grad((inner**4).sum(), inner, create_graph=True)
+        return w - lr * grad, None
+
+    lr = double(0.1).requires_grad_()
+    w, _ = unroll(step, START, lr, 3, adjoint=ForwardMode())
+    torch.autograd.grad(w.sum(), lr)
 
 
 class Cube(torch.autograd.Function):

@@ -224,6 +224,30 @@ def test_losses_and_aux_carry_derivatives_buffers_stay():
     torch.testing.assert_close(derivatives(Reversible()), derivatives(Unrolled()), **ROUNDED)
 
 
+@pytest.mark.parametrize("hvp", ["forward-over-reverse", "reverse-over-reverse"])
+def test_running_statistics_are_constants(hvp):
+    norm = diffopt.nn.functionalize(torch.nn.BatchNorm1d(3).double().eval())
+    x = BATCHES + torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+
+    def loss(params, buffers, scale):
+        y, buffers = norm(params, buffers, x)
+        return (scale * (y - 1) ** 2).mean(), buffers
+
+    def derivatives(adjoint):
+        scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        opt = diffopt.sgd()
+        sol = diffopt.minimize(
+            loss, norm.params, scale, buffers=norm.buffers, optimizer=opt,
+            hparams=opt.hparams(lr=0.1, momentum=0.9), steps=4, adjoint=adjoint,
+        )  # fmt: skip
+        assert not any(buffer.requires_grad for buffer in sol.buffers.values())
+        assert not sol.state.step.requires_grad
+        leaves = [scale, *norm.params.values()]
+        return torch.autograd.grad(loss(sol.params, sol.buffers, 1.0)[0], leaves)
+
+    torch.testing.assert_close(derivatives(Reversible(hvp=hvp)), derivatives(Unrolled()), **ROUNDED)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(dtype):
     def run(adjoint):
@@ -456,6 +480,18 @@ def test_closed_over_tensors_raise():
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match="loss closes over a tensor of shape"):
         solve(lambda w: (scale * w**2).sum(), INPUTS["c"])
+
+
+@pytest.mark.parametrize("hvp", ["forward-over-reverse", "reverse-over-reverse"])
+def test_tensors_closed_over_in_a_later_step_raise(hvp):
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    opt = diffopt.sgd()
+    with pytest.raises(ValueError, match="loss closes over a tensor of shape"):
+        diffopt.minimize(
+            lambda w, lr, t: (lr * w**2).sum() * (scale if t == 2 else 1), INPUTS["c"],
+            INPUTS["lr"].clone().requires_grad_(), batches=range(4), optimizer=opt,
+            hparams=opt.hparams(lr=0.1, momentum=0.9), adjoint=Reversible(hvp=hvp),
+        )  # fmt: skip
 
 
 def test_another_step_raises():

@@ -19,7 +19,7 @@ from diffopt import _function, _modes, _tree
 from diffopt._gradient import lacks_forward
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, Step
-from diffopt.adjoint._closed import refuse_closed_over
+from diffopt.adjoint._closed import graph_leaves, refuse_closed_over
 from diffopt.adjoint._limited import once
 from diffopt.adjoint.unrolled import Unrolled
 
@@ -45,14 +45,16 @@ class ForwardMode(Adjoint):
     (hyperparameters, arguments of the loss) and the xs (batches, hyperparameters by step). Each
     counts once, however often it is used; tensors that were computed separately for every step
     count separately, so that the rates of a schedule are many inputs where its parameters, used
-    within the step (`unroll`), are few. Tensors that the step closes over raise.
+    within the step (`unroll`), are few. Tensors that the step closes over raise. Results that do
+    not depend on an input, such as the running statistics of a batch normalisation, are constants.
 
     Derivatives are of first order: to differentiate the backward pass raises. Derivatives in
     forward mode (`torch.func.jvp`, `torch.autograd.forward_ad`) are of any order; there and under
     torch.compile the loop is run as it stands, as `Unrolled` does. Under other torch.func
     transforms, such as `grad`, `jacrev` and `vmap`, N counts the inputs of one example, and
     `torch.func.grad` within another reverse-mode transform raises where it would need a second
-    derivative. Random numbers are drawn once per step, for values and tangents alike.
+    derivative. The tangents are carried all at once, but under `torch.vmap` one after the other,
+    each with a run of the step. Random numbers are the same for values and all tangents.
 
     Args:
         max_inputs: the greatest N allowed.
@@ -188,24 +190,23 @@ class _Inputs:
                 f"max_inputs={self.count} or more (it is {self.limit})"
             )
 
-    def basis(self, tensor: Tensor) -> Tensor:
-        """The tangents of an input, or of another tensor: zeros."""
+    def basis(self, tensor: Tensor) -> Tensor | None:
+        """The tangents of an input; None for another tensor."""
         rows = self.rows.get(id(tensor))
+        if rows is None:
+            return None
         pair = (2,) if tensor.is_complex() else ()
         real = tensor.real if tensor.is_complex() else tensor
-        if rows is None:
-            basis = real.new_zeros((self.count, *tensor.shape, *pair))
-        else:
-            eye = torch.eye(rows.stop - rows.start, dtype=real.dtype, device=real.device)
-            above = (0, 0, rows.start, self.count - rows.stop)
-            basis = torch.nn.functional.pad(eye, above).reshape(-1, *tensor.shape, *pair)
+        eye = torch.eye(rows.stop - rows.start, dtype=real.dtype, device=real.device)
+        above = (0, 0, rows.start, self.count - rows.stop)
+        basis = torch.nn.functional.pad(eye, above).reshape(self.count, *tensor.shape, *pair)
         return torch.view_as_complex(basis) if pair else basis
 
 
 class _Point(NamedTuple):
     """The loop after a step, without derivatives, and the tangents of what it made.
 
-    A tangent is None where a tensor has no derivative; the first `size` are the carry's.
+    A tangent is None where a tensor depends on no input; the first `size` are the carry's.
     """
 
     carry: Tree
@@ -222,10 +223,7 @@ def _points(
         refuse_closed_over("the loss or step", step, carry, args, x)
         iterator = itertools.chain([x], iterator)
     inputs.meet((carry, args))
-    tangents = [
-        inputs.basis(tensor) if _function.has_derivative(tensor) else None
-        for tensor in _tree.split(carry)[0]
-    ]
+    tangents = [_start(inputs, tensor) for tensor in _tree.split(carry)[0]]
     carry, first = _tree.detach(carry), True
     for x in iterator:
         inputs.meet(x)
@@ -234,6 +232,15 @@ def _points(
         point = _advance(step, carry, args, x, tangents, inputs)
         yield point
         carry, tangents, first = point.carry, point.tangents[: point.size], False
+
+
+def _start(inputs: _Inputs, tensor: Tensor) -> Tensor | None:
+    tangent = inputs.basis(tensor)
+    if tangent is None and tensor.dim() == 0 and _function.has_derivative(tensor):
+        # What torch multiplies with constants goes through Python: a count of steps, with which
+        # every weight is scaled, has zeros, or a step of Adam takes 1.4 times as long.
+        return tensor.new_zeros((inputs.count,))
+    return tangent
 
 
 def _advance(
@@ -247,28 +254,34 @@ def _advance(
     """One step of values and tangents."""
     others = _tree.split((args, x))[0]
     directions = [None if t is None else _extended(t, inputs.count) for t in carry_tangents]
-    directions += [inputs.basis(y) if id(y) in inputs.rows else None for y in others]
-    values, join = _tree.split(_tree.detach((carry, args, x)))
+    directions += map(inputs.basis, others)
+    arguments = _tree.detach((carry, args, x))
+    values, join = _tree.split(arguments)
     chosen = [i for i, direction in enumerate(directions) if direction is not None]
     rejoin: list[Any] = []
 
     def outputs(*xs: Tensor) -> list[Tensor]:
-        arguments = list(values)
+        tensors = list(values)
         for i, y in zip(chosen, xs, strict=True):
-            arguments[i] = y
-        results, join_results = _tree.split(step(*join(arguments)))
+            tensors[i] = y
+        results, join_results = _tree.split(step(*join(tensors)))
         rejoin[:] = [join_results]
         return results
 
-    if inputs.count:
-        primals = [values[i] for i in chosen]
-        results, tangents = _pushforward(outputs, primals, [directions[i] for i in chosen])
-    else:
-        with torch.no_grad():
-            results = outputs(*(values[i] for i in chosen))
-        tangents: list[Tensor | None] = [
-            y.new_zeros((0, *y.shape)) if _function.has_derivative(y) else None for y in results
-        ]
+    primals = [values[i] for i in chosen]
+    with _function.noticed() as aliases:
+        if chosen and inputs.count:
+            along = [directions[i] for i in chosen]
+            results, tangents = _pushforward(outputs, primals, along, arguments)
+        else:
+            empty = inputs.tensors and not inputs.count
+            results = outputs(*primals)
+            tangents: list[Tensor | None] = [  # an input without numbers has no row, but is one
+                y.new_zeros((0, *y.shape)) if empty and _function.has_derivative(y) else None
+                for y in results
+            ]
+    if any(id(leaf) not in aliases for leaf in graph_leaves(results)):
+        refuse_closed_over("the loss or step", step, *arguments)
     carry, output = _tree.detach(rejoin[0](results))
     return _Point(carry, output, tangents, len(_tree.split(carry)[0]))
 
@@ -282,10 +295,15 @@ def _extended(tangent: Tensor, count: int) -> Tensor:
 
 
 def _pushforward(
-    function: Callable[..., list[Tensor]], primals: list[Tensor], directions: list[Any]
+    function: Callable[..., list[Tensor]],
+    primals: list[Tensor],
+    directions: list[Any],
+    surroundings: Tree,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The values of a function, and its derivatives along each row of the directions."""
     try:
+        if _vmapped():
+            return _one_by_one(function, primals, directions, surroundings)
         if len(directions[0]) == 1 and not _modes.transformed():
             return _dual(function, primals, directions)
         return _batched(function, primals, directions)
@@ -299,6 +317,13 @@ def _pushforward(
         ) from error
 
 
+def _vmapped() -> bool:
+    """Whether the code runs under torch.vmap."""
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Vmap for level in stack)
+
+
 def _dual(
     function: Callable[..., list[Tensor]], primals: list[Tensor], directions: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -309,45 +334,81 @@ def _dual(
         duals = [forward_ad.make_dual(x, d[0]) for x, d in zip(primals, directions, strict=True)]
         for result in function(*duals):
             value, tangent = forward_ad.unpack_dual(result)
-            values.append(value.detach())
-            if _function.has_derivative(value):
-                tangent = torch.zeros_like(value) if tangent is None else tangent
-                tangents.append(tangent.detach().to(value.dtype)[None])
-            else:
-                tangents.append(None)
+            values.append(value)
+            tangents.append(None if tangent is None else tangent.detach().to(value.dtype)[None])
     return values, tangents
 
 
 def _batched(
     function: Callable[..., list[Tensor]], primals: list[Tensor], directions: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    smooth: list[bool] = []
+    """For all directions at once."""
+    along, joined = _directional(function, primals)
+    results = torch.vmap(along, randomness="same")(*directions)
+    # What does not depend on the direction is expanded along it: a view.
+    values, tangents = joined(*results)
+    return [value[0] for value in values], tangents
+
+
+def _one_by_one(
+    function: Callable[..., list[Tensor]],
+    primals: list[Tensor],
+    directions: list[Tensor],
+    surroundings: Tree,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """For one direction after the other.
+
+    Under a torch.vmap a second one for the directions would be wrong: with torch 2.13
+    `torch.linalg.lu_solve` of batched factors and more right-hand sides is.
+    """
+    before = _function.Surroundings(surroundings)
+    # Clones, as torch takes no tangents of what is expanded along the batch.
+    along, joined = _directional(function, [x.clone() for x in primals])
+    runs: list[tuple[list[Tensor], list[Tensor | None]]] = []
+    for direction in zip(*directions, strict=True):
+        if runs:
+            before.restore()
+        runs.append(joined(*along(*direction)))
+    columns = zip(*(tangents for _, tangents in runs), strict=True)
+    return runs[0][0], [None if c[0] is None else torch.stack(c) for c in columns]
+
+
+def _directional(
+    function: Callable[..., list[Tensor]], primals: list[Tensor]
+) -> tuple[Callable[..., Any], Callable[..., tuple[list[Tensor], list[Tensor | None]]]]:
+    """The derivative of a function along a direction, and what makes values and tangents of it.
+
+    A tangent is None where a result does not depend on the primals.
+    """
+    varies: list[bool] = []
 
     def parts(*xs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         results = function(*xs)
-        smooth[:] = [_function.has_derivative(y) for y in results]
-        pairs = list(zip(results, smooth, strict=True))
-        return [y for y, s in pairs if s], [y for y, s in pairs if not s]
+        varies[:] = [forward_ad.unpack_dual(y).tangent is not None for y in results]
+        pairs = list(zip(results, varies, strict=True))
+        return [y for y, v in pairs if v], [y for y, v in pairs if not v]
 
-    def along(*direction: Tensor) -> tuple[Any, Any, Any]:
-        results: Any = torch.func.jvp(parts, tuple(primals), direction, has_aux=True)
-        return results
+    def along(*direction: Tensor) -> Any:
+        return torch.func.jvp(parts, tuple(primals), direction, has_aux=True)
 
-    # What does not depend on the direction is expanded along it: a view.
-    values, tangents, rest = map(iter, torch.vmap(along, randomness="same")(*directions))
-    kinds = list(smooth)
-    results = [next(values if is_smooth else rest)[0] for is_smooth in kinds]
-    # torch makes the tangent of a number times a 0-d tensor float64.
-    return results, [
-        next(tangents).to(result.dtype) if is_smooth else None
-        for result, is_smooth in zip(results, kinds, strict=True)
-    ]
+    def joined(
+        values: list[Tensor], tangents: list[Tensor], rest: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        value, tangent, constant = map(iter, (values, tangents, rest))
+        results = [next(value if v else constant) for v in varies]
+        # torch makes the tangent of a number times a 0-d tensor float64.
+        return results, [
+            next(tangent).to(result.dtype) if v else None
+            for result, v in zip(results, varies, strict=True)
+        ]
+
+    return along, joined
 
 
 def _attach(inputs: _Inputs, tree: Tree, tangents: Sequence[Tensor | None]) -> Tree:
     """The tree with derivatives by the inputs."""
     tensors, join = _tree.split(tree)
-    pairs = [(i, t) for i, t in enumerate(tangents) if t is not None and len(t)]
+    pairs = [(i, t) for i, t in enumerate(tangents) if t is not None]
     if pairs:
         rows = [inputs.rows[id(x)] for x in inputs.tensors]
         primals = [tensors[i] for i, _ in pairs]
@@ -394,7 +455,7 @@ def _gradient(x: Tensor, rows: slice, pairs: list[tuple[Tensor, Tensor]]) -> Ten
     for tangent, cotangent in pairs:
         if len(tangent) < rows.stop:  # made before the input was met
             continue
-        part = tangent[rows].reshape(rows.stop - rows.start, -1)
+        part = tangent[rows].reshape(rows.stop - rows.start, cotangent.numel())
         product = (part.conj() @ cotangent.reshape(-1)).real
         if x.is_complex():
             product = torch.view_as_complex(product.reshape(*x.shape, 2).contiguous())

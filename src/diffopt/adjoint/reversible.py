@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ from torch import Tensor
 from diffopt import _function, _hparams, _modes, _tree
 from diffopt._engine import Leafwise
 from diffopt._function import Surroundings
-from diffopt._gradient import HVP, value_and_grad
+from diffopt._gradient import HVP, Objective, value_and_grad
 from diffopt._modes import exact
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
-from diffopt.adjoint._closed import refuse_closed_over
+from diffopt.adjoint._closed import graph_leaves, refuse_closed_over
 from diffopt.adjoint._limited import once
 from diffopt.rules.sgd import MomentumHParams, SGDState
 
@@ -126,7 +127,7 @@ class Reversible(Adjoint):
             return carry, []
         refuse_closed_over("the loss", step, carry, args, xs[0])
         inputs, join = _tree.split((carry, args, xs))
-        loop = _Loop(replace(step, hvp=self.hvp), 2.0**self.bits, join)
+        loop = _Loop(replace(step, hvp=self.hvp), 2.0**self.bits, join, _varying(carry))
         if torch.is_grad_enabled():
             return loop.public(_Reversed.apply(loop, *inputs))
         return loop.public(loop.forward(inputs, record=False))
@@ -168,6 +169,17 @@ def _checked_carry(carry: Tree) -> Tree:
     return params, state._replace(momentum_buffer=_tree.unflatten(momentum, spec)), buffers
 
 
+def _varying(carry: Tree) -> list[bool]:
+    """Which of its tensors depend on what is differentiated during the loop."""
+    params, (step, momentum), buffers = carry
+    parts = (params, True), (step, False), (momentum, True), (buffers, False)
+    return [
+        _function.has_derivative(x) and (moves or any(y.requires_grad for y in _modes.levels(x)))
+        for tree, moves in parts
+        for x in _tree.split(tree)[0]
+    ]
+
+
 class _Reversed(torch.autograd.Function):
     """`(loop, *inputs) -> the loop's results, and behind them what the way back needs`."""
 
@@ -181,7 +193,10 @@ class _Reversed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.loop, *tensors = inputs
         ctx.save_for_backward(*tensors, *output[sum(ctx.loop.counts) :])
-        ctx.mark_non_differentiable(*(x for x in output if not _function.has_derivative(x)))
+        varies = itertools.chain(ctx.loop.varies, itertools.repeat(True))
+        pairs = zip(output, varies)  # noqa: B905 (the second has no end)
+        constants = [x for x, v in pairs if not (v and _function.has_derivative(x))]
+        ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -203,8 +218,10 @@ class _Loop:
     way forth: the last parameters and momentum buffers as integers, and what is on the tapes.
     """
 
-    def __init__(self, step: GradientStep, scale: float, join: Callable[..., Tree]) -> None:
-        self.step, self.scale, self.join = step, scale, join
+    def __init__(
+        self, step: GradientStep, scale: float, join: Callable[..., Tree], varies: list[bool]
+    ) -> None:
+        self.step, self.scale, self.join, self.varies = step, scale, join, varies
         self.noise: list[Surroundings] = []  # of each step
         self.counts: list[int] = []  # of tensors in the last carry, and in the output of each step
         self.sizes: list[list[int]] = []  # of the words on each tape
@@ -215,7 +232,9 @@ class _Loop:
         return self.join_public(results[: sum(self.counts)])
 
     def forward(self, inputs: Sequence[Tensor], record: bool = True) -> tuple[Tensor, ...]:
+        inputs = _tree.detach(list(inputs))
         start, args, xs = _with_fractions(*self.join(inputs))
+        objective = _watched(self.step.objective) if record else self.step.objective
         faults, outputs, rates = _Faults(), list[Any](), list[_Rates]()
         params, buffers = self.integers(start, faults)
         tapes = [_Tape(torch.zeros_like(b), [], []) for b in buffers]
@@ -225,7 +244,7 @@ class _Loop:
                 rates = _rates(start[0], args, x, faults)
             before = Surroundings((start, args, x))
             carry = self.carry(params, buffers, start, t)
-            value, (kept, aux), impulses = self.impulses(carry, args, x, rates)
+            value, (kept, aux), impulses = self.impulses(objective, carry, args, x, rates)
             outputs.append((value, aux, None))
             self.noise.append(before if record and _drew(before) else quiet)
             faults.note(_CHANGED, _differ(start[2], kept))
@@ -263,7 +282,6 @@ class _Loop:
         )
         lengths = [len(_tree.split(tree)[0]) for tree in (start, args, *xs)]
         _, of_args, *of_xs = _pieces(needed, lengths)
-        smooth = [_function.has_derivative(x) for x in _tree.split(start)[0]]
         totals: list[Tensor | None] = [None] * len(of_args)
         by_step, rates = list[list[Tensor | None]](), list[_Rates]()
         for t in reversed(range(len(xs))):
@@ -274,16 +292,16 @@ class _Loop:
                 params[i] = params[i] + _move(buffers[i], rate).to(torch.int64)
             carry = self.carry(params, buffers, start, t)
             with self.noise[t].restored():
-                _, _, impulses = self.impulses(carry, args, x, rates)
+                _, _, impulses = self.impulses(self.step.objective, carry, args, x, rates)
             for i, rate in enumerate(rates):
                 quotient = buffers[i] - impulses[i].to(torch.int64)
                 first, count = _dividends(quotient, rate.numerator)
                 buffers[i] = first + tapes[i].pop(count)
             carry = self.carry(params, buffers, start, t)
             with self.noise[t].restored():
-                wanted = [*smooth, *of_args, *of_xs[t]]
+                wanted = [*self.varies, *of_args, *of_xs[t]]
                 grads = self.gradients((carry, args, x), wanted, [*cotangents, *later[t]])
-            lengths = [len(smooth), len(of_args), len(of_xs[t])]
+            lengths = [len(self.varies), len(of_args), len(of_xs[t])]
             cotangents, parts, own = _pieces(grads, lengths)
             totals = [_sum(total, part) for total, part in zip(totals, parts, strict=True)]
             by_step.append(own)
@@ -319,12 +337,12 @@ class _Loop:
         return image(params, old), SGDState(step, image(buffers, state.momentum_buffer)), kept
 
     def impulses(
-        self, carry: Tree, args: Tree, x: Any, rates: list[_Rates]
+        self, objective: Objective, carry: Tree, args: Tree, x: Any, rates: list[_Rates]
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """Value and auxiliary output of the loss, and what is added to the momentum buffers."""
         (params, state, buffers), (_, inputs), (_, batch) = carry, args, x
         arguments = (buffers, inputs, batch)
-        value, aux, grads = value_and_grad(self.step.objective, params, arguments)
+        value, aux, grads = value_and_grad(objective, params, arguments)
         sign = -1 if self.step.optimizer.rule.maximize else 1
         impulses: list[Tensor] = []
         # Not by optimizer.update, whose roundings depend on who calls: they must come again.
@@ -349,6 +367,24 @@ class _Loop:
 
         vectors = [c for c in cotangents if c is not None]
         return _function.vjp(outputs, tensors, needed, vectors)
+
+
+def _watched(objective: Objective) -> Objective:
+    """The same, which raises where it closes over a tensor that needs a gradient.
+
+    That is seen under autograd, but not within a torch.func transform.
+    """
+
+    def watched(params: Tree, inputs: Tree) -> tuple[Tensor, Any]:
+        with _function.noticed() as aliases:
+            result = objective(params, inputs)
+        if not _modes.transformed():
+            known = {*aliases, *map(id, graph_leaves((params, inputs)))}
+            if any(id(leaf) not in known for leaf in graph_leaves(result)):
+                refuse_closed_over("the loss", objective, params, inputs)
+        return result
+
+    return watched
 
 
 class _Rates(NamedTuple):
