@@ -2,10 +2,19 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import diffopt
-from diffopt.adjoint import Checkpointed, ForwardMode, Implicit, Truncated, Unrolled, unroll
+from diffopt.adjoint import (
+    Checkpointed,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    Truncated,
+    Unrolled,
+    unroll,
+)
 
 FORWARD = Checkpointed(hvp="forward-over-reverse")
 CHECKPOINTED = [
@@ -183,7 +192,144 @@ def test_buffers_and_aux_carry_derivatives(adjoint):
     assert grad.item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("adjoint", CHECKPOINTED, ids=str)
+@pytest.mark.parametrize("train", [True, False])
+def test_running_statistics_are_constants(adjoint, train):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).double().train(train)
+    module = diffopt.nn.functionalize(net)
+    x = torch.randn(8, 2, dtype=torch.float64)
+
+    def loss(params, buffers, x):
+        out, buffers = module(params, buffers, x)
+        return (out**3 - out).square().mean(), buffers
+
+    def solve(adjoint):
+        opt = diffopt.adam()
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        sol = diffopt.minimize(
+            loss, module.params, x, optimizer=opt, hparams=opt.hparams(lr=lr), steps=4,
+            buffers=module.buffers, adjoint=adjoint,
+        )  # fmt: skip
+        assert not any(buffer.requires_grad for buffer in sol.buffers.values())
+        assert not sol.state.step.requires_grad
+        outer, buffers = loss(sol.params, sol.buffers, x)
+        grads = torch.autograd.grad(outer, [lr, *net.parameters()], create_graph=True)
+        if train:  # torch has batch_norm's third derivatives wrong
+            return [*grads, *buffers.values()]
+        return [*grads, *torch.autograd.grad(grads[0], lr), *buffers.values()]
+
+    for mine, exact in zip(solve(adjoint), solve(Unrolled()), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("adjoint", [*CHECKPOINTED[:1], FORWARD, ForwardMode()], ids=str)
+@pytest.mark.parametrize("transformed", [False, True])
+def test_no_grad_in_a_loss_stops_every_derivative(adjoint, transformed):
+    opt = diffopt.sgd()
+
+    def loss(w, decay):
+        with torch.no_grad():
+            scale = 1 / (1 + w.norm())
+        return scale * ((w - 1) ** 2).sum() + decay * (w**2).sum() * scale**0
+
+    def stopped(w, decay):
+        return ((w - 1) ** 2).sum() / (1 + w.norm()).detach() + decay * (w**2).sum()
+
+    def end(loss, adjoint):
+        start = torch.tensor([0.3, 0.5], dtype=torch.float64)
+        hparams = opt.hparams(lr=0.2)
+        return lambda decay: diffopt.minimize(
+            loss, start, decay, optimizer=opt, hparams=hparams, steps=5, adjoint=adjoint
+        ).params.sum()
+
+    decay = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(end(stopped, Unrolled())(decay), decay)
+    solve = end(loss, adjoint)
+    if transformed:
+        grad = torch.func.grad(solve)(decay.detach())
+    else:
+        (grad,) = torch.autograd.grad(solve(decay), decay)
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "batch_norm", "instance_norm"])
+def test_weights_of_normalisations_under_vmap(name):
+    """torch's rules for batches of them have wrong second derivatives."""
+    torch.manual_seed(0)
+    shape = {"layer_norm": (4,)}.get(name, (3,))
+    params = {
+        "w": torch.randn(3, 2, dtype=torch.float64),
+        "weight": torch.rand(shape, dtype=torch.float64),
+        "bias": torch.rand(shape, dtype=torch.float64),
+    }
+    xs = torch.randn(5, 6, 2, 4, dtype=torch.float64, requires_grad=True)
+    opt = diffopt.sgd()
+
+    def loss(p, x):
+        h = p["w"] @ x
+        if name == "layer_norm":
+            h = F.layer_norm(h, shape, p["weight"], p["bias"])
+        elif name == "batch_norm":
+            h = F.batch_norm(h, None, None, p["weight"], bias=p["bias"], training=True)
+        else:
+            h = F.instance_norm(h, weight=p["weight"], bias=p["bias"])
+        return (h**3 - h).square().mean()
+
+    def end(x):
+        sol = diffopt.minimize(
+            loss, params, x, optimizer=opt, hparams=opt.hparams(lr=0.01), steps=2
+        )
+        return sum(leaf.square().sum() for leaf in sol.params.values())
+
+    (expected,) = torch.autograd.grad(sum(end(x) for x in xs), xs)
+    (grad,) = torch.autograd.grad(torch.vmap(end)(xs).sum(), xs)
+    torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+
+
 # What cannot arrive
+
+
+@pytest.mark.parametrize("adjoint", CHECKPOINTED[:2], ids=str)
+def test_a_tensor_that_a_later_step_closes_over_raises(adjoint):
+    decay = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    opt = diffopt.sgd()
+
+    def loss(w, t):
+        return ((w - 2) ** 2).sum() + (decay * (w**2).sum() if t >= 2 else 0)
+
+    start = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    sol = diffopt.minimize(
+        loss, start, optimizer=opt, hparams=opt.hparams(lr=0.1), batches=range(6), adjoint=adjoint
+    )
+    with pytest.raises(ValueError, match=r"closes over a tensor of shape \(\)"):
+        sol.params.sum().backward()
+
+
+@pytest.mark.parametrize("adjoint", CHECKPOINTED[:1] + CHECKPOINTED[-1:], ids=str)
+def test_a_generator_that_the_loss_closes_over_raises(adjoint):
+    generator = torch.Generator().manual_seed(0)
+    opt = diffopt.sgd()
+
+    def loss(w):
+        return ((w - torch.rand(3, generator=generator)) ** 2).sum()
+
+    with pytest.raises(ValueError, match="pass the generator it draws from as an argument"):
+        diffopt.minimize(
+            loss, torch.zeros(3, requires_grad=True), optimizer=opt, hparams=opt.hparams(lr=0.1),
+            steps=4, adjoint=adjoint,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), FirstOrder(), Checkpointed(), None], ids=str)
+def test_a_loss_of_the_modules_own_weights_raises(adjoint):
+    net, x, opt = torch.nn.Linear(2, 1), torch.randn(4, 2), diffopt.sgd()
+    params = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with pytest.raises(ValueError, match=r"loss does not depend on params|closes over a tensor"):
+        diffopt.minimize(
+            lambda params: net(x).square().mean(), params, optimizer=opt,
+            hparams=opt.hparams(lr=0.1), steps=2, adjoint=adjoint,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("computed", [False, True])
@@ -530,6 +676,16 @@ def test_unroll_checks_its_arguments(arguments, message):
         unroll(lambda carry, args, x: (carry, ()), torch.ones(1), **arguments)
     with pytest.raises(TypeError, match="adjoint is 'unrolled'"):
         unroll(lambda carry, args, x: (carry, ()), torch.ones(1), (), 2, adjoint="unrolled")
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), *CHECKPOINTED, ForwardMode()], ids=str)
+@pytest.mark.parametrize("start", [torch.ones(1), torch.ones(2, 3)])
+def test_unroll_checks_what_a_step_returns(adjoint, start):
+    scale = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(TypeError, match=r"step must return \(carry, output\), not a tensor"):
+        unroll(lambda carry, scale, x: scale * carry, start, scale, 2, adjoint=adjoint)
+    with pytest.raises(ValueError, match=r"structure of carry: .* is a tuple, where a tensor of"):
+        unroll(lambda carry, scale, x: ((scale, carry), x), start, scale, 2, adjoint=adjoint)
 
 
 def test_unroll_of_no_steps_is_the_identity():

@@ -1,5 +1,6 @@
 """Evolution strategies: against exact gradients, closed forms of smoothed functions, and bias."""
 
+import functools
 import math
 
 import numpy as np
@@ -530,6 +531,15 @@ def test_errors_of_arguments(arguments, message):
             smooth(torch.sum, **arguments)
         with pytest.raises(ValueError, match=message):
             PersistentEvolution(torch.sum, **arguments)
+
+
+@pytest.mark.parametrize("make", [smooth, PersistentEvolution])
+def test_what_is_no_function_or_generator_raises(make):
+    with pytest.raises(TypeError, match="function is 3 of type int, not a function"):
+        make(3)
+    for wrong in (Evolution, functools.partial(make, torch.sum)):
+        with pytest.raises(TypeError, match=r"generator is 0 of type int, not a torch.Generator"):
+            wrong(generator=0)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,58 @@ def test_an_optimizer_that_decays_is_refused(opt, numbers):
         solve(*inputs(), opt=opt, **numbers)
 
 
+def test_an_optimizer_that_decays_is_refused_where_the_params_are_zero():
+    with pytest.raises(ValueError, match="put the decay into the loss"):
+        solve(torch.zeros_like(TARGET).requires_grad_(), inputs()[1], weight_decay=0.1)
+
+
+def test_a_diverged_loop_is_no_minimum():
+    with pytest.warns(ConvergenceWarning, match="x is no solution: it isn't finite"):
+        solve(*inputs(), lr=10.0)
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(), Direct()], ids=str)
+def test_an_outer_gradient_that_is_not_finite_stays_so(solver):
+    leaves = inputs()
+    params = solve(*leaves, Implicit(solver)).params
+    for outer in (torch.sqrt((params - params).sum()), (1000 * params).exp().sum()):
+        with pytest.warns(ConvergenceWarning, match="b isn't finite"):
+            grads = torch.autograd.grad(outer, leaves, retain_graph=True)
+        assert all(grad.isnan().all() for grad in grads)
+
+
+def test_a_loop_that_tol_ends_before_its_first_step_has_the_derivative_of_its_end():
+    target, decay = inputs()
+    end = solve(target, decay, steps=300).params.detach().requires_grad_()
+    arguments = {"optimizer": OPT, "hparams": OPT.hparams(lr=0.1), "steps": 9, "tol": 1e-6}
+    sol = diffopt.minimize(loss, end, target, decay, adjoint=Implicit(), **arguments)
+    assert sol.steps == 0
+    expected = torch.autograd.grad(solve(target, decay, steps=300).params.sum(), (target, decay))
+    *grads, start = torch.autograd.grad(sol.params.sum(), (target, decay, end))
+    torch.testing.assert_close(tuple(grads), expected)
+    assert not start.any()
+    sol = diffopt.minimize(loss, end, target, batches=[decay] * 9, adjoint=Implicit(), **arguments)
+    torch.testing.assert_close(torch.autograd.grad(sol.params.sum(), decay), expected[1:])
+
+
+@pytest.mark.parametrize(
+    ("argument", "error"),
+    [
+        ({"solver": 3}, TypeError),
+        ({"solver": ConjugateGradient}, TypeError),
+        ({"root_tolerance": float("nan")}, ValueError),
+        ({"root_tolerance": -1}, ValueError),
+        ({"root_tolerance": "a"}, ValueError),
+        ({"on_failure": "ignore"}, ValueError),
+        ({"on_solve": 3}, TypeError),
+        ({"warm_start": TARGET}, TypeError),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(argument, error):
+    with pytest.raises(error, match=next(iter(argument)) + " is "):
+        Implicit(**argument)
+
+
 def test_an_end_that_is_no_minimum_warns_or_raises():
     with pytest.warns(ConvergenceWarning, match=r"above root_tolerance=0\.001"):
         solve(*inputs(), steps=3)
@@ -173,3 +225,18 @@ def test_without_gradients_nothing_is_checked_or_solved():
     with torch.no_grad():
         sol = solve(*inputs(), steps=3)
     assert not sol.params.requires_grad
+
+
+def test_a_start_within_the_tolerance_has_the_derivative_of_the_solution():
+    opt = diffopt.sgd()
+    start = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    decay = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    sol = diffopt.minimize(
+        lambda w, decay: 0.5 * (w - 3) ** 2 + 0.5 * decay * w**2, start, decay, optimizer=opt,
+        hparams=opt.hparams(lr=0.5), steps=100, tol=1e-5, adjoint=Implicit(),
+    )  # fmt: skip
+    assert sol.steps == 0
+    assert len(sol.losses) == 0
+    by_start, by_decay = torch.autograd.grad(sol.params, (start, decay))
+    assert by_start == 0
+    torch.testing.assert_close(by_decay, -4 / 3 * torch.ones_like(by_decay))

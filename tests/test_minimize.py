@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import diffopt
-from diffopt.adjoint import FirstOrder, Truncated, Unrolled
+from diffopt.adjoint import Checkpointed, FirstOrder, ForwardMode, Truncated, Unrolled
 
 CURVATURE = torch.diag(torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64))
 CURVATURE[0, 1] = CURVATURE[1, 0] = 0.2
@@ -218,6 +218,25 @@ def test_compiles_as_a_whole():
     lr = torch.tensor(0.1, dtype=torch.float64)
     compiled = torch.compile(meta_gradient, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(START, lr), meta_gradient(START, lr))
+
+
+@pytest.mark.parametrize("opt", [diffopt.sgd(), diffopt.transforms.chain(diffopt.adam())], ids=type)
+def test_compiles_with_a_tolerance_buffers_and_hparams_of_each_step(opt):
+    def solve(w, lr):
+        return diffopt.minimize(
+            lambda w, count: (quadratic(w, TARGET), {"n": count["n"] + 1}), w, optimizer=opt,
+            hparams=lambda t: opt.hparams(lr=lr / (t + 1)), steps=4, tol=1.5,
+            buffers={"n": torch.tensor(0)},
+        )  # fmt: skip
+
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    found, expected = (
+        torch.compile(solve, backend="eager", fullgraph=True)(START, lr),
+        solve(START, lr),
+    )
+    assert found.steps == expected.steps < 4
+    torch.testing.assert_close(found.params, expected.params)
+    assert found.buffers == expected.buffers == {"n": expected.steps}
 
 
 def test_traces_with_make_fx():
@@ -460,7 +479,7 @@ def test_every_adjoint_has_the_same_values(adjoint):
     torch.testing.assert_close(sol.state, reference.state)
 
 
-@pytest.mark.parametrize("k", [-1, 1.5, None])
+@pytest.mark.parametrize("k", [-1, 1.5, None, True])
 def test_truncated_refuses(k):
     with pytest.raises(ValueError, match=r"k is .*, but must be an integer >= 0"):
         Truncated(k)
@@ -746,6 +765,7 @@ def test_a_tensor_the_loss_closes_over_receives_a_gradient():
 
 
 OPT = diffopt.sgd()
+CHAIN = diffopt.transforms.chain(OPT)
 GOOD = {"optimizer": OPT, "hparams": OPT.hparams(lr=0.1), "steps": 1}
 
 
@@ -765,13 +785,54 @@ GOOD = {"optimizer": OPT, "hparams": OPT.hparams(lr=0.1), "steps": 1}
         ({"optimizer": torch.optim.SGD}, TypeError, r"optimizer is .*, not a diffopt optimizer"),
         ({"adjoint": "unrolled"}, TypeError, r"adjoint is 'unrolled', not one of diffopt.adjoint"),
         ({"adjoint": Unrolled}, TypeError, r"adjoint is <class .*, not one of diffopt.adjoint"),
-        ({"hparams": {"lr": 0.1}}, TypeError, r"hparams is a dict"),
+        ({"hparams": {"lr": 0.1}}, TypeError, r"hparams is a dict, not a MomentumHParams"),
+        ({"hparams": OPT.hparams}, TypeError, r"hparams is .*, which has to be called"),
+        (
+            {"hparams": lambda t: OPT.hparams() if t else None},
+            TypeError,
+            r"hparams\(0\) returned None",
+        ),
+        ({"hparams": lambda t: 0.1}, TypeError, r"hparams\(0\) returned 0.1 of type float"),
+        ({"optimizer": CHAIN, "hparams": CHAIN.hparams}, TypeError, r"has to be called"),
+        ({"tol": "a"}, TypeError, r"tol is 'a' of type str, not a number"),
+        ({"tol": [0.1]}, TypeError, r"tol is \[0.1\] of type list, not a number"),
+        ({"tol": torch.ones(2)}, TypeError, r"tol is a tensor of shape \(2,\), not a number"),
+        ({"batches": {"x": START}}, TypeError, r"batches is a dict"),
+        ({"batches": [], "steps": None}, ValueError, r"batches has no entries"),
+        ({"batches": iter([]), "steps": None, "tol": 0.1}, ValueError, r"batches has no entries"),
     ],
 )
 def test_errors(arguments, error, message):
     call = {"loss": lambda w: (w**2).sum(), "params": START, **GOOD, **arguments}
     with pytest.raises(error, match=message):
         diffopt.minimize(call.pop("loss"), call.pop("params"), **call)
+
+
+def test_no_steps_need_no_batches():
+    sol = diffopt.minimize(lambda w: w.sum(), START, **{**GOOD, "steps": 0}, batches=[])
+    assert sol.params is START
+    assert sol.steps == 0
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed(), ForwardMode(), None], ids=str)
+@pytest.mark.parametrize("tol", [None, 1e-3])
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (lambda b: {"c": b["a"]}, r"the new buffers\['a'\] is missing"),
+        (lambda b: {"a": b["a"], "d": b["a"]}, r"the new buffers\['d'\] is not expected there"),
+        (lambda b: None, "the new buffers is None, where a dict is expected"),
+        (lambda b: {"a": None}, r"new buffers\['a'\] is None, but buffers\['a'\] is .*\(2,\)"),
+        (lambda b: {"a": torch.ones(3)}, r"\(3,\), but buffers\['a'\] is a tensor of shape \(2,\)"),
+    ],
+)
+def test_new_buffers_are_like_the_old_ones(adjoint, tol, new, message):
+    hparams = OPT.hparams(lr=torch.tensor(0.1, requires_grad=True))
+    with pytest.raises(ValueError, match=message):
+        diffopt.minimize(
+            lambda w, buffers: ((w**2).sum(), new(buffers)), START, buffers={"a": torch.ones(2)},
+            optimizer=OPT, hparams=hparams, steps=2, tol=tol, adjoint=adjoint,
+        )  # fmt: skip
 
 
 def test_inference_mode_is_refused():

@@ -443,6 +443,11 @@ def test_meta_gradient_of_a_learned_schedule(opt, name):
         ),
         (lambda: joined([], []), ValueError, "schedules has length 0, but must have one more"),
         (
+            lambda: joined([linear(1, 0, 2), 0.2], [3]),
+            TypeError,
+            "schedules[1] is 0.2 of type float, not a function of the step",
+        ),
+        (
             lambda: piecewise([1, 2, 3], [4, 4]),
             ValueError,
             "boundaries must increase, but [0] is 4.0 and [1] is 4.0",

@@ -319,6 +319,7 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         (lambda: t.chain(t.clip_by_value()), "the last part of a chain is .*, not a diffopt"),
         (lambda: t.chain(sgd, adam), "part 0 of a chain is .*: all but the last must be gradient"),
         (lambda: t.partition({"a": 1}, "a"), r"optimizers\['a'\] is 1, not a diffopt optimizer"),
+        (lambda: t.partition([adam], "a"), "optimizers is a list, not a dict with an optimizer"),
         (lambda: t.masked(1, True), "part is 1, neither an optimizer nor a gradient transfor"),
         (lambda: t.freeze(t.clip_by_norm(), True), "optimizer is .*, not a diffopt optimizer"),
         (lambda: t.flatten(None), "optimizer is None, not a diffopt optimizer"),

@@ -137,7 +137,8 @@ def test_gradients_of_another_structure(grads, message):
         ({"x": 0.1, "y": [0.1]}, r"lr\['y'\] is a list, where a tensor of shape \(\) is expected"),
         ({"x": [0.1, 0.2], "y": 0.1}, r"hparams.lr\['x'\]\[1\] is not expected there"),
         (torch.ones(3), r"hparams.lr has shape \(3,\), .* to params\['x'\]\[0\] of shape \(2,\)"),
-        ({"x": torch.ones(1, 2), "y": 0.1}, r"shape \(1, 2\), which does not broadcast"),
+        ({"x": torch.ones(1, 2), "y": 0.1}, r"lr\['x'\] has shape \(1, 2\), which does not"),
+        ({"x": 0.1, "y": torch.tensor(True)}, r"hparams.lr\['y'\] has dtype torch.bool"),
     ],
 )
 def test_hyperparameters_that_are_no_prefix(lr, message):

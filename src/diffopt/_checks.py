@@ -126,36 +126,34 @@ def writable(params: list[Tensor], tree: Tree) -> None:
 def numbers(numbers: list[_hparams.Covered], params: list[Tensor], tree: Tree) -> None:
     """Tensors among hyperparameters are real and broadcast to their parameters."""
     for number in numbers:
-        name = f"hparams.{number.name}"
-        tensors = [v for v in number.values if isinstance(v, Tensor)] if params else []
-        for value in tensors if number.per_parameter else ():
+        values = number.values if params and number.per_parameter else ()
+        for k, value in enumerate(values):
+            if not isinstance(value, Tensor):
+                continue
             if value.is_complex() or value.dtype == torch.bool:
-                raise ValueError(f"{name} has dtype {value.dtype}, but must be real")
+                raise ValueError(f"{number.path(k)} has dtype {value.dtype}, but must be real")
             if value.dim() == 0:
-                _reachable(value, params[0], tree, 0, name)
+                if value.is_meta:
+                    _reachable(value, params[0], tree, 0, number.path(k))
                 continue
             for i, param in enumerate(params):
-                if number.at(i) is value:
-                    _number(value, param, tree, i, name, number.per_weight)
+                if number.at(i) is value and (fault := _misfit(value, param, number.per_weight)):
+                    path = _tree.paths(tree, "params")[i]
+                    raise ValueError(f"{number.path(k)} has {fault.format(path)}")
 
 
-def _number(value: Tensor, param: Tensor, tree: Tree, i: int, name: str, per_weight: bool) -> None:
+def _misfit(value: Tensor, param: Tensor, per_weight: bool) -> str | None:
+    """What a hyperparameter has that does not fit its parameter, whose path is left open."""
     if not per_weight:
-        path = _tree.paths(tree, "params")[i]
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, but must be one number for the whole of {path}"
-        )
+        return f"shape {tuple(value.shape)}, but must be one number for the whole of {{}}"
     # A 0-d parameter becomes one-dimensional in the rule.
     shape = param.shape or torch.Size([1])
     fits = value.dim() <= len(shape) and all(
         mine in (1, theirs) for mine, theirs in zip(value.shape[::-1], shape[::-1], strict=False)
     )
-    if fits and value.device == param.device:
-        return
-    path = _tree.paths(tree, "params")[i]
     if not fits:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, which does not broadcast to "
-            f"{path} of shape {tuple(param.shape)}"
-        )
-    raise ValueError(f"{name} has device {value.device}, but {path} has device {param.device}")
+        shapes = tuple(value.shape), tuple(param.shape)
+        return f"shape {shapes[0]}, which does not broadcast to {{}} of shape {shapes[1]}"
+    if value.device != param.device:
+        return f"device {value.device}, but {{}} has device {param.device}"
+    return None

@@ -232,7 +232,8 @@ class Leafwise(Optimizer[S, H]):
                 _checks.buffers(column, tensors, params, name, shapes)
             buffers.append(column)
         if not isinstance(hparams, self.hparams):
-            raise TypeError(f"hparams is a {type(hparams).__name__}: make it by hparams(...)")
+            found, expected = type(hparams).__name__, self.hparams.__name__
+            raise TypeError(f"hparams is a {found}, not a {expected}: make it by hparams(...)")
         numbers = _hparams.broadcast(hparams, spec, params)
         _checks.numbers(numbers, tensors, params)
         return _Work(spec, tensors, gradients, buffers, numbers)

@@ -92,14 +92,13 @@ def _autograd(
             if torch.is_inference_mode_enabled():
                 raise RuntimeError("in torch.inference_mode there are no gradients: use no_grad")
             raise ValueError(_INDEPENDENT)
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
+        found: Any = torch.autograd.grad(
             value, aliases, create_graph=create_graph, allow_unused=True
         )
-        if all(grad is None for grad in grads):
+        if all(grad is None for grad in found):
             raise ValueError(_INDEPENDENT)
-        grads = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(aliases, grads, strict=True)
-        ]
+        pairs = zip(aliases, found, strict=True)
+        grads = [torch.zeros_like(p) if grad is None else grad for p, grad in pairs]
     if not create_graph:
         value, aux = _tree.detach((value, aux))
     return value, aux, _tree.unflatten(grads, spec)

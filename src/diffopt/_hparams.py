@@ -140,6 +140,11 @@ class Covered(NamedTuple):
     per_weight: bool
     values: list[Any]
     cover: Sequence[int]
+    tree: _tree.Tree
+
+    def path(self, index: int) -> str:
+        """Where the value of this index was given."""
+        return _tree.paths(self.tree, f"hparams.{self.name}")[index]
 
     def at(self, i: int) -> Any:
         """The value for leaf `i`."""
@@ -156,7 +161,7 @@ def broadcast(record: Any, spec: _tree.Spec, params: _tree.Tree) -> list[Covered
             values, cover = _tree.broadcast_prefix(value, spec, params, names)
         else:
             values, cover = [value], [0] * spec.num_leaves
-        covered.append(Covered(field.name, per_parameter, field.per_weight, values, cover))
+        covered.append(Covered(field.name, per_parameter, field.per_weight, values, cover, value))
     return covered
 
 

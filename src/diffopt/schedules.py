@@ -328,7 +328,7 @@ def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Sched
 
     Raises:
         ValueError: lengths do not match, or boundaries do not increase.
-        TypeError: a boundary is neither a number nor a tensor.
+        TypeError: a boundary is neither a number nor a tensor, or a part no function.
 
     Example:
         >>> from diffopt.schedules import constant, joined, linear
@@ -336,6 +336,10 @@ def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Sched
         >>> [lr(step) for step in range(6)]
         [1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
     """
+    for i, part in enumerate(schedules):
+        if not callable(part):
+            what = _tree.describe(part)
+            raise TypeError(f"schedules[{i}] is {what}, not a function of the step")
     starts = _check_boundaries("schedules", len(schedules), boundaries)
     ends = [*starts, math.inf]
     first, *others = schedules

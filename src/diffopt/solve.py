@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _modes, _tree
+from diffopt import _checks, _hparams, _modes, _tree
 from diffopt._function import Surroundings
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
+from diffopt.adjoint._unroll import like
 from diffopt.optimizer import Optimizer
 
 
@@ -83,11 +85,12 @@ def minimize(
         A `Solution`.
 
     Raises:
-        ValueError: neither `steps` nor `batches` is given, there are fewer batches than steps, the
-            loss is not scalar or does not depend on params; moreover what `optimizer.update`
-            raises.
+        ValueError: neither `steps` nor `batches` is given, there are fewer batches than steps, or
+            none at all without `steps`, the loss is not scalar or does not depend on params, or
+            new buffers have another structure or shape; moreover what `optimizer.update` raises.
         TypeError: the loss does not return what `has_aux` and `buffers` announce, a leaf of params
-            is no tensor, `optimizer` no `Optimizer` or `adjoint` no `Adjoint`.
+            is no tensor, `optimizer` no `Optimizer`, `adjoint` no `Adjoint`, `tol` no number,
+            `batches` is a dict, or `hparams` as a function does not return hyperparameters.
 
     Example:
         >>> import torch, diffopt
@@ -110,53 +113,80 @@ def minimize(
         raise ValueError("minimize needs steps= or batches=")
     if steps is not None and (type(steps) is not int or steps < 0):
         raise ValueError(f"steps is {steps!r}, but must be an integer >= 0")
-    if tol is not None and not tol >= 0:
-        raise ValueError(f"tol is {tol!r}, but must be a number >= 0")
+    _check_tol(tol)
+    if isinstance(batches, dict):
+        raise TypeError("batches is a dict, of which there would be a step for every key")
     if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"optimizer is {optimizer!r}, not a diffopt optimizer such as adam()")
     adjoint = Truncated(0) if adjoint is None else adjoint
     if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled()")
+    if isinstance(hparams, type) or (callable(hparams) and hparams == optimizer.hparams):
+        raise TypeError(f"hparams is {hparams!r}, which has to be called: optimizer.hparams(...)")
     _check_params(params)
     stateful = buffers is not None
 
     def objective(params: Tree, inputs: Any) -> tuple[Tensor, Any]:
         buffers, args, batch = inputs
         inputs = (buffers, *args, *batch) if stateful else (*args, *batch)
-        return _outputs(loss(params, *inputs), stateful, has_aux)
+        value, (new, aux) = _outputs(loss(params, *inputs), stateful, has_aux)
+        return value, (_like_buffers(new, buffers) if stateful else (), aux)
+
+    def of_step(number: int) -> Any:
+        return _own(hparams(number), number, optimizer.hparams)
 
     step = GradientStep(objective, optimizer, tol)
     state = optimizer.init(params) if state is None else state
     carry = (params, state, buffers if stateful else ())
-    constant, own = ((), hparams) if callable(hparams) else (hparams, None)
+    constant, own = ((), of_step) if callable(hparams) else (hparams, None)
     arguments = (constant, args)
     xs = _xs(steps, batches, own)
-    if tol is not None:
-        xs = _until_done(step, carry, arguments, xs)
+    taken = None
+    if tol is not None and not _modes.compiling():
+        xs, taken = _until_done(step, carry, arguments, xs)
     carry, outputs = adjoint.run(step, carry, arguments, xs)
+    outputs = outputs[:taken]
     losses = torch.stack([value for value, _, _ in outputs]) if outputs else torch.empty(0)
     aux = [aux for _, aux, _ in outputs] if has_aux else []
     return Solution(carry[0], carry[1], losses, aux, carry[2], _steps(outputs))
 
 
-def _until_done(step: GradientStep, carry: Tree, args: Tree, xs: Iterable[Any]) -> list[Any]:
-    """Of the xs those before the one where every gradient is within the tolerance."""
+def _until_done(
+    step: GradientStep, carry: Tree, args: Tree, xs: Iterable[Any]
+) -> tuple[list[Any], int]:
+    """Of the xs those before the one where every gradient is within the tolerance, and how many.
+
+    Where that is the first it comes alone: its step changes nothing, and tells an adjoint that does
+    not follow the steps (`Implicit`) what the loss is.
+    """
     surroundings = Surroundings((carry, args))
     used: list[Any] = []
+    idle: list[Any] = []
     for x in xs:
         with torch.no_grad():
             carry, (_, _, done) = _tree.detach(step(carry, args, x))
         done = _modes.concrete(done)
         if done is not None and bool(done.all()):
+            idle = [x]
             break
         used.append(x)
     surroundings.restore()
-    return used
+    return used or idle, len(used)
 
 
 def _steps(outputs: list[Any]) -> Tensor:
     done = [done for _, _, done in outputs if done is not None]
     return (~torch.stack(done)).sum() if done else torch.tensor(len(outputs))
+
+
+def _check_tol(tol: Any) -> None:
+    if tol is None:
+        return
+    scalar = tol.dim() == 0 if isinstance(tol, Tensor) else isinstance(tol, numbers.Real)
+    if not scalar or isinstance(tol, bool):
+        raise TypeError(f"tol is {_tree.describe(tol)}, not a number")
+    if not tol >= 0:
+        raise ValueError(f"tol is {tol!r}, but must be a number >= 0")
 
 
 def _check_params(params: Tree) -> None:
@@ -177,8 +207,34 @@ def _xs(
         batch = tuple(cast(list[Any], batch)) if isinstance(batch, (tuple, list)) else (batch,)
         yield None if hparams is None else hparams(count), batch
         count += 1
+    if steps is None and count == 0:
+        raise ValueError("batches has no entries: if it is an iterator, it is used up")
     if steps is not None and count < steps:
         raise ValueError(f"batches has {count} entries, but steps is {steps}")
+
+
+def _own(record: Any, number: int, maker: Any) -> Any:
+    """What `hparams` returned for this step, if it can be a record of the optimizer."""
+    made = isinstance(maker, type) and maker in _hparams.FIELDS  # else it is some function
+    if record is None or (made and not isinstance(record, maker)):
+        raise TypeError(
+            f"hparams({number}) returned {_tree.describe(record)}, "
+            "but must return what optimizer.hparams(...) makes"
+        )
+    return record
+
+
+def _like_buffers(new: Tree, old: Tree) -> Tree:
+    """The new buffers, if their structure and shapes are those of the old ones."""
+    names = "the new buffers", "buffers"
+    new = like(new, old, names)
+    for i, (mine, theirs) in enumerate(zip(_tree.leaves(new), _tree.leaves(old), strict=True)):
+        if isinstance(theirs, Tensor) and getattr(mine, "shape", None) != theirs.shape:
+            paths = [_tree.paths(old, name)[i] for name in names]
+            raise ValueError(
+                f"{paths[0]} is {_tree.describe(mine)}, but {paths[1]} is {_tree.describe(theirs)}"
+            )
+    return new
 
 
 def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:

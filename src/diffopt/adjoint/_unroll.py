@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from diffopt import _tree
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint
+from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint.unrolled import Unrolled
 
 
@@ -43,8 +43,9 @@ def unroll(
         time where `step` returns trees of tensors.
 
     Raises:
-        ValueError: neither `length` nor `xs` is given, or they and the leaves of `xs` disagree.
-        TypeError: `adjoint` is no `Adjoint`.
+        ValueError: neither `length` nor `xs` is given, they and the leaves of `xs` disagree, or
+            `step` returns a carry of another structure.
+        TypeError: `adjoint` is no `Adjoint`, or `step` does not return a tuple of two.
 
     Example:
         >>> import torch, diffopt
@@ -61,8 +62,30 @@ def unroll(
     """
     if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled()")
+    if not isinstance(step, GradientStep):
+        step = _checked(step)
     carry, outputs = adjoint.run(step, carry, args, _elements(xs, length))
     return carry, _stack(outputs)
+
+
+def _checked(step: Step) -> Step:
+    """The same step, which raises where it does not return a carry like its own and an output."""
+
+    def checked(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
+        result: Any = step(carry, args, x)
+        if not isinstance(result, tuple) or len(cast(tuple[Any, ...], result)) != 2:
+            described = _tree.describe(cast(Any, result))
+            raise TypeError(f"step must return (carry, output), not {described}")
+        new, output = cast(tuple[Tree, Any], result)
+        return like(new, carry, ("the carry that step returned", "carry")), output
+
+    return checked
+
+
+def like(new: Tree, old: Tree, names: tuple[str, str]) -> Tree:
+    """The new tree, with its dictionaries in the order of the old one; raises where it differs."""
+    spec = _tree.flatten(old)[1]
+    return _tree.unflatten(_tree.leaves_like(new, spec, old, names), spec)
 
 
 def _elements(xs: Tree, length: int | None) -> list[Any]:

@@ -74,6 +74,7 @@ class Evolution(Adjoint):
     Raises:
         ValueError: an argument is out of its range; `run`: the step closes over a tensor that needs
             a gradient.
+        TypeError: `generator` is no torch.Generator.
         NotImplementedError: in forward mode, under torch.compile, for a second derivative.
 
     Example:
@@ -102,7 +103,7 @@ class Evolution(Adjoint):
     chunk_size: int = 1
 
     def __post_init__(self) -> None:
-        _check(self.samples, self.sigma, self.chunk_size)
+        _check(self.samples, self.sigma, self.generator, self.chunk_size)
         if self.persistent is not None:
             _check_count("persistent", self.persistent)
 
@@ -213,7 +214,8 @@ def smooth(
         ValueError: an argument is out of its range; when called: theta is no tree of
             floating-point or complex tensors, or `function` closes over a tensor that needs a
             gradient (which is not found where it disables gradients itself).
-        TypeError: when called: `function` does not return a real 0-d tensor or a number.
+        TypeError: `function` is none, or `generator` is no torch.Generator; when called: `function`
+            does not return a real 0-d tensor or a number.
         NotImplementedError: for a second derivative.
 
     Example:
@@ -231,6 +233,7 @@ def smooth(
     def run(carry: Tree, theta: Tree) -> tuple[Tree, Any]:
         return carry, function(theta)
 
+    _check_function(function)
     particles = PersistentEvolution(run, samples, sigma, generator, chunk_size)
 
     def smoothed(theta: Tree) -> Tensor:
@@ -282,7 +285,8 @@ class PersistentEvolution:
         ValueError: an argument is out of its range; when called: theta is no tree of
             floating-point or complex tensors, `state` is not that of as many samples, or `function`
             depends on a tensor that needs a gradient and is not in theta.
-        TypeError: when called: `function` does not return a carry and a real 0-d tensor or number.
+        TypeError: `function` is none, or `generator` is no torch.Generator; when called: `function`
+            does not return a carry and a real 0-d tensor or number.
         NotImplementedError: for a second derivative.
 
     Example:
@@ -318,7 +322,8 @@ class PersistentEvolution:
     chunk_size: int = 1
 
     def __post_init__(self) -> None:
-        _check(self.samples, self.sigma, self.chunk_size)
+        _check_function(self.function)
+        _check(self.samples, self.sigma, self.generator, self.chunk_size)
 
     def init(self, carry: Tree) -> tuple[Pair, ...]:
         """All particles at the start of a loop, with this carry."""
@@ -507,11 +512,18 @@ def _truncations(
     return result
 
 
-def _check(samples: int, sigma: float, chunk_size: int) -> None:
+def _check(samples: int, sigma: float, generator: torch.Generator | None, chunk_size: int) -> None:
     _check_count("samples", samples)
     _check_count("chunk_size", chunk_size)
     if not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"sigma is {sigma!r}, but must be a number > 0")
+    if generator is not None and not isinstance(generator, torch.Generator):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"generator is {_tree.describe(generator)}, not a torch.Generator")
+
+
+def _check_function(function: Any) -> None:
+    if not callable(function):
+        raise TypeError(f"function is {_tree.describe(function)}, not a function")
 
 
 def _check_count(name: str, value: int) -> None:

@@ -45,7 +45,7 @@ class Truncated(Adjoint):
     k: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or self.k < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if type(self.k) is not int or self.k < 0:
             raise ValueError(f"k is {self.k!r}, but must be an integer >= 0")
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:

@@ -179,7 +179,10 @@ def spread(
 ) -> list[_hparams.Covered]:
     """The numbers of a record over the leaves, checked."""
     if not isinstance(hparams, record):
-        raise TypeError(f"hparams is a {type(hparams).__name__}: make it by hparams(...)")
+        raise TypeError(
+            f"hparams is a {type(hparams).__name__}, not a {record.__name__}: "
+            "make it by hparams(...)"
+        )
     numbers = _hparams.broadcast(hparams, spec, params)
     _checks.numbers(numbers, tensors, params)
     return numbers

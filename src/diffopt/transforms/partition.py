@@ -40,7 +40,7 @@ def partition(
         a tensor has another label.
 
     Raises:
-        TypeError: one of `optimizers` is none.
+        TypeError: `optimizers` is no dict, or one of them is none.
         ValueError: (from `init` and `update`) `labels` is no prefix of params, or a label names no
             optimizer.
 
@@ -56,6 +56,9 @@ def partition(
         >>> opt.update(params, grads, opt.init(params), hp)[0]
         {'body': [tensor([-0.1000, -0.1000]), tensor([-0.1000])], 'head': tensor([-0.5000])}
     """
+    if not isinstance(optimizers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = type(optimizers).__name__
+        raise TypeError(f"optimizers is a {kind}, not a dict with an optimizer for each label")
     for label, optimizer in optimizers.items():
         check_optimizer(optimizer, f"optimizers[{label!r}]")
     makers = {label: optimizer.hparams for label, optimizer in optimizers.items()}
