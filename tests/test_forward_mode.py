@@ -129,9 +129,11 @@ def test_running_statistics_are_constants(inputs, training):
 
 def test_results_that_depend_on_no_input_are_constants():
     w = {"a": INPUTS["a"], "c": INPUTS["c"].clone().requires_grad_()}
-    sol = solve(
-        lambda w: (w["a"] ** 2).sum() + (w["c"] ** 2).sum(), w, lr=0.1, adjoint=ForwardMode()
-    )
+    opt = diffopt.sgd()
+    sol = diffopt.minimize(
+        lambda w: (w["a"] ** 2).sum() + (w["c"] ** 2).sum(), w, optimizer=opt, steps=3,
+        hparams=opt.hparams(lr=0.1), adjoint=ForwardMode(),
+    )  # fmt: skip
     assert sol.params["c"].requires_grad
     assert not sol.params["a"].requires_grad
 
@@ -281,10 +283,9 @@ def test_factorizations_under_vmap(loss, shared):
 
         w = torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3).sin().flip(1)
         x = torch.linspace(0.5, 2, 4, dtype=torch.float64)
-        expanded = (lambda w, x: one(w, x)) if shared else one
-        in_dims = (None, 0) if shared else (0, 0)
-        w = w if shared else w.expand(4, 3, 3)
-        return torch.vmap(torch.func.grad(expanded, (0, 1)), in_dims)(w, x)
+        if shared:
+            return torch.vmap(torch.func.grad(one, (0, 1)), (None, 0))(w, x)
+        return torch.vmap(torch.func.grad(one, (0, 1)))(w.expand(4, 3, 3), x)
 
     torch.testing.assert_close(end(ForwardMode()), end(Unrolled()), **CLOSE)
 
