@@ -285,12 +285,16 @@ def test_weights_of_normalisations_under_vmap(name):
     (expected,) = torch.autograd.grad(sum(end(x) for x in xs), xs)
     (grad,) = torch.autograd.grad(torch.vmap(end)(xs).sum(), xs)
     torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+    along = 1e-6 * torch.randn_like(xs)
+    with torch.no_grad():
+        ahead, behind = (torch.vmap(end)(xs + sign * along).sum() for sign in (1, -1))
+    torch.testing.assert_close((grad * along).sum(), (ahead - behind) / 2, rtol=1e-6, atol=1e-13)
 
 
 # What cannot arrive
 
 
-@pytest.mark.parametrize("adjoint", CHECKPOINTED[:2], ids=str)
+@pytest.mark.parametrize("adjoint", CHECKPOINTED, ids=str)
 def test_a_tensor_that_a_later_step_closes_over_raises(adjoint):
     decay = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     opt = diffopt.sgd()
@@ -307,18 +311,46 @@ def test_a_tensor_that_a_later_step_closes_over_raises(adjoint):
 
 
 @pytest.mark.parametrize("adjoint", CHECKPOINTED[:1] + CHECKPOINTED[-1:], ids=str)
-def test_a_generator_that_the_loss_closes_over_raises(adjoint):
+@pytest.mark.parametrize("momentum", [False, True])
+def test_a_generator_that_the_loss_closes_over_raises(adjoint, momentum):
     generator = torch.Generator().manual_seed(0)
-    opt = diffopt.sgd()
+    opt = diffopt.sgd(momentum=momentum)
+    start = torch.zeros(3, requires_grad=True)
 
     def loss(w):
         return ((w - torch.rand(3, generator=generator)) ** 2).sum()
 
     with pytest.raises(ValueError, match="pass the generator it draws from as an argument"):
         diffopt.minimize(
-            loss, torch.zeros(3, requires_grad=True), optimizer=opt, hparams=opt.hparams(lr=0.1),
-            steps=4, adjoint=adjoint,
-        )  # fmt: skip
+            loss, start, optimizer=opt, hparams=opt.hparams(lr=0.1), steps=4, adjoint=adjoint
+        )
+    with pytest.raises(ValueError, match="pass the generator it draws from as an argument"):
+        unroll(lambda w, rate, t: (w - loss(w), ()), start, (), 4, adjoint=adjoint)
+
+
+@pytest.mark.parametrize("adjoint", CHECKPOINTED, ids=str)
+@pytest.mark.parametrize("transformed", [False, True])
+def test_buffers_that_begin_to_vary_later_raise(adjoint, transformed):
+    opt = diffopt.sgd(momentum=False)
+
+    def loss(w, total, t):
+        kept = w.detach() if t == 0 else w
+        return 0.5 * w**2 + 0 * total.detach(), total.detach() + kept
+
+    def end(w):
+        return diffopt.minimize(
+            loss, w, optimizer=opt, hparams=opt.hparams(lr=0.1), batches=range(6),
+            buffers=torch.zeros((), dtype=torch.float64), adjoint=adjoint,
+        ).params  # fmt: skip
+
+    def grad(end):
+        start = torch.ones((), dtype=torch.float64, requires_grad=True)
+        return (
+            torch.func.grad(end)(start) if transformed else torch.autograd.grad(end(start), start)
+        )
+
+    with pytest.raises(ValueError, match="depends on what is differentiated in some steps"):
+        grad(end)
 
 
 @pytest.mark.parametrize("adjoint", [Unrolled(), FirstOrder(), Checkpointed(), None], ids=str)

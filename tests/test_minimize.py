@@ -841,3 +841,16 @@ def test_inference_mode_is_refused():
         diffopt.minimize(
             lambda w: w**2, torch.tensor(1.0), optimizer=opt, hparams=opt.hparams(lr=0.1), steps=1
         )
+
+
+def test_rates_of_every_weight_are_compiled():
+    opt = diffopt.adam()
+    params, rates = torch.ones(3), torch.tensor([0.1, 0.2, 0.3])
+
+    def end(rates):
+        return diffopt.minimize(
+            lambda w: (w**2).sum(), params, optimizer=opt, hparams=opt.hparams(lr=rates), steps=2
+        ).params
+
+    compiled = torch.compile(end, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rates), end(rates))

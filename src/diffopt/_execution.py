@@ -475,7 +475,9 @@ def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
             if value.dim() == 0:
                 value = _modes.exact(value)
             else:
-                value = value.to(WORKING_DTYPE.get(dtype, dtype).to_real())
+                working = WORKING_DTYPE.get(dtype, dtype)
+                # torch.compile does not know `to_real`.
+                value = value.to(working.to_real() if working.is_complex else working)
                 value = value.unsqueeze(-1) if dtype.is_complex else value
         result.append(value)
     return result

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from diffopt import _function, _modes, _tree
+from diffopt._closed import graph_leaves, refuse_closed_over, refuse_varying
 from diffopt._tree import Tree
 
 HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
@@ -36,6 +37,7 @@ def value_and_grad(
     *,
     second_order: bool = True,
     hvp: HVP = "reverse-over-reverse",
+    varies: Sequence[bool] = (),
 ) -> tuple[Tensor, Any, Tree]:
     """Value, auxiliary output and gradient by params of `function(params, inputs)`.
 
@@ -44,11 +46,11 @@ def value_and_grad(
 
     Forward-over-reverse keeps nothing but params and inputs for those derivatives, none of the
     loss's activations; they are exact by the symmetry of second derivatives, for what is among
-    params and inputs.
+    params and inputs. There `varies` is False for the first auxiliary tensors that are constants.
     """
     recording, forward = torch.is_grad_enabled(), _modes.forward_differentiated()
     if second_order and recording and hvp == "forward-over-reverse" and not forward:
-        return _forward_over_reverse(function, params, inputs)
+        return _forward_over_reverse(function, params, inputs, varies)
     if _modes.transformed():
         value, aux, grads = _functorch(function, params, inputs)
     else:
@@ -110,7 +112,7 @@ _INDEPENDENT = "loss does not depend on params: it must compute with its argumen
 class _Norms(TorchFunctionMode):
     """Normalisations with their weights multiplied afterwards.
 
-    torch (2.11 to 2.14) takes second derivatives of layer_norm, batch_norm and instance_norm by
+    torch (seen in 2.13) takes second derivatives of layer_norm, batch_norm and instance_norm by
     their weights wrongly outside of torch.vmap: its rule for batches forgets that the mean and the
     variance depend on the input.
     """
@@ -121,12 +123,12 @@ class _Norms(TorchFunctionMode):
             return func(*args, **kwargs)
         given = inspect.signature(func).bind(*args, **kwargs).arguments
         weight, bias = given.pop("weight", None), given.pop("bias", None)
-        result = func(**given)
+        scaled = result = func(**given)
         shape = (-1, *(1,) * (result.dim() - 2)) if func is not F.layer_norm else None
         for operation, x in ((torch.mul, weight), (torch.add, bias)):
             if x is not None:
-                result = operation(result, x.reshape(shape) if shape else x)
-        return result
+                scaled = operation(scaled, x.reshape(shape) if shape else x)
+        return scaled.to(result.dtype)
 
 
 class _NoGrad(TorchFunctionMode):
@@ -156,7 +158,7 @@ def _stopping() -> contextlib.AbstractContextManager[Any]:
 
 
 def _forward_over_reverse(
-    function: Objective, params: Tree, inputs: Tree
+    function: Objective, params: Tree, inputs: Tree, varies: Sequence[bool]
 ) -> tuple[Tensor, Any, Tree]:
     surroundings = _function.Surroundings((params, inputs))
     _, join = _tree.split((params, inputs))
@@ -164,7 +166,9 @@ def _forward_over_reverse(
 
     def outputs(xs: Sequence[Tensor]) -> list[Tensor]:
         value, aux = function(*join(xs))
-        return [value, *_tree.split(aux)[0]]
+        results = [value, *_tree.split(aux)[0]]
+        refuse_varying(results, (True, *varies))
+        return results
 
     def results(*xs: Tensor) -> list[Tensor]:
         return _tree.split(value_and_grad(function, *join(xs)))[0]
@@ -183,7 +187,7 @@ def _forward_over_reverse(
     def forward(arguments: Tree) -> Tree:
         return value_and_grad(function, *arguments)
 
-    return _function.custom(forward, (params, inputs), pullback)
+    return _function.custom(forward, (params, inputs), pullback, varies=(True, *varies))
 
 
 def _hvp(
@@ -209,13 +213,17 @@ def _hvp(
             arguments[i] = x
         with _NoGrad():
             outputs = function(arguments)
+        plain = not _modes.transformed()
+        if plain and any(id(leaf) not in aliases for leaf in graph_leaves(outputs)):
+            refuse_closed_over("the loss", function, list(xs))
         pairs = zip(outputs, cotangents, strict=True)
         terms = [(v.conj() * y).real.sum() for y, v in pairs if _function.has_derivative(y)]
         return outputs[0] + e * torch.stack(terms).sum()
 
     gradient_jvp = _functorch_jvp if _modes.transformed() else _autograd_jvp
     try:
-        results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
+        with _function.noticed() as aliases:
+            results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
     except RuntimeError as error:
         complaint = lacks_forward(error)
         if complaint is None:

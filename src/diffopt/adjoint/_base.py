@@ -59,6 +59,7 @@ class GradientStep:
         second_order: whether gradients carry their own derivatives. False drops the second
             derivatives of the loss.
         hvp: how the derivative of a gradient is computed, see `Checkpointed`.
+        varies: False for each of the buffers' first tensors that is known to be a constant.
     """
 
     objective: Callable[[Tree, Any], tuple[Tensor, Any]]
@@ -66,6 +67,7 @@ class GradientStep:
     tol: float | None = None
     second_order: bool = True
     hvp: HVP = "reverse-over-reverse"
+    varies: tuple[bool, ...] = ()
 
     def __call__(self, carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
         (params, state, buffers), (hparams, inputs), (own, batch) = carry, args, x
@@ -75,6 +77,7 @@ class GradientStep:
             (buffers, inputs, batch),
             second_order=self.second_order,
             hvp=self.hvp,
+            varies=self.varies,
         )
         hparams = hparams if own is None else own
         params, state = self.optimizer.update(params, grads, state, hparams)

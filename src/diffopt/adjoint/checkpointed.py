@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 from diffopt import _function, _modes, _tree
+from diffopt._closed import (
+    graph_leaves,
+    refuse_closed_over,
+    refuse_other,
+    refuse_varying,
+    varying,
+)
 from diffopt._gradient import HVP
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
-from diffopt.adjoint._closed import graph_leaves, refuse_closed_over, varying
 from diffopt.adjoint.unrolled import Unrolled
 
 
@@ -92,11 +98,17 @@ class Checkpointed(Adjoint):
             return Unrolled().run(step, carry, args, xs)
         if not xs:
             return carry, []
-        refuse_closed_over("the loss or step", step, carry, args, xs[0])
-        varies = [_function.has_derivative(x) for x in _tree.split(carry)[0]]
+        results = refuse_closed_over("the loss or step", step, carry, args, xs[0])
         if isinstance(step, GradientStep):
-            varies = varying(step, carry, args, xs)
-            step = replace(step, hvp=self.hvp)
+            varies = varying(step, carry, args, xs, results)
+            buffers = varies[len(_tree.split(carry[:2])[0]) :]
+            step = replace(step, hvp=self.hvp, varies=tuple(buffers))
+            if self.hvp == "forward-over-reverse":  # all gradients count as varying there
+                varies = varying(step, carry, args, xs, results)
+        else:
+            varies = [_function.has_derivative(x) for x in _tree.split(carry)[0]]
+            with torch.no_grad(), _function.Surroundings((carry, args, xs[0])).restored():
+                refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
         loop = _Loop(step, self.segments or _root(len(xs), self.levels + 1), frugal, varies)
         outputs: list[Any] = []
@@ -152,10 +164,6 @@ class _Loop:
         outputs: list[Any] = []
         for x in xs:
             carry, output = self.step(carry, args, x)
-            if self.frugal:  # all that such a step returns counts as differentiable
-                tensors, join = _tree.split(carry)
-                pairs = zip(tensors, self.varies, strict=True)
-                carry = join(x if varied else x.detach() for x, varied in pairs)
             outputs.append(output)
         return carry, outputs
 
@@ -247,8 +255,11 @@ class _Loop:
 
         def run(*tensors: Tensor) -> list[Tensor]:
             outputs = _tree.split(self.run(*join(tensors)))[0]
-            if wanted[0] == self.varies:
-                self.check(outputs, inputs, aliases)
+            if not any(want and not v for want, v in zip(wanted[0], self.varies, strict=True)):
+                refuse_varying(outputs, self.varies)
+            # Of a frugal step the graph does not show the loss, which is looked at elsewhere.
+            if not (_modes.transformed() or self.frugal):
+                self.refuse_closed_over(outputs, inputs, aliases)
             return outputs
 
         with _function.noticed() as aliases:
@@ -257,19 +268,12 @@ class _Loop:
             )
         return _cut(grads, list(map(len, wanted)))
 
-    def check(self, outputs: list[Tensor], inputs: Tree, aliases: dict[int, Tensor]) -> None:
-        """Raise where a derivative would be lost that the first step did not show."""
-        for output, varied in zip(outputs, self.varies, strict=False):
-            if output.requires_grad and not varied and _function.has_derivative(output):
-                raise ValueError(
-                    f"a tensor of shape {tuple(output.shape)} of the optimizer's state or the "
-                    "buffers depends on what is differentiated in some steps, but not in the "
-                    "first: Checkpointed cannot differentiate that, Unrolled can"
-                )
-        if _modes.transformed():
-            return
+    def refuse_closed_over(
+        self, outputs: list[Tensor], inputs: Tree, aliases: dict[int, Tensor]
+    ) -> None:
+        """Raise where a step closes over a tensor, though the first does not."""
+        carry, args, xs = inputs
         if any(id(leaf) not in aliases for leaf in graph_leaves(outputs)):
-            carry, args, xs = inputs
             for x in xs:
                 refuse_closed_over("the loss or step", self.step, carry, args, x)
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from diffopt import _function, _modes, _tree
+from diffopt._closed import refuse_closed_over
 from diffopt._function import Surroundings
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
-from diffopt.adjoint._closed import refuse_closed_over
 from diffopt.adjoint._limited import constant_in, first_order
 from diffopt.adjoint.unrolled import Unrolled
 

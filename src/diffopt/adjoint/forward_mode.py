@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import _function, _modes, _tree
+from diffopt._closed import graph_leaves, refuse_closed_over
 from diffopt._gradient import lacks_forward
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, Step
-from diffopt.adjoint._closed import graph_leaves, refuse_closed_over
 from diffopt.adjoint._limited import once
 from diffopt.adjoint.unrolled import Unrolled
 

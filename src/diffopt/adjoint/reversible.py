@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from diffopt import _function, _hparams, _modes, _tree
+from diffopt._closed import graph_leaves, refuse_closed_over
 from diffopt._engine import Leafwise
 from diffopt._function import Surroundings
 from diffopt._gradient import HVP, Objective, value_and_grad
 from diffopt._modes import exact
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
-from diffopt.adjoint._closed import graph_leaves, refuse_closed_over
 from diffopt.adjoint._limited import once
 from diffopt.rules.sgd import MomentumHParams, SGDState
 

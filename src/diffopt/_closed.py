@@ -5,7 +5,7 @@
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,16 +13,17 @@ from torch import Tensor
 
 from diffopt import _function, _modes, _tree
 from diffopt._tree import Tree
-from diffopt.adjoint._base import GradientStep
 
 
-def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree) -> None:
-    """Raise where a function's result depends on a tensor that needs a gradient and is no argument.
+def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree) -> list[Tensor]:
+    """The tensors of `function(*arguments)` as constants, if it depends on nothing else.
 
-    Such a tensor is a leaf of the graph of what `function` makes of detached arguments. So are
-    tensors that `function` makes itself, but they are others in a second run.
+    Raises where the result depends on a tensor that needs a gradient and is no argument. Such a
+    tensor is a leaf of the graph of what `function` makes of detached arguments. So are tensors
+    that `function` makes itself, but they are others in a second run.
     """
     found: dict[int, Tensor] = {}
+    outputs: Tree = None
     for run in range(2):
         with _function.Surroundings(arguments).restored(), _function.noticed() as aliases:
             with torch.enable_grad():
@@ -30,7 +31,7 @@ def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree
             leaves = {id(x): x for x in graph_leaves(outputs) if id(x) not in aliases}
         found = leaves if run == 0 else {key: leaves[key] for key in found.keys() & leaves.keys()}
         if not found:
-            return
+            return _tree.detach(_tree.split(outputs)[0])
     leaf = next(iter(found.values()))
     raise ValueError(
         f"{name} closes over a tensor of shape {tuple(leaf.shape)} that requires a gradient (or "
@@ -38,14 +39,16 @@ def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree
     )
 
 
-def varying(step: GradientStep, carry: Tree, args: Tree, xs: list[Any]) -> list[bool]:
+def varying(
+    step: Callable[..., Any], carry: Tree, args: Tree, xs: list[Any], results: list[Tensor]
+) -> list[bool]:
     """Which tensors of the carry depend on what may be differentiated, after any number of steps.
 
     Others, such as a count of steps and the running statistics of a batch normalisation, are
-    constants. It takes running the first step with a graph, twice as a rule.
+    constants. The step is one of `minimize`; the first is run with a graph, twice as a rule.
 
     Raises:
-        ValueError: the step returns other numbers when it is run again.
+        ValueError: the first step returns other numbers than `results` when it is run again.
     """
     tensors, join = _tree.split((carry, args, xs[0]))
     everything = [_function.has_derivative(tensor) for tensor in tensors]
@@ -55,7 +58,6 @@ def varying(step: GradientStep, carry: Tree, args: Tree, xs: list[Any]) -> list[
     varies = list(everything)
     for i in range(len(_tree.split(carry[0])[0]), len(starts)):  # params always do
         varies[i] &= any(level.requires_grad for level in _modes.levels(tensors[i]))
-    values: list[Tensor] = []
     depends: list[bool] = []
 
     def run(*chosen: Tensor) -> list[Tensor]:
@@ -66,8 +68,7 @@ def varying(step: GradientStep, carry: Tree, args: Tree, xs: list[Any]) -> list[
         ]
         outputs = _tree.split(step(*join(inputs)))[0]
         depends[:] = [x.requires_grad for x in outputs[: len(starts)]]
-        _refuse_other(values, outputs)
-        values[:] = _tree.detach(outputs)
+        refuse_other(results, outputs)
         return [x for x in outputs if _function.has_derivative(x)]
 
     while True:
@@ -85,8 +86,19 @@ def varying(step: GradientStep, carry: Tree, args: Tree, xs: list[Any]) -> list[
         varies[: len(starts)] = grown
 
 
-def _refuse_other(before: list[Tensor], after: list[Tensor]) -> None:
-    """Raise where numbers are not the same, though not for what kernels in parallel round."""
+def refuse_varying(outputs: Iterable[Tensor], varies: Iterable[bool]) -> None:
+    """Raise where one depends on what is differentiated that was found to be a constant."""
+    for output, varied in zip(outputs, varies, strict=False):
+        if not varied and output.requires_grad and _function.has_derivative(output):
+            raise ValueError(
+                f"a tensor of shape {tuple(output.shape)} of the optimizer's state or the buffers "
+                "depends on what is differentiated in some steps, but not in the first: "
+                "Checkpointed cannot differentiate that, Unrolled can"
+            )
+
+
+def refuse_other(before: list[Tensor], after: list[Tensor]) -> None:
+    """Raise where a step run again gives other numbers, beyond what kernels in parallel round."""
     for old, new in zip(before, after, strict=False):
         old, new = _modes.concrete(old), _modes.concrete(new)
         if old is None or new is None or old.shape != new.shape or not old.numel():
