@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _execution, _hparams, _modes, _tree
+from diffopt import _checks, _execution, _hparams, _modes, _ops, _tree
 from diffopt._checks import Shape
 from diffopt._execution import Execution, Rule, is_scalar, unused
 from diffopt._modes import exact, exact_dtype
@@ -153,6 +153,11 @@ class Leafwise(Optimizer[S, H]):
         new: list[Any] = [list(work.params), *(list(column) for column in work.buffers)]
         for indices in work.groups():
             values, columns = work.values(indices), work.columns(indices)
+            if not differentiated and (results := self._copied(step, values, columns)):
+                for column, result in zip(new, results, strict=True):
+                    for i, tensor in zip(indices, result, strict=False):
+                        column[i] = tensor
+                continue
             numbers = self.rule.at(number, values, columns[0][0])
             if not differentiated and self._batched(columns, values):
                 for column, result in zip(new, self.rule.apply(numbers, columns), strict=True):
@@ -180,18 +185,12 @@ class Leafwise(Optimizer[S, H]):
 
     def _step_(self, step: Tensor, values: list[Any], columns: list[Any]) -> None:
         """Update tensors that share device, dtype and hyperparameters, in place."""
-        number = _modes.number_of(step)
-        numeric = all(isinstance(value, (int, float)) for value in values)
-        native = self.execution == "auto" and self.rule.native and numeric
-        if native and _execution.kernel_ready(columns):
-            first = None if isinstance(number, Tensor) else number == 1
-            steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
-            if _execution.native_(self.rule, steps, first, values, columns):
-                return
+        if self._native_(step, values, columns):
+            return
         if self.execution == "compiled":
             _execution.compiled_(self.rule, step, values, columns)
             return
-        numbers = self.rule.at(number, values, columns[0][0])
+        numbers = self.rule.at(_modes.number_of(step), values, columns[0][0])
         if self._batched(columns, values):
             _execution.foreach_(self.rule, numbers, columns)
         elif self.execution == "auto" and _execution.tileable(self.rule, columns, values):
@@ -200,6 +199,29 @@ class Leafwise(Optimizer[S, H]):
             _execution.stacked_(self.rule, numbers, columns)
         else:
             _execution.leaf_(self.rule, numbers, columns)
+
+    def _native_(self, step: Tensor, values: list[Any], columns: list[Any]) -> bool:
+        """The same by a native kernel; False, and nothing has changed, where there is none."""
+        numeric = all(isinstance(value, (int, float)) for value in values)
+        native = self.execution == "auto" and self.rule.native and numeric
+        if not (native and _execution.kernel_ready(columns)):
+            return False
+        number = _modes.number_of(step)
+        first = None if isinstance(number, Tensor) else number == 1
+        steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
+        return _execution.native_(self.rule, steps, first, values, columns)
+
+    def _copied(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any] | None:
+        """Updated copies, where a native kernel on a CPU makes them: one pass instead of ten."""
+        cpu = columns[0][0].device.type == "cpu"
+        native = self.execution == "auto" and self.rule.native and cpu
+        if not (native and _execution.kernel_ready(columns)) or torch.is_inference_mode_enabled():
+            return None
+        values = [_ops.coefficient(value) for value in values]
+        params, grads, *buffers = columns
+        written = [[x.clone() for x in column] for column in (params, *buffers)]
+        copies = [written[0], grads, *(c if c else () for c in written[1:])]
+        return written if self._native_(step, values, copies) else None
 
     def _batched(self, columns: list[Any], values: list[Any]) -> bool:
         """Whether foreach kernels are to run."""

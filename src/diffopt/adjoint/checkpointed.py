@@ -34,7 +34,8 @@ class Checkpointed(Adjoint):
     `levels` > 1 so is each of them when its turn comes to be run again, and so on. At any time
     about (levels + 1) T^(1/(levels + 1)) carries and the activations of one step are there. A step
     is run levels + 2 times at most, the last time with its graph; random numbers repeat themselves.
-    `levels=1` keeps 2 sqrt(T) carries; more than log2(T) levels are no gain.
+    `levels=1` keeps 2 sqrt(T) carries; more than log2(T) levels are no gain. `segments=T` keeps all
+    carries and so runs each step just twice.
 
     Derivatives of any order reach the initial parameters, state and buffers, every tensor
     hyperparameter, the loss's arguments and the batches, but not tensors that the loss closes over:
