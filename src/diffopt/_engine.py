@@ -124,9 +124,10 @@ class Leafwise(Optimizer[S, H]):
         execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
             no derivative; "auto": the fastest that applies. That is, for `update_`, a native kernel
             where there is one, else tiles of the cache's size or stacks on a CPU; foreach on other
-            devices where no derivative can be asked for; and else leaf. "compiled": `update_` runs
-            one kernel that `torch.compile` makes of the rule for these shapes, which takes seconds
-            at the first step; `update` is "leaf", to be compiled with what surrounds it.
+            devices where no derivative can be asked for, and on a CPU a native kernel on copies;
+            and else leaf. "compiled": `update_` runs one kernel that `torch.compile` makes of the
+            rule for these shapes, which takes seconds at the first step; `update` is "leaf", to be
+            compiled with what surrounds it.
     """
 
     hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
