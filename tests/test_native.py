@@ -99,7 +99,7 @@ def test_the_rule_runs_where_the_kernel_cannot(kernel, param, lr, calls):
 @pytest.mark.parametrize(
     ("opt", "numbers", "expected"),
     [
-        (diffopt.sgd(), {"momentum": 0.9, "dampening": 0.3}, 3),
+        (diffopt.sgd(), {"momentum": 0.9, "dampening": 0.3}, 2),
         (diffopt.sgd(), {"momentum": 0.0}, 0),
         (diffopt.adagrad(), {"initial_accumulator_value": 0.2}, 2),
     ],
@@ -199,3 +199,25 @@ def test_a_sum_stops_the_recording_until_it_is_known():
         tape.inputs[0].sum()
     with pytest.raises(_program.Unrecordable):
         _program.Tape(1).inputs[0].numel()
+
+
+def test_a_step_between_two_counts_is_not_rounded():
+    opt, params = diffopt.adam(), [torch.ones(2, dtype=torch.float64)]
+    grads, hp = [torch.tensor([1.0, -2.0], dtype=torch.float64)], opt.hparams(lr=0.1)
+    state = opt.init(params)._replace(step=torch.tensor(0.3, dtype=torch.float64))
+    rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)  # the rule, not the kernel
+    (expected,), _ = opt.update(params, grads, state, opt.hparams(lr=rate))
+    (mine,), _ = opt.update(params, grads, state, hp)
+    torch.testing.assert_close(mine, expected.detach(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_a_buffer_that_is_given_for_the_first_step_counts(dampening):
+    opt, params, grads = diffopt.sgd(), [torch.ones(2)], [torch.tensor([1.0, -2.0])]
+    hp = opt.hparams(lr=0.1, momentum=0.5, dampening=dampening)
+    state = opt.init(params)._replace(momentum_buffer=[torch.tensor([4.0, 2.0])])
+    (new,), made = opt.update(params, grads, state, hp)
+    opt.update_(params, grads, state, hp)
+    for p, b in ((new, made.momentum_buffer[0]), (params[0], state.momentum_buffer[0])):
+        torch.testing.assert_close(b, torch.tensor([3.0, -1.0]))  # 0.5 * buffer + gradient
+        torch.testing.assert_close(p, 1 - 0.1 * b)

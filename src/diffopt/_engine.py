@@ -208,7 +208,10 @@ class Leafwise(Optimizer[S, H]):
         if not (native and _execution.kernel_ready(columns)):
             return False
         number = _modes.number_of(step)
-        first = None if isinstance(number, Tensor) else number == 1
+        if isinstance(number, float) and not number.is_integer():
+            return False  # kernels take the step in float32, exact for counts alone
+        # A kernel that is told of the first step would ignore a buffer that was given for it.
+        first = None if isinstance(number, Tensor) or number == 1 else False
         steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
         return _execution.native_(self.rule, steps, first, values, columns)
 
