@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import diffopt
-from diffopt import _execution, optim
+from diffopt import optim
+from diffopt._rule import ways
 from diffopt.rules import hparams, leafwise, number
 
 F64 = torch.float64
@@ -252,15 +253,15 @@ def test_rates_of_each_weight_are_not_stepped_together(monkeypatch):
 @pytest.fixture
 def pieced(monkeypatch):
     """The lengths of the vectors that are stepped by pieces, of some seven elements."""
-    monkeypatch.setattr(_execution, "_TILE", 7)
-    lengths, pieced_ = [], _execution._pieced_
+    monkeypatch.setattr(ways, "_TILE", 7)
+    lengths, pieced_ = [], ways._pieced_
 
     def spy(rule, numbers, row):
         done = pieced_(rule, numbers, row)
         lengths.extend([row[0].numel()] * done)
         return done
 
-    monkeypatch.setattr(_execution, "_pieced_", spy)
+    monkeypatch.setattr(ways, "_pieced_", spy)
     return lengths
 
 

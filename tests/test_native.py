@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import diffopt
-from diffopt import _execution, _program
+from diffopt._rule import recording, ways
 from diffopt.rules import Leafwise
 from registry import REGISTRY
 
@@ -112,7 +112,7 @@ def test_the_rule_runs_where_the_kernel_computes_something_else(opt, numbers, ex
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch):
-    monkeypatch.setattr(_execution, "_TILE", 7)
+    monkeypatch.setattr(ways, "_TILE", 7)
     torch.manual_seed(0)
     params = {"big": draw(5, 6), "small": [draw(2), draw(), draw(0)], "other": draw(3, 2)}
     params = pytree.tree_map(lambda p: p.to(dtype), params)
@@ -161,9 +161,9 @@ def test_a_compiled_kernel_that_is_wrong_is_not_used(monkeypatch):
 
 def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch):
     seen = []
-    program = _execution._program.Program
+    program = ways.recording.Program
     monkeypatch.setattr(
-        _execution._program, "Program", lambda *args: seen.append(args) or program(*args)
+        ways.recording, "Program", lambda *args: seen.append(args) or program(*args)
     )
     rules = {case.optimizer.rule for case in REGISTRY.values() if hasattr(case.optimizer, "rule")}
     rules = [rule for rule in rules if rule.elementwise]
@@ -174,11 +174,11 @@ def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch):
 
 
 def test_a_program_computes_what_is_wanted_and_a_value_wanted_twice_once():
-    tape = _program.Tape(3)
+    tape = recording.Tape(3)
     p, g, _ = tape.inputs
     new = 2 * p + g
     _ = (g * g).sqrt()
-    program = _program.Program(tape, [new, None, new])
+    program = recording.Program(tape, [new, None, new])
     assert len(program.lines) == 2
     assert program.copies == [(2, 0)]
     old, grad, average = draw(5), draw(5), draw(5)
@@ -189,16 +189,16 @@ def test_a_program_computes_what_is_wanted_and_a_value_wanted_twice_once():
 
 
 def test_a_sum_stops_the_recording_until_it_is_known():
-    tape = _program.Tape(1, whole=draw(5))
-    with pytest.raises(_program.Summed):
+    tape = recording.Tape(1, whole=draw(5))
+    with pytest.raises(recording.Summed):
         (2 * tape.inputs[0]).sum()
-    tape = _program.Tape(1, whole=draw(5), sums=[3.0])
+    tape = recording.Tape(1, whole=draw(5), sums=[3.0])
     assert tape.inputs[0].sum() == 3
     assert (tape.inputs[0].numel(), tape.inputs[0].dim()) == (5, 1)
-    with pytest.raises(_program.Summed):
+    with pytest.raises(recording.Summed):
         tape.inputs[0].sum()
-    with pytest.raises(_program.Unrecordable):
-        _program.Tape(1).inputs[0].numel()
+    with pytest.raises(recording.Unrecordable):
+        recording.Tape(1).inputs[0].numel()
 
 
 def test_a_step_between_two_counts_is_not_rounded():

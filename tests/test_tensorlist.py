@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffopt import _ops
-from diffopt._tensorlist import TensorList
+from diffopt._rule import ops
+from diffopt._rule.tensorlist import TensorList
 
 XS = [torch.tensor([1.0, -2.0]), torch.tensor([[3.0]]), torch.empty(0)]
 YS = [torch.tensor([0.5, 4.0]), torch.tensor([[-1.0]]), torch.empty(0)]
@@ -17,11 +17,11 @@ EXPRESSIONS = {
     "functions": lambda x, y: torch.where(x > y, torch.sign(x), y) + torch.exp(x),
     "operators": lambda x, y: abs(x) ** 2 + 2**y + 1 / x,
     "comparisons": lambda x, y: (x >= 1) & (y < 2) | (x == y),
-    "add": lambda x, y: _ops.add(x, y, 0.5) + _ops.add(x, y, SCALAR) + _ops.add(x, y, 0),
-    "lerp": lambda x, y: _ops.lerp(x, y, 0.2) + _ops.lerp(x, y, SCALAR),
-    "addcmul": lambda x, y: _ops.addcmul(x, y, y, 0.2) + _ops.addcmul(x, y, y, SCALAR),
-    "addcdiv": lambda x, y: _ops.addcdiv(x, y, y, 0.2) + _ops.addcdiv(x, y, y, SCALAR),
-    "roots": lambda x, y: _ops.sqrt(_ops.maximum(x, y)),
+    "add": lambda x, y: ops.add(x, y, 0.5) + ops.add(x, y, SCALAR) + ops.add(x, y, 0),
+    "lerp": lambda x, y: ops.lerp(x, y, 0.2) + ops.lerp(x, y, SCALAR),
+    "addcmul": lambda x, y: ops.addcmul(x, y, y, 0.2) + ops.addcmul(x, y, y, SCALAR),
+    "addcdiv": lambda x, y: ops.addcdiv(x, y, y, 0.2) + ops.addcdiv(x, y, y, SCALAR),
+    "roots": lambda x, y: ops.sqrt(ops.maximum(x, y)),
 }
 
 

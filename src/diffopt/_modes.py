@@ -1,7 +1,5 @@
 """Which of torch's ways of running code is active, and what a 0-d tensor is there."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -9,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from diffopt import _torch
 
 
 def compiling() -> bool:
@@ -19,17 +18,17 @@ def compiling() -> bool:
 
 def transformed() -> bool:
     """Whether the code runs under a torch.func transform, or is being traced as if it did."""
-    return compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return compiling() or _torch.innermost_transform() is not None
 
 
 def intercepted() -> bool:
     """Whether a dispatch mode, such as make_fx's or FakeTensorMode, sees every operation."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    return _torch.dispatch_modes() > 0
 
 
 def forward_differentiated() -> bool:
     """Whether torch.autograd.forward_ad is active."""
-    return forward_ad._current_level >= 0
+    return _torch.forward_level() >= 0
 
 
 def differentiable() -> bool:
@@ -74,6 +73,6 @@ def concrete(tensor: Tensor | None) -> Tensor | None:
 def levels(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor, and what torch.func's transforms have wrapped in it, from outside in."""
     yield tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while _torch.is_wrapped(tensor):
+        tensor = _torch.unwrapped(tensor)
         yield tensor

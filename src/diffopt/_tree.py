@@ -3,21 +3,20 @@
 The only module that touches torch's private pytree module.
 """
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from diffopt import _modes
+from diffopt import _modes, _torch
 
 Tree: TypeAlias = Any
 """A tensor, or a container of trees that torch's pytree registry knows."""
+
+pytree = _torch.pytree
 
 Spec: TypeAlias = pytree.TreeSpec
 
@@ -250,7 +249,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
 
 
 def _children(node: Tree) -> list[tuple[str, Tree]]:
-    handler = pytree.SUPPORTED_NODES[pytree._get_node_type(node)]
+    handler = pytree.SUPPORTED_NODES[_torch.node_type(node)]
     if handler.flatten_with_keys_fn is not None:
         return [(str(key), child) for key, child in handler.flatten_with_keys_fn(node)[0]]
     return [(f"[{i}]", child) for i, child in enumerate(handler.flatten_fn(node)[0])]

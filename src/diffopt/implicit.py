@@ -4,8 +4,6 @@ Any solver will do, since its steps are not looked at: of x with residual(x, *ar
 derivative is dx = -(d_x residual)^-1 (d_args residual) dargs.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 from __future__ import annotations
 
 import math
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
+from diffopt._diff.isolation import concrete, isolated, refuse_captured
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
 from diffopt.linear._base import (
@@ -35,7 +34,6 @@ from diffopt.linear._base import (
     template,
 )
 from diffopt.linear._derivative import Equation, Linear, attach
-from diffopt.linear._isolation import concrete, isolated, refuse_captured
 from diffopt.linear.krylov import GMRES
 
 OnFailure = Literal["warn", "raise"]

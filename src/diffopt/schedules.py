@@ -19,7 +19,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _hparams, _modes, _tree
+from diffopt import _modes, _tree
+from diffopt._rule import hyper
 
 Number: TypeAlias = Any
 """A Python number or a tensor."""
@@ -268,7 +269,7 @@ def one_cycle(
     low = peak / _number("div_factor", div_factor, gt=0)
     last = low / _number("final_div_factor", final_div_factor, gt=0)
     top = _number("pct_start", pct_start, ge=0, le=1) * steps - 1
-    _hparams.check_flags(three_phase=three_phase)
+    hyper.check_flags(three_phase=three_phase)
     if anneal not in ("cos", "linear"):
         raise ValueError(f"anneal is {anneal!r}, but must be 'cos' or 'linear'")
     curve = _cosine if anneal == "cos" else _between
@@ -365,8 +366,8 @@ def _number(name: str, value: Number, **bounds: float) -> Number:
         return _exact(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {_tree.describe(value)}, not a number or a tensor")
-    if not _hparams.in_range(float(value), {**bounds}):
-        raise ValueError(f"{name} is {value}, but must be {_hparams.describe_range({**bounds})}")
+    if not hyper.in_range(float(value), {**bounds}):
+        raise ValueError(f"{name} is {value}, but must be {hyper.describe_range({**bounds})}")
     return float(value)
 
 

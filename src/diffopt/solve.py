@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _hparams, _modes, _tree
-from diffopt._function import Surroundings
+from diffopt import _modes, _tree
+from diffopt._diff.functions import Surroundings
+from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
 from diffopt.adjoint._unroll import like
@@ -191,7 +192,7 @@ def _check_tol(tol: Any) -> None:
 
 def _check_params(params: Tree) -> None:
     leaves = _tree.leaves(params)
-    _checks.params(leaves, params)
+    checks.params(leaves, params)
     for i, leaf in enumerate(leaves):
         if not (leaf.is_floating_point() or leaf.is_complex()):
             path = _tree.paths(params, "params")[i]
@@ -215,7 +216,7 @@ def _xs(
 
 def _own(record: Any, number: int, maker: Any) -> Any:
     """What `hparams` returned for this step, if it can be a record of the optimizer."""
-    made = isinstance(maker, type) and maker in _hparams.FIELDS  # else it is some function
+    made = isinstance(maker, type) and maker in hyper.FIELDS  # else it is some function
     if record is None or (made and not isinstance(record, maker)):
         raise TypeError(
             f"hparams({number}) returned {_tree.describe(record)}, "

@@ -1,6 +1,5 @@
 """What every way of differentiating a loop has in common."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._gradient import HVP, value_and_grad
+from diffopt._diff.gradient import HVP, value_and_grad
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 

@@ -1,8 +1,5 @@
 """Results that lack a derivative, which raise where one is asked for that would be wrong."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diffopt import _function, _modes, _tree
+from diffopt import _modes, _torch, _tree
+from diffopt._diff import functions
 from diffopt._tree import Tree
 
 
@@ -25,7 +23,7 @@ def first_order(tree: Tree, message: str) -> Tree:
         return tree
 
     def mark(leaf: Any) -> Any:
-        marked = isinstance(leaf, Tensor) and _function.has_derivative(leaf)
+        marked = isinstance(leaf, Tensor) and functions.has_derivative(leaf)
         return cast(Any, _FirstOrder.apply(message, leaf)) if marked else leaf
 
     return _tree.map(mark, tree)
@@ -37,8 +35,8 @@ def without_derivative(tree: Tree, sources: Tree, message: str) -> Tree:
     Reverse mode raises `message`. Forward mode, which meets every result, gives tangents of NaN.
     """
     tensors, join = _tree.split(tree)
-    chosen = [i for i, x in enumerate(tensors) if _function.has_derivative(x)]
-    inputs = [x for x in _tree.split(sources)[0] if _function.has_derivative(x)]
+    chosen = [i for i, x in enumerate(tensors) if functions.has_derivative(x)]
+    inputs = [x for x in _tree.split(sources)[0] if functions.has_derivative(x)]
     if _modes.compiling() or not chosen or not inputs:
         return tree
     results = cast(Any, _Lost.apply(message, len(chosen), *(tensors[i] for i in chosen), *inputs))
@@ -56,7 +54,7 @@ def once(
 
 def constant_in(gradient: Tensor, inputs: Iterable[Tensor], message: str) -> Tensor:
     """A gradient whose derivative by the inputs raises `message`."""
-    zero = cast(Tensor, _Zero.apply(message, *filter(_function.has_derivative, inputs)))
+    zero = cast(Tensor, _Zero.apply(message, *filter(functions.has_derivative, inputs)))
     return gradient + zero.to(gradient.device, gradient.dtype)
 
 
@@ -75,7 +73,7 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, Tensor]:
-        x = torch._C._functorch.unwrap_if_dead(ctx.saved_tensors[0])
+        x = _torch.unwrap_if_dead(ctx.saved_tensors[0])
         return None, constant_in(cotangents[0], [x], ctx.message)
 
     @staticmethod
@@ -114,13 +112,13 @@ class _Once(_Raising):
     def forward(
         message: str, function: Callable[..., Sequence[Tensor]], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        return tuple(_function.batched_like(function(*inputs), inputs))
+        return tuple(functions.batched_like(function(*inputs), inputs))
 
 
 class _Lost(_Raising):
     @staticmethod
     def forward(message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_function.batched_like([x.clone() for x in tensors[:count]], tensors))
+        return tuple(functions.batched_like([x.clone() for x in tensors[:count]], tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,6 +1,5 @@
 """Reverse mode through the whole loop, with most of it computed again instead of kept."""
 
-# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import contextlib
@@ -12,15 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffopt import _function, _modes, _tree
-from diffopt._closed import (
+from diffopt import _modes, _tree
+from diffopt._diff import functions
+from diffopt._diff.captured import (
     graph_leaves,
     refuse_closed_over,
     refuse_other,
     refuse_varying,
     varying,
 )
-from diffopt._gradient import HVP
+from diffopt._diff.gradient import HVP
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint.unrolled import Unrolled
@@ -107,8 +107,8 @@ class Checkpointed(Adjoint):
             if self.hvp == "forward-over-reverse":  # all gradients count as varying there
                 varies = varying(step, carry, args, xs, results)
         else:
-            varies = [_function.has_derivative(x) for x in _tree.split(carry)[0]]
-            with torch.no_grad(), _function.Surroundings((carry, args, xs[0])).restored():
+            varies = [functions.has_derivative(x) for x in _tree.split(carry)[0]]
+            with torch.no_grad(), functions.Surroundings((carry, args, xs[0])).restored():
                 refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
         loop = _Loop(step, self.segments or _root(len(xs), self.levels + 1), frugal, varies)
@@ -176,7 +176,7 @@ class _Loop:
             return self.run(carry, args, xs)
         inputs = carry, args, xs
         _, join = _tree.split(inputs)
-        surroundings = _function.Surroundings(inputs)
+        surroundings = functions.Surroundings(inputs)
         sizes: list[int] = []
 
         def run(inputs: Tree) -> tuple[Tree, list[Any]]:
@@ -193,7 +193,7 @@ class _Loop:
                 grads = self.sweep(level, inputs, wanted, _cut(cotangents, sizes))
             return list(itertools.chain(*grads))
 
-        return _function.custom(run, inputs, pullback, sparse=True, varies=self.varies)
+        return functions.custom(run, inputs, pullback, sparse=True, varies=self.varies)
 
     def sweep(
         self,
@@ -219,8 +219,8 @@ class _Loop:
             if len(xs) == 1 or (level == 0 and self.frugal):
                 return self.recorded((carry, args, xs), wanted, [by_carry, *by_outputs])
             pieces = self.cut(xs) if level else [[x] for x in xs]
-            starts: list[tuple[Tree, _function.Surroundings]] = []
-            surroundings = _function.Surroundings(inputs)
+            starts: list[tuple[Tree, functions.Surroundings]] = []
+            surroundings = functions.Surroundings(inputs)
             for piece in pieces:
                 starts.append((carry, surroundings.now()))
                 if piece is not pieces[-1]:
@@ -246,7 +246,7 @@ class _Loop:
             return [by_carry, by_args, *by_xs]
 
         # Where the product is differentiated in turn, no more is kept of it than of the run.
-        return _function.recomputed(product, (inputs, cotangents))
+        return functions.recomputed(product, (inputs, cotangents))
 
     def recorded(
         self, inputs: Tree, wanted: list[list[bool]], cotangents: list[list[Tensor | None]]
@@ -263,8 +263,8 @@ class _Loop:
                 self.refuse_closed_over(outputs, inputs, aliases)
             return outputs
 
-        with _function.noticed() as aliases:
-            grads = _function.vjp(
+        with functions.noticed() as aliases:
+            grads = functions.vjp(
                 run, tensors, list(itertools.chain(*wanted)), list(itertools.chain(*cotangents))
             )
         return _cut(grads, list(map(len, wanted)))

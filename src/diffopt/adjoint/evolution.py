@@ -1,7 +1,5 @@
 """Derivatives from values alone: evolution strategies, antithetic and persistent."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import contextlib
@@ -14,11 +12,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from diffopt import _function, _modes, _tree
-from diffopt._closed import refuse_closed_over
-from diffopt._function import Surroundings
+from diffopt import _modes, _torch, _tree
+from diffopt._diff import functions
+from diffopt._diff.captured import refuse_closed_over
+from diffopt._diff.functions import Surroundings
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import constant_in, first_order
@@ -168,10 +166,10 @@ class Evolution(Adjoint):
 
             with surroundings.restored():  # linear in the cotangents, by which it has a derivative
                 frozen = _tree.detach(list(inputs))
-                grads = _function.recomputed(of_cotangents, (frozen, list(cotangents)))
+                grads = functions.recomputed(of_cotangents, (frozen, list(cotangents)))
             return [g if g is None else constant_in(g, inputs, _NO_SECOND) for g in grads]
 
-        outputs, carry = _function.custom(loop, tensors, pullback)
+        outputs, carry = functions.custom(loop, tensors, pullback)
         # Only now, so that the loop sees the random numbers that it sees under every adjoint.
         seeds = _seeds(self.samples, self.generator)
         return carry, outputs
@@ -463,9 +461,9 @@ class _Normal:
 @contextlib.contextmanager
 def _outside_of_vmap() -> Generator[None]:
     """Where random numbers can be drawn, that of torch.autograd.grad(is_grads_batched) included."""
-    key: Any = torch._C._parse_dispatch_key("VmapMode")
-    keys = torch._C.DispatchKeySet(key)
-    with temporarily_clear_interpreter_stack(), torch._C._ExcludeDispatchKeyGuard(keys):
+    key: Any = _torch.dispatch_key("VmapMode")
+    keys = _torch.DispatchKeySet(key)
+    with _torch.outside_transforms(), _torch.without_dispatch_keys(keys):
         yield
 
 
@@ -482,7 +480,7 @@ def _product(
     terms = [
         _modes.exact((v.conj() * (a - b)).real.sum())
         for v, a, b in zip(vectors, ahead, behind, strict=True)
-        if _function.has_derivative(a)
+        if functions.has_derivative(a)
     ]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
@@ -538,7 +536,7 @@ def _check_theta(theta: Tree) -> None:
     for leaf, path in zip(leaves, _tree.paths(theta, "theta"), strict=True):
         if not isinstance(leaf, Tensor):
             raise ValueError(f"{path} is {_tree.describe(leaf)}, not a tensor")
-        if not _function.has_derivative(leaf):
+        if not functions.has_derivative(leaf):
             raise ValueError(f"{path} has dtype {leaf.dtype}, which cannot be perturbed")
 
 

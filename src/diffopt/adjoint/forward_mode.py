@@ -1,8 +1,5 @@
 """Forward mode: the derivatives of a loop are carried along with it."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import functools
@@ -15,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffopt import _function, _modes, _tree
-from diffopt._closed import graph_leaves, refuse_closed_over
-from diffopt._gradient import lacks_forward
+from diffopt import _modes, _torch, _tree
+from diffopt._diff import functions
+from diffopt._diff.captured import graph_leaves, refuse_closed_over
+from diffopt._diff.gradient import lacks_forward
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, Step
 from diffopt.adjoint._limited import once
@@ -236,7 +234,7 @@ def _points(
 
 def _start(inputs: _Inputs, tensor: Tensor) -> Tensor | None:
     tangent = inputs.basis(tensor)
-    if tangent is None and tensor.dim() == 0 and _function.has_derivative(tensor):
+    if tangent is None and tensor.dim() == 0 and functions.has_derivative(tensor):
         # What torch multiplies with constants goes through Python: a count of steps, with which
         # every weight is scaled, has zeros, or a step of Adam takes 1.4 times as long.
         return tensor.new_zeros((inputs.count,))
@@ -269,7 +267,7 @@ def _advance(
         return results
 
     primals = [values[i] for i in chosen]
-    with _function.noticed() as aliases:
+    with functions.noticed() as aliases:
         if chosen and inputs.count:
             along = [directions[i] for i in chosen]
             results, tangents = _pushforward(outputs, primals, along, arguments)
@@ -277,7 +275,7 @@ def _advance(
             empty = inputs.tensors and not inputs.count
             results = outputs(*primals)
             tangents: list[Tensor | None] = [  # an input without numbers has no row, but is one
-                y.new_zeros((0, *y.shape)) if empty and _function.has_derivative(y) else None
+                y.new_zeros((0, *y.shape)) if empty and functions.has_derivative(y) else None
                 for y in results
             ]
     if any(id(leaf) not in aliases for leaf in graph_leaves(results)):
@@ -319,9 +317,8 @@ def _pushforward(
 
 def _vmapped() -> bool:
     """Whether the code runs under torch.vmap."""
-    functorch = torch._C._functorch
-    stack = functorch.get_interpreter_stack() or ()
-    return any(level.key() == functorch.TransformType.Vmap for level in stack)
+    stack = _torch.interpreter_stack() or ()
+    return any(level.key() == _torch.TransformType.Vmap for level in stack)
 
 
 def _dual(
@@ -330,7 +327,7 @@ def _dual(
     """For one direction: cheaper than torch.func in eager mode."""
     values, tangents = list[Tensor](), list[Tensor | None]()
     # Within a torch.autograd.Function forward mode is off, and so is it without a graph.
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
+    with torch.enable_grad(), _torch.forward_enabled(True), forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, d[0]) for x, d in zip(primals, directions, strict=True)]
         for result in function(*duals):
             value, tangent = forward_ad.unpack_dual(result)
@@ -361,7 +358,7 @@ def _one_by_one(
     Under a torch.vmap a second one for the directions would be wrong: with torch 2.13
     `torch.linalg.lu_solve` of batched factors and more right-hand sides is.
     """
-    before = _function.Surroundings(surroundings)
+    before = functions.Surroundings(surroundings)
     # Clones, as torch takes no tangents of what is expanded along the batch.
     along, joined = _directional(function, [x.clone() for x in primals])
     runs: list[tuple[list[Tensor], list[Tensor | None]]] = []
@@ -426,7 +423,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(rows: list[slice], *tensors: Tensor) -> tuple[Tensor, ...]:
         rest = tensors[len(rows) :]
-        return tuple(_function.batched_like([x.clone() for x in rest[: len(rest) // 2]], tensors))
+        return tuple(functions.batched_like([x.clone() for x in rest[: len(rest) // 2]], tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -436,7 +433,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        saved = [torch._C._functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
+        saved = [_torch.unwrap_if_dead(x) for x in ctx.saved_tensors]
         contract = functools.partial(_contract, ctx.rows)
         grads = once(_SECOND_ORDER, contract, [*saved, *cotangents])
         return (None, *grads, *[None] * (2 * len(cotangents)))

@@ -1,6 +1,5 @@
 """The derivative of a minimum by the equation it solves, whatever led to it."""
 
-# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -10,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffopt import _function, _modes, _tree
+from diffopt import _modes, _tree
+from diffopt._diff import functions
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import without_derivative
@@ -104,7 +104,7 @@ class Implicit(Adjoint):
             solver=self.solver, root_tolerance=self.root_tolerance, on_failure=self.on_failure,
             on_solve=self.on_solve, warm_start=self.warm_start,
         )  # fmt: skip
-        params = _function.independent(params, (carry, hparams, own))
+        params = functions.independent(params, (carry, hparams, own))
         message = "Implicit gives derivatives of sol.params, not of losses, state, aux or buffers"
         rest = without_derivative((state, buffers, outputs), (carry, args, xs), message)
         state, buffers, outputs = rest

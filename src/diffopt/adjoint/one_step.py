@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffopt import _function, _modes, _tree
+from diffopt import _modes, _tree
+from diffopt._diff import functions
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import first_order
@@ -72,7 +73,7 @@ def _never_done(step: GradientStep) -> Step:
     """The same values, with the derivative that the step has without its `tol`."""
 
     def run(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
-        surroundings = _function.Surroundings((carry, args, x))
+        surroundings = functions.Surroundings((carry, args, x))
         kept, output = step(carry, args, x)
         if not _modes.differentiable():
             return kept, output
@@ -80,7 +81,7 @@ def _never_done(step: GradientStep) -> Step:
             moved, _ = replace(step, tol=None)(carry, args, x)
 
         def derivative_of(moved: Any, kept: Any) -> Any:
-            if not isinstance(moved, Tensor) or not _function.has_derivative(moved):
+            if not isinstance(moved, Tensor) or not functions.has_derivative(moved):
                 return kept
             return kept.detach() + (moved - moved.detach())
 

@@ -1,8 +1,5 @@
 """Reverse mode through gradient descent with momentum that is run backwards, exactly."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import functools
@@ -14,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _function, _hparams, _modes, _tree
-from diffopt._closed import graph_leaves, refuse_closed_over
-from diffopt._engine import Leafwise
-from diffopt._function import Surroundings
-from diffopt._gradient import HVP, Objective, value_and_grad
+from diffopt import _modes, _torch, _tree
+from diffopt._diff import functions
+from diffopt._diff.captured import graph_leaves, refuse_closed_over
+from diffopt._diff.functions import Surroundings
+from diffopt._diff.gradient import HVP, Objective, value_and_grad
 from diffopt._modes import exact
+from diffopt._rule import hyper
+from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import once
@@ -174,7 +173,7 @@ def _varying(carry: Tree) -> list[bool]:
     params, (step, momentum), buffers = carry
     parts = (params, True), (step, False), (momentum, True), (buffers, False)
     return [
-        _function.has_derivative(x) and (moves or any(y.requires_grad for y in _modes.levels(x)))
+        functions.has_derivative(x) and (moves or any(y.requires_grad for y in _modes.levels(x)))
         for tree, moves in parts
         for x in _tree.split(tree)[0]
     ]
@@ -187,7 +186,7 @@ class _Reversed(torch.autograd.Function):
 
     @staticmethod
     def forward(loop: _Loop, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_function.batched_like(loop.forward(inputs), inputs))
+        return tuple(functions.batched_like(loop.forward(inputs), inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -195,17 +194,17 @@ class _Reversed(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *output[sum(ctx.loop.counts) :])
         varies = itertools.chain(ctx.loop.varies, itertools.repeat(True))
         pairs = zip(output, varies)  # noqa: B905 (the second has no end)
-        constants = [x for x, v in pairs if not (v and _function.has_derivative(x))]
+        constants = [x for x, v in pairs if not (v and functions.has_derivative(x))]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = [torch._C._functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
+        saved = [_torch.unwrap_if_dead(x) for x in ctx.saved_tensors]
         needed = ctx.needs_input_grad[1:]
         public = cotangents[: sum(ctx.loop.counts)]
-        given = [c is not None and _function.has_derivative(c) for c in public]
-        vectors = [c for c in public if c is not None and _function.has_derivative(c)]
+        given = [c is not None and functions.has_derivative(c) for c in public]
+        vectors = [c for c in public if c is not None and functions.has_derivative(c)]
         back = functools.partial(ctx.loop.backward, needed, given)
         grads = iter(once(_SECOND_ORDER, back, [*saved, *vectors]))
         return (None, *(next(grads) if need else None for need in needed))
@@ -366,7 +365,7 @@ class _Loop:
             return [results[i] for i in given]
 
         vectors = [c for c in cotangents if c is not None]
-        return _function.vjp(outputs, tensors, needed, vectors)
+        return functions.vjp(outputs, tensors, needed, vectors)
 
 
 def _watched(objective: Objective) -> Objective:
@@ -376,7 +375,7 @@ def _watched(objective: Objective) -> Objective:
     """
 
     def watched(params: Tree, inputs: Tree) -> tuple[Tensor, Any]:
-        with _function.noticed() as aliases:
+        with functions.noticed() as aliases:
             result = objective(params, inputs)
         if not _modes.transformed():
             known = {*aliases, *map(id, graph_leaves((params, inputs)))}
@@ -400,7 +399,7 @@ class _Rates(NamedTuple):
 def _rates(params: Tree, args: Tree, x: Any, faults: _Faults) -> list[_Rates]:
     record = args[0] if x[0] is None else x[0]
     leaves, spec = _tree.flatten(params)
-    covered = {c.name: c for c in _hparams.broadcast(record, spec, params)}
+    covered = {c.name: c for c in hyper.broadcast(record, spec, params)}
     rates: list[_Rates] = []
     for i, leaf in enumerate(leaves):
         values = {name: _exact_number(c.at(i), leaf) for name, c in covered.items()}

@@ -1,6 +1,5 @@
 """explain(): which inputs got no, zero or non-finite meta-gradients, and why."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,7 +8,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffopt import _function, _tree
+from diffopt import _tree
+from diffopt._diff import functions
 from diffopt._tree import Tree
 from diffopt.adjoint import (
     Adjoint,
@@ -194,7 +194,7 @@ class _Search:
         leaf = self.leaf
         if not isinstance(leaf, Tensor):
             return None, f"it is {_tree.describe(leaf)}: give a tensor"
-        if not _function.has_derivative(leaf):
+        if not functions.has_derivative(leaf):
             return None, f"it is of {leaf.dtype}: only floating-point and complex tensors have one"
         if not leaf.requires_grad:
             return None, "it does not require a gradient: requires_grad_() before it is used"

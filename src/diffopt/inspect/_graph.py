@@ -1,7 +1,5 @@
 """graph(): autograd's graph from the outer loss to named inputs, collapsed by step."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """One loop that is watched: its steps leave norms here, and marks in autograd's graph."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import functools
@@ -13,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _function, _modes, _tree
+from diffopt import _modes, _tree
+from diffopt._diff import functions
 from diffopt._tree import Tree
 from diffopt.adjoint import GradientStep
 from diffopt.adjoint._base import Step
@@ -157,7 +156,7 @@ def region_of(node: Any) -> Region | None:
 
 
 def _tapped(leaf: Any, see: Callable[[Tensor], None] | None, region: Region | None) -> Any:
-    if not (isinstance(leaf, Tensor) and _function.has_derivative(leaf)):
+    if not (isinstance(leaf, Tensor) and functions.has_derivative(leaf)):
         return leaf
     needed = any(level.requires_grad for level in _modes.levels(leaf))
     if not (needed and torch.is_grad_enabled()) or _modes.forward_differentiated():

@@ -1,6 +1,5 @@
 """Trace: an adjoint that watches another, and what it saw."""
 
-# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import itertools

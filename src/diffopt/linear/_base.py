@@ -1,7 +1,5 @@
 """What every linear solver has in common: its call, its tolerances, its report of failure."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 from __future__ import annotations
 
 import math
@@ -16,9 +14,9 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
+from diffopt._diff.isolation import batched, concrete, refuse_captured
 from diffopt._tree import Tree
 from diffopt.linear._derivative import Linear, Method, Operator, solve, transpose
-from diffopt.linear._isolation import batched, concrete, refuse_captured
 
 
 class ConvergenceWarning(UserWarning):

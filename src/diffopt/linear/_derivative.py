@@ -4,8 +4,6 @@ Of x with r(x, y) = 0 it is dx = -(d_x r)^-1 (d_y r) dy. A linear solve A(y) u =
 r = A(y) u - b, so that the solves of a derivative are differentiated by the same rule.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -16,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _function, _tree
+from diffopt import _tree
+from diffopt._diff import functions
+from diffopt._diff.isolation import alive, concrete, isolated, outer_derivatives
 from diffopt._tree import Tree
-from diffopt.linear._isolation import alive, concrete, isolated, outer_derivatives
 
 if TYPE_CHECKING:
     from diffopt.linear._base import LinearSolution
@@ -119,7 +118,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(equation: Equation, x: Tensor, *inputs: Tensor) -> Tensor:
-        return _function.batched_like([x.clone()], inputs)[0]
+        return functions.batched_like([x.clone()], inputs)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,7 +1,5 @@
 """Solvers that hold a matrix: the whole of it, or some of its columns."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 from __future__ import annotations
 
 import random

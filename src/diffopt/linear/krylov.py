@@ -1,7 +1,5 @@
 """Krylov methods: conjugate gradients, also on the normal equations, GMRES and BiCGStab."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 from __future__ import annotations
 
 from abc import abstractmethod
@@ -12,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt._diff.isolation import concrete
 from diffopt._tree import Tree
 from diffopt.linear._base import (
     LinearSolver,
@@ -22,7 +21,6 @@ from diffopt.linear._base import (
     norm,
     require,
 )
-from diffopt.linear._isolation import concrete
 
 
 class Cycle(NamedTuple):

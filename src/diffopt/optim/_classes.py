@@ -1,6 +1,5 @@
 """The classes of torch.optim: for each, which rule steps it in which configuration."""
 
-# pyright: reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
 import functools
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import rules
-from diffopt._engine import Leafwise
+from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._adapter import RuleOptimizer
 from diffopt.optim._plan import Group
 

@@ -5,8 +5,6 @@ stand in one vector, of which each `state[p]["step"]` is an element. So a step d
 Python, and still every parameter has a count of its own, which anybody may read or overwrite.
 """
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import functools
@@ -17,9 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _execution, _hparams, _modes
-from diffopt._engine import Leafwise
-from diffopt._execution import Shared
+from diffopt import _modes
+from diffopt._rule import hyper, ways
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.ways import Shared
 
 Group: TypeAlias = dict[str, Any]
 
@@ -232,7 +231,7 @@ class Bucket:
             way = self.way
             if way == "native":
                 way = "tiles" if self.params[0].device.type == "cpu" else "foreach"
-            placed = _execution.on_device(self._filled(values), self.params[0].device)
+            placed = ways.on_device(self._filled(values), self.params[0].device)
             numbers = self.rule.numbers(t, placed)
             _WAYS[way](self.rule, numbers, columns)
         for name, column in zip(self.fields, columns[2:], strict=True):
@@ -264,7 +263,7 @@ class Bucket:
             t = _modes.number_of(counts.first)
             first = None if isinstance(t, Tensor) else t == 1
             self.begun = first is False
-        if not _execution.native_(self.rule, steps, first, [lr, *rest], columns, **amp):
+        if not ways.native_(self.rule, steps, first, [lr, *rest], columns, **amp):
             return False
         if "found_inf" in amp:
             self._uncount(amp["found_inf"])
@@ -295,9 +294,9 @@ class Bucket:
             if "step" in row:
                 row["step"] = row["step"] + 1
                 t = _modes.number_of(row["step"])
-            numbers = self.rule.numbers(t, _execution.placed(self._filled(values), param))
+            numbers = self.rule.numbers(t, ways.placed(self._filled(values), param))
             old: list[Any] = [row[name] if name else () for name in self.fields]
-            enter = [Shared(x) if _execution.is_scalar(x) and param.dim() else x for x in old]
+            enter = [Shared(x) if ways.is_scalar(x) and param.dim() else x for x in old]
             # The derivative needs the old value, which is about to be overwritten.
             new_param, *new = self.rule.apply(numbers, [param.clone(), param.grad, *enter])
             for name, value in zip(self.fields, new, strict=True):
@@ -520,7 +519,7 @@ def _capturing() -> bool:
 def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     """The hyperparameters of a group in the order of the rule's record."""
     values: list[Any] = []
-    for field in _hparams.FIELDS[opt.rule.hparams]:
+    for field in hyper.FIELDS[opt.rule.hparams]:
         key, k = (field.name, None) if field.name in group else PAIRS[field.name]
         value = group[key] if k is None else group[key][k]
         if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == 1:
@@ -547,9 +546,9 @@ def name_of(group: Group, i: int, j: int) -> str:
 
 
 _WAYS = {
-    "leaf": _execution.leaf_,
-    "tiles": _execution.tiled_,
-    "stacks": _execution.stacked_,
-    "foreach": _execution.foreach_,
-    "sparse": _execution.sparse_,
+    "leaf": ways.leaf_,
+    "tiles": ways.tiled_,
+    "stacks": ways.stacked_,
+    "foreach": ways.foreach_,
+    "sparse": ways.sparse_,
 }

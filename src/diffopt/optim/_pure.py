@@ -1,8 +1,5 @@
 """from_pure and to_pure: between pure optimizers and those of torch.optim."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnnecessaryIsInstance=false
 from __future__ import annotations
 
 from collections import Counter
@@ -12,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _execution, _hparams, _tree
-from diffopt._engine import Leafwise
+from diffopt import _torch, _tree
+from diffopt._rule import hyper, ways
+from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optim import _classes
-from diffopt.optim._adapter import Checkpoints, RuleOptimizer, copied
+from diffopt.optim._adapter import RuleOptimizer
+from diffopt.optim._checkpoints import Checkpoints, copied
 from diffopt.optim._plan import Group, fields_of, values_of
 from diffopt.optim.lbfgs import LBFGS
 from diffopt.optimizer import Optimizer
@@ -74,7 +73,7 @@ def from_pure(
         >>> optimizer.param_groups[0]["lr"]
         0.1
     """
-    if not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a diffopt.Optimizer")
     spec = None
     if isinstance(params, Mapping):
@@ -84,7 +83,7 @@ def from_pure(
     params = list(params)
     groups = [group for group in params if isinstance(group, dict)]
     values = [v for group in [numbers, *groups] for k, v in group.items() if k in numbers]
-    scalar = all(map(_execution.is_scalar, values))
+    scalar = all(map(ways.is_scalar, values))
     if isinstance(optimizer, Leafwise) and optimizer.execution == "auto" and scalar:
         return LeafwiseOptimizer(optimizer, params, numbers)
     return TreeOptimizer(optimizer, params, template, numbers, spec)
@@ -126,7 +125,7 @@ class TreeOptimizer(Checkpoints):
         self.optimizer, self.template, self.spec = optimizer, template, spec
         super().__init__(params, hparams)
 
-    @torch._disable_dynamo
+    @_torch.disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; `closure` reevaluates the model and returns the loss."""
         loss = None
@@ -223,7 +222,7 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
         buffers = {name: _tree.unflatten(column, spec) for name, column in columns.items()}
         state = state._replace(step=torch.full_like(state.step, step), **buffers)
     values = zip(*(_pure_values(opt, group, p) for group, p in owners), strict=True)
-    record = _hparams.assemble(opt.rule.hparams, [_shared(column, spec) for column in values])
+    record = hyper.assemble(opt.rule.hparams, [_shared(column, spec) for column in values])
     if isinstance(shell, _classes.SparseAdam):  # whose rule is that of the rows of its gradients
         return Pure(sparse_adam(maximize=opt.rule.maximize), params, state, record)
     return Pure(opt, params, state, record)
@@ -317,7 +316,7 @@ def _records(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 
 def _is_record(node: Any) -> bool:
-    return type(node) in _hparams.FIELDS
+    return type(node) in hyper.FIELDS
 
 
 def _numbers(template: Any) -> dict[str, Any]:
@@ -325,7 +324,7 @@ def _numbers(template: Any) -> dict[str, Any]:
     fields = [
         (path, field.name, getattr(record, field.name))
         for path, record in _records(template)
-        for field in _hparams.FIELDS[type(record)]
+        for field in hyper.FIELDS[type(record)]
     ]
     names = Counter(name for _, name, _ in fields)
     return {
@@ -338,8 +337,8 @@ def _with_numbers(template: Any, group: Group) -> Any:
     values = iter([group[name] for name in _numbers(template)])
 
     def filled(record: Any) -> Any:
-        fields = _hparams.FIELDS[type(record)]
-        return _hparams.assemble(type(record), [next(values) for _ in fields])
+        fields = hyper.FIELDS[type(record)]
+        return hyper.assemble(type(record), [next(values) for _ in fields])
 
     return _tree.map(filled, template, is_leaf=_is_record)
 
@@ -352,5 +351,5 @@ def _template(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, di
         raise TypeError(f"there is no hyperparameter {sorted(unknown)[0]!r}, only {list(numbers)}")
     numbers |= given
     for _, record in _records(_with_numbers(template, numbers)):
-        type(record)(**{f.name: getattr(record, f.name) for f in _hparams.FIELDS[type(record)]})
+        type(record)(**{f.name: getattr(record, f.name) for f in hyper.FIELDS[type(record)]})
     return template, numbers

@@ -1,6 +1,5 @@
 """L-BFGS as torch.optim has it, on the mathematics of `diffopt.lbfgs`."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownLambdaType=false
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt._modes import number_of
-from diffopt.optim._adapter import Checkpoints
+from diffopt.optim._checkpoints import Checkpoints
 from diffopt.rules._line_search import Point, strong_wolfe
 from diffopt.rules.lbfgs import LEAST_CURVATURE, curvature, direction, first_length, flat, real
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -71,10 +71,10 @@ def adadelta(*, maximize: bool = False) -> Leafwise[AdadeltaState, AdadeltaHPara
     def rule(
         p: Any, g: Any, s: AdadeltaState, hp: AdadeltaHParams, _: None
     ) -> tuple[Any, AdadeltaState]:
-        g = _ops.add_decay(g, p, hp.weight_decay)
-        v = _ops.addcmul(hp.rho * s.square_avg, g, g, 1 - hp.rho)
-        d = _ops.sqrt(s.acc_delta + hp.eps) / _ops.sqrt(v + hp.eps) * g
-        u = _ops.addcmul(hp.rho * s.acc_delta, d, d, 1 - hp.rho)
-        return _ops.add(p, d, -hp.lr), AdadeltaState(s.step, v, u)
+        g = ops.add_decay(g, p, hp.weight_decay)
+        v = ops.addcmul(hp.rho * s.square_avg, g, g, 1 - hp.rho)
+        d = ops.sqrt(s.acc_delta + hp.eps) / ops.sqrt(v + hp.eps) * g
+        u = ops.addcmul(hp.rho * s.acc_delta, d, d, 1 - hp.rho)
+        return ops.add(p, d, -hp.lr), AdadeltaState(s.step, v, u)
 
     return leafwise(AdadeltaState, AdadeltaHParams, init, rule, maximize=maximize, elementwise=True)

@@ -1,6 +1,5 @@
 """Adafactor: Adam's second moment by rows and columns only (Shazeer and Stern 2018)."""
 
-# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -8,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -97,25 +96,25 @@ def adafactor(*, eps1: bool = False, maximize: bool = False) -> Leafwise[Adafact
 
     def scalars(t: Any, hp: AdafactorHParams) -> tuple[Any, Any]:
         bound = 1 / t**0.5
-        return _ops.where(hp.lr <= bound, hp.lr, bound), t**hp.beta2_decay
+        return ops.where(hp.lr <= bound, hp.lr, bound), t**hp.beta2_decay
 
     def rule(p: Any, g: Any, s: AdafactorState, hp: Any, c: Any) -> tuple[Any, AdafactorState]:
         rho, weight = c
         eps = hp.eps1 if eps1 else torch.finfo(p.dtype).eps
-        alpha = _ops.at_least(_rms(p), hp.eps2) * rho
+        alpha = ops.at_least(_rms(p), hp.eps2) * rho
         row_var, col_var, variance = s[1:]
         square = g * g
         if p.dim() > 1:
-            row_var = _ops.lerp(row_var, _mean(square, -1), weight)
-            col_var = _ops.lerp(col_var, _mean(square, -2), weight)
+            row_var = ops.lerp(row_var, _mean(square, -1), weight)
+            col_var = ops.lerp(col_var, _mean(square, -2), weight)
             v = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
         else:
-            v = variance = _ops.lerp(variance, square, weight)
+            v = variance = ops.lerp(variance, square, weight)
         u = g * v.clamp(min=eps * eps).rsqrt()
-        scale = alpha / _ops.at_least(_rms(u) / hp.d, 1)
-        if not _ops.is_zero(hp.weight_decay):  # lr may be infinite
+        scale = alpha / ops.at_least(_rms(u) / hp.d, 1)
+        if not ops.is_zero(hp.weight_decay):  # lr may be infinite
             p = p * (1 - hp.lr * hp.weight_decay)
-        return _ops.add(p, u, -scale), AdafactorState(s.step, row_var, col_var, variance)
+        return ops.add(p, u, -scale), AdafactorState(s.step, row_var, col_var, variance)
 
     record: Any = AdafactorEps1HParams if eps1 else AdafactorHParams
     return leafwise(
@@ -149,4 +148,4 @@ def _mean(x: Tensor, dim: int) -> Tensor:
 
 
 def _rms(x: Tensor) -> Any:
-    return _ops.sqrt(_ops.total(x * x) / max(x.numel(), 1))
+    return ops.sqrt(ops.total(x * x) / max(x.numel(), 1))

@@ -1,15 +1,13 @@
 """Adagrad (Duchi et al. 2011)."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt import _torch
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -74,16 +72,16 @@ def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]
     def rule(
         p: Any, g: Any, s: AdagradState, hp: AdagradHParams, descent: Any
     ) -> tuple[Any, AdagradState]:
-        g = _ops.add_decay(g, p, hp.weight_decay)
-        total = _ops.addcmul(s.sum, g, g, 1)
-        return _ops.addcdiv(p, g, _ops.sqrt(total) + hp.eps, descent), AdagradState(s.step, total)
+        g = ops.add_decay(g, p, hp.weight_decay)
+        total = ops.addcmul(s.sum, g, g, 1)
+        return ops.addcdiv(p, g, ops.sqrt(total) + hp.eps, descent), AdagradState(s.step, total)
 
     def native(
         p: Any, g: Any, s: AdagradState, hp: AdagradHParams, first: bool | None, amp: Any
     ) -> bool:
         if hp.initial_accumulator_value != 0 and first is not False:
             return False  # the first step adds it
-        torch._fused_adagrad_(
+        _torch.fused_adagrad_(
             p,
             g,
             s.sum,

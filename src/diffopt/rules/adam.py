@@ -1,16 +1,14 @@
 """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019) and AMSGrad (Reddi et al. 2018)."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, NamedTuple
 
-import torch
-
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt import _torch
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -121,15 +119,15 @@ def _adam(hparams: Any, *, decoupled: bool, amsgrad: bool, maximize: bool) -> An
         if decoupled:
             p = p * shrinkage
         else:
-            g = _ops.add_decay(g, p, hp.weight_decay)
-        m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        v = _ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
-        v_max: Any = _ops.maximum(s.max_exp_avg_sq, v) if amsgrad else ()
-        denominator = _ops.sqrt(v_max if amsgrad else v) / root_correction2 + hp.eps
-        return _ops.addcdiv(p, m, denominator, descent), AdamState(s.step, m, v, v_max)
+            g = ops.add_decay(g, p, hp.weight_decay)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
+        v_max: Any = ops.maximum(s.max_exp_avg_sq, v) if amsgrad else ()
+        denominator = ops.sqrt(v_max if amsgrad else v) / root_correction2 + hp.eps
+        return ops.addcdiv(p, m, denominator, descent), AdamState(s.step, m, v, v_max)
 
     def native(p: Any, g: Any, s: AdamState, hp: AdamHParams, first: bool | None, amp: Any) -> bool:
-        kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        kernel = _torch.fused_adamw_ if decoupled else _torch.fused_adam_
         buffers = s.exp_avg, s.exp_avg_sq, list(s.max_exp_avg_sq)
         numbers = {field.name: getattr(hp, field.name) for field in dataclasses.fields(hp)}
         kernel(p, g, *buffers, s.step, **numbers, amsgrad=amsgrad, maximize=maximize, **amp)

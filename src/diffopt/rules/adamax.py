@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -74,10 +74,10 @@ def adamax(*, maximize: bool = False) -> Leafwise[AdamaxState, AdamaxHParams]:
     def rule(
         p: Any, g: Any, s: AdamaxState, hp: AdamaxHParams, descent: Any
     ) -> tuple[Any, AdamaxState]:
-        g = _ops.add_decay(g, p, hp.weight_decay)
-        m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        u = _ops.maximum(hp.beta2 * s.exp_inf, abs(g) + hp.eps)
-        return _ops.addcdiv(p, m, u, descent), AdamaxState(s.step, m, u)
+        g = ops.add_decay(g, p, hp.weight_decay)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        u = ops.maximum(hp.beta2 * s.exp_inf, abs(g) + hp.eps)
+        return ops.addcdiv(p, m, u, descent), AdamaxState(s.step, m, u)
 
     return leafwise(
         AdamaxState, AdamaxHParams, init, rule, scalars=scalars, maximize=maximize, elementwise=True

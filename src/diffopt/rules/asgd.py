@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -76,14 +76,14 @@ def asgd(*, maximize: bool = False) -> Leafwise[ASGDState, ASGDHParams]:
     def scalars(t: Any, hp: ASGDHParams) -> tuple[Any, Any]:
         next_eta = hp.lr / (1 + hp.lambd * hp.lr * t) ** hp.alpha
         averaged = t - hp.t0
-        return next_eta, 1 / _ops.where(averaged > 1, averaged, 1.0)
+        return next_eta, 1 / ops.where(averaged > 1, averaged, 1.0)
 
     def rule(p: Any, g: Any, s: ASGDState, hp: ASGDHParams, c: Any) -> tuple[Any, ASGDState]:
         next_eta, next_mu = c
-        eta, mu = _ops.coefficient(s.eta), _ops.coefficient(s.mu)
-        g = _ops.add_decay(g, p, hp.weight_decay)
-        p = _ops.add(p * (1 - hp.lambd * eta), g, -eta)
-        ax = _ops.lerp(s.ax, p, mu)
+        eta, mu = ops.coefficient(s.eta), ops.coefficient(s.mu)
+        g = ops.add_decay(g, p, hp.weight_decay)
+        p = ops.add(p * (1 - hp.lambd * eta), g, -eta)
+        ax = ops.lerp(s.ax, p, mu)
         return p, ASGDState(s.step, 0 * s.eta + next_eta, 0 * s.mu + next_mu, ax)
 
     return leafwise(

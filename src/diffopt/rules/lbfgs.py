@@ -1,6 +1,5 @@
 """L-BFGS (Nocedal 1980): steps of Newton's method with curvature learned from past steps."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 import dataclasses
@@ -10,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _ops, _tree
-from diffopt._gradient import value_and_grad
-from diffopt._hparams import Hyperparameter, hparams, number
+from diffopt import _tree
+from diffopt._diff.gradient import value_and_grad
 from diffopt._modes import exact, exact_dtype
+from diffopt._rule import checks, ops
+from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 from diffopt.rules._line_search import Point, strong_wolfe
@@ -99,7 +99,7 @@ def lbfgs(*, history_size: int = 100) -> LimitedMemoryBFGS:
 
 
 def _subtract(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
-    return _ops.add(x, y, -coefficient)
+    return ops.add(x, y, -coefficient)
 
 
 def direction(
@@ -186,7 +186,7 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
 
     def init(self, params: Tree) -> LBFGSState:
         tensors, _ = _tree.flatten(params)
-        _checks.params(tensors, params)
+        checks.params(tensors, params)
         device = _device(tensors, params)
         dtype = _dtype(tensors)
         buffers = {
@@ -285,9 +285,9 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
     ) -> _Problem:
         """The arguments as vectors, or an error."""
         tensors, spec = _tree.flatten(params)
-        _checks.params(tensors, params)
+        checks.params(tensors, params)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        _checks.grads(gradients, tensors, params)
+        checks.grads(gradients, tensors, params)
         self._check_state(state, tensors, _device(tensors, params))
         _check_lr(hparams)
         active = None

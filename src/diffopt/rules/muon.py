@@ -1,7 +1,5 @@
 """Muon: momentum, orthogonalized (Jordan et al. 2024)."""
 
-# pyright: reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
@@ -9,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -102,8 +100,8 @@ def muon(
         return MuonState(step, zeros_like(p))
 
     def rule(p: Any, g: Any, s: MuonState, hp: MuonHParams, _: None) -> tuple[Any, MuonState]:
-        b = _ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)
-        n = _ops.lerp(g, b, hp.momentum) if nesterov else b
+        b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)
+        n = ops.lerp(g, b, hp.momentum) if nesterov else b
         rows, columns = p.shape
         x = n.to(precision or n.dtype)
         x = _newton_schulz(x.mT if rows > columns else x, hp, ns_steps)
@@ -114,7 +112,7 @@ def muon(
             least = 0 if adjust_lr_fn == "spectral_unclamped" else 1
             ratio = max(least, rows / max(columns, 1)) ** 0.5
         p = p * (1 - hp.lr * hp.weight_decay)
-        return _ops.add(p, x, -hp.lr * ratio), MuonState(s.step, b)
+        return ops.add(p, x, -hp.lr * ratio), MuonState(s.step, b)
 
     return leafwise(
         MuonState, MuonHParams, init, rule, maximize=maximize, batchable=False, refuse=_refuse

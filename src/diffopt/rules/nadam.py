@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -90,14 +90,14 @@ def nadam(
         if decoupled_weight_decay:
             p = p * shrinkage
         else:
-            g = _ops.add_decay(g, p, hp.weight_decay)
-        m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        v = _ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
+            g = ops.add_decay(g, p, hp.weight_decay)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
         mu_product = s.mu_product * mu
-        product = _ops.coefficient(mu_product)
-        denominator = _ops.sqrt(v / correction2) + hp.eps
-        p = _ops.addcdiv(p, g, denominator, -hp.lr * (1 - mu) / (1 - product))
-        p = _ops.addcdiv(p, m, denominator, -hp.lr * mu_next / (1 - product * mu_next))
+        product = ops.coefficient(mu_product)
+        denominator = ops.sqrt(v / correction2) + hp.eps
+        p = ops.addcdiv(p, g, denominator, -hp.lr * (1 - mu) / (1 - product))
+        p = ops.addcdiv(p, m, denominator, -hp.lr * mu_next / (1 - product * mu_next))
         return p, NAdamState(s.step, mu_product, m, v)
 
     return leafwise(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -82,7 +82,7 @@ def radam(
         r = r_inf - 2 * t * hp.beta2**t / correction2
         rectified = r > 5
         # Where it does not apply the square root is kept away from negative numbers.
-        r, r_inf = _ops.where(rectified, r, 6.0), _ops.where(rectified, r_inf, 6.0)
+        r, r_inf = ops.where(rectified, r, 6.0), ops.where(rectified, r_inf, 6.0)
         rectification = ((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
         return correction1, correction2**0.5, rectified, rectification, shrinkage
 
@@ -91,12 +91,12 @@ def radam(
         if decoupled_weight_decay:
             p = p * shrinkage
         else:
-            g = _ops.add_decay(g, p, hp.weight_decay)
-        m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        v = _ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
+            g = ops.add_decay(g, p, hp.weight_decay)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
         step = m / correction1 * hp.lr
-        rate = root_correction2 / (_ops.sqrt(v) + hp.eps) * rectification
-        return p - _ops.where(rectified, step * rate, step), RAdamState(s.step, m, v)
+        rate = root_correction2 / (ops.sqrt(v) + hp.eps) * rectification
+        return p - ops.where(rectified, step * rate, step), RAdamState(s.step, m, v)
 
     return leafwise(
         RAdamState, RAdamHParams, init, rule, scalars=scalars, maximize=maximize, elementwise=True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -86,14 +86,14 @@ def rmsprop(
         )
 
     def rule(p: Any, g: Any, s: RMSpropState, hp: Any, _: None) -> tuple[Any, RMSpropState]:
-        g = _ops.add_decay(g, p, hp.weight_decay)
-        v = _ops.addcmul(hp.alpha * s.square_avg, g, g, 1 - hp.alpha)
-        a: Any = _ops.lerp(s.grad_avg, g, 1 - hp.alpha) if centered else ()
-        denominator = _ops.sqrt(_ops.addcmul(v, a, a, -1) if centered else v) + hp.eps
+        g = ops.add_decay(g, p, hp.weight_decay)
+        v = ops.addcmul(hp.alpha * s.square_avg, g, g, 1 - hp.alpha)
+        a: Any = ops.lerp(s.grad_avg, g, 1 - hp.alpha) if centered else ()
+        denominator = ops.sqrt(ops.addcmul(v, a, a, -1) if centered else v) + hp.eps
         if not momentum:
-            return _ops.addcdiv(p, g, denominator, -hp.lr), RMSpropState(s.step, v, (), a)
-        b = _ops.addcdiv(hp.momentum * s.momentum_buffer, g, denominator, 1)
-        return _ops.add(p, b, -hp.lr), RMSpropState(s.step, v, b, a)
+            return ops.addcdiv(p, g, denominator, -hp.lr), RMSpropState(s.step, v, (), a)
+        b = ops.addcdiv(hp.momentum * s.momentum_buffer, g, denominator, 1)
+        return ops.add(p, b, -hp.lr), RMSpropState(s.step, v, b, a)
 
     record = RMSpropMomentumHParams if momentum else RMSpropHParams
     return leafwise(RMSpropState, record, init, rule, maximize=maximize, elementwise=True)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -77,7 +77,7 @@ def rprop(*, maximize: bool = False) -> Leafwise[RpropState, RpropHParams]:
         sign = torch.sign(g * s.prev)
         shrunk = torch.where(sign < 0, s.step_size * hp.etaminus, s.step_size)
         size = torch.where(sign > 0, s.step_size * hp.etaplus, shrunk)
-        size = _ops.clamp(size, hp.step_size_min, hp.step_size_max)
+        size = ops.clamp(size, hp.step_size_min, hp.step_size_max)
         g = torch.where(sign < 0, 0, g)
         return p - torch.sign(g) * size, RpropState(s.step, g, size)
 

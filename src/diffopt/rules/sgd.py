@@ -1,15 +1,15 @@
 """Stochastic gradient descent: plain, with momentum (Polyak 1964), with Nesterov's."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
 
-from diffopt import _ops
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt import _torch
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 
 
@@ -85,23 +85,23 @@ def sgd(
 
     def scalars(t: Any, hp: MomentumHParams) -> Any:
         # The first buffer is the gradient itself, undampened.
-        return 1 if _ops.is_zero(hp.momentum) else 1 - hp.dampening * _ops.after_first(t)
+        return 1 if ops.is_zero(hp.momentum) else 1 - hp.dampening * ops.after_first(t)
 
     def plain(p: Any, g: Any, s: SGDState, hp: SGDHParams, _: None) -> tuple[Any, SGDState]:
-        return _ops.add(p, _ops.add_decay(g, p, hp.weight_decay), -hp.lr), s
+        return ops.add(p, ops.add_decay(g, p, hp.weight_decay), -hp.lr), s
 
     def rule(p: Any, g: Any, s: SGDState, hp: MomentumHParams, c: Any) -> tuple[Any, SGDState]:
-        g = _ops.add_decay(g, p, hp.weight_decay)
-        b = _ops.add(hp.momentum * s.momentum_buffer, g, c)
-        d = _ops.add(g, b, hp.momentum) if nesterov else b
-        return _ops.add(p, d, -hp.lr), SGDState(s.step, b)
+        g = ops.add_decay(g, p, hp.weight_decay)
+        b = ops.add(hp.momentum * s.momentum_buffer, g, c)
+        d = ops.add(g, b, hp.momentum) if nesterov else b
+        return ops.add(p, d, -hp.lr), SGDState(s.step, b)
 
     def native(p: Any, g: Any, s: SGDState, hp: Any, first: bool | None, amp: Any) -> bool:
-        if momentum and (_ops.is_zero(hp.momentum) or (first is None and hp.dampening != 0)):
+        if momentum and (ops.is_zero(hp.momentum) or (first is None and hp.dampening != 0)):
             return False  # it would leave the buffer alone, or may dampen the first gradient
         if p[0].dtype in (torch.float16, torch.bfloat16) and p[0].device.type == "cpu":
             return False  # it leaves most elements alone (pytorch#191763)
-        torch._fused_sgd_(
+        _torch.fused_sgd_(
             p,
             g,
             list(s.momentum_buffer),

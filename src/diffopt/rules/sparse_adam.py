@@ -1,7 +1,5 @@
 """Adam for sparse gradients: what a gradient does not mention stays as it is."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import dataclasses
@@ -10,9 +8,10 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _hparams, _modes, _ops, _tree
-from diffopt._engine import Leafwise, leafwise, zeros_like
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt import _modes, _tree
+from diffopt._rule import checks, hyper, ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 
@@ -109,9 +108,9 @@ def sparse_adam(
     def rule(
         p: Any, g: Any, s: SparseAdamState, hp: SparseAdamHParams, c: Any
     ) -> tuple[Any, SparseAdamState]:
-        m = _ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        v = _ops.lerp(s.exp_avg_sq, g * g, 1 - hp.beta2)
-        p = _ops.addcdiv(p, m, _ops.sqrt(v) + hp.eps, c)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        v = ops.lerp(s.exp_avg_sq, g * g, 1 - hp.beta2)
+        p = ops.addcdiv(p, m, ops.sqrt(v) + hp.eps, c)
         return p, SparseAdamState(s.step, m, v)
 
     def masked_rule(
@@ -189,7 +188,7 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
         refuse_gradients(grads, hparams)
         with torch.no_grad():
             arguments, where, columns, _ = self._gather(params, grads, state, hparams)
-            _checks.writable(columns[0], params)
+            checks.writable(columns[0], params)
             self.entries.update_(*arguments)  # writes to copies of entries, and to state.step
             new_params, _, new_state, _ = arguments
             for old, new in zip(columns, (new_params, *new_state[1:]), strict=True):
@@ -202,7 +201,7 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
     ) -> _Entries:
         """What the gradients mention, or an error."""
         tensors, spec = _tree.flatten(params)
-        _checks.params(tensors, params)
+        checks.params(tensors, params)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         _check_grads(gradients, tensors, params)
         # Without gradients nothing is done but to look at params, state and hparams.
@@ -215,12 +214,12 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
         buffers = (_tree.leaves_like(tree, spec, params, ("state", "params")) for tree in state[1:])
         columns = [tensors, *buffers]
         entries, m, v = ([*map(_take, column, where)] for column in columns)
-        numbers = [_pick(n, tensors, where) for n in _hparams.broadcast(hparams, spec, params)]
+        numbers = [_pick(n, tensors, where) for n in hyper.broadcast(hparams, spec, params)]
         arguments = (
             entries,
             values,
             SparseAdamState(state.step, m, v),
-            _hparams.assemble(SparseAdamHParams, numbers),
+            hyper.assemble(SparseAdamHParams, numbers),
         )
         return _Entries(arguments, where, columns, spec)
 
@@ -228,7 +227,7 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
 def _check_grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
     """None, or a sparse tensor of the parameter's shape, dtype and device."""
     filled = [param if grad is None else grad for grad, param in zip(grads, params, strict=True)]
-    _checks.buffers(filled, params, tree, "grads")
+    checks.buffers(filled, params, tree, "grads")
     for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
         if grad is not None and grad.dtype != param.dtype:
             mine, theirs = (_tree.paths(tree, name)[i] for name in ("grads", "params"))
@@ -254,7 +253,7 @@ def _put(leaf: Tensor, where: tuple[Tensor, ...] | None, entries: Tensor) -> Ten
     return leaf.index_put(where, entries) if where else entries.squeeze(0)
 
 
-def _pick(number: _hparams.Covered, params: list[Tensor], where: list[Any]) -> Any:
+def _pick(number: hyper.Covered, params: list[Tensor], where: list[Any]) -> Any:
     """A hyperparameter of the entries."""
     if len(number.values) == 1 and not _per_weight(number.values[0]):
         return number.values[0]

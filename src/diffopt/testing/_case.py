@@ -1,8 +1,5 @@
 """What is checked, and typical arguments of its update."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import dataclasses
@@ -12,8 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _hparams, _tree
-from diffopt._engine import Leafwise
+from diffopt import _tree
+from diffopt._rule import hyper
+from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 
@@ -145,9 +143,9 @@ def as_dtype(dtype: torch.dtype | None, tree: Any) -> Any:
     return tree if dtype is None else _tree.map(lambda v: torch.as_tensor(v, dtype=dtype), tree)
 
 
-def record_fields(hparams: Any) -> tuple[_hparams.Field, ...]:
+def record_fields(hparams: Any) -> tuple[hyper.Field, ...]:
     """What `number` declared of this record; nothing where it is none of ours."""
-    return _hparams.FIELDS.get(type(hparams), ())
+    return hyper.FIELDS.get(type(hparams), ())
 
 
 def records(hparams: Any) -> list[Any]:
@@ -156,18 +154,18 @@ def records(hparams: Any) -> list[Any]:
     return [node for node in nodes if record_fields(node)]
 
 
-def map_fields(function: Callable[[_hparams.Field, Any], Any], hparams: Any) -> Any:
+def map_fields(function: Callable[[hyper.Field, Any], Any], hparams: Any) -> Any:
     """`function(field, value)` in the place of every field's value, in every record."""
 
     def on_record(node: Any) -> Any:
         fields = record_fields(node)
         values = [function(field, getattr(node, field.name)) for field in fields]
-        return _hparams.assemble(type(node), values) if fields else node
+        return hyper.assemble(type(node), values) if fields else node
 
     return _tree.map(on_record, hparams, is_leaf=lambda node: bool(record_fields(node)))
 
 
-def inside(field: _hparams.Field, value: Any) -> Any:
+def inside(field: hyper.Field, value: Any) -> Any:
     """A number moved away from the ends of its field's range."""
     if isinstance(value, (int, float)):
         low = [b for kind in ("ge", "gt") if (b := field.bounds[kind]) is not None]

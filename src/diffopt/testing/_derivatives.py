@@ -4,9 +4,6 @@ Params and buffers after two steps are differentiated by everything that goes in
 count: a rule may treat the first step as a case of its own.
 """
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import contextlib
@@ -17,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _hparams, _tree
-from diffopt._engine import Leafwise
+from diffopt import _tree
+from diffopt._rule import hyper
+from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.testing._assertions import finite, same
 from diffopt.testing._case import (
@@ -51,7 +49,7 @@ def derivatives_per_weight(case: Case) -> None:
         return
     point = generic_point(case)
 
-    def spread(field: _hparams.Field, value: Tensor) -> Tree:
+    def spread(field: hyper.Field, value: Tensor) -> Tree:
         if not (field.per_parameter and field.per_weight):
             return value
         return _tree.map(lambda p: value * (1 - 0.1 * p.abs()), point.params)

@@ -1,8 +1,5 @@
 """Checks of what is refused, and of the messages."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import functools
@@ -12,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffopt import _tree
-from diffopt._engine import Leafwise
+from diffopt._rule.leafwise import Leafwise
 from diffopt.testing._assertions import Snapshot
 from diffopt.testing._case import (
     Case,

@@ -1,8 +1,5 @@
 """Checks of torch.vmap and torch.compile."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import functools

@@ -1,8 +1,5 @@
 """Checks on trees that hypothesis draws: structure, purity, None, execution, prefixes."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import dataclasses
@@ -15,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _hparams, _tree
-from diffopt._engine import Leafwise
+from diffopt import _tree
+from diffopt._rule import hyper
+from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 from diffopt.testing._assertions import Snapshot, disjoint, named, same, same_structure
@@ -237,7 +235,7 @@ def prefixes(draw: st.DrawFn, point: Point) -> tuple[Any, Any]:
         both = [cut(child, number) for child in children]
         return tuple(_tree.unflatten([pair[i] for pair in both], spec) for i in (0, 1))
 
-    def choose(field: _hparams.Field, value: Any) -> Choice:
+    def choose(field: hyper.Field, value: Any) -> Choice:
         free = field.per_parameter and isinstance(value, (int, float))
         return Choice(*(cut(point.params, value) if free else (value, value)))
 
@@ -285,7 +283,7 @@ def kept_columns(
 def least(hparams: Any) -> Any:
     """Every field at the lower end of its range, where rules may take a short cut."""
 
-    def bound(field: _hparams.Field, value: Any) -> Any:
+    def bound(field: hyper.Field, value: Any) -> Any:
         return value if field.bounds["ge"] is None else field.bounds["ge"]
 
     return map_fields(bound, hparams)

@@ -1,8 +1,5 @@
 """Checks of values: against a reference, numbers against tensors, half precision."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import contextlib

@@ -1,6 +1,5 @@
 """What compositions are made of: gradient transformations, and the leaves of params and grads."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 import dataclasses
@@ -11,9 +10,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _hparams, _tree
-from diffopt._execution import WORKING_DTYPE
+from diffopt import _tree
 from diffopt._modes import exact
+from diffopt._rule import checks, hyper
+from diffopt._rule.ways import WORKING_DTYPE
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 
@@ -155,11 +155,11 @@ class Leaves(NamedTuple):
 def gather(params: Tree, grads: Tree, *, writable: bool = False) -> Leaves:
     """The leaves, or the error that `Optimizer.update` promises."""
     tensors, spec = _tree.flatten(params)
-    _checks.params(tensors, params)
+    checks.params(tensors, params)
     gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-    _checks.grads(gradients, tensors, params)
+    checks.grads(gradients, tensors, params)
     if writable:
-        _checks.writable(tensors, params)
+        checks.writable(tensors, params)
     return Leaves(spec, tensors, gradients)
 
 
@@ -176,20 +176,20 @@ def real(tensor: Tensor) -> Tensor:
 
 def spread(
     record: type[Any], hparams: Any, tensors: list[Tensor], spec: _tree.Spec, params: Tree
-) -> list[_hparams.Covered]:
+) -> list[hyper.Covered]:
     """The numbers of a record over the leaves, checked."""
     if not isinstance(hparams, record):
         raise TypeError(
             f"hparams is a {type(hparams).__name__}, not a {record.__name__}: "
             "make it by hparams(...)"
         )
-    numbers = _hparams.broadcast(hparams, spec, params)
-    _checks.numbers(numbers, tensors, params)
+    numbers = hyper.broadcast(hparams, spec, params)
+    checks.numbers(numbers, tensors, params)
     return numbers
 
 
 def records_at(
-    record: type[H], numbers: list[_hparams.Covered], places: list[tuple[int, torch.device]]
+    record: type[H], numbers: list[hyper.Covered], places: list[tuple[int, torch.device]]
 ) -> list[H]:
     """The record of each leaf, the same object where all numbers are the same."""
     made: dict[Any, H] = {}
@@ -197,7 +197,7 @@ def records_at(
     for key, (i, device) in zip(keys, places, strict=True):
         if key not in made:
             values = [near(number.at(i), device) for number in numbers]
-            made[key] = _hparams.assemble(record, values)
+            made[key] = hyper.assemble(record, values)
     return [made[key] for key in keys]
 
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias, cast
 
-from diffopt import _hparams
+from diffopt._rule import hyper
 
 Maker: TypeAlias = Callable[..., Any]
 """What makes the record of a part: its `hparams`."""
@@ -76,12 +76,12 @@ def _names(maker: Maker) -> list[str]:
     if isinstance(maker, _Records):
         return maker.names()
     if _is_record(maker):
-        return [field.name for field in _hparams.FIELDS[cast(type, maker)]]
+        return [field.name for field in hyper.FIELDS[cast(type, maker)]]
     return list(inspect.signature(maker).parameters)
 
 
 def _is_record(maker: Maker) -> bool:
-    return maker in _hparams.FIELDS
+    return maker in hyper.FIELDS
 
 
 def _unclear(name: str, owners: list[Hashable], fields: dict[Hashable, list[str]]) -> str:

@@ -1,7 +1,5 @@
 """accumulate(): one step for the mean of k gradients."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownLambdaType=false
-# pyright: reportUnknownArgumentType=false
 from __future__ import annotations
 
 import dataclasses
@@ -11,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _modes, _tree
+from diffopt import _modes, _tree
+from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import (
@@ -131,7 +130,7 @@ class Accumulate(Optimizer[AccumulateState, Any]):
         check_state(state, AccumulateState)
         names = ("state.grad_sum", "params")
         sums = _tree.leaves_like(state.grad_sum, leaves.spec, params, names)
-        _checks.buffers(sums, leaves.params, params, names[0])
+        checks.buffers(sums, leaves.params, params, names[0])
         return leaves, sums
 
 

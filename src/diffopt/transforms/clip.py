@@ -1,7 +1,5 @@
 """Gradients made smaller: by their common norm, by each tensor's norm, or number by number."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -10,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _ops
-from diffopt._hparams import Hyperparameter, hparams, number
+from diffopt import _modes, _torch
 from diffopt._modes import exact
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt.transforms._base import Transformation, real, stateless, wide
 
 
@@ -93,7 +92,7 @@ def clip_by_norm() -> Transformation[tuple[()], MaxNorm]:
 
     def clip(grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]) -> Iterator[Tensor]:
         for grad, record in zip(grads, records, strict=True):
-            yield grad * _coefficient(_ops.sqrt(_square(grad)), record)
+            yield grad * _coefficient(ops.sqrt(_square(grad)), record)
 
     return stateless(MaxNorm, clip)
 
@@ -130,8 +129,8 @@ def _global_norm(grads: list[Tensor]) -> Tensor:
     """The norm of all tensors together, a 0-d tensor in float64."""
     device = grads[0].device
     if _modes.differentiated(grads):
-        return _ops.sqrt(sum(_square(grad).to(device) for grad in grads))
-    norms = torch._foreach_norm([real(wide(grad)) for grad in grads])
+        return ops.sqrt(sum(_square(grad).to(device) for grad in grads))
+    norms = _torch.foreach_norm([real(wide(grad)) for grad in grads])
     return exact(torch.stack([norm.to(device) for norm in norms])).square().sum().sqrt()
 
 
@@ -150,5 +149,5 @@ def _between(grad: Tensor, bound: Any) -> Tensor:
     pairs = real(grad)
     if grad.is_complex() and isinstance(bound, Tensor) and bound.dim() > 0:
         bound = bound.unsqueeze(-1)
-    new = _ops.clamp(pairs, -bound, bound).to(pairs.dtype)
+    new = ops.clamp(pairs, -bound, bound).to(pairs.dtype)
     return torch.view_as_complex(new) if grad.is_complex() else new

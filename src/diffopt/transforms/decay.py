@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffopt import _ops
-from diffopt._hparams import Hyperparameter, hparams, number
+from diffopt._rule import ops
+from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt.transforms._base import Transformation, stateless
 
 
@@ -42,6 +42,6 @@ def add_decayed_weights() -> Transformation[tuple[()], WeightDecay]:
 
     def add(grads: list[Tensor], params: list[Tensor], records: list[WeightDecay]) -> list[Tensor]:
         triples = zip(grads, params, records, strict=True)
-        return [_ops.add_decay(g, p, record.weight_decay) for g, p, record in triples]
+        return [ops.add_decay(g, p, record.weight_decay) for g, p, record in triples]
 
     return stateless(WeightDecay, add)

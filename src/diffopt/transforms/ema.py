@@ -1,7 +1,5 @@
 """ema(): an exponential moving average of the params beside their steps."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownLambdaType=false
-# pyright: reportUnknownArgumentType=false
 from __future__ import annotations
 
 import dataclasses
@@ -10,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _modes, _ops, _tree
-from diffopt._hparams import Hyperparameter, check_flags, hparams, number
+from diffopt import _modes, _tree
 from diffopt._modes import exact, exact_dtype
+from diffopt._rule import checks, ops
+from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import (
@@ -142,8 +141,8 @@ class EMA(Optimizer[EMAState, tuple[EMAHParams, Any]]):
             if self.bias_correction:
                 weight = (1 - decay) / (1 - decay**now)
             else:
-                weight = 1 - decay * _ops.after_first(now)
-            return _ops.lerp(old.to(new.dtype), new, weight).to(old.dtype)
+                weight = 1 - decay * ops.after_first(now)
+            return ops.lerp(old.to(new.dtype), new, weight).to(old.dtype)
 
         return [
             old if grad is None else mean(old, new, record.decay)
@@ -163,10 +162,10 @@ class EMA(Optimizer[EMAState, tuple[EMAHParams, Any]]):
     ) -> _Work:
         leaves = gather(params, grads, writable=writable)
         check_state(state, EMAState)
-        _checks.step(state.step, leaves.params, params)
+        checks.step(state.step, leaves.params, params)
         names = ("state.average", "params")
         averages = _tree.leaves_like(state.average, leaves.spec, params, names)
-        _checks.buffers(averages, leaves.params, params, names[0])
+        checks.buffers(averages, leaves.params, params, names[0])
         if type(hparams) is not tuple or len(hparams) != 2:  # pyright: ignore[reportUnnecessaryComparison]
             raise TypeError("hparams must be a tuple of 2, one for each part")
         numbers = spread(EMAHParams, hparams[0], leaves.params, leaves.spec, params)

@@ -1,8 +1,5 @@
 """flatten(): many small tensors as one long vector."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import dataclasses
@@ -12,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _execution, _hparams, _tree
-from diffopt._engine import Leafwise
+from diffopt import _tree
+from diffopt._rule import checks, hyper, ways
+from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import Leaves, check_optimizer, gather, real, wide
@@ -73,7 +71,7 @@ class Flatten(Optimizer[Any, Any]):
 
     def init(self, params: Tree) -> Any:
         tensors = _tree.leaves(params)
-        _checks.params(tensors, params)
+        checks.params(tensors, params)
         return self.optimizer.init([_ravel(tensors, group) for group in _groups(tensors)])
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
@@ -154,24 +152,24 @@ def _arguments(leaves: Leaves, layout: _Layout, state: Any, params: Tree, hparam
     """Those of the optimizer's update, on vectors."""
 
     def flat(record: Any) -> Any:
-        if type(record) not in _hparams.FIELDS:
+        if type(record) not in hyper.FIELDS:
             return record
-        numbers = _hparams.broadcast(record, leaves.spec, params)
-        _checks.numbers(numbers, leaves.params, params)
+        numbers = hyper.broadcast(record, leaves.spec, params)
+        checks.numbers(numbers, leaves.params, params)
         values = [_flat_number(number, leaves.params, layout.groups) for number in numbers]
-        return _hparams.assemble(type(record), values)
+        return hyper.assemble(type(record), values)
 
     grads = [p if g is None else g for p, g in zip(leaves.params, leaves.grads, strict=True)]
     vectors = [[_ravel(tensors, g) for g in layout.groups] for tensors in (leaves.params, grads)]
-    records = _tree.map(flat, hparams, is_leaf=lambda node: type(node) in _hparams.FIELDS)
+    records = _tree.map(flat, hparams, is_leaf=lambda node: type(node) in hyper.FIELDS)
     return layout.part((*vectors, state, records))
 
 
-def _flat_number(number: _hparams.Covered, params: list[Tensor], groups: list[list[int]]) -> Any:
+def _flat_number(number: hyper.Covered, params: list[Tensor], groups: list[list[int]]) -> Any:
     """A hyperparameter for the vectors: as it is, or as vectors where leaves differ in it."""
     used = {number.cover[i] for group in groups for i in group}
     values = [number.values[k] for k in used] if number.per_parameter else number.values
-    if not number.per_parameter or (len(values) == 1 and _execution.is_scalar(values[0])):
+    if not number.per_parameter or (len(values) == 1 and ways.is_scalar(values[0])):
         return values[0]
     return [torch.cat([_expanded(number.at(i), params[i]) for i in group]) for group in groups]
 
@@ -213,5 +211,5 @@ def _unravel(vectors: list[Tensor], leaves: Leaves, layout: _Layout) -> list[Ten
 
 def _working(tensor: Tensor) -> torch.dtype:
     """The dtype of its real numbers in arithmetic."""
-    dtype = _execution.WORKING_DTYPE.get(tensor.dtype, tensor.dtype)
+    dtype = ways.WORKING_DTYPE.get(tensor.dtype, tensor.dtype)
     return _REAL.get(dtype, dtype)

@@ -1,7 +1,5 @@
 """partition(), masked() and freeze(): parts of the params, each moved in its own way."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownArgumentType=false
 from __future__ import annotations
 
 import dataclasses
@@ -10,8 +8,9 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from diffopt import _checks, _tree
-from diffopt._engine import Leafwise
+from diffopt import _tree
+from diffopt._rule import checks
+from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
@@ -75,7 +74,7 @@ class Partition(Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
 
     def init(self, params: Tree) -> dict[Hashable, Any]:
         tensors, spec = _tree.flatten(params)
-        _checks.params(tensors, params)
+        checks.params(tensors, params)
         return {
             label: self.optimizers[label].init(_pruned(tensors, spec, chosen))
             for label, chosen in self._split(params, spec).items()
@@ -244,7 +243,7 @@ class MaskedOptimizer(Optimizer[Any, Any]):
 
     def init(self, params: Tree) -> Any:
         tensors, spec = _tree.flatten(params)
-        _checks.params(tensors, params)
+        checks.params(tensors, params)
         return self.optimizer.init(_pruned(tensors, spec, self._chosen(params, spec)))
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:

@@ -1,6 +1,5 @@
 """skip_nonfinite(): steps with infinite gradients, or with NaN, do not happen."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import dataclasses

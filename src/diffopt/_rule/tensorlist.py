@@ -1,17 +1,14 @@
 """TensorList: a list of tensors that does arithmetic through torch._foreach_*."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffopt import _modes
+from diffopt import _modes, _torch
 
 
 class TensorList:
@@ -35,22 +32,22 @@ class TensorList:
         return iter(self.tensors)
 
     def __add__(self, other: Any) -> TensorList:
-        return TensorList(torch._foreach_add(self.tensors, _operand(other)))
+        return TensorList(_torch.foreach_add(self.tensors, _operand(other)))
 
     def __mul__(self, other: Any) -> TensorList:
-        return TensorList(torch._foreach_mul(self.tensors, _operand(other)))
+        return TensorList(_torch.foreach_mul(self.tensors, _operand(other)))
 
     def __sub__(self, other: Any) -> TensorList:
         other = _operand(other)
         if isinstance(other, Tensor):  # _foreach_sub takes no 0-d tensor
             return self + -other
-        return TensorList(torch._foreach_sub(self.tensors, other))
+        return TensorList(_torch.foreach_sub(self.tensors, other))
 
     def __truediv__(self, other: Any) -> TensorList:
-        return TensorList(torch._foreach_div(self.tensors, _operand(other)))
+        return TensorList(_torch.foreach_div(self.tensors, _operand(other)))
 
     def __neg__(self) -> TensorList:
-        return TensorList(torch._foreach_neg(self.tensors))
+        return TensorList(_torch.foreach_neg(self.tensors))
 
     def __rsub__(self, other: Any) -> TensorList:
         return -self + other

@@ -3,7 +3,6 @@
 The only place that knows about buckets, None gradients, and how a rule is executed on whole trees.
 """
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 import dataclasses
@@ -14,10 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diffopt import _checks, _execution, _hparams, _modes, _ops, _tree
-from diffopt._checks import Shape
-from diffopt._execution import Execution, Rule, is_scalar, unused
+from diffopt import _modes, _tree
 from diffopt._modes import exact, exact_dtype
+from diffopt._rule import checks, hyper, ops, ways
+from diffopt._rule.checks import Shape
+from diffopt._rule.ways import Execution, Rule, is_scalar, unused
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 
@@ -52,7 +52,7 @@ def leafwise(
         hparams: a record class made by `diffopt.rules.hparams`.
         init: `(param, step) -> state` for one tensor; `zeros_like` makes its buffers.
         rule: `(param, grad, state, hparams, scalars) -> (new_param, new_state)` for one tensor, in
-            out-of-place operations of `diffopt._ops` and operators. `state.step` has been
+            out-of-place operations of `diffopt._rule.ops` and operators. `state.step` has been
             incremented: it is 1 at the first step. `hparams` has a number or a tensor that
             broadcasts in each field. It must not raise for some tensors only: `update_` checks
             all arguments first, and then writes one result after the other.
@@ -77,7 +77,7 @@ def leafwise(
         refuse: `(param) -> reason or None`: why the rule cannot update it, such as "is complex".
         stackable: whether small tensors of one shape may be updated as one batch, by `torch.vmap`
             of the rule, and big ones in pieces, where all that the rule does beside elementwise
-            operations is `_ops.total`. Either rounds sums in another order. It is for rules that
+            operations is `ops.total`. Either rounds sums in another order. It is for rules that
             are not elementwise.
 
     Returns:
@@ -110,7 +110,7 @@ def leafwise(
 
 def zeros_like(param: Tensor) -> Tensor:
     """A buffer for `param`: zeros of its shape, in float32 where it has half precision."""
-    dtype = _execution.WORKING_DTYPE.get(param.dtype)
+    dtype = ways.WORKING_DTYPE.get(param.dtype)
     return torch.zeros_like(param, dtype=dtype, requires_grad=False)
 
 
@@ -137,7 +137,7 @@ class Leafwise(Optimizer[S, H]):
 
     def init(self, params: Tree) -> S:
         tensors, spec = _tree.flatten(params)
-        _checks.params(tensors, params, self.rule.refuse)
+        checks.params(tensors, params, self.rule.refuse)
         device = tensors[0].device if tensors else torch.get_default_device()
         step = torch.zeros((), dtype=exact_dtype(device), device=device)
         states = [self.rule.init(p, step) for p in tensors]
@@ -166,7 +166,7 @@ class Leafwise(Optimizer[S, H]):
                         column[i] = tensor
                 continue
             for k, i in enumerate(indices):
-                row = [_execution.pick(column, k) for column in columns]
+                row = [ways.pick(column, k) for column in columns]
                 for column, result in zip(new, self.rule.apply(numbers, row), strict=True):
                     column[i] = result
         step = step if state[0].dtype in _HALF else step.to(state[0].dtype)
@@ -176,7 +176,7 @@ class Leafwise(Optimizer[S, H]):
         refuse_gradients(grads, hparams)
         with torch.no_grad():
             work = self._gather(params, grads, state, hparams)
-            _checks.writable(work.params, params)
+            checks.writable(work.params, params)
             if state[0].dtype in _HALF:
                 raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
             step = exact(state[0]) + 1
@@ -189,23 +189,23 @@ class Leafwise(Optimizer[S, H]):
         if self._native_(step, values, columns):
             return
         if self.execution == "compiled":
-            _execution.compiled_(self.rule, step, values, columns)
+            ways.compiled_(self.rule, step, values, columns)
             return
         numbers = self.rule.at(_modes.number_of(step), values, columns[0][0])
         if self._batched(columns, values):
-            _execution.foreach_(self.rule, numbers, columns)
-        elif self.execution == "auto" and _execution.tileable(self.rule, columns, values):
-            _execution.tiled_(self.rule, numbers, columns)
-        elif self.execution == "auto" and _execution.stackable(self.rule, columns, values):
-            _execution.stacked_(self.rule, numbers, columns)
+            ways.foreach_(self.rule, numbers, columns)
+        elif self.execution == "auto" and ways.tileable(self.rule, columns, values):
+            ways.tiled_(self.rule, numbers, columns)
+        elif self.execution == "auto" and ways.stackable(self.rule, columns, values):
+            ways.stacked_(self.rule, numbers, columns)
         else:
-            _execution.leaf_(self.rule, numbers, columns)
+            ways.leaf_(self.rule, numbers, columns)
 
     def _native_(self, step: Tensor, values: list[Any], columns: list[Any]) -> bool:
         """The same by a native kernel; False, and nothing has changed, where there is none."""
         numeric = all(isinstance(value, (int, float)) for value in values)
         native = self.execution == "auto" and self.rule.native and numeric
-        if not (native and _execution.kernel_ready(columns)):
+        if not (native and ways.kernel_ready(columns)):
             return False
         number = _modes.number_of(step)
         if isinstance(number, float) and not number.is_integer():
@@ -213,15 +213,15 @@ class Leafwise(Optimizer[S, H]):
         # A kernel that is told of the first step would ignore a buffer that was given for it.
         first = None if isinstance(number, Tensor) or number == 1 else False
         steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
-        return _execution.native_(self.rule, steps, first, values, columns)
+        return ways.native_(self.rule, steps, first, values, columns)
 
     def _copied(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any] | None:
         """Updated copies, where a native kernel on a CPU makes them: one pass instead of ten."""
         cpu = columns[0][0].device.type == "cpu"
         native = self.execution == "auto" and self.rule.native and cpu
-        if not (native and _execution.kernel_ready(columns)) or torch.is_inference_mode_enabled():
+        if not (native and ways.kernel_ready(columns)) or torch.is_inference_mode_enabled():
             return None
-        values = [_ops.coefficient(value) for value in values]
+        values = [ops.coefficient(value) for value in values]
         params, grads, *buffers = columns
         written = [[x.clone() for x in column] for column in (params, *buffers)]
         copies = [written[0], grads, *(c if c else () for c in written[1:])]
@@ -238,12 +238,12 @@ class Leafwise(Optimizer[S, H]):
     def _gather(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
         """The arguments as lists in the order of the leaves of params, or an error."""
         tensors, spec = _tree.flatten(params)
-        _checks.params(tensors, params, self.rule.refuse)
+        checks.params(tensors, params, self.rule.refuse)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        _checks.grads(gradients, tensors, params)
+        checks.grads(gradients, tensors, params)
         if not isinstance(state, self.rule.state):
             raise TypeError(f"state is a {type(state).__name__}, not a {self.rule.state.__name__}")
-        _checks.step(state[0], tensors, params)
+        checks.step(state[0], tensors, params)
         buffers: list[list[Any]] = []
         rows = [self.rule.shapes(p.shape) for p in tensors] if self.rule.shapes else []
         for k, (name, absent) in enumerate(zip(self._names(), self.unused, strict=True)):
@@ -255,13 +255,13 @@ class Leafwise(Optimizer[S, H]):
             if not absent:
                 column = _tree.leaves_like(field, spec, params, (name, "params"))
                 shapes = [row[k] for row in rows]
-                _checks.buffers(column, tensors, params, name, shapes)
+                checks.buffers(column, tensors, params, name, shapes)
             buffers.append(column)
         if not isinstance(hparams, self.hparams):
             found, expected = type(hparams).__name__, self.hparams.__name__
             raise TypeError(f"hparams is a {found}, not a {expected}: make it by hparams(...)")
-        numbers = _hparams.broadcast(hparams, spec, params)
-        _checks.numbers(numbers, tensors, params)
+        numbers = hyper.broadcast(hparams, spec, params)
+        checks.numbers(numbers, tensors, params)
         return _Work(spec, tensors, gradients, buffers, numbers)
 
     def _names(self) -> list[str]:
@@ -281,7 +281,7 @@ class _Work:
     params: list[Tensor]
     grads: list[Tensor | None]
     buffers: list[list[Any]]
-    numbers: list[_hparams.Covered]
+    numbers: list[hyper.Covered]
 
     def tensors(self, step: Any) -> Iterator[Tensor]:
         values = (v for number in self.numbers for v in _tree.leaves(number.values))

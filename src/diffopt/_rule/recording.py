@@ -5,8 +5,6 @@ that any more, and the others into registers. So nothing is allocated, and all t
 stays in the cache. As the operations are elementwise, a result may overwrite its own operand.
 """
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import functools

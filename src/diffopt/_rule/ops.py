@@ -4,8 +4,6 @@ A coefficient is a number (then torch's fused form runs), a tensor (then plain a
 carries its gradient) or a TensorList. Every derivative is finite wherever the mathematics is.
 """
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import math
@@ -14,9 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _modes
-from diffopt._program import Recorded
-from diffopt._tensorlist import TensorList
+from diffopt import _modes, _torch
+from diffopt._rule.recording import Recorded
+from diffopt._rule.tensorlist import TensorList
 
 Leaf: TypeAlias = Any
 """A tensor or a TensorList, or what records operations on a tensor."""
@@ -47,7 +45,7 @@ def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
     if isinstance(coefficient, _TENSORS):
         return x + y * coefficient
     if isinstance(x, TensorList):
-        return TensorList(torch._foreach_add(x.tensors, y.tensors, alpha=coefficient))
+        return TensorList(_torch.foreach_add(x.tensors, y.tensors, alpha=coefficient))
     return torch.add(x, y, alpha=coefficient)
 
 
@@ -64,7 +62,7 @@ def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
     if isinstance(weight, _TENSORS):
         return x + weight * (y - x)
     if isinstance(x, TensorList):
-        return TensorList(torch._foreach_lerp(x.tensors, y.tensors, weight))
+        return TensorList(_torch.foreach_lerp(x.tensors, y.tensors, weight))
     return torch.lerp(x, y, weight)
 
 
@@ -74,7 +72,7 @@ def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     if isinstance(coefficient, _TENSORS):
         return x + a * coefficient * b
     if isinstance(x, TensorList):
-        return TensorList(torch._foreach_addcmul(x.tensors, a.tensors, b.tensors, coefficient))
+        return TensorList(_torch.foreach_addcmul(x.tensors, a.tensors, b.tensors, coefficient))
     return torch.addcmul(x, a, b, value=coefficient)
 
 
@@ -84,7 +82,7 @@ def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     if isinstance(coefficient, _TENSORS):
         return x + a * coefficient / b
     if isinstance(x, TensorList):
-        return TensorList(torch._foreach_addcdiv(x.tensors, a.tensors, b.tensors, coefficient))
+        return TensorList(_torch.foreach_addcdiv(x.tensors, a.tensors, b.tensors, coefficient))
     return torch.addcdiv(x, a, b, value=coefficient)
 
 
@@ -117,7 +115,7 @@ def at_least(x: Any, least: Any) -> Any:
 def maximum(x: Leaf, y: Leaf) -> Leaf:
     """The greater of the two, element by element."""
     if isinstance(x, TensorList):
-        return TensorList(torch._foreach_maximum(x.tensors, y.tensors))
+        return TensorList(_torch.foreach_maximum(x.tensors, y.tensors))
     return torch.maximum(x, y)
 
 
@@ -131,7 +129,7 @@ def sqrt(x: Any) -> Any:
     if isinstance(x, float):
         return math.sqrt(x)
     if isinstance(x, TensorList):
-        return TensorList(torch._foreach_sqrt(x.tensors))
+        return TensorList(_torch.foreach_sqrt(x.tensors))
     if not _modes.differentiable():
         return x.sqrt()
     if _modes.transformed() or _modes.forward_differentiated():

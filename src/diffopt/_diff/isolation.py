@@ -3,9 +3,6 @@
 The only module that touches functorch's private functions on wrapped tensors.
 """
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
-# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import numbers
@@ -15,13 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
-from diffopt import _modes, _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._tree import Tree
-
-_functorch: Any = torch._C._functorch
 
 
 def isolated(
@@ -35,20 +29,20 @@ def isolated(
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(forward_ad._set_fwd_grad_enabled(False))
+        stack.enter_context(_torch.forward_enabled(False))
         trees = _tensors(_constant, trees)
         if sequential:
             return _each_sample(function, trees)
         leaves = [leaf for leaf in _tree.leaves(trees) if isinstance(leaf, Tensor)]
         if plain and not any(map(_is_batched, leaves)):
-            stack.enter_context(temporarily_clear_interpreter_stack())
+            stack.enter_context(_torch.outside_transforms())
         return _tensors(_constant, function(*trees))
 
 
 def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
     batched = [t for t in _tree.leaves(trees) if isinstance(t, Tensor) and _is_batched(t)]
     if not batched:
-        with temporarily_clear_interpreter_stack():
+        with _torch.outside_transforms():
             return _tensors(_constant, function(*trees))
     level = max(map(_level, batched))
     sizes = {_inner(t).shape[_batch_dim(t)] for t in batched if _level(t) == level}
@@ -73,7 +67,7 @@ def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
                 "under vmap with sequential=True solve must return tensors or numbers, or the same "
                 f"object for every sample, not {_tree.describe(leaves[0])}"
             )
-        return _functorch._add_batch_dim(_constant(stacked), 0, level)
+        return _torch.add_batch_dim(_constant(stacked), 0, level)
 
     (size,) = sizes
     return _tree.map(join, *(sample(index) for index in range(size)))
@@ -86,25 +80,25 @@ def outer_derivatives(*tensors: Tensor) -> Generator[list[Tensor]]:
     Torch runs a jvp with forward derivatives off, at every level of nested transforms. Here they
     are on again, and the tensors have lost the tangents of the level whose jvp it is.
     """
-    stack = _functorch.get_interpreter_stack() or []
-    levels = [i.level() for i in stack if i.key() == _functorch.TransformType.Jvp]
+    stack = _torch.interpreter_stack() or []
+    levels = [i.level() for i in stack if i.key() == _torch.TransformType.Jvp]
     level = max(levels, default=0)
 
     def primal(tensor: Tensor) -> Tensor:
         if _is_batched(tensor):
             inner, dim = primal(_inner(tensor)), _batch_dim(tensor)
-            return _functorch._add_batch_dim(inner, dim, _level(tensor))
+            return _torch.add_batch_dim(inner, dim, _level(tensor))
         if level:
-            return _functorch._unwrap_for_grad(tensor, level)
+            return _torch.unwrap_for_grad(tensor, level)
         return forward_ad.unpack_dual(tensor).primal
 
-    with forward_ad._set_fwd_grad_enabled(True):
+    with _torch.forward_enabled(True):
         yield [primal(tensor) for tensor in tensors]
 
 
 def concrete(tensor: Tensor) -> Tensor:
     """The values of a constant; under vmap those of all samples, batch dimensions in front."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
+    while _torch.is_wrapped(tensor):
         if _is_batched(tensor):
             tensor = _inner(tensor).movedim(_batch_dim(tensor), 0)
         else:
@@ -114,7 +108,7 @@ def concrete(tensor: Tensor) -> Tensor:
 
 def alive(tensor: Tensor) -> Tensor:
     """The tensor without the wrapper of a transform that has ended since it was saved."""
-    return _functorch.unwrap_if_dead(tensor)
+    return _torch.unwrap_if_dead(tensor)
 
 
 def batched(tensor: Any, dim: int, others: Sequence[Tensor]) -> Any:
@@ -125,7 +119,7 @@ def batched(tensor: Any, dim: int, others: Sequence[Tensor]) -> Any:
     levels = sorted({_level(x) for other in others for x in _modes.levels(other) if _is_batched(x)})
     if isinstance(tensor, Tensor) and tensor.dim() == dim + len(levels):
         for level in levels:
-            tensor = _functorch._add_batch_dim(tensor, 0, level)
+            tensor = _torch.add_batch_dim(tensor, 0, level)
     return tensor
 
 
@@ -151,9 +145,9 @@ def _belongs(tensor: Tensor) -> bool:
     while True:
         if tensor.requires_grad or _is_batched(tensor):
             return True
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        if _torch.forward_level() >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             return True
-        if not _functorch.is_functorch_wrapped_tensor(tensor):
+        if not _torch.is_wrapped(tensor):
             return False
         tensor = _inner(tensor)
 
@@ -166,11 +160,11 @@ def _constant(tensor: Tensor) -> Tensor:
     """The tensor without its wrappers for derivatives, but with those for batches."""
     if _is_batched(tensor):
         inner, dim, level = _constant(_inner(tensor)), _batch_dim(tensor), _level(tensor)
-        return _functorch._add_batch_dim(inner, dim, level)
-    if _functorch.is_functorch_wrapped_tensor(tensor):
+        return _torch.add_batch_dim(inner, dim, level)
+    if _torch.is_wrapped(tensor):
         return _constant(_inner(tensor))
     # Not at the level in progress, which would wrap the result.
-    with temporarily_clear_interpreter_stack(), forward_ad._set_fwd_grad_enabled(False):
+    with _torch.outside_transforms(), _torch.forward_enabled(False):
         return tensor.detach()
 
 
@@ -183,16 +177,16 @@ def _one_sample(tensor: Tensor) -> Tensor:
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    return _functorch.is_batchedtensor(tensor)
+    return _torch.is_batched(tensor)
 
 
 def _inner(tensor: Tensor) -> Tensor:
-    return _functorch.get_unwrapped(tensor)
+    return _torch.unwrapped(tensor)
 
 
 def _batch_dim(tensor: Tensor) -> int:
-    return _functorch.maybe_get_bdim(tensor)
+    return _torch.batch_dim(tensor)
 
 
 def _level(tensor: Tensor) -> int:
-    return _functorch.maybe_get_level(tensor)
+    return _torch.level_of(tensor)

@@ -3,7 +3,6 @@
 Every function takes lists in the order of the leaves, and the tree of params for its paths.
 """
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -12,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _hparams, _modes, _tree
+from diffopt import _modes, _tree
+from diffopt._rule import hyper
 from diffopt._tree import Tree
 
 Shape: TypeAlias = Sequence[int]
@@ -123,7 +123,7 @@ def writable(params: list[Tensor], tree: Tree) -> None:
                 raise ValueError(f"{paths[i]} and {paths[first]} are views of the same memory")
 
 
-def numbers(numbers: list[_hparams.Covered], params: list[Tensor], tree: Tree) -> None:
+def numbers(numbers: list[hyper.Covered], params: list[Tensor], tree: Tree) -> None:
     """Tensors among hyperparameters are real and broadcast to their parameters."""
     for number in numbers:
         values = number.values if params and number.per_parameter else ()

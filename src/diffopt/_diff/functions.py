@@ -1,8 +1,5 @@
 """Functions with a derivative of their own, such as those that are run again for it."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._tree import Tree
 
 Pullback: TypeAlias = Callable[
@@ -138,9 +135,8 @@ def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Te
 
 def _batches(tensor: Tensor) -> frozenset[int]:
     """The levels of torch.func.vmap at which it is batched."""
-    functorch = torch._C._functorch
-    levels = filter(functorch.is_batchedtensor, _modes.levels(tensor))
-    return frozenset(map(functorch.maybe_get_level, levels))
+    levels = filter(_torch.is_batched, _modes.levels(tensor))
+    return frozenset(map(_torch.level_of, levels))
 
 
 def alias(tensor: Tensor, attached: bool) -> Tensor:
@@ -219,7 +215,7 @@ class Surroundings:
 
 def _default_generators(device: torch.device) -> list[torch.Generator]:
     if device.type == "mps":
-        return [torch.mps._get_default_mps_generator()]
+        return [_torch.mps_generator()]
     generators = getattr(torch.get_device_module(device.type), "default_generators", ())
     return [generators[device.index]] if generators else []
 
@@ -272,6 +268,6 @@ class _Custom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         # What was saved in a torch.func transform that has ended carries its wrapper still.
-        inputs = [torch._C._functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
+        inputs = [_torch.unwrap_if_dead(x) for x in ctx.saved_tensors]
         grads = ctx.call.pullback(inputs, ctx.needs_input_grad[1:], cotangents)
         return (None, *grads)

@@ -1,8 +1,5 @@
 """What a step depends on beside its arguments, and which of its carry never varies."""
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _function, _modes, _tree
+from diffopt import _modes, _torch, _tree
+from diffopt._diff import functions
 from diffopt._tree import Tree
 
 
@@ -25,7 +23,7 @@ def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree
     found: dict[int, Tensor] = {}
     outputs: Tree = None
     for run in range(2):
-        with _function.Surroundings(arguments).restored(), _function.noticed() as aliases:
+        with functions.Surroundings(arguments).restored(), functions.noticed() as aliases:
             with torch.enable_grad():
                 outputs = function(*_tree.detach(arguments))
             leaves = {id(x): x for x in graph_leaves(outputs) if id(x) not in aliases}
@@ -51,7 +49,7 @@ def varying(
         ValueError: the first step returns other numbers than `results` when it is run again.
     """
     tensors, join = _tree.split((carry, args, xs[0]))
-    everything = [_function.has_derivative(tensor) for tensor in tensors]
+    everything = [functions.has_derivative(tensor) for tensor in tensors]
     starts = _tree.split(carry)[0]
     if len({len(_tree.split(x)[0]) for x in xs}) > 1:  # later steps may depend on something new
         return everything[: len(starts)]
@@ -69,15 +67,15 @@ def varying(
         outputs = _tree.split(step(*join(inputs)))[0]
         depends[:] = [x.requires_grad for x in outputs[: len(starts)]]
         refuse_other(results, outputs)
-        return [x for x in outputs if _function.has_derivative(x)]
+        return [x for x in outputs if functions.has_derivative(x)]
 
     while True:
         chosen = [x.detach() for x, varied in zip(tensors, varies, strict=True) if varied]
-        with _function.Surroundings((carry, args, xs[0])).restored(), torch.enable_grad():
+        with functions.Surroundings((carry, args, xs[0])).restored(), torch.enable_grad():
             if _modes.transformed():
                 torch.func.vjp(run, *chosen)
             else:
-                run(*(_function.alias(x, attached=False) for x in chosen))
+                run(*(functions.alias(x, attached=False) for x in chosen))
         if len(depends) != len(starts):
             return everything[: len(starts)]
         grown = [v or d for v, d in zip(varies, depends, strict=False)]
@@ -89,7 +87,7 @@ def varying(
 def refuse_varying(outputs: Iterable[Tensor], varies: Iterable[bool]) -> None:
     """Raise where one depends on what is differentiated that was found to be a constant."""
     for output, varied in zip(outputs, varies, strict=False):
-        if not varied and output.requires_grad and _function.has_derivative(output):
+        if not varied and output.requires_grad and functions.has_derivative(output):
             raise ValueError(
                 f"a tensor of shape {tuple(output.shape)} of the optimizer's state or the buffers "
                 "depends on what is differentiated in some steps, but not in the first: "
@@ -124,7 +122,7 @@ def graph_leaves(tree: Tree) -> Iterator[Tensor]:
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        if isinstance(node, torch._C._functions.AccumulateGrad):
+        if isinstance(node, _torch.AccumulateGrad):
             yield node.variable
         for child, _ in node.next_functions:
             if child is not None and child not in seen:

@@ -5,8 +5,6 @@ step. A column is a list of tensors, `()` for a field that is not used, or a `Sh
 share device, dtype, step and hyperparameters, so that per-step scalars are computed once.
 """
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import dataclasses
@@ -18,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _hparams, _modes, _ops, _program
-from diffopt._checks import Shape
-from diffopt._tensorlist import TensorList
+from diffopt import _modes, _torch
+from diffopt._rule import hyper, ops, recording
+from diffopt._rule.checks import Shape
+from diffopt._rule.tensorlist import TensorList
 
 Execution = Literal["auto", "leaf", "foreach", "compiled"]
 
@@ -58,15 +57,15 @@ class Rule:
         """What the rule sees beside tensors, for tensors of the device and dtype of `like`."""
         t, *values = placed([step, *values], like)
         numbers = self.numbers(t, values)
-        first = 1 - _ops.after_first(t)
-        if self.initial is None or _ops.is_zero(first):
+        first = 1 - ops.after_first(t)
+        if self.initial is None or ops.is_zero(first):
             return numbers
         initial = {name: first * value for name, value in self.initial(numbers.hparams).items()}
         return numbers._replace(initial=initial)
 
     def numbers(self, t: Any, values: Sequence[Any]) -> Numbers:
         """The same for numbers in their final form, where the state is past its initial values."""
-        hparams = _hparams.assemble(self.hparams, values)
+        hparams = hyper.assemble(self.hparams, values)
         return Numbers(t, hparams, self.scalars(t, hparams) if self.scalars else None, {})
 
     def apply(self, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
@@ -115,7 +114,7 @@ def foreach_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
     """In place, by horizontally batched kernels."""
     for old, new in zip(_written(columns), rule.apply(numbers, columns), strict=True):
         if isinstance(old, list):
-            torch._foreach_copy_(old, new)
+            _torch.foreach_copy_(old, new)
 
 
 def tiled_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
@@ -139,7 +138,7 @@ def tiled_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
         update_(tile)
         lengths = [piece.numel() for piece in pieces[0]]
         for old, new in zip(_written(pieces), _written(tile), strict=True):
-            torch._foreach_copy_(old, new.split(lengths))
+            _torch.foreach_copy_(old, new.split(lengths))
 
 
 def stacked_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
@@ -163,7 +162,7 @@ def stacked_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
         stacks: Any = torch.func.vmap(leaf)(*map(torch.stack, pieces))
         for old, new in zip(_written(pieces), stacks, strict=True):
             if new.numel():
-                torch._foreach_copy_(old, new.unbind())
+                _torch.foreach_copy_(old, new.unbind())
     whole = [
         i
         for i in alone
@@ -212,29 +211,29 @@ def _pieced_(rule: Rule, numbers: Numbers, row: Sequence[Any]) -> bool:
             if not unfinished:
                 return True
             sums.append(total)
-    except _program.Unrecordable:  # before anything is written
+    except recording.Unrecordable:  # before anything is written
         return False
 
 
 def _up_to_a_sum(
     rule: Rule, numbers: Numbers, row: Sequence[Any], lists: list[int], sums: list[float]
-) -> tuple[_program.Program, bool]:
+) -> tuple[recording.Program, bool]:
     """A program that writes the terms of the first sum that is not known yet, and True; else False.
 
     They go to one tensor more than the row has; without such a sum the row gets its new values.
     """
-    tape = _program.Tape(len(lists) + 1, row[0], sums)
+    tape = recording.Tape(len(lists) + 1, row[0], sums)
     inputs = list(row)
     for k, x in zip(lists, tape.inputs, strict=False):
         inputs[k] = x
     try:
         new_p, *new = rule.run(numbers, inputs)
-    except _program.Summed as stop:
-        return _program.Program(tape, [*(None for _ in lists), stop.terms]), True
+    except recording.Summed as stop:
+        return recording.Program(tape, [*(None for _ in lists), stop.terms]), True
     except TypeError as error:
-        raise _program.Unrecordable(*error.args) from error
+        raise recording.Unrecordable(*error.args) from error
     outputs = [x for k, x in enumerate([new_p, None, *new]) if k in lists]
-    return _program.Program(tape, [*outputs, None]), False
+    return recording.Program(tape, [*outputs, None]), False
 
 
 def _prepared(
@@ -255,15 +254,15 @@ def _prepared(
 
     if any(x.dtype != like.dtype or x.dtype not in _AS_IS for k in lists for x in columns[k]):
         return size, eagerly
-    tape = _program.Tape(len(lists))
+    tape = recording.Tape(len(lists))
     row = [c.value if isinstance(c, Shared) else c for c in columns]
     for k, x in zip(lists, tape.inputs, strict=True):
         row[k] = x
     try:
         new_p, *new = rule.run(numbers, row)
         outputs = [value for k, value in enumerate([new_p, None, *new]) if k in lists]
-        program = _program.Program(tape, outputs)
-    except (_program.Unrecordable, TypeError):
+        program = recording.Program(tape, outputs)
+    except (recording.Unrecordable, TypeError):
         return size, eagerly
     for column, value in zip(columns[2:], new, strict=True):
         if isinstance(column, Shared):
@@ -303,7 +302,7 @@ def compiled_(rule: Rule, step: Tensor, values: Sequence[Any], columns: Sequence
                 stacklevel=2,
             )
             _COMPILED[key] = eager
-            torch._foreach_copy_(
+            _torch.foreach_copy_(
                 [x for c in _written(columns) if isinstance(c, list) for x in c],
                 [x for c in _written(expected) if isinstance(c, list) for x in c],
             )
@@ -315,7 +314,7 @@ _COMPILED: dict[Any, Callable[..., None]] = {}
 
 def sparse_(rule: Rule, numbers: Numbers, columns: Sequence[Any]) -> None:
     """In place, for sparse gradients: only their rows, where a zero gradient moves nothing."""
-    rowwise = all(_ops.is_zero(getattr(numbers.hparams, name, 0)) for name in _MOVING)
+    rowwise = all(ops.is_zero(getattr(numbers.hparams, name, 0)) for name in _MOVING)
     for i, grad in enumerate(columns[1]):
         row = [pick(column, i) for column in columns]
         if not rowwise:
@@ -356,8 +355,8 @@ def native_(
     if rule.native is None:
         return False
     params, grads, *buffers = columns
-    state, hparams = rule.state(steps, *buffers), _hparams.assemble(rule.hparams, values)
-    with torch._C._AutoDispatchBelowAutograd():  # a tenth of the time for many small tensors
+    state, hparams = rule.state(steps, *buffers), hyper.assemble(rule.hparams, values)
+    with _torch.below_autograd():  # a tenth of the time for many small tensors
         done = rule.native(params, grads, state, hparams, first, amp)
     if done:  # torch's kernels don't tell autograd that what it may have saved is gone
         torch.autograd.graph.increment_version(params)

@@ -1,7 +1,5 @@
 """The gradient of a loss, by autograd or by torch.func, whichever the surroundings allow."""
 
-# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import contextlib
@@ -19,8 +17,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from diffopt import _function, _modes, _tree
-from diffopt._closed import graph_leaves, refuse_closed_over, refuse_varying
+from diffopt import _modes, _torch, _tree
+from diffopt._diff import functions
+from diffopt._diff.captured import graph_leaves, refuse_closed_over, refuse_varying
 from diffopt._tree import Tree
 
 HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
@@ -87,7 +86,7 @@ def _autograd(
     with torch.enable_grad():
         # Aliases, so that the gradient is partial: not through params that depend on each other,
         # nor through arguments of the loss that depend on params.
-        aliases = [_function.alias(leaf, create_graph) for leaf in leaves]
+        aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
         with _stopping():
             value, aux = function(_tree.unflatten(aliases, spec), inputs)
         if not value.requires_grad:
@@ -139,14 +138,14 @@ class _NoGrad(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch._C._set_grad_enabled and not _called_by_this_package():
-            torch._C._set_fwd_grad_enabled(args[0])
+        if func is _torch.set_grad_enabled and not _called_by_this_package():
+            _torch.set_forward_enabled(args[0])
         return result
 
 
 def _called_by_this_package() -> bool:
     """Whether the innermost function outside of torch, but for the caller, is of this package."""
-    frame = sys._getframe(2)
+    frame: Any = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
     while frame.f_globals.get("__name__", "").partition(".")[0] == "torch" and frame.f_back:
         frame = frame.f_back
     return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
@@ -160,7 +159,7 @@ def _stopping() -> contextlib.AbstractContextManager[Any]:
 def _forward_over_reverse(
     function: Objective, params: Tree, inputs: Tree, varies: Sequence[bool]
 ) -> tuple[Tensor, Any, Tree]:
-    surroundings = _function.Surroundings((params, inputs))
+    surroundings = functions.Surroundings((params, inputs))
     _, join = _tree.split((params, inputs))
     count = len(_tree.leaves(params))
 
@@ -180,14 +179,14 @@ def _forward_over_reverse(
             # The derivative of torch's forward derivatives is wrong for some operations (2.13:
             # layer_norm, batch_norm) and raises for others (log_softmax).
             if torch.is_grad_enabled():
-                return _function.vjp(results, xs, needed, cotangents)
+                return functions.vjp(results, xs, needed, cotangents)
             parts = len(cotangents) - count
             return _hvp(outputs, xs, needed, cotangents[parts:], cotangents[:parts])
 
     def forward(arguments: Tree) -> Tree:
         return value_and_grad(function, *arguments)
 
-    return _function.custom(forward, (params, inputs), pullback, varies=(True, *varies))
+    return functions.custom(forward, (params, inputs), pullback, varies=(True, *varies))
 
 
 def _hvp(
@@ -217,12 +216,12 @@ def _hvp(
         if plain and any(id(leaf) not in aliases for leaf in graph_leaves(outputs)):
             refuse_closed_over("the loss", function, list(xs))
         pairs = zip(outputs, cotangents, strict=True)
-        terms = [(v.conj() * y).real.sum() for y, v in pairs if _function.has_derivative(y)]
+        terms = [(v.conj() * y).real.sum() for y, v in pairs if functions.has_derivative(y)]
         return outputs[0] + e * torch.stack(terms).sum()
 
     gradient_jvp = _functorch_jvp if _modes.transformed() else _autograd_jvp
     try:
-        with _function.noticed() as aliases:
+        with functions.noticed() as aliases:
             results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
     except RuntimeError as error:
         complaint = lacks_forward(error)
@@ -279,8 +278,8 @@ def _autograd_jvp(
     one, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[0])
     rest = map(torch.zeros_like, inputs[len(tangents) :])
     # Within a torch.autograd.Function forward mode is off as well.
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
-        aliases = [_function.alias(x, attached=False) for x in inputs]
+    with torch.enable_grad(), _torch.forward_enabled(True), forward_ad.dual_level():
+        aliases = [functions.alias(x, attached=False) for x in inputs]
         one, e, *xs = map(forward_ad.make_dual, (one, *aliases), (zero, *tangents, *rest))
         grads = torch.autograd.grad(
             function(e, *xs), xs, one, create_graph=True, materialize_grads=True

@@ -1,0 +1,1 @@
+"""Derivatives of our own making: custom functions, gradients and captured tensors."""

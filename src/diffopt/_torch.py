@@ -1,0 +1,135 @@
+"""The one window onto torch's private names: what each is for, and the torch it was last seen in.
+
+torch changes these without notice. A name that goes is replaced here, and nowhere else; a test
+fails where another module reaches past this one. All of them are in torch 2.11 to 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import _C as _core, Tensor  # pyright: ignore[reportPrivateUsage]
+from torch._functorch.pyfunctorch import (
+    temporarily_clear_interpreter_stack as outside_transforms,
+)
+from torch.autograd import forward_ad
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks as post_hooks,  # pyright: ignore[reportPrivateUsage]
+    _global_optimizer_pre_hooks as pre_hooks,  # pyright: ignore[reportPrivateUsage]
+)
+from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
+
+__all__ = [
+    "outside_transforms",  # run code as if no transform of torch.func were active
+    "post_hooks",  # the hooks after a step of any optimizer
+    "pre_hooks",  # the hooks before a step of any optimizer
+    "pytree",  # the registry of containers, and walks over trees
+]
+
+_C: Any = _core
+_torch: Any = torch
+_functorch: Any = _C._functorch
+_forward_ad: Any = forward_ad
+
+# Trees.
+node_type: Callable[[Any], Any] = getattr(pytree, "_get_node_type")  # noqa: B009
+"""The key under which the registry knows a container."""
+
+# Transforms of torch.func.
+TransformType: Any = _functorch.TransformType
+"""The kinds of transforms: vmap, grad, jvp, functionalize."""
+interpreter_stack: Callable[[], list[Any] | None] = _functorch.get_interpreter_stack
+"""The transforms in progress, outermost first; None where there are none."""
+innermost_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
+"""The innermost transform in progress, or None: cheaper than the whole stack."""
+is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+"""Whether a tensor is one that a transform has wrapped."""
+is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
+"""Whether the outermost wrapper of a tensor is that of vmap."""
+unwrapped: Callable[[Tensor], Tensor] = _functorch.get_unwrapped
+"""What a wrapped tensor holds."""
+batch_dim: Callable[[Tensor], int] = _functorch.maybe_get_bdim
+"""The batched dimension of what a batched tensor holds."""
+level_of: Callable[[Tensor], int] = _functorch.maybe_get_level
+"""The level of the transform that wrapped a tensor."""
+add_batch_dim: Callable[[Tensor, int, int], Tensor] = _functorch._add_batch_dim
+"""A batched tensor: `(tensor, dimension, level)`."""
+unwrap_for_grad: Callable[[Tensor, int], Tensor] = _functorch._unwrap_for_grad
+"""The inside of a tensor at a level of grad."""
+unwrap_if_dead: Callable[[Tensor], Tensor] = _functorch.unwrap_if_dead
+"""The tensor without the wrapper of a transform that has ended."""
+
+# Forward mode.
+forward_enabled: Callable[[bool], AbstractContextManager[Any]] = _forward_ad._set_fwd_grad_enabled
+"""A context that switches forward derivatives on or off."""
+set_forward_enabled: Callable[[bool], None] = _C._set_fwd_grad_enabled
+"""The same as a plain call."""
+set_grad_enabled: Callable[[bool], None] = _C._set_grad_enabled
+"""What `torch.no_grad` and its like call: a mode recognizes it."""
+
+
+def forward_level() -> int:
+    """The level of `torch.autograd.forward_ad` in progress, or -1."""
+    return _forward_ad._current_level
+
+
+# Dispatch.
+dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
+"""How many modes, such as FakeTensorMode, see every operation."""
+DispatchKeySet: Any = _C.DispatchKeySet
+"""A set of dispatch keys, for `without_dispatch_keys`."""
+dispatch_key: Callable[[str], Any] = _C._parse_dispatch_key
+"""The dispatch key of a name."""
+without_dispatch_keys: Callable[[Any], AbstractContextManager[Any]] = _C._ExcludeDispatchKeyGuard
+"""A context in which operations pass these keys by."""
+below_autograd: Callable[[], AbstractContextManager[Any]] = _C._AutoDispatchBelowAutograd
+"""A context in which operations skip autograd: a tenth of the time for many small tensors."""
+
+# Autograd.
+AccumulateGrad: Any = _C._functions.AccumulateGrad
+"""The kind of node in autograd's graph that stands for a leaf."""
+profiling: Callable[[], bool] = _torch.autograd._profiler_enabled
+"""Whether a profiler is recording."""
+
+# torch.optim.
+disable_dynamo: Callable[..., Any] = _torch._disable_dynamo
+"""A decorator that keeps torch.compile out of a function, without importing it beforehand."""
+
+
+def mps_generator() -> torch.Generator:
+    """The default random number generator of MPS."""
+    return _torch.mps._get_default_mps_generator()
+
+
+# Kernels for lists of tensors, which torch.optim itself uses.
+
+
+def _kernel(name: str) -> Callable[..., Any]:
+    """`torch.name`, looked up when it is called: whoever replaces it there is heard."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return getattr(torch, name)(*args, **kwargs)
+
+    return kernel
+
+
+fused_sgd_ = _kernel("_fused_sgd_")
+fused_adam_ = _kernel("_fused_adam_")
+fused_adamw_ = _kernel("_fused_adamw_")
+fused_adagrad_ = _kernel("_fused_adagrad_")
+foreach_add = _kernel("_foreach_add")
+foreach_sub = _kernel("_foreach_sub")
+foreach_mul = _kernel("_foreach_mul")
+foreach_div = _kernel("_foreach_div")
+foreach_neg = _kernel("_foreach_neg")
+foreach_lerp = _kernel("_foreach_lerp")
+foreach_addcmul = _kernel("_foreach_addcmul")
+foreach_addcdiv = _kernel("_foreach_addcdiv")
+foreach_maximum = _kernel("_foreach_maximum")
+foreach_sqrt = _kernel("_foreach_sqrt")
+foreach_norm = _kernel("_foreach_norm")
+foreach_add_ = _kernel("_foreach_add_")
+foreach_copy_ = _kernel("_foreach_copy_")
