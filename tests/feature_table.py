@@ -88,8 +88,7 @@ def our_derivatives(row: str) -> str:
 
 def our_foreach(row: str) -> str:
     case = REGISTRY[ROWS[row]]
-    rule = getattr(case.optimizer, "rule", None)
-    if not (rule and rule.batchable):
+    if not getattr(case.optimizer, "batchable", False):
         return NONE
 
     def end(execution: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 import diffopt
 from diffopt import optim
-from diffopt._rule import ways
+from diffopt._rule import tiles
 from diffopt.rules import hparams, leafwise, number
 
 F64 = torch.float64
@@ -253,15 +253,15 @@ def test_rates_of_each_weight_are_not_stepped_together(monkeypatch):
 @pytest.fixture
 def pieced(monkeypatch):
     """The lengths of the vectors that are stepped by pieces, of some seven elements."""
-    monkeypatch.setattr(ways, "_TILE", 7)
-    lengths, pieced_ = [], ways._pieced_
+    monkeypatch.setattr(tiles, "_TILE", 7)
+    lengths, pieced_ = [], tiles._pieced_
 
     def spy(rule, numbers, row):
         done = pieced_(rule, numbers, row)
         lengths.extend([row[0].numel()] * done)
         return done
 
-    monkeypatch.setattr(ways, "_pieced_", spy)
+    monkeypatch.setattr(tiles, "_pieced_", spy)
     return lengths
 
 

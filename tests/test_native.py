@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import diffopt
-from diffopt._rule import recording, ways
+from diffopt._rule import recording, tiles
 from diffopt.rules import Leafwise
 from registry import REGISTRY
 
@@ -20,13 +20,6 @@ KERNELS = {
     "_fused_adamw_": (diffopt.adamw(), {}),
     "_fused_adagrad_": (diffopt.adagrad(), {}),
 }
-
-
-def rule_only(rule):
-    """The optimizer of this rule without its kernel."""
-    fields = rule.init(torch.empty(0), torch.empty(()))[1:]
-    rule = dataclasses.replace(rule, native=None)
-    return Leafwise(rule.hparams, rule, tuple(isinstance(f, tuple) for f in fields))
 
 
 def draw(*shape, dtype=torch.float64):
@@ -112,7 +105,7 @@ def test_the_rule_runs_where_the_kernel_computes_something_else(opt, numbers, ex
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch):
-    monkeypatch.setattr(ways, "_TILE", 7)
+    monkeypatch.setattr(tiles, "_TILE", 7)
     torch.manual_seed(0)
     params = {"big": draw(5, 6), "small": [draw(2), draw(), draw(0)], "other": draw(3, 2)}
     params = pytree.tree_map(lambda p: p.to(dtype), params)
@@ -161,14 +154,12 @@ def test_a_compiled_kernel_that_is_wrong_is_not_used(monkeypatch):
 
 def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch):
     seen = []
-    program = ways.recording.Program
-    monkeypatch.setattr(
-        ways.recording, "Program", lambda *args: seen.append(args) or program(*args)
-    )
-    rules = {case.optimizer.rule for case in REGISTRY.values() if hasattr(case.optimizer, "rule")}
-    rules = [rule for rule in rules if rule.elementwise]
-    for rule in rules:
-        opt = rule_only(rule)
+    program = recording.Program
+    monkeypatch.setattr(recording, "Program", lambda *args: seen.append(args) or program(*args))
+    optimizers = {case.optimizer for case in REGISTRY.values()}
+    rules = [opt for opt in optimizers if isinstance(opt, Leafwise) and opt.elementwise]
+    for opt in rules:
+        monkeypatch.setattr(type(opt), "native", None)
         agree(opt, opt.hparams(lr=0.1), {"a": draw(3), "b": draw(2, 2)}, steps=6)
     assert len(seen) == 6 * len(rules)
 

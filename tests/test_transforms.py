@@ -853,8 +853,7 @@ def test_numbers_stay_numbers():
             seen.append((len(params), hparams.lr, hparams.momentum))
             return super().update(params, grads, state, hparams)
 
-    spy = Spy(sgd.hparams, sgd.rule, sgd.unused)
-    opt, params = t.flatten(spy), {"a": torch.zeros(2), "b": torch.zeros(3)}
+    opt, params = t.flatten(Spy()), {"a": torch.zeros(2), "b": torch.zeros(3)}
     record = opt.hparams(lr=0.1, momentum={"a": 0.5, "b": 0.9})
     opt.update(params, params, opt.init(params), record)
     ((count, lr, (momentum,)),) = seen

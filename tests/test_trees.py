@@ -165,16 +165,40 @@ def test_tied_tensors_are_refused(name):
 def test_memory_is_written_once():
     opt, memory = diffopt.sgd(), torch.zeros(4)
     for params, message in [
-        ({"a": memory, "b": memory.view(4)}, r"params\['b'\] and params\['a'\] are views of the"),
+        ({"a": memory, "b": memory.view(4)}, r"params\['b'\] and params\['a'\] share memory"),
+        ({"a": memory[:3], "b": memory[2:]}, r"params\['b'\] and params\['a'\] share memory"),
+        ({"a": memory[::3], "b": memory[3:]}, r"params\['b'\] and params\['a'\] share memory"),
+        ({"a": memory.view(2, 2), "b": memory.view(2, 2).T}, r"\['b'\] and params\['a'\] share"),
         ({"a": torch.zeros(1).expand(4), "b": memory}, r"params\['a'\] is an expanded tensor"),
+        ({"a": memory.as_strided((2, 2), (1, 1))}, r"params\['a'\] is an expanded tensor"),
     ]:
         state, grads = opt.init(params), pytree.tree_map(torch.ones_like, params)
         with pytest.raises(ValueError, match=message):
             opt.update_(params, grads, state, opt.hparams(lr=1.0))
         assert not memory.any()
         assert state.step == 0
-    opt.update_([memory[:2], memory[2:]], [X, 3 * X], opt.init([X, X.clone()]), opt.hparams(lr=1.0))
-    torch.testing.assert_close(memory, -torch.tensor([1.0, 2.0, 3.0, 6.0]))
+
+
+@pytest.mark.parametrize(
+    "split",
+    [lambda m: [m[:2], m[2:]], lambda m: [m[::2], m[1::2]], lambda m: list(m.view(2, 2).T)],
+    ids=["slices", "every other element", "columns"],
+)
+def test_views_that_share_no_element_are_updated(split):
+    opt, memory = diffopt.sgd(), torch.zeros(4)
+    params = split(memory)
+    opt.update_(params, [X, 3 * X], opt.init([X, X.clone()]), opt.hparams(lr=1.0))
+    torch.testing.assert_close(params, [-X, -3 * X])
+
+
+def test_buffers_that_share_memory_are_refused():
+    opt, params = diffopt.adam(), {"a": torch.ones(2)}
+    shared = {"a": torch.zeros(2)}
+    state = opt.init(params)._replace(exp_avg=shared, exp_avg_sq=shared)
+    message = r"state.exp_avg_sq\['a'\] and state.exp_avg\['a'\] share memory"
+    with pytest.raises(ValueError, match=message):
+        opt.update_(params, params, state, opt.hparams())
+    assert state.step == 0
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,18 @@ Every function takes lists in the order of the leaves, and the tree of params fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._rule import hyper
+from diffopt._rule import hyper, memory
+from diffopt._rule.rule import Shape
 from diffopt._tree import Tree
 
-Shape: TypeAlias = Sequence[int]
+_HALF = (torch.float16, torch.bfloat16, torch.complex32)
 
 
 def params(
@@ -108,19 +109,51 @@ def _reachable(scalar: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> 
         raise ValueError(f"{name} has device meta, but {path} has device {param.device}")
 
 
-def writable(params: list[Tensor], tree: Tree) -> None:
-    """No memory may be written twice: by one expanded tensor, or by two that are one view."""
-    seen: dict[tuple[Any, ...], int] = {}
-    for i, param in enumerate(params):
-        strides = param.stride()
-        if any(size > 1 and step == 0 for size, step in zip(param.shape, strides, strict=True)):
-            path = _tree.paths(tree, "params")[i]
-            raise ValueError(f"{path} is an expanded tensor, which cannot be written to: clone it")
-        if param.numel() and not (param.is_meta or _modes.transformed()):
-            first = seen.setdefault((param.data_ptr(), param.shape, strides), i)
-            if first != i:
-                paths = _tree.paths(tree, "params")
-                raise ValueError(f"{paths[i]} and {paths[first]} are views of the same memory")
+def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | None = None) -> None:
+    """Tensors that an update in place can write: each element once, and as precisely as it must.
+
+    `columns` are the params and the buffers by name, `step` is the count of the state.
+    """
+    if _modes.transformed():
+        return
+    names = [(name, i) for name, column in columns.items() for i in range(len(column))]
+    tensors = [tensor for column in columns.values() for tensor in column]
+    if step is not None:
+        names, tensors = [*names, ("state.step", -1)], [*tensors, step]
+        if step.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"state.step has dtype {step.dtype}, which cannot count")
+
+    def path(k: int) -> str:
+        name, i = names[k]
+        return name if i < 0 else _tree.paths(tree, name)[i]
+
+    for k, tensor in enumerate(tensors):
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{path(k)} is an inference tensor, which can be written to in "
+                "torch.inference_mode() only: clone it"
+            )
+    for name, column in columns.items():
+        _precise(column, columns["params"], tree, name)
+    if (pair := memory.overlap(tensors)) is None:
+        return
+    first, second = map(path, pair)
+    if first == second:
+        raise ValueError(f"{first} is an expanded tensor, which cannot be written to: clone it")
+    raise ValueError(
+        f"{second} and {first} share memory, which would be written twice: clone one of them"
+    )
+
+
+def _precise(buffers: list[Tensor], params: list[Tensor], tree: Tree, name: str) -> None:
+    """No buffer in half precision for a wider parameter: a slow average would stand still in it."""
+    for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
+        if buffer.dtype != param.dtype and buffer.dtype in _HALF and param.dtype not in _HALF:
+            mine, theirs = (_tree.paths(tree, n)[i] for n in (name, "params"))
+            raise ValueError(
+                f"{mine} has dtype {buffer.dtype}, too coarse for {theirs} of dtype {param.dtype}: "
+                f"convert it to {param.dtype}, or use update, which does"
+            )
 
 
 def numbers(numbers: list[hyper.Covered], params: list[Tensor], tree: Tree) -> None:

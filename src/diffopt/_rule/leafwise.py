@@ -1,30 +1,328 @@
-"""leafwise(): an optimizer from the mathematics of one tensor.
-
-The only place that knows about buckets, None gradients, and how a rule is executed on whole trees.
-"""
+"""Leafwise: an optimizer that applies a rule, the mathematics of one tensor, to every leaf."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._modes import exact, exact_dtype
-from diffopt._rule import checks, hyper, ops, ways
-from diffopt._rule.checks import Shape
-from diffopt._rule.ways import Execution, Rule, is_scalar, unused
+from diffopt._rule import checks, hyper, ops, running, ways
+from diffopt._rule.rule import EXECUTIONS, Execution, H, Rule, S, Shape, unused
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 
-S = TypeVar("S", bound=tuple[Any, ...])
-H = TypeVar("H")
-
 _HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Leafwise(Rule[S, H], Optimizer[S, H]):
+    """An optimizer whose update of a tree is a rule for each of its tensors.
+
+    A value: two with the same flags are equal. Subclass it as a frozen dataclass whose fields are
+    flags, bools above all, and write the methods of `Rule`; `leafwise` makes one from functions.
+    Parameters in half precision are updated in float32 arithmetic, complex ones as pairs of reals.
+
+    Attributes:
+        maximize: ascend instead of descend.
+        execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
+            no derivative; "auto": the fastest that applies, see `diffopt._rule.ways`. "compiled":
+            `update_` runs one kernel that `torch.compile` makes of the rule for these shapes, which
+            takes seconds at the first step; `update` is "leaf", to be compiled with what surrounds
+            it.
+
+    Example:
+        >>> import dataclasses
+        >>> from typing import Any, ClassVar, NamedTuple
+        >>> import torch
+        >>> from diffopt.rules import Leafwise, hparams, number
+        >>> class SignState(NamedTuple):
+        ...     step: Any
+        >>> @hparams
+        ... class SignHParams:
+        ...     lr: float = number(1e-3, ge=0)
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+        ... class SignDescent(Leafwise[SignState, SignHParams]):
+        ...     State = SignState
+        ...     hparams: ClassVar = SignHParams
+        ...     def begin(self, p, step):
+        ...         return SignState(step)
+        ...     def rule(self, p, g, s, hp, c):
+        ...         return p - hp.lr * g.sign(), s
+        >>> opt, p, g = SignDescent(), torch.zeros(2), torch.tensor([3.0, -2.0])
+        >>> opt.update(p, g, opt.init(p), opt.hparams(lr=0.5))[0]
+        tensor([-0.5000,  0.5000])
+        >>> SignDescent(maximize=True)
+        SignDescent(maximize=True)
+    """
+
+    maximize: bool = False
+    execution: Execution = "auto"
+
+    def __init_subclass__(cls) -> None:
+        if isinstance(vars(cls).get("State"), type):  # checkpoints load with weights_only=True
+            torch.serialization.add_safe_globals([cls.State])
+
+    def __post_init__(self) -> None:
+        if _modes.compiling():  # which does not trace dataclasses.fields
+            return
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, bool):
+                hyper.check_flags(**{field.name: getattr(self, field.name)})
+        if self.execution not in EXECUTIONS:
+            raise ValueError(f"execution is {self.execution!r}, but must be one of {EXECUTIONS}")
+
+    def __repr__(self) -> str:
+        """The flags, and `execution` where it is not "auto"."""
+        names = [field.name for field in dataclasses.fields(self)]
+        own = names[len(dataclasses.fields(Leafwise)) :]
+        flags = {name: getattr(self, name) for name in own} | self._inherited()
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in flags.items())})"
+
+    def _inherited(self) -> dict[str, Any]:
+        execution = {} if self.execution == "auto" else {"execution": self.execution}
+        return {"maximize": self.maximize, **execution}
+
+    def init(self, params: Tree) -> S:
+        tensors, spec = _tree.flatten(params)
+        checks.params(tensors, params, self.refuse)
+        device = tensors[0].device if tensors else torch.get_default_device()
+        step = torch.zeros((), dtype=exact_dtype(device), device=device)
+        states = [self.begin(p, step) for p in tensors]
+        columns = [[state[k + 1] for state in states] for k in range(len(self._fields()))]
+        return self._pack(step, columns, spec)
+
+    def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
+        work = self._gather(params, grads, state, hparams)
+        step = exact(state[0]) + 1
+        differentiated = _modes.differentiated(work.tensors(step))
+        if self.execution == "foreach" and differentiated:
+            raise ValueError('execution="foreach" carries no derivative, and one may be wanted')
+        new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
+        for indices in work.groups():
+            values, columns = work.values(indices), work.columns(indices)
+            if differentiated:
+                results = self._leaf_by_leaf(step, values, columns)
+            else:
+                results = self._updated(step, values, columns)
+            for column, result in zip(new, results, strict=True):
+                for i, tensor in zip(indices, result, strict=False):
+                    column[i] = tensor
+        step = step if state[0].dtype in _HALF else step.to(state[0].dtype)
+        return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
+
+    def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
+        with torch.no_grad():
+            work = self._checked(params, grads, state, hparams)
+            step = exact(state[0]) + 1
+            for indices in work.groups():
+                self._step_(step, work.values(indices), work.columns(indices))
+            state[0].copy_(step)
+
+    def check(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
+        """Raise what `update_` would raise for these arguments; changes nothing."""
+        self._checked(params, grads, state, hparams)
+
+    def _checked(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
+        refuse_gradients(grads, hparams)
+        work = self._gather(params, grads, state, hparams)
+        columns = {"params": work.params}
+        for name, column in zip(self._fields(), work.buffers, strict=True):
+            if column and not unused(column[0]):
+                columns[f"state.{name}"] = column
+        checks.writable(columns, params, state[0])
+        return work
+
+    def _leaf_by_leaf(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any]:
+        """New columns, out of place, tensor by tensor."""
+        numbers = running.numbers_at(self, _modes.number_of(step), values, columns[0][0])
+        rows = [[running.pick(column, k) for column in columns] for k in range(len(columns[0]))]
+        new = [running.apply(self, numbers, row, widen=True) for row in rows]
+        return list(map(list, zip(*new, strict=True)))
+
+    def _updated(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any]:
+        """The same by the fastest way, where no derivative is wanted."""
+        values = [ops.coefficient(value) for value in values]
+        way = self._way(step, values, columns)
+        if way == "native" and columns[0][0].device.type == "cpu":
+            # A native kernel on copies: one pass over the memory instead of ten.
+            params, grads, *buffers = columns
+            params, *buffers = ([x.clone() for x in column] for column in (params, *buffers))
+            copies = [params, grads, *(column or () for column in buffers)]
+            if self._native_(step, values, copies):
+                return [params, *buffers]
+        if way == "foreach":
+            numbers = running.numbers_at(self, _modes.number_of(step), values, columns[0][0])
+            return running.apply(self, numbers, columns, widen=True)
+        return self._leaf_by_leaf(step, values, columns)
+
+    def _step_(self, step: Tensor, values: list[Any], columns: list[Any]) -> None:
+        """Update tensors that share device, dtype and hyperparameters, in place."""
+        way = self._way(step, values, columns)
+        if way == "native":
+            if self._native_(step, values, columns):
+                return
+            way = self._way(step, values, columns, kernel=False)
+        if way == "compiled":
+            running.compiled_(self, step, values, columns)
+            return
+        numbers = running.numbers_at(self, _modes.number_of(step), values, columns[0][0])
+        ways.RUN[way](self, numbers, columns)
+
+    def _way(
+        self, step: Tensor, values: list[Any], columns: list[Any], *, kernel: bool = True
+    ) -> ways.Way:
+        """The way to go; without the native kernel where that has refused."""
+        number = _modes.number_of(step)
+        # Kernels take the step in float32, exact for counts alone.
+        kernel = kernel and (isinstance(number, Tensor) or float(number).is_integer())
+        wanted = "unfused" if self.execution == "auto" and not kernel else self.execution
+        return ways.choose(self, ways.survey(columns), values, wanted)
+
+    def _native_(self, step: Tensor, values: list[Any], columns: list[Any]) -> bool:
+        """The step by a native kernel; False, and nothing has changed, where it has none for it."""
+        number = _modes.number_of(step)
+        # A kernel that is told of the first step would ignore a buffer that was given for it.
+        first = None if isinstance(number, Tensor) or number == 1 else False
+        steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
+        return running.native_(self, steps, first, values, columns)
+
+    def _gather(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
+        """The arguments as lists in the order of the leaves of params, or an error."""
+        tensors, spec = _tree.flatten(params)
+        checks.params(tensors, params, self.refuse)
+        gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
+        checks.grads(gradients, tensors, params)
+        if not isinstance(state, self.State):
+            raise TypeError(
+                f"state is a {type(state).__name__}, not a {self.State.__name__}: make it by init()"
+            )
+        checks.step(state[0], tensors, params)
+        buffers = self._buffers(state, tensors, spec, params)
+        if not isinstance(hparams, self.hparams):
+            found, expected = type(hparams).__name__, self.hparams.__name__
+            raise TypeError(f"hparams is a {found}, not a {expected}: make it by hparams(...)")
+        numbers = hyper.broadcast(hparams, spec, params)
+        checks.numbers(numbers, tensors, params)
+        return _Work(spec, tensors, gradients, buffers, numbers)
+
+    def _buffers(
+        self, state: S, tensors: list[Tensor], spec: _tree.Spec, params: Tree
+    ) -> list[Any]:
+        """For each field of the state after `step` a list of tensors, or of ()."""
+        if not tensors:
+            return [[] for _ in self._fields()]
+        columns: list[list[Any]] = []
+        shapes = [self.shapes(p.shape) for p in tensors]
+        used = self.buffers_of(tensors[0])
+        for k, (name, field) in enumerate(zip(self._fields(), state[1:], strict=True)):
+            absent, name = name not in used, f"state.{name}"
+            if absent != unused(field):
+                expected = "()" if absent else "a tree like params"
+                raise ValueError(f"{name} must be {expected}: make the state by this init()")
+            column: list[Any] = [()] * len(tensors)
+            if not absent:
+                column = _tree.leaves_like(field, spec, params, (name, "params"))
+                own = [row[k] for row in shapes if row is not None]
+                checks.buffers(column, tensors, params, name, own)
+            columns.append(column)
+        return columns
+
+    def buffers_of(self, p: Tensor) -> tuple[str, ...]:
+        """The fields of the state, after `step`, that this configuration uses.
+
+        `p` is any tensor that the rule updates.
+        """
+        if _modes.compiling():
+            return _used(self.begin(p, p.new_zeros(())), self._fields())
+        return _buffers_of(self, p.shape, p.dtype)
+
+    def _fields(self) -> tuple[str, ...]:
+        return self.State._fields[1:]
+
+    def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
+        return self.State(step, *map(functools.partial(_packed, spec), buffers))
+
+
+def _packed(spec: _tree.Spec, column: list[Any]) -> Any:
+    return () if column and unused(column[0]) else _tree.unflatten(column, spec)
+
+
+@functools.lru_cache(maxsize=256)
+def _buffers_of(rule: Rule[Any, Any], shape: torch.Size, dtype: torch.dtype) -> tuple[str, ...]:
+    """Depends on the flags alone: shape and dtype are those of a tensor that the rule takes."""
+    try:
+        example = torch.empty(shape, dtype=dtype, device="meta")
+        state = rule.begin(example, torch.empty((), device="meta"))
+    except Exception:  # a user's `begin` may look at values
+        state = rule.begin(torch.zeros(shape, dtype=dtype), torch.zeros(()))
+    return _used(state, rule.State._fields[1:])
+
+
+def _used(state: tuple[Any, ...], fields: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name, field in zip(fields, state[1:], strict=True) if not unused(field))
+
+
+class Functions(NamedTuple):
+    """The arguments of `leafwise`."""
+
+    state: type[Any]
+    hparams: type[Any]
+    init: Callable[[Tensor, Tensor], Any]
+    rule: Callable[..., tuple[Any, Any]]
+    scalars: Callable[[Any, Any], Any] | None
+    initial: Callable[[Any], dict[str, Any]] | None
+    native: Callable[..., bool] | None
+    elementwise: bool
+    batchable: bool
+    shapes: Callable[[Shape], tuple[Shape, ...]] | None
+    refuse: Callable[[Tensor], str | None] | None
+    stackable: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class FunctionRule(Leafwise[S, H]):
+    """What `leafwise` returns: a rule whose methods are the functions that it was given."""
+
+    functions: Functions
+
+    # What a class of rules says in its body stands in the functions here.
+    State = property(lambda self: self.functions.state)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+    hparams = property(lambda self: self.functions.hparams)  # pyright: ignore[reportIncompatibleVariableOverride]
+    native = property(lambda self: self.functions.native)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+    elementwise = property(lambda self: self.functions.elementwise)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+    batchable = property(lambda self: self.functions.batchable)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+    stackable = property(lambda self: self.functions.stackable)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+
+    def __repr__(self) -> str:
+        """The functions and classes by name, one line."""
+        named = [f.__name__ for f in self.functions[:4]]
+        flags = [f"{k}={v!r}" for k, v in self._inherited().items()]
+        return f"leafwise({', '.join([*named, *flags])})"
+
+    def begin(self, p: Tensor, step: Tensor) -> S:
+        return self.functions.init(p, step)
+
+    def scalars(self, t: Any, hp: H) -> Any:
+        return self.functions.scalars(t, hp) if self.functions.scalars else None
+
+    def rule(self, p: Any, g: Any, s: S, hp: H, c: Any) -> tuple[Any, S]:
+        return self.functions.rule(p, g, s, hp, c)
+
+    def initial(self, hp: H) -> dict[str, Any]:
+        return self.functions.initial(hp) if self.functions.initial else {}
+
+    def shapes(self, shape: Shape) -> tuple[Shape, ...] | None:
+        return self.functions.shapes(shape) if self.functions.shapes else None
+
+    def refuse(self, p: Tensor) -> str | None:
+        return self.functions.refuse(p) if self.functions.refuse else None
 
 
 def leafwise(
@@ -42,8 +340,11 @@ def leafwise(
     shapes: Callable[[Shape], tuple[Shape, ...]] | None = None,
     refuse: Callable[[Tensor], str | None] | None = None,
     stackable: bool = False,
-) -> Leafwise[S, H]:
-    """Make an optimizer from the mathematics of one tensor.
+    execution: Execution = "auto",
+) -> FunctionRule[S, H]:
+    """Make an optimizer from functions on one tensor, for users in a hurry.
+
+    `Leafwise` is the same as a class: its flags can be asked and compared, and it pickles.
 
     Args:
         state: a NamedTuple class whose first field is `step`. The same class holds trees in the
@@ -79,6 +380,7 @@ def leafwise(
             of the rule, and big ones in pieces, where all that the rule does beside elementwise
             operations is `ops.total`. Either rounds sums in another order. It is for rules that
             are not elementwise.
+        execution: how it runs, see `Leafwise`.
 
     Returns:
         The optimizer. Parameters in half precision are updated in float32 arithmetic, complex ones
@@ -102,175 +404,21 @@ def leafwise(
     """
     if not _modes.compiling():  # then it does not trace
         torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
-    fields = init(torch.empty(0), torch.empty(()))
-    execution = (native, elementwise, batchable, shapes, refuse, stackable)
-    mathematics = Rule(hparams, state, init, rule, scalars, maximize, initial, *execution)
-    return Leafwise(hparams, mathematics, tuple(unused(field) for field in fields[1:]))
-
-
-def zeros_like(param: Tensor) -> Tensor:
-    """A buffer for `param`: zeros of its shape, in float32 where it has half precision."""
-    dtype = ways.WORKING_DTYPE.get(param.dtype)
-    return torch.zeros_like(param, dtype=dtype, requires_grad=False)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Leafwise(Optimizer[S, H]):
-    """What `leafwise` returns.
-
-    Attributes:
-        rule: the mathematics of one tensor.
-        unused: which fields of the state, after `step`, hold `()` in this configuration.
-        execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
-            no derivative; "auto": the fastest that applies. That is, for `update_`, a native kernel
-            where there is one, else tiles of the cache's size or stacks on a CPU; foreach on other
-            devices where no derivative can be asked for, and on a CPU a native kernel on copies;
-            and else leaf. "compiled": `update_` runs one kernel that `torch.compile` makes of the
-            rule for these shapes, which takes seconds at the first step; `update` is "leaf", to be
-            compiled with what surrounds it.
-    """
-
-    hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
-    rule: Rule
-    unused: tuple[bool, ...]
-    execution: Execution = "auto"
-
-    def init(self, params: Tree) -> S:
-        tensors, spec = _tree.flatten(params)
-        checks.params(tensors, params, self.rule.refuse)
-        device = tensors[0].device if tensors else torch.get_default_device()
-        step = torch.zeros((), dtype=exact_dtype(device), device=device)
-        states = [self.rule.init(p, step) for p in tensors]
-        columns = [[state[k + 1] for state in states] for k in range(len(self.unused))]
-        return self._pack(step, columns, spec)
-
-    def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
-        work = self._gather(params, grads, state, hparams)
-        step = exact(state[0]) + 1
-        number = _modes.number_of(step)
-        differentiated = _modes.differentiated(work.tensors(step))
-        if self.execution == "foreach" and differentiated:
-            raise ValueError('execution="foreach" carries no derivative, and one may be wanted')
-        new: list[Any] = [list(work.params), *(list(column) for column in work.buffers)]
-        for indices in work.groups():
-            values, columns = work.values(indices), work.columns(indices)
-            if not differentiated and (results := self._copied(step, values, columns)):
-                for column, result in zip(new, results, strict=True):
-                    for i, tensor in zip(indices, result, strict=False):
-                        column[i] = tensor
-                continue
-            numbers = self.rule.at(number, values, columns[0][0])
-            if not differentiated and self._batched(columns, values):
-                for column, result in zip(new, self.rule.apply(numbers, columns), strict=True):
-                    for i, tensor in zip(indices, result, strict=False):
-                        column[i] = tensor
-                continue
-            for k, i in enumerate(indices):
-                row = [ways.pick(column, k) for column in columns]
-                for column, result in zip(new, self.rule.apply(numbers, row), strict=True):
-                    column[i] = result
-        step = step if state[0].dtype in _HALF else step.to(state[0].dtype)
-        return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
-
-    def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            work = self._gather(params, grads, state, hparams)
-            checks.writable(work.params, params)
-            if state[0].dtype in _HALF:
-                raise ValueError(f"state.step has dtype {state[0].dtype}, which cannot count")
-            step = exact(state[0]) + 1
-            for indices in work.groups():
-                self._step_(step, work.values(indices), work.columns(indices))
-            state[0].copy_(step)
-
-    def _step_(self, step: Tensor, values: list[Any], columns: list[Any]) -> None:
-        """Update tensors that share device, dtype and hyperparameters, in place."""
-        if self._native_(step, values, columns):
-            return
-        if self.execution == "compiled":
-            ways.compiled_(self.rule, step, values, columns)
-            return
-        numbers = self.rule.at(_modes.number_of(step), values, columns[0][0])
-        if self._batched(columns, values):
-            ways.foreach_(self.rule, numbers, columns)
-        elif self.execution == "auto" and ways.tileable(self.rule, columns, values):
-            ways.tiled_(self.rule, numbers, columns)
-        elif self.execution == "auto" and ways.stackable(self.rule, columns, values):
-            ways.stacked_(self.rule, numbers, columns)
-        else:
-            ways.leaf_(self.rule, numbers, columns)
-
-    def _native_(self, step: Tensor, values: list[Any], columns: list[Any]) -> bool:
-        """The same by a native kernel; False, and nothing has changed, where there is none."""
-        numeric = all(isinstance(value, (int, float)) for value in values)
-        native = self.execution == "auto" and self.rule.native and numeric
-        if not (native and ways.kernel_ready(columns)):
-            return False
-        number = _modes.number_of(step)
-        if isinstance(number, float) and not number.is_integer():
-            return False  # kernels take the step in float32, exact for counts alone
-        # A kernel that is told of the first step would ignore a buffer that was given for it.
-        first = None if isinstance(number, Tensor) or number == 1 else False
-        steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
-        return ways.native_(self.rule, steps, first, values, columns)
-
-    def _copied(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any] | None:
-        """Updated copies, where a native kernel on a CPU makes them: one pass instead of ten."""
-        cpu = columns[0][0].device.type == "cpu"
-        native = self.execution == "auto" and self.rule.native and cpu
-        if not (native and ways.kernel_ready(columns)) or torch.is_inference_mode_enabled():
-            return None
-        values = [ops.coefficient(value) for value in values]
-        params, grads, *buffers = columns
-        written = [[x.clone() for x in column] for column in (params, *buffers)]
-        copies = [written[0], grads, *(c if c else () for c in written[1:])]
-        return written if self._native_(step, values, copies) else None
-
-    def _batched(self, columns: list[Any], values: list[Any]) -> bool:
-        """Whether foreach kernels are to run."""
-        if self.execution == "auto":
-            wanted = columns[0][0].device.type != "cpu" and not _modes.transformed()
-        else:
-            wanted = self.execution == "foreach"
-        return wanted and self.rule.batchable and all(map(is_scalar, values))
-
-    def _gather(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
-        """The arguments as lists in the order of the leaves of params, or an error."""
-        tensors, spec = _tree.flatten(params)
-        checks.params(tensors, params, self.rule.refuse)
-        gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        checks.grads(gradients, tensors, params)
-        if not isinstance(state, self.rule.state):
-            raise TypeError(f"state is a {type(state).__name__}, not a {self.rule.state.__name__}")
-        checks.step(state[0], tensors, params)
-        buffers: list[list[Any]] = []
-        rows = [self.rule.shapes(p.shape) for p in tensors] if self.rule.shapes else []
-        for k, (name, absent) in enumerate(zip(self._names(), self.unused, strict=True)):
-            field = state[k + 1]
-            if absent != unused(field):
-                expected = "()" if absent else "a tree like params"
-                raise ValueError(f"{name} must be {expected}: make the state by this init()")
-            column: list[Any] = [()] * len(tensors)
-            if not absent:
-                column = _tree.leaves_like(field, spec, params, (name, "params"))
-                shapes = [row[k] for row in rows]
-                checks.buffers(column, tensors, params, name, shapes)
-            buffers.append(column)
-        if not isinstance(hparams, self.hparams):
-            found, expected = type(hparams).__name__, self.hparams.__name__
-            raise TypeError(f"hparams is a {found}, not a {expected}: make it by hparams(...)")
-        numbers = hyper.broadcast(hparams, spec, params)
-        checks.numbers(numbers, tensors, params)
-        return _Work(spec, tensors, gradients, buffers, numbers)
-
-    def _names(self) -> list[str]:
-        fields: Any = getattr(self.rule.state, "_fields")  # noqa: B009 (of every NamedTuple)
-        return [f"state.{name}" for name in fields[1:]]
-
-    def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
-        columns = zip(self.unused, buffers, strict=True)
-        return self.rule.state(step, *(() if u else _tree.unflatten(c, spec) for u, c in columns))
+    functions = Functions(
+        state,
+        hparams,
+        init,
+        rule,
+        scalars,
+        initial,
+        native,
+        elementwise,
+        batchable,
+        shapes,
+        refuse,
+        stackable,
+    )
+    return FunctionRule(functions=functions, maximize=maximize, execution=execution)
 
 
 @dataclasses.dataclass(frozen=True)

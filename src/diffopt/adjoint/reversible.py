@@ -18,11 +18,10 @@ from diffopt._diff.functions import Surroundings
 from diffopt._diff.gradient import HVP, Objective, value_and_grad
 from diffopt._modes import exact
 from diffopt._rule import hyper
-from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import once
-from diffopt.rules.sgd import MomentumHParams, SGDState
+from diffopt.rules.sgd import SGD, MomentumHParams, SGDState
 
 _SHIFT = 30
 _DENOMINATOR = 1 << _SHIFT
@@ -134,15 +133,11 @@ class Reversible(Adjoint):
 
 def _check_step(step: GradientStep) -> None:
     opt = step.optimizer
-    if not isinstance(opt, Leafwise) or opt.rule.state is not SGDState:
+    if not isinstance(opt, SGD):
         raise TypeError("Reversible is for diffopt.sgd(): no other optimizer can be run backwards")
-    if opt.hparams is not MomentumHParams:
+    if not opt.momentum:
         raise TypeError("Reversible needs sgd(momentum=True): a step without it cannot be undone")
-    zero, one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
-    with torch.no_grad():
-        hparams = MomentumHParams(lr=1.0, momentum=1.0)  # pyright: ignore[reportCallIssue]
-        moved, _ = opt.update(zero, one, opt.init(zero), hparams)
-    if float(moved.abs()) != 1:  # Nesterov's first step is lr * (1 + momentum) * grad
+    if opt.nesterov:
         raise TypeError(
             "Reversible needs sgd(nesterov=False): to undo a step of Nesterov's takes the gradient "
             "at the parameters that are sought"
@@ -342,7 +337,8 @@ class _Loop:
         (params, state, buffers), (_, inputs), (_, batch) = carry, args, x
         arguments = (buffers, inputs, batch)
         value, aux, grads = value_and_grad(objective, params, arguments)
-        sign = -1 if self.step.optimizer.rule.maximize else 1
+        optimizer: Any = self.step.optimizer
+        sign = -1 if optimizer.maximize else 1
         impulses: list[Tensor] = []
         # Not by optimizer.update, whose roundings depend on who calls: they must come again.
         for p, g, rate in zip(_tree.leaves(params), _tree.leaves(grads), rates, strict=True):

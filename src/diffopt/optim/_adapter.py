@@ -17,7 +17,7 @@ from diffopt import _torch
 from diffopt._rule import hyper, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._checkpoints import Checkpoints
-from diffopt.optim._plan import Group, Plan, Row, Watch, fields_of, same, values_of
+from diffopt.optim._plan import Group, Plan, Row, Watch, same, values_of
 
 _SMALL = 1 << 14  # elements
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
@@ -39,9 +39,9 @@ class RuleOptimizer(Checkpoints):
         """The pure optimizer of a parameter group."""
         raise NotImplementedError
 
-    def buffers(self, opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
+    def buffers(self, opt: Leafwise[Any, Any], param: Tensor) -> Sequence[str]:
         """The fields of the state, after the step, that this parameter has."""
-        return fields_of(opt)
+        return opt.buffers_of(param)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,10 +97,10 @@ class RuleOptimizer(Checkpoints):
     def new_states(self, params: Sequence[Tensor], group: Group) -> list[dict[str, Any]]:
         """The state of parameters before their first step: torch's names, shapes and dtypes."""
         opt = self.rule(group)
-        numbers = hyper.assemble(opt.rule.hparams, values_of(opt, group))
-        initial = opt.rule.initial(numbers) if opt.rule.initial else {}
+        numbers = hyper.assemble(opt.hparams, values_of(opt, group))
+        initial = opt.initial(numbers)
         rows: list[dict[str, Any]] = [{} for _ in params]
-        for name in ("step", *opt.rule.state._fields[1:]):
+        for name in ("step", *opt.State._fields[1:]):
             value = initial.get(name, 0.0)
             if name in self.scalar_state:
                 for row, param in zip(rows, params, strict=True):
@@ -115,8 +115,8 @@ class RuleOptimizer(Checkpoints):
 
     def _shapes(self, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, Any]:
         """The shape of each buffer."""
-        names = opt.rule.state._fields[1:]
-        shapes = opt.rule.shapes(param.shape) if opt.rule.shapes else [param.shape] * len(names)
+        names = opt.State._fields[1:]
+        shapes = opt.shapes(param.shape) or [param.shape] * len(names)
         return dict(zip(names, map(torch.Size, shapes), strict=True))
 
     def new_scalar(self, value: Any, param: Tensor, group: Group) -> Tensor:
@@ -206,7 +206,7 @@ def _filled(params: Sequence[Tensor], shapes: Sequence[torch.Size], value: Any) 
     """Buffers for params; those of many small ones are pieces of one vector, faster to walk."""
     lengths = [shape.numel() for shape in shapes]
     alike = len({(param.dtype, param.device) for param in params}) == 1
-    plain = ways.plain([list(params)])
+    plain = ways.ordinary(params) and all(map(Tensor.is_contiguous, params))
     if len(params) < 2 or sum(lengths) > _SMALL * len(params) or not (alike and plain):
         return [_filled_like(p, shape, value) for p, shape in zip(params, shapes, strict=True)]
     vector = _filled_like(params[0], torch.Size([sum(lengths)]), value)

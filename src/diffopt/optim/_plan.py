@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
-from diffopt._rule import hyper, ways
+from diffopt._rule import hyper, running, tiles
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.ways import Shared
+from diffopt._rule.running import Shared
 
 Group: TypeAlias = dict[str, Any]
 
@@ -76,7 +76,8 @@ class Plan:
 
     def _begin(self, optimizer: Any, group: Group, live: list[int]) -> set[int]:
         """Make the state of parameters that have none; the indices of those."""
-        if not optimizer.scalar_state and all(self.opt.unused):
+        stateless = not any(self.opt.buffers_of(self.params[i]) for i in live[:1])
+        if stateless and not optimizer.scalar_state:
             return set()
         new = [i for i in live if not optimizer.state.get(self.params[i])]
         with torch.set_grad_enabled(bool(group.get("differentiable"))):
@@ -91,7 +92,7 @@ class Plan:
         if not same(params, self.params) or self.flags != _flags(group):
             return None
         grads = [param.grad for param in params]
-        if [grad is None for grad in grads] != self.absent or self.opt is not optimizer.rule(group):
+        if [grad is None for grad in grads] != self.absent or self.opt != optimizer.rule(group):
             return None
         taken: list[Any] = []
         for bucket in self.buckets:
@@ -123,12 +124,12 @@ class Bucket:
         rows: list[dict[str, Any]],
         indices: list[int] | None,
     ) -> None:
-        self.rule, self.layout, self.fresh = opt.rule, key.layout, key.fresh
+        self.rule, self.layout, self.fresh = opt, key.layout, key.fresh
         self.params, self.rows, self.indices = params, rows, indices
         self.spent = False  # a first step is planned for once
         self.begun = False  # whether the count is known to be past 1
-        fields = zip(opt.rule.state._fields[1:], opt.unused, strict=True)
-        self.fields = ["" if unused else name for name, unused in fields]
+        used = opt.buffers_of(params[0])
+        self.fields = [name if name in used else "" for name in opt.State._fields[1:]]
         self.fused = bool(group.get("fused"))
         self.way = self._way(group, key)
         self.scalars: dict[str, Any] = {}
@@ -231,8 +232,8 @@ class Bucket:
             way = self.way
             if way == "native":
                 way = "tiles" if self.params[0].device.type == "cpu" else "foreach"
-            placed = ways.on_device(self._filled(values), self.params[0].device)
-            numbers = self.rule.numbers(t, placed)
+            placed = running.on_device(self._filled(values), self.params[0].device)
+            numbers = running.numbers_of(self.rule, t, placed)
             _WAYS[way](self.rule, numbers, columns)
         for name, column in zip(self.fields, columns[2:], strict=True):
             if isinstance(column, Shared):
@@ -259,11 +260,12 @@ class Bucket:
         counts = self.scalars.get("step")
         steps = counts.on(device) if counts else []
         first: bool | None = self.fresh
-        if counts and not (self.begun or self.rule.initial):  # else it is past its initial values
+        initial = self.rule.initial(hyper.assemble(self.rule.hparams, values))
+        if counts and not (self.begun or initial):  # else it is past its initial values
             t = _modes.number_of(counts.first)
             first = None if isinstance(t, Tensor) else t == 1
             self.begun = first is False
-        if not ways.native_(self.rule, steps, first, [lr, *rest], columns, **amp):
+        if not running.native_(self.rule, steps, first, [lr, *rest], columns, **amp):
             return False
         if "found_inf" in amp:
             self._uncount(amp["found_inf"])
@@ -294,11 +296,11 @@ class Bucket:
             if "step" in row:
                 row["step"] = row["step"] + 1
                 t = _modes.number_of(row["step"])
-            numbers = self.rule.numbers(t, ways.placed(self._filled(values), param))
+            numbers = running.numbers_of(self.rule, t, running.placed(self._filled(values), param))
             old: list[Any] = [row[name] if name else () for name in self.fields]
-            enter = [Shared(x) if ways.is_scalar(x) and param.dim() else x for x in old]
+            enter = [Shared(x) if running.is_scalar(x) and param.dim() else x for x in old]
             # The derivative needs the old value, which is about to be overwritten.
-            new_param, *new = self.rule.apply(numbers, [param.clone(), param.grad, *enter])
+            new_param, *new = running.apply(self.rule, numbers, [param.clone(), param.grad, *enter])
             for name, value in zip(self.fields, new, strict=True):
                 if name:
                     row[name] = value.new if isinstance(value, Shared) else value
@@ -458,7 +460,7 @@ def _key(
     else:
         order = _order(param)
         walked = [x.permute(order) if order and x.dim() == param.dim() else x for x in tensors]
-        regular = opt.rule.elementwise and all(
+        regular = opt.elementwise and all(
             x.is_contiguous() and x.shape == walked[0].shape for x in walked
         )
         layout = "regular" if regular else "strided"
@@ -519,19 +521,13 @@ def _capturing() -> bool:
 def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     """The hyperparameters of a group in the order of the rule's record."""
     values: list[Any] = []
-    for field in hyper.FIELDS[opt.rule.hparams]:
+    for field in hyper.FIELDS[opt.hparams]:
         key, k = (field.name, None) if field.name in group else PAIRS[field.name]
         value = group[key] if k is None else group[key][k]
         if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == 1:
             value = value.squeeze()
         values.append(value)
     return values
-
-
-def fields_of(opt: Leafwise[Any, Any]) -> list[str]:
-    """The fields of the state, after the step, that the rule uses in this configuration."""
-    fields = zip(opt.rule.state._fields[1:], opt.unused, strict=True)
-    return [name for name, unused in fields if not unused]
 
 
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -546,9 +542,9 @@ def name_of(group: Group, i: int, j: int) -> str:
 
 
 _WAYS = {
-    "leaf": ways.leaf_,
-    "tiles": ways.tiled_,
-    "stacks": ways.stacked_,
-    "foreach": ways.foreach_,
-    "sparse": ways.sparse_,
+    "leaf": running.leaf_,
+    "tiles": tiles.tiled_,
+    "stacks": tiles.stacked_,
+    "foreach": running.foreach_,
+    "sparse": running.sparse_,
 }

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
-from diffopt._rule import hyper, ways
+from diffopt._rule import hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optim import _classes
 from diffopt.optim._adapter import RuleOptimizer
 from diffopt.optim._checkpoints import Checkpoints, copied
-from diffopt.optim._plan import Group, fields_of, values_of
+from diffopt.optim._plan import Group, values_of
 from diffopt.optim.lbfgs import LBFGS
 from diffopt.optimizer import Optimizer
 from diffopt.rules.lbfgs import lbfgs
@@ -83,7 +83,7 @@ def from_pure(
     params = list(params)
     groups = [group for group in params if isinstance(group, dict)]
     values = [v for group in [numbers, *groups] for k, v in group.items() if k in numbers]
-    scalar = all(map(ways.is_scalar, values))
+    scalar = all(map(running.is_scalar, values))
     if isinstance(optimizer, Leafwise) and optimizer.execution == "auto" and scalar:
         return LeafwiseOptimizer(optimizer, params, numbers)
     return TreeOptimizer(optimizer, params, template, numbers, spec)
@@ -103,8 +103,7 @@ class LeafwiseOptimizer(RuleOptimizer):
 
     def check_param(self, param: Tensor, group: Group, name: str) -> None:
         super().check_param(param, group, name)
-        refuse = self.optimizer.rule.refuse
-        if refuse and (reason := refuse(param)):
+        if reason := self.optimizer.refuse(param):
             raise ValueError(f"{name} {reason}")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -207,7 +206,7 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
     shell = _as_ours(optimizer)
     rules = [shell.rule(group) for group in shell.param_groups]
     opt = rules[0]
-    if any(rule is not opt for rule in rules):
+    if any(rule != opt for rule in rules):
         raise ValueError("parameter groups differ in an option that is no hyperparameter")
     owners = [(group, p) for group in shell.param_groups for p in group["params"]]
     _, spec = _tree.flatten(_tree_of(shell.param_groups))
@@ -218,13 +217,13 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
         raise ValueError(f"parameters differ in their number of steps: {sorted(steps)}")
     state = opt.init(params)
     for step in steps:
-        columns = {name: [row[name] for _, row in rows] for name in fields_of(opt)}
+        columns = {name: [row[name] for _, row in rows] for name in opt.buffers_of(owners[0][1])}
         buffers = {name: _tree.unflatten(column, spec) for name, column in columns.items()}
         state = state._replace(step=torch.full_like(state.step, step), **buffers)
     values = zip(*(_pure_values(opt, group, p) for group, p in owners), strict=True)
-    record = hyper.assemble(opt.rule.hparams, [_shared(column, spec) for column in values])
+    record = hyper.assemble(opt.hparams, [_shared(column, spec) for column in values])
     if isinstance(shell, _classes.SparseAdam):  # whose rule is that of the rows of its gradients
-        return Pure(sparse_adam(maximize=opt.rule.maximize), params, state, record)
+        return Pure(sparse_adam(maximize=opt.maximize), params, state, record)
     return Pure(opt, params, state, record)
 
 
@@ -279,7 +278,7 @@ def _pure_row(
     if not begun:
         row = optimizer.new_states([p], group)[0]
     buffers: dict[str, Tensor] = {}
-    for name in fields_of(opt):
+    for name in opt.buffers_of(p):
         value = row.get(name, p.new_empty(0))
         if name in optimizer.scalar_state:
             number = value.item()

@@ -1,11 +1,9 @@
 """The algorithms, one file per family, and what a new one is made of."""
 
+from diffopt._rule import ops as ops
 from diffopt._rule.hyper import hparams as hparams, number as number
-from diffopt._rule.leafwise import (
-    Leafwise as Leafwise,
-    leafwise as leafwise,
-    zeros_like as zeros_like,
-)
+from diffopt._rule.leafwise import Leafwise as Leafwise, leafwise as leafwise
+from diffopt._rule.rule import zeros_like as zeros_like
 from diffopt.rules.adadelta import adadelta as adadelta
 from diffopt.rules.adafactor import adafactor as adafactor
 from diffopt.rules.adagrad import adagrad as adagrad

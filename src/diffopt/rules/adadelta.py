@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -28,7 +30,28 @@ class AdadeltaHParams:
     weight_decay: Hyperparameter = number(0.0, ge=0)
 
 
-def adadelta(*, maximize: bool = False) -> Leafwise[AdadeltaState, AdadeltaHParams]:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adadelta(Leafwise[AdadeltaState, AdadeltaHParams]):
+    """What `adadelta` returns."""
+
+    State = AdadeltaState
+    hparams: ClassVar = AdadeltaHParams
+    elementwise = True
+
+    def begin(self, p: Any, step: Any) -> AdadeltaState:
+        return AdadeltaState(step, zeros_like(p), zeros_like(p))
+
+    def rule(
+        self, p: Any, g: Any, s: AdadeltaState, hp: AdadeltaHParams, c: Any
+    ) -> tuple[Any, AdadeltaState]:
+        g = ops.add_decay(g, p, hp.weight_decay)
+        v = ops.addcmul(hp.rho * s.square_avg, g, g, 1 - hp.rho)
+        d = ops.sqrt(s.acc_delta + hp.eps) / ops.sqrt(v + hp.eps) * g
+        u = ops.addcmul(hp.rho * s.acc_delta, d, d, 1 - hp.rho)
+        return ops.add(p, d, -hp.lr), AdadeltaState(s.step, v, u)
+
+
+def adadelta(*, maximize: bool = False, execution: Execution = "auto") -> Adadelta:
     """Adadelta: steps in the units of the parameter, from running averages of squares.
 
     With g_t = grad_t + weight_decay * p and v_0 = u_0 = 0,
@@ -43,6 +66,7 @@ def adadelta(*, maximize: bool = False) -> Leafwise[AdadeltaState, AdadeltaHPara
 
     Args:
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer.
@@ -63,18 +87,4 @@ def adadelta(*, maximize: bool = False) -> Leafwise[AdadeltaState, AdadeltaHPara
     Source: Zeiler, "ADADELTA: an adaptive learning rate method", 2012, algorithm 1; the learning
     rate as in torch.
     """
-    check_flags(maximize=maximize)
-
-    def init(p: Any, step: Any) -> AdadeltaState:
-        return AdadeltaState(step, zeros_like(p), zeros_like(p))
-
-    def rule(
-        p: Any, g: Any, s: AdadeltaState, hp: AdadeltaHParams, _: None
-    ) -> tuple[Any, AdadeltaState]:
-        g = ops.add_decay(g, p, hp.weight_decay)
-        v = ops.addcmul(hp.rho * s.square_avg, g, g, 1 - hp.rho)
-        d = ops.sqrt(s.acc_delta + hp.eps) / ops.sqrt(v + hp.eps) * g
-        u = ops.addcmul(hp.rho * s.acc_delta, d, d, 1 - hp.rho)
-        return ops.add(p, d, -hp.lr), AdadeltaState(s.step, v, u)
-
-    return leafwise(AdadeltaState, AdadeltaHParams, init, rule, maximize=maximize, elementwise=True)
+    return Adadelta(maximize=maximize, execution=execution)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, Shape, zeros_like
 from diffopt._tree import Tree
 
 
@@ -40,7 +42,60 @@ class AdafactorEps1HParams(AdafactorHParams):
     eps1: Hyperparameter = number(torch.finfo(torch.float32).eps, ge=0)
 
 
-def adafactor(*, eps1: bool = False, maximize: bool = False) -> Leafwise[AdafactorState, Any]:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
+    """What `adafactor` returns."""
+
+    eps1: bool = False
+
+    State = AdafactorState
+    batchable = False
+    stackable = True
+
+    @property
+    def hparams(self) -> type[AdafactorHParams]:  # pyright: ignore[reportIncompatibleVariableOverride] (it depends on a flag)
+        return AdafactorEps1HParams if self.eps1 else AdafactorHParams
+
+    def begin(self, p: Any, step: Any) -> AdafactorState:
+        return AdafactorState(step, *(zeros_like(p.new_empty(s)) for s in self.shapes(p.shape)))
+
+    def scalars(self, t: Any, hp: AdafactorHParams) -> tuple[Any, Any]:
+        bound = 1 / t**0.5
+        return ops.where(hp.lr <= bound, hp.lr, bound), t**hp.beta2_decay
+
+    def rule(
+        self, p: Any, g: Any, s: AdafactorState, hp: Any, c: Any
+    ) -> tuple[Any, AdafactorState]:
+        rho, weight = c
+        eps = hp.eps1 if self.eps1 else torch.finfo(p.dtype).eps
+        alpha = ops.at_least(_rms(p), hp.eps2) * rho
+        row_var, col_var, variance = s[1:]
+        square = g * g
+        if p.dim() > 1:
+            row_var = ops.lerp(row_var, _mean(square, -1), weight)
+            col_var = ops.lerp(col_var, _mean(square, -2), weight)
+            v = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
+        else:
+            v = variance = ops.lerp(variance, square, weight)
+        u = g * v.clamp(min=eps * eps).rsqrt()
+        scale = alpha / ops.at_least(_rms(u) / hp.d, 1)
+        if not ops.is_zero(hp.weight_decay):  # lr may be infinite
+            p = p * (1 - hp.lr * hp.weight_decay)
+        return ops.add(p, u, -scale), AdafactorState(s.step, row_var, col_var, variance)
+
+    def shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        if len(shape) < 2:
+            return (0,), (0,), shape
+        *batch, rows, columns = shape
+        return (*batch, rows, 1), (*batch, 1, columns), (0,)
+
+    def refuse(self, p: Tensor) -> str | None:
+        return "is complex, which Adafactor does not take" if p.is_complex() else None
+
+
+def adafactor(
+    *, eps1: bool = False, maximize: bool = False, execution: Execution = "auto"
+) -> Adafactor:
     """Adafactor: Adam without momentum, with as many averages as a matrix has rows and columns.
 
     With beta_t = 1 - t^beta2_decay, rho_t = min(lr, 1 / sqrt(t)), RMS(x) the root of the mean of
@@ -65,6 +120,7 @@ def adafactor(*, eps1: bool = False, maximize: bool = False) -> Leafwise[Adafact
         eps1: make eps1 a hyperparameter. False takes the machine epsilon of the parameter's dtype,
             float32's for half precision: that is torch's eps=(None, eps2).
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. What a parameter does not need is a tensor without elements in its state:
@@ -89,58 +145,7 @@ def adafactor(*, eps1: bool = False, maximize: bool = False) -> Leafwise[Adafact
     Source: Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost",
     2018, algorithms 4 and 5, as in torch: lr bounds the relative step, eps1 the denominators.
     """
-    check_flags(eps1=eps1, maximize=maximize)
-
-    def init(p: Any, step: Any) -> AdafactorState:
-        return AdafactorState(step, *(zeros_like(p.new_empty(shape)) for shape in _shapes(p.shape)))
-
-    def scalars(t: Any, hp: AdafactorHParams) -> tuple[Any, Any]:
-        bound = 1 / t**0.5
-        return ops.where(hp.lr <= bound, hp.lr, bound), t**hp.beta2_decay
-
-    def rule(p: Any, g: Any, s: AdafactorState, hp: Any, c: Any) -> tuple[Any, AdafactorState]:
-        rho, weight = c
-        eps = hp.eps1 if eps1 else torch.finfo(p.dtype).eps
-        alpha = ops.at_least(_rms(p), hp.eps2) * rho
-        row_var, col_var, variance = s[1:]
-        square = g * g
-        if p.dim() > 1:
-            row_var = ops.lerp(row_var, _mean(square, -1), weight)
-            col_var = ops.lerp(col_var, _mean(square, -2), weight)
-            v = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
-        else:
-            v = variance = ops.lerp(variance, square, weight)
-        u = g * v.clamp(min=eps * eps).rsqrt()
-        scale = alpha / ops.at_least(_rms(u) / hp.d, 1)
-        if not ops.is_zero(hp.weight_decay):  # lr may be infinite
-            p = p * (1 - hp.lr * hp.weight_decay)
-        return ops.add(p, u, -scale), AdafactorState(s.step, row_var, col_var, variance)
-
-    record: Any = AdafactorEps1HParams if eps1 else AdafactorHParams
-    return leafwise(
-        AdafactorState,
-        record,
-        init,
-        rule,
-        scalars=scalars,
-        maximize=maximize,
-        batchable=False,
-        shapes=_shapes,
-        refuse=_refuse,
-        stackable=True,
-    )
-
-
-def _shapes(shape: Any) -> tuple[Any, Any, Any]:
-    """The shapes of `row_var`, `col_var` and `variance`."""
-    if len(shape) < 2:
-        return (0,), (0,), shape
-    *batch, rows, columns = shape
-    return (*batch, rows, 1), (*batch, 1, columns), (0,)
-
-
-def _refuse(p: Tensor) -> str | None:
-    return "is complex, which Adafactor does not take" if p.is_complex() else None
+    return Adafactor(eps1=eps1, maximize=maximize, execution=execution)
 
 
 def _mean(x: Tensor, dim: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from diffopt import _torch
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -29,7 +31,51 @@ class AdagradHParams:
     eps: Hyperparameter = number(1e-10, ge=0)
 
 
-def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adagrad(Leafwise[AdagradState, AdagradHParams]):
+    """What `adagrad` returns."""
+
+    State = AdagradState
+    hparams: ClassVar = AdagradHParams
+    elementwise = True
+
+    def begin(self, p: Any, step: Any) -> AdagradState:
+        return AdagradState(step, zeros_like(p))
+
+    def scalars(self, t: Any, hp: AdagradHParams) -> Any:
+        return -hp.lr / (1 + (t - 1) * hp.lr_decay)
+
+    def rule(
+        self, p: Any, g: Any, s: AdagradState, hp: AdagradHParams, c: Any
+    ) -> tuple[Any, AdagradState]:
+        g = ops.add_decay(g, p, hp.weight_decay)
+        total = ops.addcmul(s.sum, g, g, 1)
+        return ops.addcdiv(p, g, ops.sqrt(total) + hp.eps, c), AdagradState(s.step, total)
+
+    def native(
+        self, p: Any, g: Any, s: AdagradState, hp: AdagradHParams, first: bool | None, amp: Any
+    ) -> bool:
+        if hp.initial_accumulator_value != 0 and first is not False:
+            return False  # the first step adds it
+        _torch.fused_adagrad_(
+            p,
+            g,
+            s.sum,
+            s.step,
+            lr=hp.lr,
+            lr_decay=hp.lr_decay,
+            weight_decay=hp.weight_decay,
+            eps=hp.eps,
+            maximize=self.maximize,
+            **amp,
+        )
+        return True
+
+    def initial(self, hp: AdagradHParams) -> dict[str, Any]:
+        return {"sum": hp.initial_accumulator_value}
+
+
+def adagrad(*, maximize: bool = False, execution: Execution = "auto") -> Adagrad:
     """Adagrad: gradients divided by the root of the sum of their squares so far.
 
     With g_t = grad_t + weight_decay * p and G_0 = initial_accumulator_value,
@@ -43,6 +89,7 @@ def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]
 
     Args:
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. `init` knows no hyperparameters, so `state.sum` starts at 0 and the first
@@ -61,48 +108,4 @@ def adagrad(*, maximize: bool = False) -> Leafwise[AdagradState, AdagradHParams]
     Source: Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning and
     stochastic optimization", 2011; lr_decay as in torch.
     """
-    check_flags(maximize=maximize)
-
-    def init(p: Any, step: Any) -> AdagradState:
-        return AdagradState(step, zeros_like(p))
-
-    def scalars(t: Any, hp: AdagradHParams) -> Any:
-        return -hp.lr / (1 + (t - 1) * hp.lr_decay)
-
-    def rule(
-        p: Any, g: Any, s: AdagradState, hp: AdagradHParams, descent: Any
-    ) -> tuple[Any, AdagradState]:
-        g = ops.add_decay(g, p, hp.weight_decay)
-        total = ops.addcmul(s.sum, g, g, 1)
-        return ops.addcdiv(p, g, ops.sqrt(total) + hp.eps, descent), AdagradState(s.step, total)
-
-    def native(
-        p: Any, g: Any, s: AdagradState, hp: AdagradHParams, first: bool | None, amp: Any
-    ) -> bool:
-        if hp.initial_accumulator_value != 0 and first is not False:
-            return False  # the first step adds it
-        _torch.fused_adagrad_(
-            p,
-            g,
-            s.sum,
-            s.step,
-            lr=hp.lr,
-            lr_decay=hp.lr_decay,
-            weight_decay=hp.weight_decay,
-            eps=hp.eps,
-            maximize=maximize,
-            **amp,
-        )
-        return True
-
-    return leafwise(
-        AdagradState,
-        AdagradHParams,
-        init,
-        rule,
-        scalars=scalars,
-        initial=lambda hp: {"sum": hp.initial_accumulator_value},
-        maximize=maximize,
-        native=native,
-        elementwise=True,
-    )
+    return Adagrad(maximize=maximize, execution=execution)

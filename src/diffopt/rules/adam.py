@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
 from diffopt import _torch
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -39,7 +40,57 @@ class AdamWHParams(AdamHParams):
     weight_decay: Hyperparameter = number(1e-2, ge=0)
 
 
-def adam(*, amsgrad: bool = False, maximize: bool = False) -> Leafwise[AdamState, AdamHParams]:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adam(Leafwise[AdamState, AdamHParams]):
+    """What `adam` returns, and but for the decay what `adamw` does."""
+
+    amsgrad: bool = False
+
+    State = AdamState
+    hparams: ClassVar = AdamHParams
+    elementwise = True
+    decoupled = False
+
+    def begin(self, p: Any, step: Any) -> AdamState:
+        return AdamState(step, zeros_like(p), zeros_like(p), zeros_like(p) if self.amsgrad else ())
+
+    def scalars(self, t: Any, hp: AdamHParams) -> tuple[Any, Any, Any]:
+        shrinkage = 1 - hp.lr * hp.weight_decay
+        return -hp.lr / (1 - hp.beta1**t), (1 - hp.beta2**t) ** 0.5, shrinkage
+
+    def rule(self, p: Any, g: Any, s: AdamState, hp: AdamHParams, c: Any) -> tuple[Any, AdamState]:
+        descent, root_correction2, shrinkage = c
+        if self.decoupled:
+            p = p * shrinkage
+        else:
+            g = ops.add_decay(g, p, hp.weight_decay)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
+        v_max: Any = ops.maximum(s.max_exp_avg_sq, v) if self.amsgrad else ()
+        denominator = ops.sqrt(v_max if self.amsgrad else v) / root_correction2 + hp.eps
+        return ops.addcdiv(p, m, denominator, descent), AdamState(s.step, m, v, v_max)
+
+    def native(
+        self, p: Any, g: Any, s: AdamState, hp: AdamHParams, first: bool | None, amp: Any
+    ) -> bool:
+        kernel = _torch.fused_adamw_ if self.decoupled else _torch.fused_adam_
+        buffers = s.exp_avg, s.exp_avg_sq, list(s.max_exp_avg_sq)
+        numbers = {field.name: getattr(hp, field.name) for field in fields(hp)}
+        kernel(
+            p, g, *buffers, s.step, **numbers, amsgrad=self.amsgrad, maximize=self.maximize, **amp
+        )
+        return True
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdamW(Adam):
+    """What `adamw` returns."""
+
+    hparams: ClassVar = AdamWHParams
+    decoupled = True
+
+
+def adam(*, amsgrad: bool = False, maximize: bool = False, execution: Execution = "auto") -> Adam:
     """Adam: steps scaled by running averages of the gradient and of its square.
 
     With g_t = grad_t + weight_decay * p and m_0 = v_0 = 0,
@@ -54,6 +105,7 @@ def adam(*, amsgrad: bool = False, maximize: bool = False) -> Leafwise[AdamState
     Args:
         amsgrad: divide by the root of the greatest v so far (AMSGrad).
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. Where a gradient has been zero throughout, every derivative is finite and
@@ -72,10 +124,10 @@ def adam(*, amsgrad: bool = False, maximize: bool = False) -> Leafwise[AdamState
     Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 1; Reddi et
     al., "On the convergence of Adam and beyond", 2018, with the bias corrections of torch.
     """
-    return _adam(AdamHParams, decoupled=False, amsgrad=amsgrad, maximize=maximize)
+    return Adam(amsgrad=amsgrad, maximize=maximize, execution=execution)
 
 
-def adamw(*, amsgrad: bool = False, maximize: bool = False) -> Leafwise[AdamState, AdamWHParams]:
+def adamw(*, amsgrad: bool = False, maximize: bool = False, execution: Execution = "auto") -> AdamW:
     """AdamW: `adam` with the weight decay taken out of the gradient.
 
     The parameter is first scaled, p <- p * (1 - lr * weight_decay), and then takes the step of
@@ -84,6 +136,7 @@ def adamw(*, amsgrad: bool = False, maximize: bool = False) -> Leafwise[AdamStat
     Args:
         amsgrad: divide by the root of the greatest v so far (AMSGrad).
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer.
@@ -101,45 +154,4 @@ def adamw(*, amsgrad: bool = False, maximize: bool = False) -> Leafwise[AdamStat
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, as in torch: the
     decay is multiplied by the learning rate.
     """
-    return _adam(AdamWHParams, decoupled=True, amsgrad=amsgrad, maximize=maximize)
-
-
-def _adam(hparams: Any, *, decoupled: bool, amsgrad: bool, maximize: bool) -> Any:
-    check_flags(amsgrad=amsgrad, maximize=maximize)
-
-    def init(p: Any, step: Any) -> AdamState:
-        return AdamState(step, zeros_like(p), zeros_like(p), zeros_like(p) if amsgrad else ())
-
-    def scalars(t: Any, hp: AdamHParams) -> tuple[Any, Any, Any]:
-        shrinkage = 1 - hp.lr * hp.weight_decay
-        return -hp.lr / (1 - hp.beta1**t), (1 - hp.beta2**t) ** 0.5, shrinkage
-
-    def rule(p: Any, g: Any, s: AdamState, hp: AdamHParams, c: Any) -> tuple[Any, AdamState]:
-        descent, root_correction2, shrinkage = c
-        if decoupled:
-            p = p * shrinkage
-        else:
-            g = ops.add_decay(g, p, hp.weight_decay)
-        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
-        v_max: Any = ops.maximum(s.max_exp_avg_sq, v) if amsgrad else ()
-        denominator = ops.sqrt(v_max if amsgrad else v) / root_correction2 + hp.eps
-        return ops.addcdiv(p, m, denominator, descent), AdamState(s.step, m, v, v_max)
-
-    def native(p: Any, g: Any, s: AdamState, hp: AdamHParams, first: bool | None, amp: Any) -> bool:
-        kernel = _torch.fused_adamw_ if decoupled else _torch.fused_adam_
-        buffers = s.exp_avg, s.exp_avg_sq, list(s.max_exp_avg_sq)
-        numbers = {field.name: getattr(hp, field.name) for field in dataclasses.fields(hp)}
-        kernel(p, g, *buffers, s.step, **numbers, amsgrad=amsgrad, maximize=maximize, **amp)
-        return True
-
-    return leafwise(
-        AdamState,
-        hparams,
-        init,
-        rule,
-        scalars=scalars,
-        maximize=maximize,
-        native=native,
-        elementwise=True,
-    )
+    return AdamW(amsgrad=amsgrad, maximize=maximize, execution=execution)

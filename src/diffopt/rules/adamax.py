@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -29,7 +31,30 @@ class AdamaxHParams:
     weight_decay: Hyperparameter = number(0.0, ge=0)
 
 
-def adamax(*, maximize: bool = False) -> Leafwise[AdamaxState, AdamaxHParams]:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
+    """What `adamax` returns."""
+
+    State = AdamaxState
+    hparams: ClassVar = AdamaxHParams
+    elementwise = True
+
+    def begin(self, p: Any, step: Any) -> AdamaxState:
+        return AdamaxState(step, zeros_like(p), zeros_like(p))
+
+    def scalars(self, t: Any, hp: AdamaxHParams) -> Any:
+        return -hp.lr / (1 - hp.beta1**t)
+
+    def rule(
+        self, p: Any, g: Any, s: AdamaxState, hp: AdamaxHParams, c: Any
+    ) -> tuple[Any, AdamaxState]:
+        g = ops.add_decay(g, p, hp.weight_decay)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        u = ops.maximum(hp.beta2 * s.exp_inf, abs(g) + hp.eps)
+        return ops.addcdiv(p, m, u, c), AdamaxState(s.step, m, u)
+
+
+def adamax(*, maximize: bool = False, execution: Execution = "auto") -> Adamax:
     """Adamax: steps scaled by the greatest gradient so far, slowly forgotten.
 
     With g_t = grad_t + weight_decay * p and m_0 = u_0 = 0,
@@ -43,6 +68,7 @@ def adamax(*, maximize: bool = False) -> Leafwise[AdamaxState, AdamaxHParams]:
 
     Args:
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. Where the two sides of the maximum are equal they share its derivative.
@@ -63,22 +89,4 @@ def adamax(*, maximize: bool = False) -> Leafwise[AdamaxState, AdamaxHParams]:
     Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 2; eps as
     in torch.
     """
-    check_flags(maximize=maximize)
-
-    def init(p: Any, step: Any) -> AdamaxState:
-        return AdamaxState(step, zeros_like(p), zeros_like(p))
-
-    def scalars(t: Any, hp: AdamaxHParams) -> Any:
-        return -hp.lr / (1 - hp.beta1**t)
-
-    def rule(
-        p: Any, g: Any, s: AdamaxState, hp: AdamaxHParams, descent: Any
-    ) -> tuple[Any, AdamaxState]:
-        g = ops.add_decay(g, p, hp.weight_decay)
-        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        u = ops.maximum(hp.beta2 * s.exp_inf, abs(g) + hp.eps)
-        return ops.addcdiv(p, m, u, descent), AdamaxState(s.step, m, u)
-
-    return leafwise(
-        AdamaxState, AdamaxHParams, init, rule, scalars=scalars, maximize=maximize, elementwise=True
-    )
+    return Adamax(maximize=maximize, execution=execution)

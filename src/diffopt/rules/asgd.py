@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -30,7 +32,35 @@ class ASGDHParams:
     weight_decay: Hyperparameter = number(0.0, ge=0)
 
 
-def asgd(*, maximize: bool = False) -> Leafwise[ASGDState, ASGDHParams]:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ASGD(Leafwise[ASGDState, ASGDHParams]):
+    """What `asgd` returns."""
+
+    State = ASGDState
+    hparams: ClassVar = ASGDHParams
+    elementwise = True
+
+    def begin(self, p: Any, step: Any) -> ASGDState:
+        return ASGDState(step, zeros_like(p), zeros_like(p), zeros_like(p))
+
+    def scalars(self, t: Any, hp: ASGDHParams) -> tuple[Any, Any]:
+        next_eta = hp.lr / (1 + hp.lambd * hp.lr * t) ** hp.alpha
+        averaged = t - hp.t0
+        return next_eta, 1 / ops.where(averaged > 1, averaged, 1.0)
+
+    def rule(self, p: Any, g: Any, s: ASGDState, hp: ASGDHParams, c: Any) -> tuple[Any, ASGDState]:
+        next_eta, next_mu = c
+        eta, mu = ops.coefficient(s.eta), ops.coefficient(s.mu)
+        g = ops.add_decay(g, p, hp.weight_decay)
+        p = ops.add(p * (1 - hp.lambd * eta), g, -eta)
+        ax = ops.lerp(s.ax, p, mu)
+        return p, ASGDState(s.step, 0 * s.eta + next_eta, 0 * s.mu + next_mu, ax)
+
+    def initial(self, hp: ASGDHParams) -> dict[str, Any]:
+        return {"eta": hp.lr, "mu": 1.0}
+
+
+def asgd(*, maximize: bool = False, execution: Execution = "auto") -> ASGD:
     """Gradient descent with a decaying rate, and the average of its iterates.
 
     With g_t = grad_t + weight_decay * p, e_1 = lr, m_1 = 1 and a_0 = 0,
@@ -45,6 +75,7 @@ def asgd(*, maximize: bool = False) -> Leafwise[ASGDState, ASGDHParams]:
 
     Args:
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. The average a is `state.ax`: the iterates themselves until step `t0`. As in
@@ -68,31 +99,4 @@ def asgd(*, maximize: bool = False) -> Leafwise[ASGDState, ASGDHParams]:
     Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992, with
     the schedules of torch.
     """
-    check_flags(maximize=maximize)
-
-    def init(p: Any, step: Any) -> ASGDState:
-        return ASGDState(step, zeros_like(p), zeros_like(p), zeros_like(p))
-
-    def scalars(t: Any, hp: ASGDHParams) -> tuple[Any, Any]:
-        next_eta = hp.lr / (1 + hp.lambd * hp.lr * t) ** hp.alpha
-        averaged = t - hp.t0
-        return next_eta, 1 / ops.where(averaged > 1, averaged, 1.0)
-
-    def rule(p: Any, g: Any, s: ASGDState, hp: ASGDHParams, c: Any) -> tuple[Any, ASGDState]:
-        next_eta, next_mu = c
-        eta, mu = ops.coefficient(s.eta), ops.coefficient(s.mu)
-        g = ops.add_decay(g, p, hp.weight_decay)
-        p = ops.add(p * (1 - hp.lambd * eta), g, -eta)
-        ax = ops.lerp(s.ax, p, mu)
-        return p, ASGDState(s.step, 0 * s.eta + next_eta, 0 * s.mu + next_mu, ax)
-
-    return leafwise(
-        ASGDState,
-        ASGDHParams,
-        init,
-        rule,
-        scalars=scalars,
-        initial=lambda hp: {"eta": hp.lr, "mu": 1.0},
-        maximize=maximize,
-        elementwise=True,
-    )
+    return ASGD(maximize=maximize, execution=execution)

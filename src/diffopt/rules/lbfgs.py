@@ -170,7 +170,7 @@ class _Problem(NamedTuple):
         return x if self.active is None else torch.where(self.active, x, y)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
     """What `lbfgs` returns.
 

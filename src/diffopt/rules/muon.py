@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -33,6 +35,47 @@ class MuonHParams:
     eps: Hyperparameter = number(1e-7, ge=0, per_weight=False)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Muon(Leafwise[MuonState, MuonHParams]):
+    """What `muon` returns."""
+
+    nesterov: bool = True
+    ns_steps: int = 5
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] | None = None
+    precision: torch.dtype | None = torch.bfloat16
+
+    State = MuonState
+    hparams: ClassVar = MuonHParams
+    batchable = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_iteration(self.ns_steps, self.adjust_lr_fn, self.precision)
+
+    def begin(self, p: Any, step: Any) -> MuonState:
+        return MuonState(step, zeros_like(p))
+
+    def rule(self, p: Any, g: Any, s: MuonState, hp: MuonHParams, c: Any) -> tuple[Any, MuonState]:
+        b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)
+        n = ops.lerp(g, b, hp.momentum) if self.nesterov else b
+        rows, columns = p.shape
+        x = n.to(self.precision or n.dtype)
+        x = _newton_schulz(x.mT if rows > columns else x, hp, self.ns_steps)
+        x = (x.mT if rows > columns else x).to(p.dtype)
+        if self.adjust_lr_fn == "match_rms_adamw":
+            ratio = 0.2 * max(rows, columns) ** 0.5
+        else:
+            least = 0 if self.adjust_lr_fn == "spectral_unclamped" else 1
+            ratio = max(least, rows / max(columns, 1)) ** 0.5
+        p = p * (1 - hp.lr * hp.weight_decay)
+        return ops.add(p, x, -hp.lr * ratio), MuonState(s.step, b)
+
+    def refuse(self, p: Tensor) -> str | None:
+        if p.dim() != 2:
+            return f"has shape {tuple(p.shape)}, but Muon takes matrices only"
+        return "is complex, which Muon does not take" if p.is_complex() else None
+
+
 def muon(
     *,
     nesterov: bool = True,
@@ -40,7 +83,8 @@ def muon(
     adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] | None = None,
     precision: torch.dtype | None = torch.bfloat16,
     maximize: bool = False,
-) -> Leafwise[MuonState, MuonHParams]:
+    execution: Execution = "auto",
+) -> Muon:
     """Muon: steps along the momentum of a matrix with its singular values brought near 1.
 
     With B_0 = 0,
@@ -69,6 +113,7 @@ def muon(
             and `ns_c` without a right digit. Where derivatives matter use torch.float32 (1e-5) or
             None, the dtype of the parameter (float32 for half precision).
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. Its parameters are matrices; others belong to another optimizer. A gradient
@@ -93,29 +138,13 @@ def muon(
     al., "Muon is scalable for LLM training", 2025, for "match_rms_adamw"; Bernstein, "Deriving
     Muon", 2025, for "spectral_unclamped"; with torch's momentum, an average and not a sum.
     """
-    check_flags(nesterov=nesterov, maximize=maximize)
-    _check_iteration(ns_steps, adjust_lr_fn, precision)
-
-    def init(p: Any, step: Any) -> MuonState:
-        return MuonState(step, zeros_like(p))
-
-    def rule(p: Any, g: Any, s: MuonState, hp: MuonHParams, _: None) -> tuple[Any, MuonState]:
-        b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)
-        n = ops.lerp(g, b, hp.momentum) if nesterov else b
-        rows, columns = p.shape
-        x = n.to(precision or n.dtype)
-        x = _newton_schulz(x.mT if rows > columns else x, hp, ns_steps)
-        x = (x.mT if rows > columns else x).to(p.dtype)
-        if adjust_lr_fn == "match_rms_adamw":
-            ratio = 0.2 * max(rows, columns) ** 0.5
-        else:
-            least = 0 if adjust_lr_fn == "spectral_unclamped" else 1
-            ratio = max(least, rows / max(columns, 1)) ** 0.5
-        p = p * (1 - hp.lr * hp.weight_decay)
-        return ops.add(p, x, -hp.lr * ratio), MuonState(s.step, b)
-
-    return leafwise(
-        MuonState, MuonHParams, init, rule, maximize=maximize, batchable=False, refuse=_refuse
+    return Muon(
+        nesterov=nesterov,
+        ns_steps=ns_steps,
+        adjust_lr_fn=adjust_lr_fn,
+        precision=precision,
+        maximize=maximize,
+        execution=execution,
     )
 
 
@@ -139,12 +168,6 @@ def _addmm(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
     if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
         return beta * x + alpha * (a @ b)
     return torch.addmm(x, a, b, beta=beta, alpha=alpha)
-
-
-def _refuse(p: Tensor) -> str | None:
-    if p.dim() != 2:
-        return f"has shape {tuple(p.shape)}, but Muon takes matrices only"
-    return "is complex, which Muon does not take" if p.is_complex() else None
 
 
 def _check_iteration(ns_steps: object, adjust_lr_fn: object, precision: object) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -31,9 +33,50 @@ class NAdamHParams:
     momentum_decay: Hyperparameter = number(4e-3, ge=0)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NAdam(Leafwise[NAdamState, NAdamHParams]):
+    """What `nadam` returns."""
+
+    decoupled_weight_decay: bool = False
+
+    State = NAdamState
+    hparams: ClassVar = NAdamHParams
+    elementwise = True
+
+    def begin(self, p: Any, step: Any) -> NAdamState:
+        return NAdamState(step, zeros_like(p), zeros_like(p), zeros_like(p))
+
+    def scalars(self, t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any]:
+        shrinkage = 1 - hp.lr * hp.weight_decay
+        mu, mu_next = (
+            hp.beta1 * (1 - 0.5 * 0.96 ** (when * hp.momentum_decay)) for when in (t, t + 1)
+        )
+        return mu, mu_next, 1 - hp.beta2**t, shrinkage
+
+    def rule(
+        self, p: Any, g: Any, s: NAdamState, hp: NAdamHParams, c: Any
+    ) -> tuple[Any, NAdamState]:
+        mu, mu_next, correction2, shrinkage = c
+        if self.decoupled_weight_decay:
+            p = p * shrinkage
+        else:
+            g = ops.add_decay(g, p, hp.weight_decay)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
+        mu_product = s.mu_product * mu
+        product = ops.coefficient(mu_product)
+        denominator = ops.sqrt(v / correction2) + hp.eps
+        p = ops.addcdiv(p, g, denominator, -hp.lr * (1 - mu) / (1 - product))
+        p = ops.addcdiv(p, m, denominator, -hp.lr * mu_next / (1 - product * mu_next))
+        return p, NAdamState(s.step, mu_product, m, v)
+
+    def initial(self, hp: NAdamHParams) -> dict[str, Any]:
+        return {"mu_product": 1.0}
+
+
 def nadam(
-    *, decoupled_weight_decay: bool = False, maximize: bool = False
-) -> Leafwise[NAdamState, NAdamHParams]:
+    *, decoupled_weight_decay: bool = False, maximize: bool = False, execution: Execution = "auto"
+) -> NAdam:
     """NAdam: Adam whose momentum looks one step ahead.
 
     With g_t = grad_t + weight_decay * p, m_0 = v_0 = 0, M_0 = 1,
@@ -53,6 +96,7 @@ def nadam(
         decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
             adding to its gradient.
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. `state.mu_product` has the shape of the parameter, since each weight may have
@@ -73,40 +117,6 @@ def nadam(
 
     Source: Dozat, "Incorporating Nesterov momentum into Adam", 2016, as in torch.
     """
-    check_flags(decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
-
-    def init(p: Any, step: Any) -> NAdamState:
-        return NAdamState(step, zeros_like(p), zeros_like(p), zeros_like(p))
-
-    def scalars(t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any]:
-        shrinkage = 1 - hp.lr * hp.weight_decay
-        mu, mu_next = (
-            hp.beta1 * (1 - 0.5 * 0.96 ** (when * hp.momentum_decay)) for when in (t, t + 1)
-        )
-        return mu, mu_next, 1 - hp.beta2**t, shrinkage
-
-    def rule(p: Any, g: Any, s: NAdamState, hp: NAdamHParams, c: Any) -> tuple[Any, NAdamState]:
-        mu, mu_next, correction2, shrinkage = c
-        if decoupled_weight_decay:
-            p = p * shrinkage
-        else:
-            g = ops.add_decay(g, p, hp.weight_decay)
-        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
-        mu_product = s.mu_product * mu
-        product = ops.coefficient(mu_product)
-        denominator = ops.sqrt(v / correction2) + hp.eps
-        p = ops.addcdiv(p, g, denominator, -hp.lr * (1 - mu) / (1 - product))
-        p = ops.addcdiv(p, m, denominator, -hp.lr * mu_next / (1 - product * mu_next))
-        return p, NAdamState(s.step, mu_product, m, v)
-
-    return leafwise(
-        NAdamState,
-        NAdamHParams,
-        init,
-        rule,
-        scalars=scalars,
-        initial=lambda hp: {"mu_product": 1.0},
-        maximize=maximize,
-        elementwise=True,
+    return NAdam(
+        decoupled_weight_decay=decoupled_weight_decay, maximize=maximize, execution=execution
     )

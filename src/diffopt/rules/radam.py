@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -29,9 +31,48 @@ class RAdamHParams:
     weight_decay: Hyperparameter = number(0.0, ge=0)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RAdam(Leafwise[RAdamState, RAdamHParams]):
+    """What `radam` returns."""
+
+    decoupled_weight_decay: bool = False
+
+    State = RAdamState
+    hparams: ClassVar = RAdamHParams
+    elementwise = True
+
+    def begin(self, p: Any, step: Any) -> RAdamState:
+        return RAdamState(step, zeros_like(p), zeros_like(p))
+
+    def scalars(self, t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any, Any, Any]:
+        shrinkage = 1 - hp.lr * hp.weight_decay
+        correction1, correction2 = 1 - hp.beta1**t, 1 - hp.beta2**t
+        r_inf = 2 / (1 - hp.beta2) - 1
+        r = r_inf - 2 * t * hp.beta2**t / correction2
+        rectified = r > 5
+        # Where it does not apply the square root is kept away from negative numbers.
+        r, r_inf = ops.where(rectified, r, 6.0), ops.where(rectified, r_inf, 6.0)
+        rectification = ((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
+        return correction1, correction2**0.5, rectified, rectification, shrinkage
+
+    def rule(
+        self, p: Any, g: Any, s: RAdamState, hp: RAdamHParams, c: Any
+    ) -> tuple[Any, RAdamState]:
+        correction1, root_correction2, rectified, rectification, shrinkage = c
+        if self.decoupled_weight_decay:
+            p = p * shrinkage
+        else:
+            g = ops.add_decay(g, p, hp.weight_decay)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
+        step = m / correction1 * hp.lr
+        rate = root_correction2 / (ops.sqrt(v) + hp.eps) * rectification
+        return p - ops.where(rectified, step * rate, step), RAdamState(s.step, m, v)
+
+
 def radam(
-    *, decoupled_weight_decay: bool = False, maximize: bool = False
-) -> Leafwise[RAdamState, RAdamHParams]:
+    *, decoupled_weight_decay: bool = False, maximize: bool = False, execution: Execution = "auto"
+) -> RAdam:
     """RAdam: plain momentum while the second moment is too uncertain, then a rectified Adam.
 
     With g_t = grad_t + weight_decay * p, m_0 = v_0 = 0 and r_inf = 2 / (1 - beta2) - 1,
@@ -50,6 +91,7 @@ def radam(
         decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
             adding to its gradient.
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. At a `beta2` where r_t passes 5 it jumps, and has no derivative.
@@ -70,34 +112,6 @@ def radam(
     Source: Liu et al., "On the variance of the adaptive learning rate and beyond", 2020, algorithm
     2; eps and the threshold 5 (in the paper 4) as in torch.
     """
-    check_flags(decoupled_weight_decay=decoupled_weight_decay, maximize=maximize)
-
-    def init(p: Any, step: Any) -> RAdamState:
-        return RAdamState(step, zeros_like(p), zeros_like(p))
-
-    def scalars(t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any, Any, Any]:
-        shrinkage = 1 - hp.lr * hp.weight_decay
-        correction1, correction2 = 1 - hp.beta1**t, 1 - hp.beta2**t
-        r_inf = 2 / (1 - hp.beta2) - 1
-        r = r_inf - 2 * t * hp.beta2**t / correction2
-        rectified = r > 5
-        # Where it does not apply the square root is kept away from negative numbers.
-        r, r_inf = ops.where(rectified, r, 6.0), ops.where(rectified, r_inf, 6.0)
-        rectification = ((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
-        return correction1, correction2**0.5, rectified, rectification, shrinkage
-
-    def rule(p: Any, g: Any, s: RAdamState, hp: RAdamHParams, c: Any) -> tuple[Any, RAdamState]:
-        correction1, root_correction2, rectified, rectification, shrinkage = c
-        if decoupled_weight_decay:
-            p = p * shrinkage
-        else:
-            g = ops.add_decay(g, p, hp.weight_decay)
-        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
-        step = m / correction1 * hp.lr
-        rate = root_correction2 / (ops.sqrt(v) + hp.eps) * rectification
-        return p - ops.where(rectified, step * rate, step), RAdamState(s.step, m, v)
-
-    return leafwise(
-        RAdamState, RAdamHParams, init, rule, scalars=scalars, maximize=maximize, elementwise=True
+    return RAdam(
+        decoupled_weight_decay=decoupled_weight_decay, maximize=maximize, execution=execution
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -36,9 +38,46 @@ class RMSpropMomentumHParams(RMSpropHParams):
     momentum: Hyperparameter = number(0.0, ge=0)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RMSprop(Leafwise[RMSpropState, RMSpropHParams]):
+    """What `rmsprop` returns."""
+
+    centered: bool = False
+    momentum: bool = True
+
+    State = RMSpropState
+    elementwise = True
+
+    @property
+    def hparams(self) -> type[RMSpropHParams]:  # pyright: ignore[reportIncompatibleVariableOverride] (it depends on a flag)
+        return RMSpropMomentumHParams if self.momentum else RMSpropHParams
+
+    def begin(self, p: Any, step: Any) -> RMSpropState:
+        return RMSpropState(
+            step,
+            zeros_like(p),
+            zeros_like(p) if self.momentum else (),
+            zeros_like(p) if self.centered else (),
+        )
+
+    def rule(self, p: Any, g: Any, s: RMSpropState, hp: Any, c: Any) -> tuple[Any, RMSpropState]:
+        g = ops.add_decay(g, p, hp.weight_decay)
+        v = ops.addcmul(hp.alpha * s.square_avg, g, g, 1 - hp.alpha)
+        a: Any = ops.lerp(s.grad_avg, g, 1 - hp.alpha) if self.centered else ()
+        denominator = ops.sqrt(ops.addcmul(v, a, a, -1) if self.centered else v) + hp.eps
+        if not self.momentum:
+            return ops.addcdiv(p, g, denominator, -hp.lr), RMSpropState(s.step, v, (), a)
+        b = ops.addcdiv(hp.momentum * s.momentum_buffer, g, denominator, 1)
+        return ops.add(p, b, -hp.lr), RMSpropState(s.step, v, b, a)
+
+
 def rmsprop(
-    *, centered: bool = False, momentum: bool = True, maximize: bool = False
-) -> Leafwise[RMSpropState, Any]:
+    *,
+    centered: bool = False,
+    momentum: bool = True,
+    maximize: bool = False,
+    execution: Execution = "auto",
+) -> RMSprop:
     """RMSprop: gradients divided by the root of a running average of their square.
 
     With g_t = grad_t + weight_decay * p and v_0 = a_0 = b_0 = 0,
@@ -55,6 +94,7 @@ def rmsprop(
         centered: subtract the square of the average gradient, an estimate of the variance.
         momentum: False keeps no buffer b and has no hyperparameter `momentum`.
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer.
@@ -75,25 +115,4 @@ def rmsprop(
     Source: Tieleman and Hinton, "Lecture 6.5: RMSProp", 2012; centered: Graves, "Generating
     sequences with recurrent neural networks", 2013, with eps outside the root as in torch.
     """
-    check_flags(centered=centered, momentum=momentum, maximize=maximize)
-
-    def init(p: Any, step: Any) -> RMSpropState:
-        return RMSpropState(
-            step,
-            zeros_like(p),
-            zeros_like(p) if momentum else (),
-            zeros_like(p) if centered else (),
-        )
-
-    def rule(p: Any, g: Any, s: RMSpropState, hp: Any, _: None) -> tuple[Any, RMSpropState]:
-        g = ops.add_decay(g, p, hp.weight_decay)
-        v = ops.addcmul(hp.alpha * s.square_avg, g, g, 1 - hp.alpha)
-        a: Any = ops.lerp(s.grad_avg, g, 1 - hp.alpha) if centered else ()
-        denominator = ops.sqrt(ops.addcmul(v, a, a, -1) if centered else v) + hp.eps
-        if not momentum:
-            return ops.addcdiv(p, g, denominator, -hp.lr), RMSpropState(s.step, v, (), a)
-        b = ops.addcdiv(hp.momentum * s.momentum_buffer, g, denominator, 1)
-        return ops.add(p, b, -hp.lr), RMSpropState(s.step, v, b, a)
-
-    record = RMSpropMomentumHParams if momentum else RMSpropHParams
-    return leafwise(RMSpropState, record, init, rule, maximize=maximize, elementwise=True)
+    return RMSprop(centered=centered, momentum=momentum, maximize=maximize, execution=execution)

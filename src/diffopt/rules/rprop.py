@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -31,7 +33,32 @@ class RpropHParams:
     step_size_max: Hyperparameter = number(50.0)
 
 
-def rprop(*, maximize: bool = False) -> Leafwise[RpropState, RpropHParams]:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Rprop(Leafwise[RpropState, RpropHParams]):
+    """What `rprop` returns."""
+
+    State = RpropState
+    hparams: ClassVar = RpropHParams
+    elementwise = True
+
+    def begin(self, p: Any, step: Any) -> RpropState:
+        return RpropState(step, zeros_like(p), zeros_like(p))
+
+    def rule(
+        self, p: Any, g: Any, s: RpropState, hp: RpropHParams, c: Any
+    ) -> tuple[Any, RpropState]:
+        sign = torch.sign(g * s.prev)
+        shrunk = torch.where(sign < 0, s.step_size * hp.etaminus, s.step_size)
+        size = torch.where(sign > 0, s.step_size * hp.etaplus, shrunk)
+        size = ops.clamp(size, hp.step_size_min, hp.step_size_max)
+        g = torch.where(sign < 0, 0, g)
+        return p - torch.sign(g) * size, RpropState(s.step, g, size)
+
+    def initial(self, hp: RpropHParams) -> dict[str, Any]:
+        return {"step_size": hp.lr}
+
+
+def rprop(*, maximize: bool = False, execution: Execution = "auto") -> Rprop:
     """Rprop: each weight has a step size, which grows while the sign of its gradient stays.
 
     With e_0 = lr and g_0 = 0, and s_t = sign(grad_t * g_{t-1}),
@@ -47,6 +74,7 @@ def rprop(*, maximize: bool = False) -> Leafwise[RpropState, RpropHParams]:
 
     Args:
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. A step has no derivative by the gradient but 0, and by `lr` only through the
@@ -68,25 +96,4 @@ def rprop(*, maximize: bool = False) -> Leafwise[RpropState, RpropHParams]:
     Source: Riedmiller and Braun, "A direct adaptive method for faster backpropagation learning: the
     RPROP algorithm", 1993; without its backtracking, as in torch.
     """
-    check_flags(maximize=maximize)
-
-    def init(p: Any, step: Any) -> RpropState:
-        return RpropState(step, zeros_like(p), zeros_like(p))
-
-    def rule(p: Any, g: Any, s: RpropState, hp: RpropHParams, _: None) -> tuple[Any, RpropState]:
-        sign = torch.sign(g * s.prev)
-        shrunk = torch.where(sign < 0, s.step_size * hp.etaminus, s.step_size)
-        size = torch.where(sign > 0, s.step_size * hp.etaplus, shrunk)
-        size = ops.clamp(size, hp.step_size_min, hp.step_size_max)
-        g = torch.where(sign < 0, 0, g)
-        return p - torch.sign(g) * size, RpropState(s.step, g, size)
-
-    return leafwise(
-        RpropState,
-        RpropHParams,
-        init,
-        rule,
-        initial=lambda hp: {"step_size": hp.lr},
-        maximize=maximize,
-        elementwise=True,
-    )
+    return Rprop(maximize=maximize, execution=execution)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from diffopt import _torch
 from diffopt._rule import ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -36,9 +38,72 @@ class MomentumHParams(SGDHParams):
     dampening: Hyperparameter = number(0.0)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SGD(Leafwise[SGDState, MomentumHParams]):
+    """What `sgd` returns."""
+
+    nesterov: bool = False
+    momentum: bool = True
+
+    State = SGDState
+    elementwise = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov=True needs momentum=True")
+
+    @property
+    def hparams(self) -> type[MomentumHParams]:  # pyright: ignore[reportIncompatibleVariableOverride] (it depends on a flag)
+        return MomentumHParams if self.momentum else cast(Any, SGDHParams)
+
+    def begin(self, p: Any, step: Any) -> SGDState:
+        return SGDState(step, zeros_like(p) if self.momentum else ())
+
+    def scalars(self, t: Any, hp: MomentumHParams) -> Any:
+        if not self.momentum:
+            return None
+        # The first buffer is the gradient itself, undampened.
+        return 1 if ops.is_zero(hp.momentum) else 1 - hp.dampening * ops.after_first(t)
+
+    def rule(
+        self, p: Any, g: Any, s: SGDState, hp: MomentumHParams, c: Any
+    ) -> tuple[Any, SGDState]:
+        g = ops.add_decay(g, p, hp.weight_decay)
+        if not self.momentum:
+            return ops.add(p, g, -hp.lr), s
+        b = ops.add(hp.momentum * s.momentum_buffer, g, c)
+        d = ops.add(g, b, hp.momentum) if self.nesterov else b
+        return ops.add(p, d, -hp.lr), SGDState(s.step, b)
+
+    def native(self, p: Any, g: Any, s: SGDState, hp: Any, first: bool | None, amp: Any) -> bool:
+        if self.momentum and (ops.is_zero(hp.momentum) or (first is None and hp.dampening != 0)):
+            return False  # it would leave the buffer alone, or may dampen the first gradient
+        if p[0].dtype in (torch.float16, torch.bfloat16) and p[0].device.type == "cpu":
+            return False  # it leaves most elements alone (pytorch#191763)
+        _torch.fused_sgd_(
+            p,
+            g,
+            list(s.momentum_buffer),
+            lr=hp.lr,
+            weight_decay=hp.weight_decay,
+            momentum=hp.momentum if self.momentum else 0.0,
+            dampening=hp.dampening if self.momentum else 0.0,
+            nesterov=self.nesterov,
+            maximize=self.maximize,
+            is_first_step=bool(first),
+            **amp,
+        )
+        return True
+
+
 def sgd(
-    *, nesterov: bool = False, momentum: bool = True, maximize: bool = False
-) -> Leafwise[SGDState, Any]:
+    *,
+    nesterov: bool = False,
+    momentum: bool = True,
+    maximize: bool = False,
+    execution: Execution = "auto",
+) -> SGD:
     """Stochastic gradient descent with momentum.
 
     With g_t = grad_t + weight_decay * p, b_1 = g_1 and, for t > 1,
@@ -54,6 +119,7 @@ def sgd(
         nesterov: use Nesterov's momentum.
         momentum: False keeps no buffer and has no hyperparameters `momentum` and `dampening`.
         maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
         The optimizer. Unlike torch.optim.SGD's, whose first buffer is a detached gradient, its
@@ -76,47 +142,4 @@ def sgd(
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning",
     2013, with the velocity as in torch.optim.SGD: the learning rate outside the buffer.
     """
-    check_flags(nesterov=nesterov, momentum=momentum, maximize=maximize)
-    if nesterov and not momentum:
-        raise ValueError("nesterov=True needs momentum=True")
-
-    def init(p: Any, step: Any) -> SGDState:
-        return SGDState(step, zeros_like(p) if momentum else ())
-
-    def scalars(t: Any, hp: MomentumHParams) -> Any:
-        # The first buffer is the gradient itself, undampened.
-        return 1 if ops.is_zero(hp.momentum) else 1 - hp.dampening * ops.after_first(t)
-
-    def plain(p: Any, g: Any, s: SGDState, hp: SGDHParams, _: None) -> tuple[Any, SGDState]:
-        return ops.add(p, ops.add_decay(g, p, hp.weight_decay), -hp.lr), s
-
-    def rule(p: Any, g: Any, s: SGDState, hp: MomentumHParams, c: Any) -> tuple[Any, SGDState]:
-        g = ops.add_decay(g, p, hp.weight_decay)
-        b = ops.add(hp.momentum * s.momentum_buffer, g, c)
-        d = ops.add(g, b, hp.momentum) if nesterov else b
-        return ops.add(p, d, -hp.lr), SGDState(s.step, b)
-
-    def native(p: Any, g: Any, s: SGDState, hp: Any, first: bool | None, amp: Any) -> bool:
-        if momentum and (ops.is_zero(hp.momentum) or (first is None and hp.dampening != 0)):
-            return False  # it would leave the buffer alone, or may dampen the first gradient
-        if p[0].dtype in (torch.float16, torch.bfloat16) and p[0].device.type == "cpu":
-            return False  # it leaves most elements alone (pytorch#191763)
-        _torch.fused_sgd_(
-            p,
-            g,
-            list(s.momentum_buffer),
-            lr=hp.lr,
-            weight_decay=hp.weight_decay,
-            momentum=hp.momentum if momentum else 0.0,
-            dampening=hp.dampening if momentum else 0.0,
-            nesterov=nesterov,
-            maximize=maximize,
-            is_first_step=bool(first),
-            **amp,
-        )
-        return True
-
-    flags: dict[str, Any] = {"maximize": maximize, "native": native, "elementwise": True}
-    if not momentum:
-        return leafwise(SGDState, SGDHParams, init, plain, **flags)
-    return leafwise(SGDState, MomentumHParams, init, rule, scalars=scalars, **flags)
+    return SGD(nesterov=nesterov, momentum=momentum, maximize=maximize, execution=execution)

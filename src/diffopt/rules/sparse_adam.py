@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Literal, NamedTuple, overload
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._rule import checks, hyper, ops
-from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise, leafwise, zeros_like
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import zeros_like
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 
@@ -35,9 +36,7 @@ class SparseAdamHParams:
 
 
 @overload
-def sparse_adam(
-    *, masked: Literal[True], maximize: bool = False
-) -> Leafwise[SparseAdamState, SparseAdamHParams]: ...
+def sparse_adam(*, masked: Literal[True], maximize: bool = False) -> MaskedAdam: ...
 
 
 @overload
@@ -97,46 +96,45 @@ def sparse_adam(
     Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, the variant at the
     end of section 2, on some entries only, as in torch.
     """
-    check_flags(masked=masked, maximize=maximize)
+    if masked:
+        return MaskedAdam(maximize=maximize)
+    return SparseAdam(maximize=maximize)
 
-    def init(p: Any, step: Any) -> SparseAdamState:
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EntriesAdam(Leafwise[SparseAdamState, SparseAdamHParams]):
+    """Adam as `sparse_adam` has it, for entries put together in dense tensors."""
+
+    State = SparseAdamState
+    hparams: ClassVar = SparseAdamHParams
+    elementwise = True
+
+    def begin(self, p: Any, step: Any) -> SparseAdamState:
         return SparseAdamState(step, zeros_like(p), zeros_like(p))
 
-    def descent(t: Any, hp: SparseAdamHParams) -> Any:
+    def scalars(self, t: Any, hp: SparseAdamHParams) -> Any:
         return -hp.lr * (1 - hp.beta2**t) ** 0.5 / (1 - hp.beta1**t)
 
     def rule(
-        p: Any, g: Any, s: SparseAdamState, hp: SparseAdamHParams, c: Any
+        self, p: Any, g: Any, s: SparseAdamState, hp: SparseAdamHParams, c: Any
     ) -> tuple[Any, SparseAdamState]:
         m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
         v = ops.lerp(s.exp_avg_sq, g * g, 1 - hp.beta2)
         p = ops.addcdiv(p, m, ops.sqrt(v) + hp.eps, c)
         return p, SparseAdamState(s.step, m, v)
 
-    def masked_rule(
-        p: Any, g: Any, s: SparseAdamState, hp: SparseAdamHParams, c: Any
-    ) -> tuple[Any, SparseAdamState]:
-        new_p, new_s = rule(p, g, s, hp, c)
-        p, m, v = (
-            torch.where(g != 0, new, old)
-            for new, old in (
-                (new_p, p),
-                (new_s.exp_avg, s.exp_avg),
-                (new_s.exp_avg_sq, s.exp_avg_sq),
-            )
-        )
-        return p, SparseAdamState(s.step, m, v)
 
-    entries = leafwise(
-        SparseAdamState,
-        SparseAdamHParams,
-        init,
-        masked_rule if masked else rule,
-        scalars=descent,
-        maximize=maximize,
-        elementwise=True,
-    )
-    return entries if masked else SparseAdam(entries)
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MaskedAdam(EntriesAdam):
+    """What `sparse_adam(masked=True)` returns: the same where a dense gradient is not 0."""
+
+    def rule(
+        self, p: Any, g: Any, s: SparseAdamState, hp: SparseAdamHParams, c: Any
+    ) -> tuple[Any, SparseAdamState]:
+        new_p, new = super().rule(p, g, s, hp, c)
+        pairs = (new_p, p), (new.exp_avg, s.exp_avg), (new.exp_avg_sq, s.exp_avg_sq)
+        p, m, v = (torch.where(g != 0, after, before) for after, before in pairs)
+        return p, SparseAdamState(s.step, m, v)
 
 
 class _Entries(NamedTuple):
@@ -156,17 +154,18 @@ class _Entries(NamedTuple):
     spec: _tree.Spec
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
-    """What `sparse_adam` returns.
+    """What `sparse_adam` returns."""
 
-    Attributes:
-        entries: updates the entries that gradients mention, put together in dense tensors.
-    """
+    maximize: bool = False
 
-    entries: Leafwise[SparseAdamState, SparseAdamHParams]
+    hparams: ClassVar = SparseAdamHParams
 
-    hparams = SparseAdamHParams
+    @property
+    def entries(self) -> EntriesAdam:
+        """Updates the entries that gradients mention, put together in dense tensors."""
+        return EntriesAdam(maximize=self.maximize)
 
     def init(self, params: Tree) -> SparseAdamState:
         return self.entries.init(params)
@@ -188,7 +187,7 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
         refuse_gradients(grads, hparams)
         with torch.no_grad():
             arguments, where, columns, _ = self._gather(params, grads, state, hparams)
-            checks.writable(columns[0], params)
+            checks.writable({"params": columns[0]}, params)
             self.entries.update_(*arguments)  # writes to copies of entries, and to state.step
             new_params, _, new_state, _ = arguments
             for old, new in zip(columns, (new_params, *new_state[1:]), strict=True):

@@ -62,7 +62,7 @@ class Case:
     frozen: Callable[[Tree], Tree] | None = None
 
     def __post_init__(self) -> None:
-        leafwise = isinstance(self.optimizer, Leafwise) and self.optimizer.rule.batchable
+        leafwise = isinstance(self.optimizer, Leafwise) and self.optimizer.batchable
         object.__setattr__(self, "elementwise", self.elementwise or leafwise)
 
     def record(self) -> Any:

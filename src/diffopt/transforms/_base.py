@@ -13,7 +13,7 @@ from torch import Tensor
 from diffopt import _tree
 from diffopt._modes import exact
 from diffopt._rule import checks, hyper
-from diffopt._rule.ways import WORKING_DTYPE
+from diffopt._rule.rule import WORKING_DTYPE
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 
@@ -159,7 +159,7 @@ def gather(params: Tree, grads: Tree, *, writable: bool = False) -> Leaves:
     gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
     checks.grads(gradients, tensors, params)
     if writable:
-        checks.writable(tensors, params)
+        checks.writable({"params": tensors}, params)
     return Leaves(spec, tensors, gradients)
 
 

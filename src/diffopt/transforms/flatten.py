@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._rule import checks, hyper, ways
+from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import WORKING_DTYPE
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import Leaves, check_optimizer, gather, real, wide
@@ -55,7 +56,7 @@ def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         (tensor([-0.2000]), [tensor([1., 1., 1., 1., 1.])])
     """
     check_optimizer(optimizer, "optimizer")
-    if isinstance(optimizer, Leafwise) and not optimizer.rule.batchable:
+    if isinstance(optimizer, Leafwise) and not optimizer.batchable:
         raise ValueError(
             "optimizer computes with each tensor as a whole: flatten would change that"
         )
@@ -169,7 +170,7 @@ def _flat_number(number: hyper.Covered, params: list[Tensor], groups: list[list[
     """A hyperparameter for the vectors: as it is, or as vectors where leaves differ in it."""
     used = {number.cover[i] for group in groups for i in group}
     values = [number.values[k] for k in used] if number.per_parameter else number.values
-    if not number.per_parameter or (len(values) == 1 and ways.is_scalar(values[0])):
+    if not number.per_parameter or (len(values) == 1 and running.is_scalar(values[0])):
         return values[0]
     return [torch.cat([_expanded(number.at(i), params[i]) for i in group]) for group in groups]
 
@@ -211,5 +212,5 @@ def _unravel(vectors: list[Tensor], leaves: Leaves, layout: _Layout) -> list[Ten
 
 def _working(tensor: Tensor) -> torch.dtype:
     """The dtype of its real numbers in arithmetic."""
-    dtype = ways.WORKING_DTYPE.get(tensor.dtype, tensor.dtype)
+    dtype = WORKING_DTYPE.get(tensor.dtype, tensor.dtype)
     return _REAL.get(dtype, dtype)

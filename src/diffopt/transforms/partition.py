@@ -151,7 +151,7 @@ def _update_all_(calls: list[tuple[Optimizer[Any, Any], tuple[Any, ...]]]) -> No
     in_place, results = ordered[:1], list[tuple[Any, Any]]()
     for optimizer, arguments in ordered[1:]:
         if isinstance(optimizer, Leafwise):
-            optimizer._gather(*arguments)
+            optimizer.check(*arguments)
             in_place.append((optimizer, arguments))
         else:
             params, _, state, _ = arguments

@@ -1,0 +1,70 @@
+"""Which tensors share memory: what is written in place must not be written twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """The indices of two tensors that share an element, or of one whose own elements coincide.
+
+    Tensors without an address (DTensors, fake ones, those on the meta device) share nothing.
+    """
+    for i, tensor in enumerate(tensors):
+        if not tensor.is_contiguous() and _folds(tensor):
+            return i, i
+    known = [i for i, x in enumerate(tensors) if x.numel() and x.data_ptr()]
+    starts = torch.tensor([tensors[i].data_ptr() for i in known], dtype=torch.int64)
+    spans = torch.tensor([_span(tensors[i]) for i in known], dtype=torch.int64)
+    starts, order = starts.sort(stable=True)
+    ends = (starts + spans[order]).cummax(0).values
+    for k in torch.nonzero(starts[1:] < ends[:-1]).flatten().tolist():
+        this = known[int(order[k + 1])]
+        for before in order[: k + 1].tolist():
+            if _meet(tensors[known[before]], tensors[this]):
+                return known[before], this
+    return None
+
+
+def _span(tensor: Tensor) -> int:
+    """The number of bytes from the first element to the end of the last one."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in sizes)) * tensor.element_size()
+
+
+def _folds(tensor: Tensor) -> bool:
+    """Whether two elements of one tensor have the same address, as in an expanded one."""
+    sizes = sorted(
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    extent = 1
+    for stride, size in sizes:
+        if size > 1 and stride < extent:
+            return bool(tensor.numel()) and len(_offsets(tensor).unique()) < tensor.numel()
+        extent += (size - 1) * stride
+    return False
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    if a.device != b.device or not (
+        a.data_ptr() < b.data_ptr() + _span(b) and b.data_ptr() < a.data_ptr() + _span(a)
+    ):
+        return False
+    if a.element_size() != b.element_size():
+        return True
+    shift = b.data_ptr() - a.data_ptr()
+    mine, theirs = _offsets(a) * a.element_size(), _offsets(b) * b.element_size() + shift
+    return bool(torch.isin(mine, theirs).any())
+
+
+def _offsets(tensor: Tensor) -> Tensor:
+    """Where the elements are, counted from the first one."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    return offsets.flatten()

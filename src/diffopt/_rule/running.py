@@ -1,0 +1,293 @@
+"""Running a rule on tensors: one by one, batched by foreach kernels, compiled, sparse or native.
+
+All take columns: the params, their gradients, and one column for each field of the state after the
+step. A column is a list of tensors, `()` for a field that is not used, or a `Shared`. Its tensors
+share device, dtype, step and hyperparameters, so that per-step scalars are computed once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _torch
+from diffopt._rule import hyper, ops
+from diffopt._rule.rule import WORKING_DTYPE, Rule, unused
+from diffopt._rule.tensorlist import TensorList
+
+AnyRule: TypeAlias = Rule[Any, Any]
+
+AS_IS = (torch.float32, torch.float64)
+"""The dtypes a rule computes in."""
+
+_WIDE = (torch.float64, torch.complex128)
+_MOVING = ("weight_decay", "momentum")  # what moves a parameter whose gradient is zero
+
+
+class Numbers(NamedTuple):
+    """The numbers of one step: its count, hyperparameters, and what is computed from them once."""
+
+    t: Any
+    hparams: Any
+    scalars: Any
+    initial: dict[str, Any]  # what the first step adds to buffers that start at 0
+
+
+class Shared:
+    """A 0-d field of the state that all tensors of the columns share, and its new value."""
+
+    __slots__ = ("new", "value")
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.new = value, value
+
+
+def numbers_at(rule: AnyRule, step: Any, values: Sequence[Any], like: Tensor) -> Numbers:
+    """What the rule sees beside tensors, for tensors of the device and dtype of `like`."""
+    t, *values = placed([step, *values], like)
+    numbers = numbers_of(rule, t, values)
+    first = 1 - ops.after_first(t)
+    if ops.is_zero(first):
+        return numbers
+    initial = {name: first * value for name, value in rule.initial(numbers.hparams).items()}
+    return numbers._replace(initial=initial)
+
+
+def numbers_of(rule: AnyRule, t: Any, values: Sequence[Any]) -> Numbers:
+    """The same for numbers in their final form, where the state is past its initial values."""
+    hparams = hyper.assemble(rule.hparams, values)
+    return Numbers(t, hparams, rule.scalars(t, hparams), {})
+
+
+def apply(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, widen: bool = False
+) -> list[Any]:
+    """New params and buffers, for columns of lists or for one row of them.
+
+    A new tensor has the dtype of the old one; with `widen`, a buffer that is narrower than its
+    parameter gets the parameter's.
+    """
+    dtype = _widest(columns)
+    new = run(rule, numbers, [_enter(column, dtype) for column in columns])
+    wide = _first(columns[0]).dtype if widen else None
+    return [_leave(x, old, wide) for x, old in zip(new, written(columns), strict=True)]
+
+
+def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
+    """The same for tensors as the rule sees them."""
+    p, g, *buffers = columns
+    t, hparams, scalars, initial = numbers
+    s = rule.State(t, *buffers)
+    if initial:
+        s = s._replace(**{name: getattr(s, name) + value for name, value in initial.items()})
+    new_p, new_s = rule.rule(p, -g if rule.maximize else g, s, hparams, scalars)
+    return [new_p, *new_s[1:]]
+
+
+def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place, tensor by tensor."""
+    for row in _rows_of(columns):
+        for old, new in zip(written(row), apply(rule, numbers, row), strict=True):
+            if isinstance(old, Tensor) and new is not old:
+                old.copy_(new)
+
+
+def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place, by horizontally batched kernels."""
+    for old, new in zip(written(columns), apply(rule, numbers, columns), strict=True):
+        if isinstance(old, list):
+            _torch.foreach_copy_(old, new)
+
+
+def compiled_(rule: AnyRule, step: Tensor, values: Sequence[Any], columns: Sequence[Any]) -> None:
+    """In place, by one kernel that torch.compile makes of the rule for these shapes.
+
+    torch.compile has been seen to give wrong numbers without a word, so its first result is
+    compared with the eager one; where they differ, a warning says so and the rule stays eager.
+    """
+    # Compiled by torch 2.13, copy_ of a reshaped tensor to a 0-d one does nothing.
+    columns = [[x.view(1) if x.dim() == 0 else x for x in c] if c else c for c in columns]
+    tensors = [x for column in columns for x in column]
+    numbers = [torch.as_tensor(value, dtype=torch.float64) for value in values]
+    key = (rule, *((x.shape, x.dtype, x.device, x.stride()) for x in tensors))
+    if key in _COMPILED:
+        _COMPILED[key](step, numbers, columns)
+        return
+
+    def eager(step: Tensor, numbers: Sequence[Any], columns: Sequence[Any]) -> None:
+        leaf_(rule, numbers_at(rule, step, numbers, columns[0][0]), columns)
+
+    expected = [[x.clone() for x in c] if isinstance(c, list) else c for c in columns]
+    eager(step, numbers, expected)
+    _COMPILED[key] = torch.compile(eager, fullgraph=True, dynamic=False)
+    _COMPILED[key](step, numbers, columns)
+    for old, new in zip(written(columns), written(expected), strict=True):
+        pairs = zip(old, new, strict=True) if isinstance(old, list) else ()
+        if not all(torch.allclose(x, y, 1e-3, 1e-5, equal_nan=True) for x, y in pairs):
+            warnings.warn(
+                "torch.compile computes something else than the rule, which stays eager",
+                stacklevel=2,
+            )
+            _COMPILED[key] = eager
+            _torch.foreach_copy_(
+                [x for c in written(columns) if isinstance(c, list) for x in c],
+                [x for c in written(expected) if isinstance(c, list) for x in c],
+            )
+            return
+
+
+_COMPILED: dict[Any, Callable[..., None]] = {}
+
+
+def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place, for sparse gradients: only their rows, where a zero gradient moves nothing."""
+    rowwise = all(ops.is_zero(getattr(numbers.hparams, name, 0)) for name in _MOVING)
+    for i, grad in enumerate(columns[1]):
+        row = [pick(column, i) for column in columns]
+        if not rowwise:
+            row[1] = grad.to_dense()
+            leaf_(rule, numbers, [[x] if isinstance(x, Tensor) else x for x in row])
+            continue
+        grad = grad.coalesce()
+        if not grad._nnz():
+            continue
+        where = tuple(grad.indices())
+        picked = [_rows(x, where) if isinstance(x, Tensor) else x for x in row[2:]]
+        new = apply(rule, numbers, [_rows(row[0], where), grad.values(), *picked])
+        for old, pieces in zip(written(row), new, strict=True):
+            if isinstance(old, Tensor) and len(where) == 1:
+                old.index_copy_(0, where[0], pieces)
+            elif isinstance(old, Tensor):
+                old[where] = pieces
+
+
+def _rows(x: Tensor, where: tuple[Tensor, ...]) -> Tensor:
+    """`x[where]`; for rows that takes several times longer than `index_select`."""
+    return x.index_select(0, where[0]) if len(where) == 1 else x[where]
+
+
+def native_(
+    rule: AnyRule,
+    steps: list[Tensor],
+    first: bool | None,
+    values: Sequence[Any],
+    columns: Sequence[Any],
+    **amp: Tensor,
+) -> bool:
+    """In place, by the rule's kernel; False, and nothing has changed, where it has none for this.
+
+    `steps` are 0-d tensors, one for each param; `first` says whether this is step 1 (None: that is
+    not known without waiting for a device); `amp` may have `grad_scale` and `found_inf`.
+    """
+    if rule.native is None:
+        return False
+    params, grads, *buffers = columns
+    state, hparams = rule.State(steps, *buffers), hyper.assemble(rule.hparams, values)
+    with _torch.below_autograd():
+        done = rule.native(params, grads, state, hparams, first, amp)
+    if done:  # torch's kernels don't tell autograd that what it may have saved is gone
+        torch.autograd.graph.increment_version(params)
+    return done
+
+
+def is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def pick(column: Any, batch: int | list[int]) -> Any:
+    """One element of a column, or the list of some."""
+    if isinstance(column, Shared) or unused(column):
+        return column
+    return column[batch] if isinstance(batch, int) else [column[i] for i in batch]
+
+
+def _rows_of(columns: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """One element of each column, tensor by tensor."""
+    lists = (c if isinstance(c, list) else itertools.repeat(c) for c in columns)
+    return zip(*lists, strict=False)
+
+
+def written(columns: Sequence[Any]) -> list[Any]:
+    """All but the gradients."""
+    return [columns[0], *columns[2:]]
+
+
+def _first(column: Any) -> Tensor:
+    return column[0] if isinstance(column, list) else column
+
+
+# Tensors as a rule sees them: real, all of one dtype, at least one-dimensional (a 0-d float32
+# tensor would be promoted by a 0-d float64 hyperparameter, and then not match its neighbours).
+
+
+def _widest(columns: Sequence[Any]) -> torch.dtype:
+    """The dtype of the arithmetic: the widest of params and buffers, and at least float32."""
+    for column in written(columns):
+        for x in column if isinstance(column, list) else (column,):
+            if isinstance(x, Tensor) and x.dtype in _WIDE:
+                return torch.float64
+    return torch.float32
+
+
+def _enter(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        if value.dtype == dtype and value.dim() > 0:
+            return value
+        value = value.reshape(1) if value.dim() == 0 else value
+        if value.is_complex():
+            value = torch.view_as_real(value.resolve_conj())
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Shared):
+        return value.value
+    return () if unused(value) else TensorList(_enter(x, dtype) for x in value)
+
+
+def _leave(value: Any, old: Any, dtype: torch.dtype | None = None) -> Any:
+    """The value in the shape and dtype of the old one, or, where it is wider, in `dtype`."""
+    if isinstance(old, Shared):
+        old.new = value
+        return old
+    if not isinstance(old, Tensor):
+        pairs = () if unused(old) else zip(value, old, strict=True)
+        return [_leave(x, y, dtype) for x, y in pairs] or old
+    wanted = old.dtype
+    if dtype is not None and wanted != dtype and old.is_complex() == dtype.is_complex:
+        wanted = torch.promote_types(wanted, dtype) if value.is_floating_point() else wanted
+    if value.dtype != wanted or old.dim() == 0:
+        value = torch.view_as_complex(value) if old.is_complex() else value
+        value = value.reshape(()) if value.numel() == 1 and old.dim() == 0 else value
+        value = value.to(wanted)
+    if value.shape != old.shape:
+        shapes = tuple(value.shape), tuple(old.shape)
+        raise ValueError(f"the rule returned shape {shapes[0]} for a tensor of shape {shapes[1]}")
+    return value
+
+
+def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
+    """Hyperparameters as the rule's arithmetic wants them, for tensors like this one."""
+    device, dtype = like.device, like.dtype
+    result: list[Any] = []
+    for value in on_device(values, device):
+        if isinstance(value, Tensor):
+            if value.dim() == 0:
+                value = _modes.exact(value)
+            else:
+                working = WORKING_DTYPE.get(dtype, dtype)
+                # torch.compile does not know `to_real`.
+                value = value.to(working.to_real() if working.is_complex else working)
+                value = value.unsqueeze(-1) if dtype.is_complex else value
+        result.append(value)
+    return result
+
+
+def on_device(values: Sequence[Any], device: torch.device) -> list[Any]:
+    """The same, but with 0-d tensors in their own precision, as in torch.optim."""
+    return [
+        v.to(device) if isinstance(v, Tensor) and v.dim() == 0 and v.device.type != "cpu" else v
+        for v in values
+    ]

@@ -1,0 +1,186 @@
+"""Running a rule on a CPU: big tensors in pieces that stay in its cache, small ones together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _torch
+from diffopt._rule import recording
+from diffopt._rule.running import AS_IS, AnyRule, Numbers, Shared, apply, leaf_, pick, run, written
+
+_TILE = 1 << 18  # elements for each thread: less pays too much Python, more leaves the cache
+_USUAL = 6  # tensors in the cache at once, for which that is
+_SMALL, _FEW = 1 << 12, 8  # up to so many elements, from so many tensors on, stacks pay
+
+
+def tiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place, by pieces that stay in the cache of a CPU.
+
+    They are slices of big tensors, and small tensors strung together. `tileable` says when.
+    """
+    lists = [c for c in columns if isinstance(c, list)]
+    size, update_ = _prepared(rule, numbers, columns)
+    flat = [[x if x.dim() == 1 else x.view(-1) for x in column] for column in lists]
+    small, strung = list[int](), torch.get_num_threads() * _TILE // 2  # more costs page faults
+    for i, tensor in enumerate(flat[0]):
+        if tensor.numel() < strung // 2:
+            small.append(i)
+            continue
+        for piece in zip(*(column[i].split(size) for column in flat), strict=True):
+            update_(piece)
+    for batch in _batches(small, [tensor.numel() for tensor in flat[0]], strung):
+        pieces = [[column[i] for i in batch] for column in flat]
+        tile = [torch.cat(column) for column in pieces]
+        update_(tile)
+        lengths = [piece.numel() for piece in pieces[0]]
+        for old, new in zip(written(pieces), written(tile), strict=True):
+            _torch.foreach_copy_(old, new.split(lengths))
+
+
+def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place; small tensors of one shape by one call of the rule, which torch.vmap batches.
+
+    Long ones go by pieces, where the rule is made of elementwise operations and sums.
+    """
+    lists = [c for c in columns if isinstance(c, list)]
+    alone: list[int] = []
+
+    def leaf(*tensors: Tensor) -> list[Tensor]:
+        rest = iter(tensors)
+        row = [next(rest) if isinstance(c, list) else c for c in columns]
+        return [x for x in apply(rule, numbers, row) if isinstance(x, Tensor)]
+
+    for batch in _alike(columns[0]):
+        if len(batch) < _FEW:
+            alone += batch
+            continue
+        pieces = [[column[i] for i in batch] for column in lists]
+        stacks: Any = torch.func.vmap(leaf)(*map(torch.stack, pieces))
+        for old, new in zip(written(pieces), stacks, strict=True):
+            if new.numel():
+                _torch.foreach_copy_(old, new.unbind())
+    whole = [
+        i
+        for i in alone
+        if columns[0][i].numel() < _TILE
+        or not _pieced_(rule, numbers, [pick(column, i) for column in columns])
+    ]
+    leaf_(rule, numbers, [pick(column, whole) for column in columns])
+
+
+def _alike(params: list[Tensor]) -> Iterator[list[int]]:
+    """Cut a list of tensors so that the small ones of one shape are together."""
+    size = torch.get_num_threads() * _TILE
+    lengths = list(map(Tensor.numel, params))
+    alike: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        alike.setdefault(p.shape if lengths[i] <= _SMALL else i, []).append(i)
+    for indices in alike.values():
+        yield from _batches(indices, lengths, size)
+
+
+def _pieced_(rule: AnyRule, numbers: Numbers, row: Sequence[Any]) -> bool:
+    """One tensor in place, by pieces that stay in the cache; False where that is impossible.
+
+    At each sum of all elements the rule is stopped, run up to there on every piece, which changes
+    nothing, and recorded once more with the sum known. So it reads the tensors once for each sum.
+    """
+    p, size = row[0], torch.get_num_threads() * _TILE
+    lists = [k for k, x in enumerate(row) if isinstance(x, Tensor) and x.numel()]
+    kinds = {(row[k].shape, row[k].dtype, row[k].is_contiguous()) for k in lists}
+    shared = any(isinstance(x, Shared) for x in row)
+    if shared or p.dtype not in AS_IS or kinds != {(p.shape, p.dtype, True)}:
+        return False
+    terms = p.new_empty(min(size, p.numel()))
+    pieces = [*zip(*(row[k].view(-1).split(size) for k in lists), strict=True)]
+    sums: list[float] = []
+    try:
+        while True:
+            program, unfinished = _up_to_a_sum(rule, numbers, row, lists, sums)
+            registers = program.registers(len(terms), p)
+            total = 0.0
+            for piece in pieces:
+                part = terms[: piece[0].numel()]
+                program.run((*piece, part), registers)
+                if unfinished:
+                    total += part.sum().item()
+            if not unfinished:
+                return True
+            sums.append(total)
+    except recording.Unrecordable:  # before anything is written
+        return False
+
+
+def _up_to_a_sum(
+    rule: AnyRule, numbers: Numbers, row: Sequence[Any], lists: list[int], sums: list[float]
+) -> tuple[recording.Program, bool]:
+    """A program that writes the terms of the first sum that is not known yet, and True; else False.
+
+    They go to one tensor more than the row has; without such a sum the row gets its new values.
+    """
+    tape = recording.Tape(len(lists) + 1, row[0], sums)
+    inputs = list(row)
+    for k, x in zip(lists, tape.inputs, strict=False):
+        inputs[k] = x
+    try:
+        new_p, *new = run(rule, numbers, inputs)
+    except recording.Summed as stop:
+        return recording.Program(tape, [*(None for _ in lists), stop.terms]), True
+    except TypeError as error:
+        raise recording.Unrecordable(*error.args) from error
+    outputs = [x for k, x in enumerate([new_p, None, *new]) if k in lists]
+    return recording.Program(tape, [*outputs, None]), False
+
+
+def _prepared(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any]
+) -> tuple[int, Callable[[Sequence[Tensor]], None]]:
+    """The size of pieces, and the rule in place, for one row of the columns that are lists."""
+    size = torch.get_num_threads() * _TILE
+    lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
+    like = columns[0][0]
+
+    def eagerly(piece: Sequence[Tensor]) -> None:
+        row = list(columns)
+        for k, tensor in zip(lists, piece, strict=True):
+            row[k] = tensor
+        for old, new in zip(written(row), apply(rule, numbers, row), strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new)
+
+    if any(x.dtype != like.dtype or x.dtype not in AS_IS for k in lists for x in columns[k]):
+        return size, eagerly
+    tape = recording.Tape(len(lists))
+    row = [c.value if isinstance(c, Shared) else c for c in columns]
+    for k, x in zip(lists, tape.inputs, strict=True):
+        row[k] = x
+    try:
+        new_p, *new = run(rule, numbers, row)
+        outputs = [value for k, value in enumerate([new_p, None, *new]) if k in lists]
+        program = recording.Program(tape, outputs)
+    except (recording.Unrecordable, TypeError):
+        return size, eagerly
+    for column, value in zip(columns[2:], new, strict=True):
+        if isinstance(column, Shared):
+            column.new = value
+    size = size * _USUAL // len(program.boolean)
+    registers = program.registers(size, like)
+    return size, lambda piece: program.run(piece, registers)
+
+
+def _batches(indices: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Cut a list of tensors so that each part has about `size` elements."""
+    batch: list[int] = []
+    total = 0
+    for i in indices:
+        if batch and total + lengths[i] > size:
+            yield batch
+            batch, total = [], 0
+        batch.append(i)
+        total += lengths[i]
+    if batch:
+        yield batch
