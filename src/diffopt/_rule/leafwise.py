@@ -118,8 +118,8 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
 
     def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
+        work = self._checked(params, grads, state, hparams)
         with torch.no_grad():
-            work = self._checked(params, grads, state, hparams)
             step = exact(state[0]) + 1
             for indices in work.groups():
                 self._step_(step, work.values(indices), work.columns(indices))
