@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
@@ -96,6 +97,14 @@ def hparams(cls: type[T]) -> type[T]:
     fields = dataclasses.fields(record)  # pyright: ignore[reportArgumentType]
     FIELDS[record] = tuple(Field(field.name, **field.metadata) for field in fields)
     names = [field.name for field in FIELDS[record]]
+    make = record.__init__
+
+    def init(self: T, *args: Any, **values: Any) -> None:
+        if args or not values.keys() <= {*names}:
+            raise TypeError(_misnamed(record.__name__, names, args, values))
+        make(self, **values)
+
+    record.__init__ = init
 
     def flatten(node: T) -> tuple[list[Any], None]:
         return [getattr(node, name) for name in names], None
@@ -115,6 +124,28 @@ def hparams(cls: type[T]) -> type[T]:
         flatten_with_keys_fn=flatten_with_keys,  # pyright: ignore[reportArgumentType]
     )
     return record
+
+
+TORCH_PAIRS = {
+    "betas": ("beta1", "beta2"),
+    "etas": ("etaminus", "etaplus"),
+    "step_sizes": ("step_size_min", "step_size_max"),
+    "ns_coefficients": ("ns_a", "ns_b", "ns_c"),
+}
+"""What torch.optim keeps in a tuple, which is a tree, has one field for each number here."""
+
+
+def _misnamed(record: str, names: list[str], args: tuple[Any, ...], values: dict[str, Any]) -> str:
+    """What is wrong with the arguments of a record, and what to give instead."""
+    if args:
+        return f"{record} takes keywords only, such as {names[0]}=..., but got {args[0]!r}"
+    wrong = next(name for name in values if name not in names)
+    hint = f": give {' and '.join(names) if len(names) < 3 else ', '.join(names)}"
+    if wrong in TORCH_PAIRS and TORCH_PAIRS[wrong][0] in names:
+        hint = f": give {' and '.join(TORCH_PAIRS[wrong])}"
+    elif close := difflib.get_close_matches(wrong, names, 1):
+        hint = f": did you mean {close[0]!r}? The hyperparameters are {', '.join(names)}"
+    return f"{record} has no hyperparameter {wrong!r}{hint}"
 
 
 def check_flags(**flags: object) -> None:

@@ -97,7 +97,9 @@ class Recorded:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Recorded:
-        one = next(x for x in args if isinstance(x, Recorded))
+        one = next((x for x in args if isinstance(x, Recorded)), None)
+        if one is None:  # it is in a list, as for stack and cat
+            raise Unrecordable(function.__name__)
         return one.record(function.__name__, *args, **(kwargs or {}))
 
     def sum(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffopt import _modes, _torch
+from diffopt import _modes, _torch, _tree
 
 
 class TensorList:
@@ -60,9 +60,14 @@ class TensorList:
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> TensorList:
         """`torch.sign(list)` and the like: `function` of each tensor."""
-        length = next(len(a) for a in args if isinstance(a, TensorList))
-        rows = ([a.tensors[i] if isinstance(a, cls) else a for a in args] for i in range(length))
-        return TensorList([function(*row, **(kwargs or {})) for row in rows])
+        given = args, kwargs or {}  # lists among the arguments are those of stack and cat
+        length = next(len(a) for a in _tree.leaves(given) if isinstance(a, TensorList))
+
+        def at(i: int) -> Any:
+            return _tree.map(lambda a: a.tensors[i] if isinstance(a, cls) else a, given)
+
+        calls = map(at, range(length))
+        return TensorList([function(*positional, **named) for positional, named in calls])
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(Tensor, name)

@@ -1,0 +1,295 @@
+"""Optimizers are values: what they say of themselves, equality, and how they travel."""
+
+import concurrent.futures
+import copy
+import dataclasses
+import multiprocessing
+import pickle
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import diffopt
+from diffopt.rules import Leafwise, hparams, leafwise, number, zeros_like
+
+FACTORIES = {
+    "sgd": {"nesterov": True},
+    "adam": {"amsgrad": True},
+    "adamw": {"amsgrad": True},
+    "adamax": {"maximize": True},
+    "nadam": {"decoupled_weight_decay": True},
+    "radam": {"decoupled_weight_decay": True},
+    "rmsprop": {"centered": True},
+    "adagrad": {"maximize": True},
+    "adadelta": {"maximize": True},
+    "asgd": {"maximize": True},
+    "rprop": {"maximize": True},
+    "adafactor": {"eps1": True},
+    "muon": {"precision": None},
+    "lbfgs": {"history_size": 3},
+    "sparse_adam": {"maximize": True},
+}
+every_factory = pytest.mark.parametrize("name", FACTORIES)
+
+
+class LionState(NamedTuple):
+    step: Any
+    exp_avg: Any
+
+
+@hparams
+class LionHParams:
+    lr: float = number(1e-4, ge=0)
+    beta1: float = number(0.9, ge=0, lt=1)
+    beta2: float = number(0.99, ge=0, lt=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Lion(Leafwise[LionState, LionHParams]):
+    State = LionState
+    hparams = LionHParams
+    elementwise = True
+
+    def begin(self, p, step):
+        return LionState(step, zeros_like(p))
+
+    def rule(self, p, g, s, hp, c):
+        direction = (hp.beta1 * s.exp_avg + (1 - hp.beta1) * g).sign()
+        average = hp.beta2 * s.exp_avg + (1 - hp.beta2) * g
+        return p - hp.lr * direction, LionState(s.step, average)
+
+
+def begin(p, step):
+    return LionState(step, zeros_like(p))
+
+
+def lion(p, g, s, hp, _):
+    return Lion().rule(p, g, s, hp, None)
+
+
+def step_of(opt):
+    """What one update makes of ones, where the optimizer has travelled to."""
+    params = [torch.ones(2, 2, dtype=torch.float64)]
+    new, _ = opt.update(params, params, opt.init(params), opt.hparams())
+    return new
+
+
+@pytest.mark.parametrize(
+    ("opt", "text"),
+    [
+        (diffopt.adam(), "Adam(amsgrad=False, maximize=False)"),
+        (diffopt.adamw(maximize=True), "AdamW(amsgrad=False, maximize=True)"),
+        (
+            diffopt.sgd(execution="leaf"),
+            "SGD(nesterov=False, momentum=True, maximize=False, execution='leaf')",
+        ),
+        (Lion(), "Lion(maximize=False)"),
+        (
+            leafwise(LionState, LionHParams, begin, lion),
+            "leafwise(LionState, LionHParams, begin, lion, maximize=False)",
+        ),
+    ],
+    ids=str,
+)
+def test_the_repr_is_one_line_of_flags(opt, text):
+    assert repr(opt) == text
+
+
+@every_factory
+def test_equal_flags_make_equal_optimizers(name):
+    make, flags = getattr(diffopt, name), FACTORIES[name]
+    assert make() == make()
+    assert hash(make()) == hash(make())
+    assert make(**flags) != make()
+    assert len({make(), make(), make(**flags)}) == 2
+    assert all(getattr(make(**flags), flag) == value for flag, value in flags.items())
+
+
+@every_factory
+def test_copies_are_equal_and_step_alike(name):
+    opt = getattr(diffopt, name)(**FACTORIES[name])
+    for twin in (pickle.loads(pickle.dumps(opt)), copy.deepcopy(opt), copy.copy(opt)):
+        assert twin == opt
+        if name != "sparse_adam":  # which wants sparse gradients
+            torch.testing.assert_close(step_of(twin), step_of(opt))
+
+
+@every_factory
+def test_flags_cannot_be_set_afterwards(name):
+    opt = getattr(diffopt, name)()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        opt.execution = "leaf"
+
+
+def test_functions_at_the_top_of_a_module_travel():
+    opt = leafwise(LionState, LionHParams, begin, lion, elementwise=True)
+    twin = pickle.loads(pickle.dumps(opt))
+    assert twin == opt
+    torch.testing.assert_close(step_of(twin), step_of(Lion()))
+
+
+def test_optimizers_go_to_worker_processes_and_threads():
+    opts = [diffopt.adam(amsgrad=True), Lion(), diffopt.muon(precision=None)]
+    expected = [step_of(opt) for opt in opts]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        torch.testing.assert_close(list(threads.map(step_of, opts)), expected)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as processes:
+        torch.testing.assert_close(list(processes.map(step_of, opts)), expected)
+
+
+def test_an_optimizer_is_a_constant_of_a_compiled_function():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def stepped(opt, p, state, hp):
+        return opt.update(p, p, state, hp)
+
+    p = torch.ones(2)
+    for opt in (diffopt.adam(), diffopt.adam()):  # equal values share a graph
+        new, _ = stepped(opt, p, opt.init(p), opt.hparams(lr=0.1))
+        torch.testing.assert_close(new, torch.full((2,), 0.9))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_class_of_ones_own_runs_in_every_way(dtype):
+    torch.manual_seed(0)
+    start = {"a": torch.randn(3, 2, dtype=dtype), "b": torch.randn(4, dtype=dtype)}
+    results = []
+    for execution in ("auto", "leaf", "foreach"):
+        opt = Lion(execution=execution)
+        params, state = start, opt.init(start)
+        mine = {name: p.clone() for name, p in start.items()}
+        my_state = opt.init(mine)
+        for _ in range(3):
+            params, state = opt.update(params, params, state, opt.hparams(lr=0.1))
+            opt.update_(mine, mine, my_state, opt.hparams(lr=0.1))
+        results += [(params, state), (mine, my_state)]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize("join", [torch.stack, lambda xs: torch.cat([x.unsqueeze(0) for x in xs])])
+@pytest.mark.parametrize("execution", ["auto", "leaf", "foreach"])
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_a_rule_may_join_tensors(join, execution, elementwise):
+    def rule(p, g, s, hp, _):
+        return p - hp.lr * join([g, s.exp_avg]).sum(0), LionState(s.step, g * 1)
+
+    opt = leafwise(
+        LionState, LionHParams, begin, rule, elementwise=elementwise, execution=execution
+    )
+    params = [torch.ones(3), torch.ones(2, 2)]
+    grads, state, hp = [torch.full_like(p, 2) for p in params], opt.init(params), opt.hparams(lr=1)
+    for _ in range(2):
+        opt.update_(params, grads, state, hp)
+    torch.testing.assert_close(params, [torch.full_like(p, 1 - 2 - 4) for p in params])
+
+
+def test_a_rule_of_matrices_is_only_shown_matrices():
+    def begin(p, step):
+        return LionState(step, p.new_zeros(p.shape[1], p.shape[1]))
+
+    def rule(p, g, s, hp, _):
+        gram = s.exp_avg + g.mT @ g
+        return p - hp.lr * g @ gram, LionState(s.step, gram)
+
+    opt = leafwise(
+        LionState,
+        LionHParams,
+        begin,
+        rule,
+        batchable=False,
+        shapes=lambda shape: ((shape[1], shape[1]),),
+        refuse=lambda p: None if p.dim() == 2 else "is not a matrix",
+    )
+    w, g = torch.ones(3, 2), torch.full((3, 2), 2.0)
+    new, state = opt.update(w, g, opt.init(w), opt.hparams(lr=0.1))
+    torch.testing.assert_close(state.exp_avg, torch.full((2, 2), 12.0))
+    torch.testing.assert_close(new, torch.full((3, 2), 1 - 0.1 * 48))
+    with pytest.raises(ValueError, match=r"params\['v'\] is not a matrix"):
+        opt.init({"v": torch.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: diffopt.adam(amsgrad=1), TypeError, "amsgrad is 1, not a bool"),
+        (lambda: diffopt.adam(execution="fast"), ValueError, "execution is 'fast', but must be"),
+        (lambda: diffopt.adam().hparams(0.1), TypeError, "takes keywords only, such as lr=..."),
+        (lambda: diffopt.adam().hparams(lrr=0.1), TypeError, "'lrr': did you mean 'lr'?"),
+        (lambda: diffopt.adam().hparams(betas=(0, 0)), TypeError, "give beta1 and beta2"),
+        (lambda: diffopt.muon().hparams(ns_coefficients=0), TypeError, "give ns_a and ns_b and"),
+        (lambda: diffopt.sgd().hparams(q=1), TypeError, "no hyperparameter 'q': give lr, "),
+    ],
+)
+def test_a_wrong_argument_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# State of another dtype than its parameter's
+
+
+@pytest.mark.parametrize("name", ["adam", "nadam", "adafactor", "muon", "sgd", "rprop"])
+def test_narrow_state_is_widened(name):
+    opt = getattr(diffopt, name)()
+    hp = opt.hparams(lr=0.1)
+    p, g = torch.full((2, 2), 1.5, dtype=torch.float64), torch.eye(2, dtype=torch.float64) + 0.5
+    state = opt.init(p.float())
+    new, mine = p, state
+    for _ in range(2):
+        new, mine = opt.update(new, g, mine, hp)
+    assert {x.dtype for x in mine[1:] if isinstance(x, torch.Tensor)} == {torch.float64}
+    expected, theirs = p, opt.init(p)
+    for _ in range(2):
+        expected, theirs = opt.update(expected, g, theirs, hp)
+    torch.testing.assert_close(new, expected, rtol=1e-6, atol=0)
+    in_place = p.clone()
+    for _ in range(2):
+        opt.update_(in_place, g, state, hp)  # rounded to float32 after each step
+    torch.testing.assert_close(in_place, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_average_in_half_precision_does_not_stand_still(dtype):
+    opt, p = diffopt.adam(), {"w": torch.ones(2)}
+    state = opt.init(p)
+    coarse = state._replace(exp_avg_sq={"w": torch.full((2,), 0.5, dtype=dtype)})
+    zero, hp = {"w": torch.zeros(2)}, opt.hparams()
+    message = r"state.exp_avg_sq\['w'\] has dtype .*, too coarse for params\['w'\]"
+    with pytest.raises(ValueError, match=message):
+        opt.update_(p, zero, coarse, hp)
+    for _ in range(100):
+        p, coarse = opt.update(p, zero, coarse, hp)
+    torch.testing.assert_close(coarse.exp_avg_sq["w"], torch.full((2,), 0.5 * 0.999**100))
+
+
+def test_wide_state_is_kept():
+    opt, p = diffopt.adam(), torch.ones(2)
+    state = opt.init(p.double())
+    new, mine = opt.update(p, p, state, opt.hparams(lr=0.1))
+    assert (new.dtype, mine.exp_avg.dtype) == (torch.float32, torch.float64)
+    opt.update_(p, p.clone(), state, opt.hparams(lr=0.1))
+    torch.testing.assert_close((p, state), (new, mine))
+
+
+def test_inference_tensors_are_refused_before_anything_moves():
+    opt = diffopt.sgd()
+    with torch.inference_mode():
+        frozen = torch.ones(2)
+    params = {"a": torch.ones(2), "b": frozen}
+    state, hp = opt.init(params), opt.hparams(lr=1.0)
+    with pytest.raises(ValueError, match=r"params\['b'\] is an inference tensor"):
+        opt.update_(params, {"a": torch.ones(2), "b": torch.ones(2)}, state, hp)
+    assert torch.equal(params["a"], torch.ones(2))
+    assert state.step == 0
+    with torch.inference_mode():
+        opt.update_(params, {"a": torch.ones(2), "b": torch.ones(2)}, state, hp)
+    assert torch.equal(params["b"], torch.zeros(2))
