@@ -1,7 +1,4 @@
-"""Pytrees: flattening, paths, structure checks and prefix broadcast.
-
-The only module that touches torch's private pytree module.
-"""
+"""Pytrees: flattening, paths, structure checks and prefix broadcast."""
 
 from __future__ import annotations
 
@@ -151,7 +148,7 @@ def split(tree: Tree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Tree]]
 
 
 def is_leaf(node: Tree) -> bool:
-    """Whether `node` is no container."""
+    """Whether `node` is not a container."""
     return pytree.tree_is_leaf(node)
 
 
@@ -207,7 +204,7 @@ def detach(tree: Tree) -> Tree:
 
     Args:
         tree: any pytree: parameters, optimizer state, hyperparameters, a `Solution`, or a tuple of
-            them. Leaves that are no tensors stay as they are.
+            them. Leaves that are not tensors stay as they are.
 
     Returns:
         The same structure; each tensor shares its data with the old one and has no history.

@@ -1,4 +1,4 @@
-"""Records of hyperparameters: defaults, ranges, and a pytree whose leaves are the numbers."""
+"""Records of hyperparameters: defaults, ranges, and a pytree whose leaves are their values."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _misnamed(record: str, names: list[str], args: tuple[Any, ...], values: dict
 
 
 def check_flags(**flags: object) -> None:
-    """Raise `TypeError` for a flag that is no bool, such as `sgd(momentum=0.9)`."""
+    """Raise `TypeError` for a flag that is not a bool, such as `sgd(momentum=0.9)`."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is {flag!r}, not a bool: numbers go to hparams(...)")

@@ -39,7 +39,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
 
     Example:
         >>> import dataclasses
-        >>> from typing import Any, ClassVar, NamedTuple
+        >>> from typing import Any, NamedTuple
         >>> import torch
         >>> from diffopt.rules import Leafwise, hparams, number
         >>> class SignState(NamedTuple):
@@ -50,7 +50,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         >>> @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
         ... class SignDescent(Leafwise[SignState, SignHParams]):
         ...     State = SignState
-        ...     hparams: ClassVar = SignHParams
+        ...     hparams = SignHParams
         ...     def begin(self, p, step):
         ...         return SignState(step)
         ...     def rule(self, p, g, s, hp, c):

@@ -201,7 +201,7 @@ class Program:
             raise Unrecordable("a new value is the old one of what is overwritten")
 
     def registers(self, size: int, like: Tensor) -> list[Tensor]:
-        """Memory for what is no input, for pieces of up to `size` elements."""
+        """Memory for all that is not an input, for pieces of up to `size` elements."""
         dtypes = (torch.bool if boolean else like.dtype for boolean in self.boolean[self.inputs :])
         return [torch.empty(size, dtype=dtype, device=like.device) for dtype in dtypes]
 

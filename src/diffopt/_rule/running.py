@@ -107,7 +107,7 @@ def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
 def compiled_(rule: AnyRule, step: Tensor, values: Sequence[Any], columns: Sequence[Any]) -> None:
     """In place, by one kernel that torch.compile makes of the rule for these shapes.
 
-    torch.compile has been seen to give wrong numbers without a word, so its first result is
+    torch.compile has been seen to compute wrong values silently, so its first result is
     compared with the eager one; where they differ, a warning says so and the rule stays eager.
     """
     # Compiled by torch 2.13, copy_ of a reshaped tensor to a 0-d one does nothing.

@@ -20,19 +20,20 @@ _SMALL, _FEW = 1 << 12, 8  # up to so many elements, from so many tensors on, st
 def tiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     """In place, by pieces that stay in the cache of a CPU.
 
-    They are slices of big tensors, and small tensors strung together. `tileable` says when.
+    They are slices of big tensors, and small tensors that are concatenated.
     """
     lists = [c for c in columns if isinstance(c, list)]
     size, update_ = _prepared(rule, numbers, columns)
     flat = [[x if x.dim() == 1 else x.view(-1) for x in column] for column in lists]
-    small, strung = list[int](), torch.get_num_threads() * _TILE // 2  # more costs page faults
+    small: list[int] = []
+    length = torch.get_num_threads() * _TILE // 2  # of what is concatenated; more costs page faults
     for i, tensor in enumerate(flat[0]):
-        if tensor.numel() < strung // 2:
+        if tensor.numel() < length // 2:
             small.append(i)
             continue
         for piece in zip(*(column[i].split(size) for column in flat), strict=True):
             update_(piece)
-    for batch in _batches(small, [tensor.numel() for tensor in flat[0]], strung):
+    for batch in _batches(small, [tensor.numel() for tensor in flat[0]], length):
         pieces = [[column[i] for i in batch] for column in flat]
         tile = [torch.cat(column) for column in pieces]
         update_(tile)

@@ -72,7 +72,7 @@ def adadelta(*, maximize: bool = False, execution: Execution = "auto") -> Adadel
         The optimizer.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt

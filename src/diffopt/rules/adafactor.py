@@ -129,7 +129,7 @@ def adafactor(
         is up to rounding at the first step of a vector with d = 1, where RMS(u_t) is 1.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt

@@ -74,7 +74,7 @@ def adamax(*, maximize: bool = False, execution: Execution = "auto") -> Adamax:
         The optimizer. Where the two sides of the maximum are equal they share its derivative.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt

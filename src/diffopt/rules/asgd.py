@@ -84,7 +84,7 @@ def asgd(*, maximize: bool = False, execution: Execution = "auto") -> ASGD:
         where the first step puts `lr` and 1.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt

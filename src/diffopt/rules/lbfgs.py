@@ -73,7 +73,7 @@ def lbfgs(*, history_size: int = 100) -> LimitedMemoryBFGS:
         last gradient and step are kept until it has one again.
 
     Raises:
-        TypeError: history_size is no integer.
+        TypeError: history_size is not an integer.
         ValueError: history_size is less than 1.
 
     Example:

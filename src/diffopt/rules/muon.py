@@ -109,8 +109,9 @@ def muon(
         ns_steps: the number of iterations.
         adjust_lr_fn: what the step is multiplied by; None means "original".
         precision: the dtype of the iteration. bfloat16, torch's choice, moves the step by some
-            percent, derivatives by gradients by 5 to 30 percent, and leaves those by `ns_a`, `ns_b`
-            and `ns_c` without a right digit. Where derivatives matter use torch.float32 (1e-5) or
+            percent and derivatives with respect to gradients by 5 to 30 percent; those with respect
+            to `ns_a`, `ns_b` and `ns_c` have no right digit. Where derivatives matter, use
+            torch.float32 (1e-5) or
             None, the dtype of the parameter (float32 for half precision).
         maximize: ascend instead of descend.
         execution: how it runs, see `diffopt.rules.Leafwise`.
@@ -120,9 +121,9 @@ def muon(
         that is zero has the derivative of X_0 = N / eps.
 
     Raises:
-        TypeError: a flag is no bool, or `precision` no dtype.
-        ValueError: `ns_steps`, `adjust_lr_fn` or `precision` is none of those allowed; from `init`
-            and `update`: a parameter is no matrix.
+        TypeError: a flag is not a bool, or `precision` is not a dtype.
+        ValueError: `ns_steps`, `adjust_lr_fn` or `precision` is not one of those allowed; from
+            `init` and `update`: a parameter is not a matrix.
 
     Example:
         >>> import torch, diffopt

@@ -103,7 +103,7 @@ def nadam(
         a `beta1` of its own; it starts at 0, which stands for 1.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt

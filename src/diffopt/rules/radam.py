@@ -97,7 +97,7 @@ def radam(
         The optimizer. At a `beta2` where r_t passes 5 it jumps, and has no derivative.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt

@@ -100,7 +100,7 @@ def rmsprop(
         The optimizer.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt

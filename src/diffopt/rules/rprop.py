@@ -77,12 +77,12 @@ def rprop(*, maximize: bool = False, execution: Execution = "auto") -> Rprop:
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
-        The optimizer. A step has no derivative by the gradient but 0, and by `lr` only through the
-        first step size. `init` knows no hyperparameters: `state.step_size` starts at 0, and the
-        first step puts `lr` in its place.
+        The optimizer. The derivative of a step with respect to the gradient is 0, and that with
+        respect to `lr` comes from the first step size only. `init` knows no hyperparameters:
+        `state.step_size` starts at 0, and the first step puts `lr` in its place.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt

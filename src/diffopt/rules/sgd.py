@@ -126,7 +126,7 @@ def sgd(
         first step carries derivatives.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
         ValueError: nesterov without momentum.
 
     Example:

@@ -73,14 +73,14 @@ def sparse_adam(
 
     Returns:
         The optimizer. Every derivative is that of the formula for a fixed set of entries. But torch
-        differentiates the making of a sparse tensor only once, and second derivatives through it
-        come out wrong. So a derivative by what a sparse gradient was made of raises where
-        `create_graph` asks for more; in transforms of `torch.func`, nested, this cannot be seen.
+        differentiates the construction of a sparse tensor only once, and second derivatives
+        through it come out wrong. So a derivative with respect to what a sparse gradient was made
+        of raises where `create_graph` asks for more; nested transforms of `torch.func` hide this.
         `masked` has all derivatives. Complex params, which torch.optim.SparseAdam refuses, are
         pairs of reals.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt
@@ -293,7 +293,8 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         if torch.is_grad_enabled() and grads[0].requires_grad and not _modes.transformed():
             raise RuntimeError(
-                "torch differentiates the making of a sparse tensor only once: for a derivative by "
-                "a sparse gradient with create_graph=True use sparse_adam(masked=True)"
+                "torch differentiates the construction of a sparse tensor only once: to "
+                "differentiate with respect to a sparse gradient with create_graph=True, use "
+                "sparse_adam(masked=True)"
             )
         return grads[0]
