@@ -392,6 +392,41 @@ def test_hyperparameters_may_be_records():
     assert case.interior()[0].momentum == pytest.approx(0.05)
 
 
+class LearnedState(NamedTuple):
+    step: Any
+    exp_avg: Any
+
+
+@hparams
+class LearnedHParams:
+    lr: float = number(1e-2, ge=0)
+    weights: Any = number(0.0, per_parameter=False)
+
+
+def learned(p, g, s, hp, _):
+    average = 0.9 * s.exp_avg + 0.1 * g
+    features = torch.stack([g, average, p], -1) @ hp.weights["in"]
+    update = torch.tanh(features + hp.weights["bias"]) @ hp.weights["out"]
+    return p - hp.lr * update, LearnedState(s.step, average)
+
+
+def test_a_tree_of_weights_may_be_a_hyperparameter():
+    def init(p, step):
+        return LearnedState(step, zeros_like(p))
+
+    opt = leafwise(LearnedState, LearnedHParams, init, learned, elementwise=True)
+    torch.manual_seed(0)
+    shapes = {"in": (3, 2), "bias": (2,), "out": (2,)}
+    weights = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    options = {"dtypes": (torch.float64,), "skip": {"compiled"}}
+    testing.check(opt, hparams={"weights": weights, "lr": 0.1}, **options)
+
+
+def test_a_tree_like_params_is_refused():
+    with pytest.raises(ValueError, match=r"hparams.lr is a tree like params, but the checks use"):
+        Case(diffopt.sgd(), {"lr": {"a": 0.1}}).record()
+
+
 def test_skip_leaves_checks_out():
     with pytest.raises(AssertionError, match=r"^parity: "):
         testing.check(make(wrong_formula), reference=Reference)

@@ -33,8 +33,9 @@ def check(
 
     Args:
         optimizer: what is checked: any `Optimizer`, made by `diffopt.rules.leafwise` or not.
-        hparams: keyword arguments of `optimizer.hparams`: generic numbers, such as `lr=0.1`. A
-            tuple holds positional ones: the records of a composition's parts.
+        hparams: keyword arguments of `optimizer.hparams`: generic numbers, such as `lr=0.1`, and
+            trees for hyperparameters that belong to no parameter, such as the weights of a learned
+            optimizer. A tuple holds positional ones: the records of a composition's parts.
         reference: makes the optimizer that must give the same values, from a list of tensors:
             `lambda tensors: torch.optim.SGD(tensors, lr=0.1)`. None: nothing is compared.
         skip: names of checks to leave out.
@@ -47,7 +48,8 @@ def check(
 
     Raises:
         AssertionError: a check failed; the message begins with the check's name.
-        ValueError: `skip` has what is no check.
+        ValueError: `skip` has a name that is not that of a check, or a hyperparameter is a tree
+            like params, which the checks draw themselves.
 
     Example:
         >>> from typing import Any, NamedTuple

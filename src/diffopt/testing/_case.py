@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -67,9 +67,11 @@ class Case:
 
     def record(self) -> Any:
         """The hyperparameters as given."""
-        if isinstance(self.hparams, tuple):
-            return self.optimizer.hparams(*self.hparams)
-        return self.optimizer.hparams(**self.hparams)
+        positional = isinstance(self.hparams, tuple)
+        make = self.optimizer.hparams
+        return map_fields(
+            whole, make(*self.hparams) if positional else make(**cast(Any, self.hparams))
+        )
 
     def interior(self) -> Any:
         """The hyperparameters at which derivatives are taken: 0-d float64 tensors."""
@@ -143,6 +145,19 @@ def as_dtype(dtype: torch.dtype | None, tree: Any) -> Any:
     return tree if dtype is None else _tree.map(lambda v: torch.as_tensor(v, dtype=dtype), tree)
 
 
+def scalars_as(dtype: torch.dtype | None, hparams: Any) -> Any:
+    """Numbers and 0-d tensors as tensors of this dtype; None leaves them alone.
+
+    Other tensors, such as the weights of a learned optimizer, must meet the params as they are.
+    """
+
+    def convert(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.dim() > 0
+        return value if whole else torch.as_tensor(value, dtype=dtype)
+
+    return hparams if dtype is None else _tree.map(convert, hparams)
+
+
 def record_fields(hparams: Any) -> tuple[hyper.Field, ...]:
     """What `number` declared of this record; nothing where it is none of ours."""
     return hyper.FIELDS.get(type(hparams), ())
@@ -163,6 +178,16 @@ def map_fields(function: Callable[[hyper.Field, Any], Any], hparams: Any) -> Any
         return hyper.assemble(type(node), values) if fields else node
 
     return _tree.map(on_record, hparams, is_leaf=lambda node: bool(record_fields(node)))
+
+
+def whole(field: hyper.Field, value: Any) -> Any:
+    """The value, if it does not depend on the structure of the params, which the checks draw."""
+    if field.per_parameter and not _tree.is_leaf(value):
+        raise ValueError(
+            f"hparams.{field.name} is a tree like params, but the checks use params of their own: "
+            "give one value for all"
+        )
+    return value
 
 
 def inside(field: hyper.Field, value: Any) -> Any:

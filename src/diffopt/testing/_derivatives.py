@@ -74,11 +74,16 @@ def jvp(case: Case) -> None:
 def zero_gradient(case: Case) -> None:
     """A tensor that is zero, and its gradients too, has finite derivatives of either order.
 
-    All others are as if it were not there; in an elementwise optimizer, so for a single weight.
+    If the optimizer leaves it at zero, all others are as if it were not there; in an elementwise
+    optimizer, so for a single weight.
     """
     point = generic_point(case)
-    extended = meta_gradients(case, with_zeros(case, point))
+    padded = with_zeros(case, point)
+    extended = meta_gradients(case, padded)
     finite(extended, "derivative")
+    moved, _ = run_steps(case, padded._replace(state=case.optimizer.init(padded.params)))
+    if moved["zero"].any():
+        return
     for order, without in enumerate(meta_gradients(case, point)[:2]):
         params, grads, hparams = extended[order]
         del params["zero"], grads["zero"]

@@ -18,7 +18,7 @@ from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 from diffopt.testing._assertions import Snapshot, disjoint, named, same, same_structure
-from diffopt.testing._case import Case, Point, as_dtype, clone, map_fields, random_tensor, twice
+from diffopt.testing._case import Case, Point, clone, map_fields, random_tensor, scalars_as, twice
 
 try:
     from hypothesis import HealthCheck, Phase, given, settings, strategies as st
@@ -97,7 +97,7 @@ def kept(case: Case, point: Point) -> None:
     """Structures, shapes, dtypes come out as they went in, whatever the hyperparameters' dtype."""
     old = (point.params, point.state)
     for dtype in (None, torch.float64, torch.float32):
-        new = case.optimizer.update(*point._replace(hparams=as_dtype(dtype, point.hparams)))
+        new = case.optimizer.update(*point._replace(hparams=scalars_as(dtype, point.hparams)))
         same_structure(new, old, "result")
         for path, mine, theirs in zip(
             _tree.paths(old, "result"), _tree.leaves(new), _tree.leaves(old), strict=True
@@ -116,7 +116,7 @@ def pure(case: Case, point: Point) -> None:
         for leaf, stay in zip(leaves_at(point, column), stays, strict=True)
         if stay
     }
-    for hparams in (point.hparams, as_dtype(torch.float64, point.hparams), least(point.hparams)):
+    for hparams in (point.hparams, scalars_as(torch.float64, point.hparams), least(point.hparams)):
         arguments = point._replace(hparams=hparams)
         before = Snapshot(arguments)
         new = named(case.optimizer.update(*arguments), "result")
