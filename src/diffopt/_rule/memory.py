@@ -11,28 +11,31 @@ from torch import Tensor
 def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The indices of two tensors that share an element, or of one whose own elements coincide.
 
-    Tensors without an address (DTensors, fake ones, those on the meta device) share nothing.
+    Tensors without an address of their own (DTensors, fake ones, those on the meta device) share
+    nothing.
     """
-    for i, tensor in enumerate(tensors):
-        if not tensor.is_contiguous() and _folds(tensor):
+    known = [i for i, x in enumerate(tensors) if type(x) in (Tensor, torch.nn.Parameter)]
+    ordinary = [tensors[i] for i in known]
+    whole = list(map(Tensor.is_contiguous, ordinary))
+    for i, x, contiguous in zip(known, ordinary, whole, strict=True):
+        if not contiguous and _folds(x):
             return i, i
-    known = [i for i, x in enumerate(tensors) if x.numel() and x.data_ptr()]
-    starts = torch.tensor([tensors[i].data_ptr() for i in known], dtype=torch.int64)
-    spans = torch.tensor([_span(tensors[i]) for i in known], dtype=torch.int64)
-    starts, order = starts.sort(stable=True)
-    ends = (starts + spans[order]).cummax(0).values
-    for k in torch.nonzero(starts[1:] < ends[:-1]).flatten().tolist():
-        this = known[int(order[k + 1])]
+    starts, order = torch.tensor(list(map(Tensor.data_ptr, ordinary))).sort(stable=True)
+    spans = [x.nbytes if c else _span(x) for x, c in zip(ordinary, whole, strict=True)]
+    ends = (starts + torch.tensor(spans)[order]).cummax(0).values
+    meeting = (starts[1:] < ends[:-1]) & (starts[1:] != 0)
+    for k in meeting.nonzero().flatten().tolist():
+        this = int(order[k + 1])
         for before in order[: k + 1].tolist():
-            if _meet(tensors[known[before]], tensors[this]):
-                return known[before], this
+            if _meet(ordinary[before], ordinary[this]):
+                return known[before], known[this]
     return None
 
 
 def _span(tensor: Tensor) -> int:
     """The number of bytes from the first element to the end of the last one."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
+    if not tensor.numel():
+        return 0
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return (1 + sum((size - 1) * stride for size, stride in sizes)) * tensor.element_size()
 
