@@ -95,6 +95,13 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
 
     sparse_gradients = True
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault(
+                "initial_accumulator_value", self.defaults["initial_accumulator_value"]
+            )
+
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         return _adagrad(maximize=group["maximize"])
 
@@ -118,6 +125,11 @@ class ASGD(RuleOptimizer, torch.optim.ASGD):
 
 class Rprop(RuleOptimizer, torch.optim.Rprop):
     """`torch.optim.Rprop`, stepped by `diffopt.rprop`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("lr", self.defaults["lr"])
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         return _rprop(maximize=group["maximize"])
@@ -162,7 +174,15 @@ class SparseAdam(RuleOptimizer, torch.optim.SparseAdam):
     sparse_gradients = True
     integer_steps = True
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+
     def new_scalar(self, value: Any, param: Tensor, group: Group) -> Any:
+        return int(value)
+
+    def loaded_scalar(self, key: str, value: Any, param: Tensor, group: Group) -> Any:
         return int(value)
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
