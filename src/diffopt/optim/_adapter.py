@@ -17,7 +17,6 @@ from diffopt import _torch, _tree
 from diffopt._rule import hyper, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._checkpoints import Checkpoints
-from diffopt.optim._groups import check_numbers
 from diffopt.optim._plan import Group, Plan, Row, Watch, same, values_of
 
 _SMALL = 1 << 14  # elements
@@ -81,7 +80,7 @@ class RuleOptimizer(Checkpoints):
                 loss = closure()
         if "capturable" in self.defaults:
             self._refuse_capture()
-        check_numbers(self.param_groups, self.defaults)
+        self.check_numbers()
         with torch.no_grad():
             taken = self._take()  # all checks come before any change
         for group, plan, columns in zip(self.param_groups, self._plans, taken, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt import _torch, _tree
 from diffopt._rule.rule import WORKING_DTYPE
-from diffopt.optim._groups import check_numbers, plain_number
+from diffopt.optim._groups import check_numbers, plain_number, with_betas
 from diffopt.optim._plan import Group, Row, name_of
 
 
@@ -29,7 +29,7 @@ class Checkpoints(torch.optim.Optimizer):
         Args:
             param_group: "params", and any of the class's options. It is copied.
         """
-        super().add_param_group(copy.copy(param_group))
+        super().add_param_group(with_betas(copy.copy(param_group), self.defaults))
 
     @_torch.disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -100,9 +100,13 @@ class Checkpoints(torch.optim.Optimizer):
                 raise ValueError(
                     f"loaded state dict is not that of a {kind}: its groups have no {missing[0]!r}"
                 )
-        check_numbers(self.param_groups, self.defaults)
+        self.check_numbers()
         for param, group, name in params.values():
             self.check_state(self.state.get(param, {}), param, group, name)
+
+    def check_numbers(self) -> None:
+        """Raise where a group has something else than a number for a number."""
+        check_numbers(self.param_groups, self.defaults)
 
     def check_state(self, row: dict[str, Any], param: Tensor, group: Group, name: str) -> None:
         """Raise where a saved state cannot be that of this parameter."""
@@ -139,7 +143,7 @@ class Checkpoints(torch.optim.Optimizer):
         row = _as_dict(row, f"state of {name}")
         loaded = {k: v for k, v in row.items() if k in self.scalar_state}
         for key, value in loaded.items():
-            _check_scalar(key, value, name)
+            check_scalar(key, value, name)
             loaded[key] = self.loaded_scalar(key, value, param, group)
         return {k: loaded[k] if k in loaded else _tree.map(widened, v) for k, v in row.items()}
 
@@ -171,7 +175,7 @@ def copied(tree: Any, device: Any = None) -> Any:
     return _tree.map(copy_of, tree)
 
 
-def _check_scalar(key: str, value: Any, name: str) -> None:
+def check_scalar(key: str, value: Any, name: str) -> None:
     """Raise where a saved scalar is not a number, or a step not a count."""
     number = plain_number(value, f"{key} of {name}")
     if key != "step" or (isinstance(number, Tensor) and number.is_meta):

@@ -1,15 +1,23 @@
-"""The numbers in parameter groups, which anybody may overwrite between steps."""
+"""The numbers in parameter groups, which anybody may overwrite between steps.
+
+A group has the fields of a record under the names that schedulers of torch.optim know: `lr`, and
+`betas` for beta1 and beta2.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, SupportsFloat
 
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._rule import hyper
+
+_BETAS = ("beta1", "beta2")
 
 _PLAIN = (float, int)
 _MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon
@@ -60,3 +68,92 @@ def _check_tuple(key: str, values: Any, length: int, i: int) -> None:
     for k, value in enumerate(values):
         if type(value) not in _PLAIN and not (value is None and (key, k) == _MAY_BE_NONE):
             plain_number(value, f"{name}[{k}]")
+
+
+def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The group with `betas` in place of beta1 and beta2, where it has `betas` by default."""
+    if "betas" in defaults and group.keys() & set(_BETAS):
+        old = group.get("betas", defaults["betas"])
+        group["betas"] = tuple(group.pop(name, old[k]) for k, name in enumerate(_BETAS))
+    return group
+
+
+def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The records that a maker makes, and their fields as options of a group, checked.
+
+    Where several parts have an `lr`, so that they are "part.lr", `lr` is a common factor: what a
+    scheduler does to it is done to all.
+    """
+    given = dict(given)
+    if "betas" in given:
+        given |= zip(_BETAS, given.pop("betas"), strict=True)
+    template = maker(**{name: value for name, value in given.items() if "." not in name})
+    numbers = _numbers(template)
+    if unknown := given.keys() - numbers.keys():
+        raise TypeError(f"there is no hyperparameter {sorted(unknown)[0]!r}, only {list(numbers)}")
+    template = _tree.map(_checked, records(template, numbers | given), is_leaf=_is_record)
+    numbers = _numbers(template)
+    if numbers.keys() >= set(_BETAS):
+        numbers["betas"] = tuple(numbers.pop(name) for name in _BETAS)
+    if "lr" not in numbers and any(name.endswith(".lr") for name in numbers):
+        numbers["lr"] = 1.0
+    return template, numbers
+
+
+def records(template: Any, group: Mapping[str, Any]) -> Any:
+    """The records with the values of a group."""
+    values = iter([_value(group, name) for name in _numbers(template)])
+
+    def filled(record: Any) -> Any:
+        return hyper.assemble(type(record), [next(values) for _ in _fields(record)])
+
+    return _tree.map(filled, template, is_leaf=_is_record)
+
+
+def _value(group: Mapping[str, Any], name: str) -> Any:
+    if name in _BETAS and name not in group:
+        return group["betas"][_BETAS.index(name)]
+    factor = group.get("lr", 1.0) if name.endswith(".lr") else 1.0
+    if type(factor) is float and factor == 1:
+        return group[name]
+    return _tree.map(lambda rate: rate * factor, group[name])
+
+
+def _checked(record: Any) -> Any:
+    return type(record)(**{field.name: getattr(record, field.name) for field in _fields(record)})
+
+
+def _numbers(template: Any) -> dict[str, Any]:
+    """The hyperparameters by name; one whose name is not unique has its part's before it."""
+    fields = [
+        ((*path, field.name), getattr(record, field.name))
+        for path, record in _records(template)
+        for field in _fields(record)
+    ]
+    return dict(zip(short_names([path for path, _ in fields]), [v for _, v in fields], strict=True))
+
+
+def short_names(paths: Sequence[Sequence[str]]) -> list[str]:
+    """The last part of each path where it is unique, else all of the path."""
+    ends = Counter(path[-1] for path in paths)
+    return [path[-1] if ends[path[-1]] == 1 else ".".join(path) for path in paths]
+
+
+def _records(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The records in a tree of hyperparameters, and where they stand."""
+    if _is_record(tree):
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, child in tree.items():
+            yield from _records(child, (*path, str(key)))
+    elif isinstance(tree, (tuple, list)):
+        for i, child in enumerate(tree):
+            yield from _records(child, (*path, str(i)))
+
+
+def _is_record(node: Any) -> bool:
+    return type(node) in hyper.FIELDS
+
+
+def _fields(record: Any) -> tuple[hyper.Field, ...]:
+    return hyper.FIELDS[type(record)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffopt import _tree
 from diffopt._modes import number_of
 from diffopt.optim._checkpoints import Checkpoints
-from diffopt.optim._groups import check_numbers, is_number, plain_number
+from diffopt.optim._groups import is_number, plain_number
 from diffopt.rules._line_search import Point, strong_wolfe
 from diffopt.rules.lbfgs import LEAST_CURVATURE, curvature, direction, first_length, flat, real
 
@@ -77,7 +77,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
             raise ValueError(
                 f"LBFGS has one parameter group, but there are {len(self.param_groups)}"
             )
-        check_numbers(self.param_groups, self.defaults)
+        self.check_numbers()
         group = self.param_groups[0].copy()
         for key, default in self.defaults.items():
             if is_number(default):
