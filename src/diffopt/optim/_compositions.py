@@ -30,9 +30,9 @@ class TreeOptimizer(Checkpoints):
         params: Iterable[Any],
         template: Any,
         hparams: dict[str, Any],
-        spec: _tree.Spec | None,
+        structure: Tree | None,
     ) -> None:
-        self.optimizer, self.template, self.spec = optimizer, template, spec
+        self.optimizer, self.template, self.structure = optimizer, template, structure
         self._layouts: dict[int, Layout] = {}
         super().__init__(params, hparams)
 
@@ -54,7 +54,6 @@ class TreeOptimizer(Checkpoints):
         return self.params_of(i), grads, self.state_of(i), self.record_of(i)
 
     def params_of(self, i: int) -> Tree:
-        """The params of a group, in the structure that they were given in."""
         return self.tree(i, self.param_groups[i]["params"])
 
     def record_of(self, i: int) -> Any:
@@ -80,7 +79,10 @@ class TreeOptimizer(Checkpoints):
         return layout, layout.split(state)
 
     def tree(self, i: int, leaves: list[Any]) -> Tree:
-        return leaves if self.spec is None or i > 0 else _tree.unflatten(leaves, self.spec)
+        """What belongs to the params of a group, in the structure that they were given in."""
+        if self.structure is None or i > 0:
+            return leaves
+        return _tree.map(leaves.__getitem__, self.structure)
 
     def check_numbers(self) -> None:
         for i, group in enumerate(self.param_groups):
@@ -97,13 +99,20 @@ class TreeOptimizer(Checkpoints):
         self._layouts = {}
         for i, group in enumerate(self.param_groups):
             if any(self.state.get(param) for param in group["params"]):
-                _, fresh = self._begin(i)
-                for j, (param, row) in enumerate(zip(group["params"], fresh, strict=True)):
-                    old, name = self.state.get(param, {}), name_of(group, i, j)
-                    self.state[param] |= {k: _like(old, k, row[k], name) for k in row}
+                self._fit(i)
+
+    def _fit(self, i: int) -> None:
+        """Bring a saved state to the dtypes and devices that `init` chooses."""
+        params = self.param_groups[i]["params"]
+        names = [name_of(self.param_groups[i], i, j) for j in range(len(params))]
+        layout, fresh = self._begin(i)
+        for param, row, name in zip(params, fresh, names, strict=True):
+            old = self.state.get(param, {})
+            self.state[param] = old | {k: _like(old, k, row[k], name) for k in row}
+        layout.join([self.state[param] for param in params], names)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"optimizer": self.optimizer, "template": self.template, "spec": self.spec}
+        own = {"optimizer": self.optimizer, "template": self.template, "structure": self.structure}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

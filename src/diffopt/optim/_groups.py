@@ -87,17 +87,32 @@ def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict
     given = dict(given)
     if "betas" in given:
         given |= zip(_BETAS, given.pop("betas"), strict=True)
-    template = maker(**{name: value for name, value in given.items() if "." not in name})
-    numbers = _numbers(template)
-    if unknown := given.keys() - numbers.keys():
-        raise TypeError(f"there is no hyperparameter {sorted(unknown)[0]!r}, only {list(numbers)}")
-    template = _tree.map(_checked, records(template, numbers | given), is_leaf=_is_record)
+    template = _made(maker, given)
+    template = _tree.map(
+        _checked, records(template, _numbers(template) | given), is_leaf=_is_record
+    )
     numbers = _numbers(template)
     if numbers.keys() >= set(_BETAS):
         numbers["betas"] = tuple(numbers.pop(name) for name in _BETAS)
     if "lr" not in numbers and any(name.endswith(".lr") for name in numbers):
         numbers["lr"] = 1.0
     return template, numbers
+
+
+def _made(maker: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """The records of a maker, whose keywords have no dots; an unknown name raises."""
+    try:
+        template = maker(**{name: value for name, value in given.items() if "." not in name})
+    except TypeError:
+        _refuse_unknown(given, _numbers(maker()))
+        raise
+    _refuse_unknown(given, _numbers(template))
+    return template
+
+
+def _refuse_unknown(given: dict[str, Any], known: dict[str, Any]) -> None:
+    if unknown := given.keys() - known.keys():
+        raise TypeError(f"there is no hyperparameter {min(unknown)!r}, only {list(known)}")
 
 
 def records(template: Any, group: Mapping[str, Any]) -> Any:
@@ -112,11 +127,19 @@ def records(template: Any, group: Mapping[str, Any]) -> Any:
 
 def _value(group: Mapping[str, Any], name: str) -> Any:
     if name in _BETAS and name not in group:
-        return group["betas"][_BETAS.index(name)]
+        return _plain(group["betas"][_BETAS.index(name)], name)
     factor = group.get("lr", 1.0) if name.endswith(".lr") else 1.0
+    rate = _plain(group[name], name)
     if type(factor) is float and factor == 1:
-        return group[name]
-    return _tree.map(lambda rate: rate * factor, group[name])
+        return rate
+    return _tree.map(lambda x: x * factor, rate)
+
+
+def _plain(tree: Any, name: str) -> Any:
+    """The same hyperparameter in Python's numbers and tensors."""
+    if type(tree) in _PLAIN:
+        return tree
+    return _tree.map(lambda x: x if isinstance(x, Tensor) else plain_number(x, name), tree)
 
 
 def _checked(record: Any) -> Any:

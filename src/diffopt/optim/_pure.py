@@ -77,9 +77,10 @@ def from_pure(
     """
     if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a diffopt.Optimizer")
-    spec = None
+    structure = None
     if isinstance(params, Mapping):
         tensors, spec = _tree.flatten(params)
+        structure = _tree.unflatten(range(len(tensors)), spec)
         params = list(zip(_tree.paths(params, ""), tensors, strict=True))
     template, numbers = options(optimizer.hparams, hparams)
     params = list(params)
@@ -88,7 +89,7 @@ def from_pure(
     scalar = all(running.is_scalar(x) for v in values for x in (v if type(v) is tuple else (v,)))
     if isinstance(optimizer, Leafwise) and optimizer.execution == "auto" and scalar:
         return LeafwiseOptimizer(optimizer, params, numbers)
-    return TreeOptimizer(optimizer, params, template, numbers, spec)
+    return TreeOptimizer(optimizer, params, template, numbers, structure)
 
 
 def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
@@ -154,7 +155,7 @@ def _tree_to_pure(optimizer: TreeOptimizer) -> Pure:
     groups = optimizer.param_groups
     if len(groups) != 1:
         raise ValueError(f"there are {len(groups)} groups, but must be one")
-    params = optimizer.params_of(0) if optimizer.spec else _tree_of(groups)
+    params = optimizer.params_of(0) if optimizer.structure else _tree_of(groups)
     return Pure(
         optimizer.optimizer,
         *copied((params, optimizer.state_of(0), optimizer.record_of(0))),
