@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
-from diffopt._rule.rule import WORKING_DTYPE
 from diffopt.optim._groups import check_numbers, plain_number, with_betas
 from diffopt.optim._plan import Group, Row, name_of
 
@@ -58,7 +58,7 @@ class Checkpoints(torch.optim.Optimizer):
 
         Every tensor is copied to the device of its parameter. One that is narrower than the
         parameter is widened, so that a run in bfloat16 can go on in float32; one that is wider
-        keeps its dtype, unless it is wider than the arithmetic.
+        keeps its dtype.
 
         Raises:
             TypeError: `state_dict`, or a part of it, is not a dict.
@@ -67,7 +67,7 @@ class Checkpoints(torch.optim.Optimizer):
 
         Nothing is changed when it, or one of its hooks, raises.
         """
-        state_dict = dict(_as_dict(state_dict, "state_dict"))
+        state_dict = _as_dict(state_dict, "state_dict")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -148,12 +148,9 @@ class Checkpoints(torch.optim.Optimizer):
         return {k: loaded[k] if k in loaded else _tree.map(widened, v) for k, v in row.items()}
 
     def state_dtype(self, value: Tensor, param: Tensor, group: Group) -> torch.dtype:
-        """The dtype for a saved buffer: at least the parameter's, at most the arithmetic's."""
-        if value.is_complex() != param.is_complex():
-            return value.dtype
-        working = WORKING_DTYPE.get(param.dtype, param.dtype)
-        wide = torch.promote_types(value.dtype, param.dtype)
-        return wide if torch.promote_types(wide, working) == working else working
+        """The dtype for a saved buffer: its own, or the parameter's where that is wider."""
+        alike = value.is_complex() == param.is_complex()
+        return torch.promote_types(value.dtype, param.dtype) if alike else value.dtype
 
     def loaded_scalar(self, key: str, value: Any, param: Tensor, group: Group) -> Any:
         """A saved scalar, such as a step: at least in float32, which counts to 2^24."""
@@ -202,9 +199,9 @@ def _parts(state_dict: Any) -> tuple[dict[Any, Any], list[Group]]:
 
 
 def _as_dict(value: Any, name: str) -> dict[Any, Any]:
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         raise TypeError(f"{name} is {_tree.describe(value)}, not a dict")
-    return value
+    return dict(value)
 
 
 def _is_float(tensor: Tensor) -> bool:

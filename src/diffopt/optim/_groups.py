@@ -20,6 +20,7 @@ from diffopt._rule import hyper
 _BETAS = ("beta1", "beta2")
 
 _PLAIN = (float, int)
+_FLAGS = (bool, str, type(None))
 _MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon
 
 
@@ -47,6 +48,8 @@ def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
     """
     for i, group in enumerate(groups):
         for key, default in defaults.items():
+            if type(default) in _FLAGS:
+                continue
             value = group.get(key)
             if type(default) is tuple:
                 _check_tuple(key, value, len(default), i)
@@ -56,9 +59,7 @@ def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
 
 def is_number(value: Any) -> bool:
     """Whether a default is a number, and not a flag."""
-    return type(value) in _PLAIN or (
-        isinstance(value, SupportsFloat) and not isinstance(value, bool)
-    )
+    return type(value) not in _FLAGS and isinstance(value, SupportsFloat)
 
 
 def _check_tuple(key: str, values: Any, length: int, i: int) -> None:

@@ -16,6 +16,8 @@ from diffopt.optim._adapter import RuleOptimizer
 from diffopt.optim._groups import options
 from diffopt.optim._plan import Group, values_of
 
+_WAYS: dict[str, Any] = {"foreach": None, "capturable": False, "differentiable": False}
+
 
 class OwnInit(RuleOptimizer):
     """A class whose state begins as the rule's own `init` makes it."""
@@ -60,8 +62,8 @@ class OwnClass(OwnInit):
     Args:
         params: what torch.optim takes.
         lr: the learning rate; by default that of the record.
-        **others: flags of `make`, and fields of the record it has hyperparameters in, where
-            `betas` may stand for beta1 and beta2. Each is an option of parameter groups.
+        **others: flags of `make`; hyperparameters, where `betas` may stand for beta1 and beta2; and
+            foreach, capturable and differentiable, as in torch. Each is an option of every group.
 
     Raises:
         TypeError: an option is unknown; the message lists those there are.
@@ -84,8 +86,9 @@ class OwnClass(OwnInit):
 
     def __init__(self, params: Iterable[Any], lr: Any = None, **others: Any) -> None:
         others |= {} if lr is None else {"lr": lr}
-        flags = {name: others.pop(name, default) for name, default in _flags(self.make).items()}
-        _, numbers = options(self.make(**flags).hparams, others)
+        known = _flags(self.make) | _WAYS
+        flags = {name: others.pop(name, default) for name, default in known.items()}
+        _, numbers = options(self.rule(flags).hparams, others)
         super().__init__(params, {**numbers, **flags})
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:

@@ -52,13 +52,17 @@ def from_pure(
             parameter groups; or a dict, such as `dict(model.named_parameters())`, that labels and
             hyperparameters which are trees can refer to.
         **hparams: hyperparameters. Each is a value of every parameter group, `group["lr"]` and the
-            like, which groups and schedulers may set. Where parts of a composition share a name,
-            it is `"part.name"`, such as `"body.lr"`.
+            like, which groups and schedulers may set. beta1 and beta2 are `betas` there, as in
+            torch.optim. Where parts of a composition share a name, it is `"part.name"`, such as
+            `"body.lr"`; then `lr` is a common factor of all rates, 1 unless a group or a scheduler
+            says otherwise.
 
     Returns:
-        The optimizer. Its steps are in place and record no graph. State is that of each parameter
-        where the optimizer was made by `diffopt.rules.leafwise`; else that of a whole group, which
-        stands in the state of its first parameter.
+        The optimizer. Its steps are in place and record no graph. `state[p]` has what belongs to a
+        parameter, by name of the field, in tensors: so `state_dict` loads with weights_only=True,
+        and goes through torch.distributed.checkpoint. What belongs to all parameters of a group,
+        such as a count of steps, is one 0-d tensor in the state of each; a greater tensor, such as
+        the history of `lbfgs` or the vectors of `flatten`, stands with the first parameter.
 
     Raises:
         TypeError: a hyperparameter is unknown; the message lists those there are.
