@@ -294,6 +294,14 @@ def test_a_broken_history_of_lbfgs_is_refused(key):
         refused("LBFGS", saved, start, ValueError, key)
 
 
+@pytest.mark.parametrize("key", ["t", "H_diag", "prev_loss"])
+def test_a_number_of_lbfgs_that_is_none_is_refused(key):
+    for value in (None, "x", torch.ones(2)):
+        saved, start = saved_by(optim, "LBFGS")
+        saved["state"][0][key] = value
+        refused("LBFGS", saved, start, TypeError, key)
+
+
 def test_a_hook_that_raises_after_loading_undoes_it():
     saved, start = saved_by(optim, "Adam")
     optimizer, _ = loaded(optim, "Adam", saved_by(optim, "Adam", steps=1)[0], start)

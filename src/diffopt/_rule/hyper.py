@@ -209,7 +209,7 @@ def _check(record: Any) -> None:
             if not in_range(float(leaf), field.bounds):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
                 raise ValueError(f"{path} is {leaf}, but must be {describe_range(field.bounds)}")
-        if not all(isinstance(leaf, (int, float, Tensor)) for leaf in leaves):  # numpy's numbers
+        if not all(type(leaf) in (int, float) or isinstance(leaf, Tensor) for leaf in leaves):
             object.__setattr__(record, field.name, _tree.map(_plain, value))
 
 
@@ -219,6 +219,7 @@ def _is_scalar(leaf: Any) -> bool:
 
 
 def _plain(leaf: Any) -> Any:
+    """A Python number in place of numpy's, whose comparisons torch does not take."""
     return leaf if isinstance(leaf, Tensor) else float(leaf)
 
 

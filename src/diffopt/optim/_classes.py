@@ -1,4 +1,7 @@
-"""The classes of torch.optim: for each, which rule steps it in which configuration."""
+"""The classes of torch.optim: for each, which rule steps it in which configuration.
+
+A class that torch.optim lacks takes its constructor from `OwnClass` and says what makes its rule.
+"""
 
 from __future__ import annotations
 

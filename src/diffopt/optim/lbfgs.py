@@ -130,6 +130,8 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         for key in ("d", "prev_flat_grad", "old_dirs", "old_stps"):
             for vector in row[key] if isinstance(row[key], list) else [row[key]]:
                 _check_vector(vector, size, f"{key} of {name}")
+        for number in (row["t"], row["H_diag"], row["prev_loss"], *row["ro"]):
+            plain_number(number, f"t, H_diag, prev_loss or ro of {name}")
 
 
 def _check_vector(vector: Any, size: int, name: str) -> None:
