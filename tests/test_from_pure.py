@@ -3,13 +3,32 @@
 import copy
 import dataclasses
 import io
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import lr_scheduler as sched
 
 import diffopt
 from diffopt import optim
-from diffopt.transforms import accumulate, chain, clip_by_global_norm, ema, flatten, partition
+from diffopt.optim._own import OwnClass
+from diffopt.rules import hparams, leafwise, number
+from diffopt.transforms import (
+    accumulate,
+    chain,
+    clip_by_global_norm,
+    ema,
+    flatten,
+    freeze,
+    masked,
+    partition,
+)
 from registry import PAIRS
 
 NUMBERS = {
@@ -281,3 +300,407 @@ def test_a_rate_for_each_tensor():
     groups = [{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.2}]
     train(torch.optim.Adam(groups, lr=0.1), theirs, 3)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+class OwnState(NamedTuple):
+    step: Any
+    a: Any
+
+
+@hparams
+class OwnHParams:
+    lr: Any = number(0.1, ge=0)
+
+
+def own_optimizer(init, **flags):
+    def rule(p, g, s, hp, _):
+        a = 0.5 * s.a + 0.5 * g
+        return p - hp.lr * a, OwnState(s.step, a)
+
+    return leafwise(OwnState, OwnHParams, lambda p, step: OwnState(step, init(p)), rule, **flags)
+
+
+INITS = {
+    "zeros": torch.zeros_like,
+    "ones": torch.ones_like,
+    "a_copy": torch.clone,
+    "itself": lambda p: p,
+}
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex128], ids=str)
+@pytest.mark.parametrize("init", INITS)
+def test_state_begins_as_the_rules_own_init_makes_it(init, dtype, elementwise):
+    opt = own_optimizer(INITS[init], elementwise=elementwise)
+    start = [p.detach().to(dtype) for p in make_params()]
+    params, state = list(start), opt.init(start)
+    twins = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizer = optim.from_pure(opt, twins)
+    torch.testing.assert_close(optim.to_pure(optimizer).state.a, state.a, rtol=0, atol=0)
+    for k in range(3):
+        grads = [torch.full_like(p, k - 0.5) for p in params]
+        params, state = opt.update(params, grads, state, opt.hparams())
+        for p, grad in zip(twins, grads, strict=True):
+            p.grad = grad
+        optimizer.step()
+    torch.testing.assert_close([*twins], params, rtol=1e-12, atol=1e-12)
+    pure = optim.to_pure(optimizer)
+    torch.testing.assert_close(pure.state.a, state.a, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex128], ids=str)
+def test_what_the_first_step_adds_to_init_is_added_once(dtype):
+    opt = own_optimizer(torch.ones_like, initial=lambda hp: {"a": 3 * hp.lr})
+    start = [p.detach().to(dtype) for p in make_params()]
+    params, state = list(start), opt.init(start)
+    twins = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizer = optim.from_pure(opt, twins, lr=0.5)
+    for _ in range(2):
+        grads = [torch.ones_like(p) for p in params]
+        params, state = opt.update(params, grads, state, opt.hparams(lr=0.5))
+        for p in twins:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    torch.testing.assert_close([*twins], params, rtol=1e-12, atol=1e-12)
+
+
+# Compositions among the tools of torch.
+
+NAMED = {
+    "partition": partition({"x": diffopt.adamw(), "y": diffopt.sgd()}, {"0": "x", "1": "y"}),
+    "nested": chain(
+        clip_by_global_norm(),
+        partition(
+            {"x": ema(diffopt.adamw()), "y": accumulate(diffopt.sgd(momentum=True), 2)},
+            {"0": "x", "1": "y"},
+        ),
+    ),
+    "freeze": freeze(diffopt.adam(), {"0": True, "1": False}),
+    "masked": chain(masked(clip_by_global_norm(), {"0": True, "1": False}), diffopt.adam()),
+}
+ALL = {**{name: opt for name, (opt, _) in COMPOSITIONS.items()}, **NAMED}
+PER_PARAMETER = sorted(ALL.keys() - {"flatten", "lbfgs"})
+
+
+def from_pure(name, params, **options):
+    named = dict(zip("01", params, strict=True)) if name in NAMED else params
+    return optim.from_pure(ALL[name], named, **options)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_state_of_a_composition_is_that_of_each_parameter(name):
+    params = make_params()
+    optimizer = from_pure(name, params, **numbers_of_named(name))
+    train(optimizer, params, 3)
+    saved = optimizer.state_dict()["state"]
+    assert saved.keys() == {0, 1}
+    for k, p in enumerate(params):
+        assert all(isinstance(key, str) for key in saved[k])
+        assert all(isinstance(value, torch.Tensor) for value in saved[k].values())
+        if name in PER_PARAMETER:
+            assert all(value.shape in ((), p.shape) for value in saved[k].values())
+
+
+def numbers_of_named(name):
+    lrs = [key for key in from_pure(name, make_params()).defaults if key.endswith(".lr")]
+    return dict.fromkeys(lrs or ["lr"], 0.05)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_composition_resumes_exactly(name):
+    params = make_params()
+    optimizer = from_pure(name, params, **numbers_of_named(name))
+    train(optimizer, params, 3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twins = copy.deepcopy(params)
+    twin = from_pure(name, twins)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    copied = copy.deepcopy(optimizer)
+    train(twin, twins, 3)
+    train(optimizer, params, 3)
+    torch.testing.assert_close(twins, params, rtol=0, atol=0)
+    others = [p for group in copied.param_groups for p in group["params"]]
+    train(copied, others, 3)
+    torch.testing.assert_close(others, params, rtol=0, atol=0)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        for k, p in enumerate(make_params()):
+            self.register_parameter(str(k), p)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}, {"cpu_offload": True}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+@pytest.mark.parametrize("name", ALL)
+def test_distributed_checkpoints_carry_a_composition_over(name, options):
+    options = StateDictOptions(**options)
+    model, fresh = Net(), Net()
+    params, twins = list(model.parameters()), list(fresh.parameters())
+    optimizer = from_pure(name, params, **numbers_of_named(name))
+    train(optimizer, params, 3)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    fresh.load_state_dict(model.state_dict())
+    twin = from_pure(name, twins)
+    set_optimizer_state_dict(fresh, twin, saved, options=options)
+    torch.testing.assert_close(twins, params, rtol=0, atol=0)
+    train(optimizer, params, 2)
+    train(twin, twins, 2)
+    torch.testing.assert_close(twins, params, rtol=0, atol=0)
+
+
+SCHEDULES = {
+    "StepLR": lambda o: sched.StepLR(o, 2, 0.5),
+    "ExponentialLR": lambda o: sched.ExponentialLR(o, 0.7),
+    "LambdaLR": lambda o: sched.LambdaLR(o, lambda t: 1 / (t + 1)),
+    "CosineAnnealingLR": lambda o: sched.CosineAnnealingLR(o, 5),
+    "LinearLR": lambda o: sched.LinearLR(o),
+    "ReduceLROnPlateau": lambda o: sched.ReduceLROnPlateau(o, patience=0),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_rate_of_a_group_schedules_all_parts(schedule):
+    mine, theirs = make_params(), make_params()
+    both = from_pure("partition", mine, **{"x.lr": 0.1, "y.lr": 0.02})
+    assert both.param_groups[0]["lr"] == 1
+    apart = [torch.optim.AdamW(theirs[:1], lr=0.1), torch.optim.SGD(theirs[1:], lr=0.02)]
+    schedulers = [SCHEDULES[schedule](o) for o in (both, *apart)]
+    for _ in range(5):
+        train(both, mine, 1)
+        for p in theirs:
+            p.grad = None
+        loss_of(theirs).backward()
+        for optimizer in apart:
+            optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step(*([1.0] if schedule == "ReduceLROnPlateau" else []))
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+CYCLES = {
+    "OneCycleLR": lambda o: sched.OneCycleLR(o, 0.05, total_steps=8),
+    "CyclicLR": lambda o: sched.CyclicLR(o, 0.01, 0.05, 3),
+}
+CYCLED = {
+    "adamw": (diffopt.adamw(), torch.optim.AdamW, {}),
+    "chain": (chain(clip_by_global_norm(), diffopt.adamw()), torch.optim.AdamW, {"max_norm": 1e9}),
+    "sgd": (diffopt.sgd(momentum=True), torch.optim.SGD, {"momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+@pytest.mark.parametrize("name", CYCLED)
+def test_schedulers_cycle_momentum(name, cycle):
+    opt, kind, numbers = CYCLED[name]
+    mine, theirs = make_params(), make_params()
+    first = optim.from_pure(opt, mine, lr=0.1, **numbers)
+    second = kind(theirs, lr=0.1, **{k: v for k, v in numbers.items() if k == "momentum"})
+    schedulers = [CYCLES[cycle](o) for o in (first, second)]
+    for _ in range(7):
+        train(first, mine, 1)
+        train(second, theirs, 1)
+        for scheduler in schedulers:
+            scheduler.step()
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("opt", [diffopt.adamw(), ema(diffopt.adamw())], ids=["leafwise", "tree"])
+def test_betas_may_be_given_either_way_and_set_later(opt):
+    mine, theirs = make_params(), make_params()
+    groups = [{"params": mine[:1], "beta1": 0.5}, {"params": mine[1:]}]
+    first = optim.from_pure(opt, groups, betas=(0.8, 0.9), lr=0.1)
+    assert [group["betas"] for group in first.param_groups] == [(0.5, 0.9), (0.8, 0.9)]
+    groups = [{"params": theirs[:1], "betas": (0.5, 0.9)}, {"params": theirs[1:]}]
+    second = torch.optim.AdamW(groups, betas=(0.8, 0.9), lr=0.1)
+    for _ in range(2):
+        train(first, mine, 2)
+        train(second, theirs, 2)
+        first.param_groups[1]["betas"] = second.param_groups[1]["betas"] = (0.3, 0.7)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_from_pure_goes_on_from_a_checkpoint_of_torch():
+    mine, theirs = make_params(), make_params()
+    second = torch.optim.AdamW(theirs, lr=0.1, betas=(0.7, 0.8))
+    train(second, theirs, 3)
+    first = optim.from_pure(diffopt.adamw(), mine)
+    first.load_state_dict(second.state_dict())
+    for p, q in zip(mine, theirs, strict=True):
+        p.data.copy_(q)
+    train(first, mine, 3)
+    train(second, theirs, 3)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_state_of_bare_namedtuples_loads_with_weights_only():
+    class Count(NamedTuple):  # torch does not know it
+        calls: torch.Tensor
+        sums: Any
+
+    class Sums(diffopt.Optimizer):
+        hparams = OwnHParams
+
+        def init(self, params):
+            return Count(torch.zeros(()), [torch.zeros_like(p) for p in params])
+
+        def update(self, params, grads, state, hparams):
+            sums = [s + g for s, g in zip(state.sums, grads, strict=True)]
+            new = [p - hparams.lr * s for p, s in zip(params, sums, strict=True)]
+            return new, Count(state.calls + 1, sums)
+
+    params = make_params()
+    optimizer = optim.from_pure(Sums(), params)
+    train(optimizer, params, 2)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twins = copy.deepcopy(params)
+    twin = optim.from_pure(Sums(), twins)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    train(twin, twins, 2)
+    train(optimizer, params, 2)
+    torch.testing.assert_close(twins, params, rtol=0, atol=0)
+    assert isinstance(optim.to_pure(twin).state, Count)
+
+
+WRONG = {
+    "step": (lambda row: {"step": torch.tensor(-1.0)}, "step of .* is -1"),
+    "other steps": (lambda row: {"step": row["step"] + 1}, "all parameters of a group share it"),
+    "shape": (lambda row: {"exp_avg": torch.zeros(7)}, r"exp_avg of .* has shape \(7,\)"),
+    "integers": (lambda row: {"exp_avg": row["exp_avg"].long()}, "dtype torch.int64"),
+    "text": (lambda row: {"exp_avg": "x"}, "exp_avg of .* is 'x'"),
+    "none": (lambda row: {"exp_avg": None}, "exp_avg of .* is None"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_state_of_a_composition_is_refused_and_changes_nothing(wrong):
+    params = make_params()
+    optimizer = from_pure("chain", params, lr=0.1)
+    train(optimizer, params, 2)
+    change, message = WRONG[wrong]
+    saved = optimizer.state_dict()
+    saved["state"][1] |= change(saved["state"][1])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+    del saved["state"][1]["exp_avg_sq"]
+    with pytest.raises(ValueError, match=r"exp_avg|step|no exp_avg_sq"):
+        optimizer.load_state_dict(saved)
+
+
+def test_narrow_state_of_a_composition_becomes_what_init_makes():
+    params = make_params()
+    optimizer = from_pure("chain", params, lr=0.1)
+    train(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    for row in saved["state"].values():
+        row |= {key: value.float() for key, value in row.items()}
+    optimizer.load_state_dict(saved)
+    assert {v.dtype for row in optimizer.state.values() for v in row.values()} == {torch.float64}
+
+
+def test_state_put_in_by_users_is_used_and_state_taken_out_begins_anew():
+    mine, theirs = make_params(), make_params()
+    first = from_pure("chain", mine, lr=0.1, max_norm=1e9)
+    second = torch.optim.AdamW(theirs, lr=0.1)
+    for optimizer, params in ((first, mine), (second, theirs)):
+        train(optimizer, params, 2)
+        optimizer.state[params[0]]["exp_avg"] = torch.ones(3, 2)
+        train(optimizer, params, 2)
+        optimizer.state.clear()
+        train(optimizer, params, 2)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [None, "fast", [1, "x"], np.ones(2)], ids=repr)
+@pytest.mark.parametrize("opt", [diffopt.adamw(), ALL["chain"]], ids=["leafwise", "tree"])
+def test_what_is_not_a_number_in_a_group_is_refused(opt, value):
+    params = make_params()
+    optimizer = optim.from_pure(opt, [{"params": [p]} for p in params], lr=0.1)
+    before = copy.deepcopy(params)
+    optimizer.param_groups[1]["lr"] = value
+    with pytest.raises(TypeError, match=r"param_groups\[1\]\['lr'\]"):
+        train(optimizer, params, 1)
+    torch.testing.assert_close(params, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), np.float64(0.5)], ids=repr)
+@pytest.mark.parametrize("opt", [diffopt.adamw(), ALL["chain"]], ids=["leafwise", "tree"])
+def test_numbers_may_be_numpys(opt, value):
+    mine, theirs = make_params(), make_params()
+    assert opt.hparams(lr=value) is not None
+    assert diffopt.adam().hparams(lr=value).lr == 0.5
+    for params, half in ((mine, value), (theirs, 0.5)):
+        optimizer = optim.from_pure(opt, params, lr=half, beta1=half)
+        train(optimizer, params, 1)
+        optimizer.param_groups[0]["lr"] = half
+        optimizer.param_groups[0]["betas"] = (half, half)
+        train(optimizer, params, 1)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+# A class that torch.optim lacks.
+
+
+class LionState(NamedTuple):
+    step: Any
+    exp_avg: Any
+
+
+@hparams
+class LionHParams:
+    lr: Any = number(1e-4, ge=0)
+    beta1: Any = number(0.9, ge=0, lt=1)
+    beta2: Any = number(0.99, ge=0, lt=1)
+
+
+def lion(*, maximize: bool = False):
+    def rule(p, g, s, hp, _):
+        update = (hp.beta1 * s.exp_avg + (1 - hp.beta1) * g).sign()
+        new = hp.beta2 * s.exp_avg + (1 - hp.beta2) * g
+        return p - hp.lr * update, LionState(s.step, new)
+
+    def init(p, step):
+        return LionState(step, torch.zeros_like(p))
+
+    return leafwise(LionState, LionHParams, init, rule, maximize=maximize, elementwise=True)
+
+
+class Lion(OwnClass):
+    make = staticmethod(lion)
+
+
+def test_a_class_that_torch_lacks_takes_two_lines():
+    mine, theirs = make_params(), make_params()
+    groups = [{"params": mine[:1], "maximize": True}, {"params": mine[1:], "lr": 0.5}]
+    optimizer = Lion(groups, 0.1, betas=(0.8, 0.9))
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    scheduler = sched.StepLR(optimizer, 1, 0.5)
+    opt = lion()
+    hp = opt.hparams(lr=[0.1, 0.5], beta1=0.8, beta2=0.9)
+    params, state = [p.detach() for p in theirs], opt.init(theirs)
+    for _ in range(3):
+        leaves = [p.requires_grad_() for p in params]
+        grads = list(torch.autograd.grad(loss_of(leaves), leaves))
+        grads[0] = -grads[0]
+        params, state = opt.update([p.detach() for p in leaves], grads, state, hp)
+        hp = opt.hparams(lr=[lr / 2 for lr in hp.lr], beta1=0.8, beta2=0.9)
+        train(optimizer, mine, 1)
+        scheduler.step()
+    torch.testing.assert_close([*mine], params, rtol=1e-12, atol=1e-12)
+    saved = copy.deepcopy(optimizer).state_dict()
+    torch.testing.assert_close(saved["state"], optimizer.state_dict()["state"])
+    with pytest.raises(TypeError, match="no hyperparameter 'momentum'"):
+        Lion(mine, momentum=0.9)
+    with pytest.raises(ValueError, match="beta1 is 2"):
+        Lion(mine, beta1=2.0)

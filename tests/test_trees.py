@@ -401,3 +401,21 @@ def test_a_structure_that_came_first_is_forgotten():
     assert len(_tree._KNOWN[dict, 1]) == _tree._REMEMBERED
     for name, spec in zip("abcdefgh", specs, strict=True):
         assert _tree.unflatten([2], spec) == {name: 2}
+
+
+@pytest.mark.parametrize("half", [np.float64(0.5), np.float32(0.5), np.array(0.5)], ids=repr)
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rprop", "asgd", "radam", "adafactor", "muon"])
+def test_numbers_of_numpy_become_pythons(name, half):
+    opt, params, grads = getattr(diffopt, name)(), [torch.ones(2, 2)], [torch.ones(2, 2)]
+    results = []
+    for lr in (half, [half], 0.5):
+        hp = opt.hparams(lr=lr)
+        assert all(type(number) is float for number in _tree.leaves(hp.lr))
+        results.append(opt.update(params, grads, opt.init(params), hp)[0])
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
+    torch.testing.assert_close(results[1], results[2], rtol=0, atol=0)
+
+
+def test_an_array_of_several_numbers_is_refused():
+    with pytest.raises(TypeError, match=r"hparams.lr is .* not a number or a tensor"):
+        diffopt.sgd().hparams(lr=np.ones(2))

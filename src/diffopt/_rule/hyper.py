@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import numbers
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, SupportsFloat, TypeAlias, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -203,17 +203,23 @@ def _check(record: Any) -> None:
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 continue
-            if isinstance(leaf, bool) or not isinstance(leaf, numbers.Real):
+            if isinstance(leaf, bool) or not (isinstance(leaf, numbers.Real) or _is_scalar(leaf)):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
                 raise TypeError(f"{path} is {_tree.describe(leaf)}, not a number or a tensor")
             if not in_range(float(leaf), field.bounds):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
                 raise ValueError(f"{path} is {leaf}, but must be {describe_range(field.bounds)}")
-        if not all(isinstance(leaf, (int, float, Tensor)) for leaf in leaves):  # numpy's numbers
+        if not all(type(leaf) in (int, float) or isinstance(leaf, Tensor) for leaf in leaves):
             object.__setattr__(record, field.name, _tree.map(_plain, value))
 
 
+def _is_scalar(leaf: Any) -> bool:
+    """Whether it is an array, such as numpy's, of one number without dimensions."""
+    return getattr(leaf, "shape", None) == () and isinstance(leaf, SupportsFloat)
+
+
 def _plain(leaf: Any) -> Any:
+    """A Python number in place of numpy's, whose comparisons torch does not take."""
     return leaf if isinstance(leaf, Tensor) else float(leaf)
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffopt import _torch
+from diffopt import _torch, _tree
 from diffopt._rule import hyper, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._checkpoints import Checkpoints
@@ -80,6 +80,7 @@ class RuleOptimizer(Checkpoints):
                 loss = closure()
         if "capturable" in self.defaults:
             self._refuse_capture()
+        self.check_numbers()
         with torch.no_grad():
             taken = self._take()  # all checks come before any change
         for group, plan, columns in zip(self.param_groups, self._plans, taken, strict=True):
@@ -185,21 +186,37 @@ class RuleOptimizer(Checkpoints):
     def check_state(self, row: dict[str, Any], param: Tensor, group: Group, name: str) -> None:
         opt = self.rule(group)
         shapes = self._shapes(opt, param)
-        for key in self.buffers(opt, param) if row else ():
-            if key not in row and "step" in self.scalar_state:
+        buffers = self.buffers(opt, param)
+        for key in (*self.scalar_state, *buffers) if row else ():
+            if "step" not in self.scalar_state and row.get(key) is None:
+                continue  # made at the first step that needs it, as in torch
+            if key not in row:
                 raise ValueError(
                     f"loaded state dict does not match the optimizer: the state of {name} has "
-                    f"{sorted(row)}, but no {key}"
+                    f"{sorted(map(str, row))}, but no {key}"
                 )
-            value = row.get(key)
-            if key in self.scalar_state or not isinstance(value, Tensor):
-                continue
-            if value.shape != shapes[key]:
-                raise ValueError(
-                    f"loaded state dict does not match the parameters: {key} of {name} has shape "
-                    f"{tuple(value.shape)}, but must have {tuple(shapes[key])}, since {name} has "
-                    f"shape {tuple(param.shape)}"
-                )
+            if key not in self.scalar_state:
+                _check_buffer(row[key], key, param, shapes[key], name)
+
+
+def _check_buffer(value: Any, key: str, param: Tensor, shape: torch.Size, name: str) -> None:
+    """Raise where a saved buffer cannot be that of this parameter."""
+    if not isinstance(value, Tensor):
+        found = _tree.describe(value)
+        raise ValueError(f"loaded state dict: {key} of {name} is {found}, not a tensor")
+    if value.shape != shape:
+        raise ValueError(
+            f"loaded state dict does not match the parameters: {key} of {name} has shape "
+            f"{tuple(value.shape)}, but must have {tuple(shape)}, since {name} has "
+            f"shape {tuple(param.shape)}"
+        )
+    if value.is_complex() != param.is_complex() or not (
+        value.is_floating_point() or value.is_complex()
+    ):
+        raise ValueError(
+            f"loaded state dict does not match the parameters: {key} of {name} has dtype "
+            f"{value.dtype}, but {name} has dtype {param.dtype}"
+        )
 
 
 def _filled(params: Sequence[Tensor], shapes: Sequence[torch.Size], value: Any) -> list[Tensor]:

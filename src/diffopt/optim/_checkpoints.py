@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
+from diffopt.optim._groups import check_numbers, plain_number, with_betas
 from diffopt.optim._plan import Group, Row, name_of
 
 
@@ -27,7 +29,7 @@ class Checkpoints(torch.optim.Optimizer):
         Args:
             param_group: "params", and any of the class's options. It is copied.
         """
-        super().add_param_group(copy.copy(param_group))
+        super().add_param_group(with_betas(copy.copy(param_group), self.defaults))
 
     @_torch.disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -43,10 +45,7 @@ class Checkpoints(torch.optim.Optimizer):
             params = [index[id(param)] for param in group["params"]]
             groups.append(copied({k: v for k, v in group.items() if k != "params"}))
             groups[-1]["params"] = params
-        state = {
-            index[id(key)] if isinstance(key, Tensor) else key: copied(_plain(row))
-            for key, row in self.state.items()
-        }
+        state = {index.get(id(key), key): copied(_plain(row)) for key, row in self.state.items()}
         saved: dict[str, Any] = {"state": state, "param_groups": groups}
         for hook in self._optimizer_state_dict_post_hooks.values():
             result = hook(self, saved)
@@ -57,44 +56,57 @@ class Checkpoints(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this class, or of its namesake in torch.optim, returned.
 
-        Every tensor is copied to the device of its parameter and keeps its dtype.
+        Every tensor is copied to the device of its parameter. One that is narrower than the
+        parameter is widened, so that a run in bfloat16 can go on in float32; one that is wider
+        keeps its dtype.
 
         Raises:
-            ValueError: groups, shapes or names of the state do not match; nothing is changed.
+            TypeError: `state_dict`, or a part of it, is not a dict.
+            ValueError: groups, shapes or names of the state do not match, a buffer is not a
+                floating-point tensor, or a step is not a count.
+
+        Nothing is changed when it, or one of its hooks, raises.
         """
-        state_dict = state_dict.copy()
+        state_dict = _as_dict(state_dict, "state_dict")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        groups: list[Group] = copied(state_dict["param_groups"])
+        before = self.__dict__.copy()
+        try:
+            self._load(*_parts(state_dict))
+            for hook in self._optimizer_load_state_dict_post_hooks.values():
+                hook(self)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _load(self, saved: dict[Any, Any], groups: list[Group]) -> None:
         params = self._matched(groups)
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        for key, row in state_dict["state"].items():
-            if key not in params:
-                state[key] = copied(row)
-                continue
-            param, group, _ = params[key]
-            state[param] = {k: self._loaded(k, v, param, group) for k, v in row.items()}
         for mine, theirs in zip(self.param_groups, groups, strict=True):
             theirs["params"] = mine["params"]
             if "param_names" in mine:
                 theirs.setdefault("param_names", mine["param_names"])
-        before = {"state": self.state, "param_groups": self.param_groups}
-        try:
-            self.__setstate__({"state": state, "param_groups": groups})  # it knows older formats
-            for param, group, name in params.values():
-                if missing := sorted(self.defaults.keys() - group.keys() - {"differentiable"}):
-                    raise KeyError(missing[0])
-                self.check_state(state.get(param, {}), param, group, name)
-        except Exception as error:
-            self.__setstate__(before)
-            if isinstance(error, KeyError):
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, row in saved.items():
+            if key in params:
+                state[params[key][0]] = self._loaded(row, *params[key])
+            else:
+                state[key] = copied(row)
+        self.__setstate__({"state": state, "param_groups": groups})  # it knows older formats
+        for group in self.param_groups:
+            if missing := sorted(self.defaults.keys() - group.keys() - {"differentiable"}):
                 kind = type(self).__name__
-                message = f"loaded state dict is not that of a {kind}: it has no {error}"
-                raise ValueError(message) from error
-            raise
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+                raise ValueError(
+                    f"loaded state dict is not that of a {kind}: its groups have no {missing[0]!r}"
+                )
+        self.check_numbers()
+        for param, group, name in params.values():
+            self.check_state(self.state.get(param, {}), param, group, name)
+
+    def check_numbers(self) -> None:
+        """Raise where a group has something else than a number for a number."""
+        check_numbers(self.param_groups, self.defaults)
 
     def check_state(self, row: dict[str, Any], param: Tensor, group: Group, name: str) -> None:
         """Raise where a saved state cannot be that of this parameter."""
@@ -119,13 +131,36 @@ class Checkpoints(torch.optim.Optimizer):
                 params[key] = param, theirs, name_of(mine, i, j)
         return params
 
-    def _loaded(self, key: str, value: Any, param: Tensor, group: Group) -> Any:
-        if key not in self.scalar_state or not isinstance(value, Tensor):
-            return copied(value, param.device)
+    def _loaded(self, row: Any, param: Tensor, group: Group, name: str) -> dict[str, Any]:
+        """A copy of a parameter's state, on its device and in dtypes that suit it."""
+
+        def widened(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            dtype = self.state_dtype(leaf, param, group) if _is_float(leaf) else leaf.dtype
+            return leaf.detach().to(param.device, dtype, copy=True)
+
+        row = _as_dict(row, f"state of {name}")
+        loaded = {k: v for k, v in row.items() if k in self.scalar_state}
+        for key, value in loaded.items():
+            check_scalar(key, value, name)
+            loaded[key] = self.loaded_scalar(key, value, param, group)
+        return {k: loaded[k] if k in loaded else _tree.map(widened, v) for k, v in row.items()}
+
+    def state_dtype(self, value: Tensor, param: Tensor, group: Group) -> torch.dtype:
+        """The dtype for a saved buffer: its own, or the parameter's where that is wider."""
+        alike = value.is_complex() == param.is_complex()
+        return torch.promote_types(value.dtype, param.dtype) if alike else value.dtype
+
+    def loaded_scalar(self, key: str, value: Any, param: Tensor, group: Group) -> Any:
+        """A saved scalar, such as a step: at least in float32, which counts to 2^24."""
+        if not isinstance(value, Tensor):
+            return value  # torch's __setstate__ makes a tensor of it
         captured = group.get("fused") or group.get("capturable")
-        dtype = torch.float32 if captured and key == "step" else value.dtype
-        on_device = captured or self.scalars_follow
-        return copied(value.to(dtype), param.device if on_device else "cpu")
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        dtype = torch.float32 if captured and key == "step" else dtype
+        device = param.device if captured or self.scalars_follow else "cpu"
+        return value.detach().reshape(()).to(device, dtype, copy=True)
 
 
 def copied(tree: Any, device: Any = None) -> Any:
@@ -135,6 +170,42 @@ def copied(tree: Any, device: Any = None) -> Any:
         return leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf
 
     return _tree.map(copy_of, tree)
+
+
+def check_scalar(key: str, value: Any, name: str) -> None:
+    """Raise where a saved scalar is not a number, or a step not a count."""
+    number = plain_number(value, f"{key} of {name}")
+    if key != "step" or (isinstance(number, Tensor) and number.is_meta):
+        return
+    if not (float(number) >= 0 and float(number).is_integer()):
+        raise ValueError(f"step of {name} is {float(number)}, but must be a count of steps")
+
+
+def _parts(state_dict: Any) -> tuple[dict[Any, Any], list[Group]]:
+    """The state and copies of the groups of a saved state, where it has the form of one."""
+    if missing := {"state", "param_groups"} - _as_dict(state_dict, "state_dict").keys():
+        raise ValueError(
+            f"state_dict has no {min(missing)!r}, only {list(state_dict)}: it is not what "
+            "state_dict() of an optimizer returns"
+        )
+    groups = state_dict["param_groups"]
+    if not isinstance(groups, (list, tuple)):
+        raise TypeError(f"state_dict['param_groups'] is {_tree.describe(groups)}, not a list")
+    for i, group in enumerate(groups):
+        name = f"state_dict['param_groups'][{i}]"
+        if not isinstance(_as_dict(group, name).get("params"), (list, tuple)):
+            raise ValueError(f"{name} has no list of 'params'")
+    return _as_dict(state_dict["state"], "state_dict['state']"), [copied(g) for g in groups]
+
+
+def _as_dict(value: Any, name: str) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is {_tree.describe(value)}, not a dict")
+    return dict(value)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _plain(row: Any) -> Any:

@@ -1,4 +1,7 @@
-"""The classes of torch.optim: for each, which rule steps it in which configuration."""
+"""The classes of torch.optim: for each, which rule steps it in which configuration.
+
+A class that torch.optim lacks takes its constructor from `OwnClass` and says what makes its rule.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +98,13 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
 
     sparse_gradients = True
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault(
+                "initial_accumulator_value", self.defaults["initial_accumulator_value"]
+            )
+
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         return _adagrad(maximize=group["maximize"])
 
@@ -118,6 +128,11 @@ class ASGD(RuleOptimizer, torch.optim.ASGD):
 
 class Rprop(RuleOptimizer, torch.optim.Rprop):
     """`torch.optim.Rprop`, stepped by `diffopt.rprop`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("lr", self.defaults["lr"])
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         return _rprop(maximize=group["maximize"])
@@ -162,7 +177,15 @@ class SparseAdam(RuleOptimizer, torch.optim.SparseAdam):
     sparse_gradients = True
     integer_steps = True
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+
     def new_scalar(self, value: Any, param: Tensor, group: Group) -> Any:
+        return int(value)
+
+    def loaded_scalar(self, key: str, value: Any, param: Tensor, group: Group) -> Any:
         return int(value)
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:

@@ -19,6 +19,7 @@ from diffopt import _modes
 from diffopt._rule import hyper, running, tiles
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.running import Shared
+from diffopt.optim._groups import plain_number
 
 Group: TypeAlias = dict[str, Any]
 
@@ -524,9 +525,7 @@ def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     for field in hyper.FIELDS[opt.hparams]:
         key, k = (field.name, None) if field.name in group else PAIRS[field.name]
         value = group[key] if k is None else group[key][k]
-        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == 1:
-            value = value.squeeze()
-        values.append(value)
+        values.append(value if field.name == "eps1" and value is None else plain_number(value, key))
     return values
 
 

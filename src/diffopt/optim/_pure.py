@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt import _torch, _tree
+from diffopt import _tree
 from diffopt._rule import hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optim import _classes
 from diffopt.optim._adapter import RuleOptimizer
-from diffopt.optim._checkpoints import Checkpoints, copied
+from diffopt.optim._checkpoints import copied
+from diffopt.optim._compositions import TreeOptimizer
+from diffopt.optim._groups import options, with_betas
+from diffopt.optim._own import LeafwiseOptimizer
 from diffopt.optim._plan import Group, values_of
 from diffopt.optim.lbfgs import LBFGS
 from diffopt.optimizer import Optimizer
@@ -23,9 +25,9 @@ from diffopt.rules.lbfgs import lbfgs
 from diffopt.rules.sparse_adam import sparse_adam
 
 _CLASSES: dict[type, type[RuleOptimizer]] = {
-    getattr(torch.optim, cls.__name__): cls
-    for cls in vars(_classes).values()
-    if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls is not RuleOptimizer
+    getattr(torch.optim, name): cls
+    for name, cls in vars(_classes).items()
+    if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and name in vars(torch.optim)
 }
 """Our class for each class of torch.optim."""
 
@@ -50,13 +52,17 @@ def from_pure(
             parameter groups; or a dict, such as `dict(model.named_parameters())`, that labels and
             hyperparameters which are trees can refer to.
         **hparams: hyperparameters. Each is a value of every parameter group, `group["lr"]` and the
-            like, which groups and schedulers may set. Where parts of a composition share a name,
-            it is `"part.name"`, such as `"body.lr"`.
+            like, which groups and schedulers may set. beta1 and beta2 are `betas` there, as in
+            torch.optim. Where parts of a composition share a name, it is `"part.name"`, such as
+            `"body.lr"`; then `lr` is a common factor of all rates, 1 unless a group or a scheduler
+            says otherwise.
 
     Returns:
-        The optimizer. Its steps are in place and record no graph. State is that of each parameter
-        where the optimizer was made by `diffopt.rules.leafwise`; else that of a whole group, which
-        stands in the state of its first parameter.
+        The optimizer. Its steps are in place and record no graph. `state[p]` has what belongs to a
+        parameter, by name of the field, in tensors: so `state_dict` loads with weights_only=True,
+        and goes through torch.distributed.checkpoint. What belongs to all parameters of a group,
+        such as a count of steps, is one 0-d tensor in the state of each; a greater tensor, such as
+        the history of `lbfgs` or the vectors of `flatten`, stands with the first parameter.
 
     Raises:
         TypeError: a hyperparameter is unknown; the message lists those there are.
@@ -75,97 +81,19 @@ def from_pure(
     """
     if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a diffopt.Optimizer")
-    spec = None
+    structure = None
     if isinstance(params, Mapping):
         tensors, spec = _tree.flatten(params)
+        structure = _tree.unflatten(range(len(tensors)), spec)
         params = list(zip(_tree.paths(params, ""), tensors, strict=True))
-    template, numbers = _template(optimizer.hparams, hparams)
+    template, numbers = options(optimizer.hparams, hparams)
     params = list(params)
-    groups = [group for group in params if isinstance(group, dict)]
+    groups = [with_betas(group.copy(), numbers) for group in params if isinstance(group, dict)]
     values = [v for group in [numbers, *groups] for k, v in group.items() if k in numbers]
-    scalar = all(map(running.is_scalar, values))
+    scalar = all(running.is_scalar(x) for v in values for x in (v if type(v) is tuple else (v,)))
     if isinstance(optimizer, Leafwise) and optimizer.execution == "auto" and scalar:
         return LeafwiseOptimizer(optimizer, params, numbers)
-    return TreeOptimizer(optimizer, params, template, numbers, spec)
-
-
-class LeafwiseOptimizer(RuleOptimizer):
-    """What `from_pure` returns for an optimizer made by `leafwise`."""
-
-    def __init__(
-        self, optimizer: Leafwise[Any, Any], params: Iterable[Any], hparams: dict[str, Any]
-    ) -> None:
-        self.optimizer = optimizer
-        super().__init__(params, hparams)
-
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return self.optimizer
-
-    def check_param(self, param: Tensor, group: Group, name: str) -> None:
-        super().check_param(param, group, name)
-        if reason := self.optimizer.refuse(param):
-            raise ValueError(f"{name} {reason}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "optimizer": self.optimizer}
-
-
-class TreeOptimizer(Checkpoints):
-    """What `from_pure` returns for all others."""
-
-    def __init__(
-        self,
-        optimizer: Optimizer[Any, Any],
-        params: Iterable[Any],
-        template: Any,
-        hparams: dict[str, Any],
-        spec: _tree.Spec | None,
-    ) -> None:
-        self.optimizer, self.template, self.spec = optimizer, template, spec
-        super().__init__(params, hparams)
-
-    @_torch.disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one step; `closure` reevaluates the model and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                grads = self._tree(group, [param.grad for param in group["params"]])
-                params, state = self._tree(group, group["params"]), self._state(group)
-                self.optimizer.update_(params, grads, state, self._record(group))
-        return loss
-
-    def to_pure(self) -> Pure:
-        """A copy of its only group's state."""
-        if len(self.param_groups) != 1:
-            raise ValueError(f"there are {len(self.param_groups)} groups, but must be one")
-        (group,) = self.param_groups
-        params = self._tree(group, group["params"])
-        if self.spec is None:
-            params = _tree_of(self.param_groups)
-        parts = copied((params, self._state(group), self._record(group)))
-        return Pure(self.optimizer, *parts)
-
-    def _tree(self, group: Group, leaves: list[Any]) -> Tree:
-        if self.spec is None or group is not self.param_groups[0]:
-            return leaves
-        return _tree.unflatten(leaves, self.spec)
-
-    def _state(self, group: Group) -> Any:
-        row = self.state[group["params"][0]]
-        if "state" not in row:
-            row["state"] = self.optimizer.init(self._tree(group, group["params"]))
-        return row["state"]
-
-    def _record(self, group: Group) -> Any:
-        return _with_numbers(self.template, group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {"optimizer": self.optimizer, "template": self.template, "spec": self.spec}
-        return {**super().__getstate__(), **own}
+    return TreeOptimizer(optimizer, params, template, numbers, structure)
 
 
 def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
@@ -200,7 +128,7 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
         tensor(-1.)
     """
     if isinstance(optimizer, TreeOptimizer):
-        return optimizer.to_pure()
+        return _tree_to_pure(optimizer)
     if type(optimizer) in (torch.optim.LBFGS, LBFGS):
         return _lbfgs_to_pure(optimizer)
     shell = _as_ours(optimizer)
@@ -225,6 +153,17 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
     if isinstance(shell, _classes.SparseAdam):  # whose rule is that of the rows of its gradients
         return Pure(sparse_adam(maximize=opt.maximize), params, state, record)
     return Pure(opt, params, state, record)
+
+
+def _tree_to_pure(optimizer: TreeOptimizer) -> Pure:
+    groups = optimizer.param_groups
+    if len(groups) != 1:
+        raise ValueError(f"there are {len(groups)} groups, but must be one")
+    params = optimizer.params_of(0) if optimizer.structure else _tree_of(groups)
+    return Pure(
+        optimizer.optimizer,
+        *copied((params, optimizer.state_of(0), optimizer.record_of(0))),
+    )
 
 
 def _lbfgs_to_pure(optimizer: torch.optim.Optimizer) -> Pure:
@@ -300,55 +239,3 @@ def _shared(values: Sequence[Any], spec: _tree.Spec) -> Any:
     if all(type(v) is type(first) and bool(v == first) for v in values):
         return first
     return _tree.unflatten(values, spec)
-
-
-def _records(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The records in a tree of hyperparameters, and where they stand."""
-    if _is_record(tree):
-        yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, child in tree.items():
-            yield from _records(child, (*path, str(key)))
-    elif isinstance(tree, (tuple, list)):
-        for i, child in enumerate(tree):
-            yield from _records(child, (*path, str(i)))
-
-
-def _is_record(node: Any) -> bool:
-    return type(node) in hyper.FIELDS
-
-
-def _numbers(template: Any) -> dict[str, Any]:
-    """The hyperparameters by name; one whose name is not unique has its part's before it."""
-    fields = [
-        (path, field.name, getattr(record, field.name))
-        for path, record in _records(template)
-        for field in hyper.FIELDS[type(record)]
-    ]
-    names = Counter(name for _, name, _ in fields)
-    return {
-        name if names[name] == 1 else ".".join((*path, name)): value for path, name, value in fields
-    }
-
-
-def _with_numbers(template: Any, group: Group) -> Any:
-    """The records with the values of a group."""
-    values = iter([group[name] for name in _numbers(template)])
-
-    def filled(record: Any) -> Any:
-        fields = hyper.FIELDS[type(record)]
-        return hyper.assemble(type(record), [next(values) for _ in fields])
-
-    return _tree.map(filled, template, is_leaf=_is_record)
-
-
-def _template(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The records that a maker makes, and the values of `given` put in, checked."""
-    template = maker(**{name: value for name, value in given.items() if "." not in name})
-    numbers = _numbers(template)
-    if unknown := given.keys() - numbers.keys():
-        raise TypeError(f"there is no hyperparameter {sorted(unknown)[0]!r}, only {list(numbers)}")
-    numbers |= given
-    for _, record in _records(_with_numbers(template, numbers)):
-        type(record)(**{f.name: getattr(record, f.name) for f in hyper.FIELDS[type(record)]})
-    return template, numbers

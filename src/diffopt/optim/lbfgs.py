@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt import _tree
 from diffopt._modes import number_of
 from diffopt.optim._checkpoints import Checkpoints
+from diffopt.optim._groups import is_number, plain_number
 from diffopt.rules._line_search import Point, strong_wolfe
 from diffopt.rules.lbfgs import LEAST_CURVATURE, curvature, direction, first_length, flat, real
 
+_LISTS = ("old_dirs", "old_stps", "ro")
 MEMORY = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
 
 
@@ -74,7 +77,11 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
             raise ValueError(
                 f"LBFGS has one parameter group, but there are {len(self.param_groups)}"
             )
-        group = self.param_groups[0]
+        self.check_numbers()
+        group = self.param_groups[0].copy()
+        for key, default in self.defaults.items():
+            if is_number(default):
+                group[key] = plain_number(group[key], key)
         if group["line_search_fn"] not in (None, "strong_wolfe"):
             raise RuntimeError("only 'strong_wolfe' is supported")
         state = self.state[group["params"][0]]  # of all parameters, as in torch
@@ -92,6 +99,50 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         finally:
             state.update(memory)
         return first_loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            if "maximize" in self.defaults:  # from torch 2.14 on
+                group.setdefault("maximize", False)
+
+    def state_dtype(self, value: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        whole = flat(p.new_empty(0) for p in group["params"])  # all state is of such vectors
+        return value.dtype if value.is_complex() else whole.dtype
+
+    def check_state(
+        self, row: dict[str, Any], param: Tensor, group: dict[str, Any], name: str
+    ) -> None:
+        size = sum(map(torch.numel, map(real, group["params"])))
+        for key in ("func_evals", "n_iter"):
+            count = row.get(key, 0)
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"{key} of {name} is {count!r}, but must be a count")
+        if not row.get("n_iter"):
+            return
+        if missing := [key for key in MEMORY if key not in row]:
+            raise ValueError(f"the state of {name} has {sorted(row)}, but no {missing[0]}")
+        lengths = {key: len(row[key]) for key in _LISTS if isinstance(row[key], list)}
+        if len(lengths) < len(_LISTS) or len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"{', '.join(_LISTS)} of {name} must be lists of one length, but have {lengths}"
+            )
+        for key in ("d", "prev_flat_grad", "old_dirs", "old_stps"):
+            for vector in row[key] if isinstance(row[key], list) else [row[key]]:
+                _check_vector(vector, size, f"{key} of {name}")
+        for number in (row["t"], row["H_diag"], row["prev_loss"], *row["ro"]):
+            plain_number(number, f"t, H_diag, prev_loss or ro of {name}")
+
+
+def _check_vector(vector: Any, size: int, name: str) -> None:
+    """Raise where a saved vector cannot be one of all parameters."""
+    if not isinstance(vector, Tensor) or not vector.is_floating_point():
+        raise ValueError(f"{name} has {_tree.describe(vector)}, not a floating-point tensor")
+    if vector.shape != (size,):
+        raise ValueError(
+            f"{name} has shape {tuple(vector.shape)}, but must have shape {(size,)}, since the "
+            f"parameters have {size} real numbers"
+        )
 
 
 class _Objective:

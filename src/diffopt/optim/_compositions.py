@@ -1,0 +1,225 @@
+"""What `from_pure` makes of compositions, and of other optimizers that step whole trees."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _torch, _tree
+from diffopt._tree import Tree
+from diffopt.optim._checkpoints import Checkpoints, check_scalar
+from diffopt.optim._groups import plain_number, records, short_names
+from diffopt.optim._plan import Group, name_of
+from diffopt.optimizer import Optimizer
+
+Rows = list[dict[str, Any]]
+
+
+class TreeOptimizer(Checkpoints):
+    """A `torch.optim.Optimizer` that steps the params of a group as one tree."""
+
+    scalar_state = ()
+
+    def __init__(
+        self,
+        optimizer: Optimizer[Any, Any],
+        params: Iterable[Any],
+        template: Any,
+        hparams: dict[str, Any],
+        structure: Tree | None,
+    ) -> None:
+        self.optimizer, self.template, self.structure = optimizer, template, structure
+        self._layouts: dict[int, Layout] = {}
+        super().__init__(params, hparams)
+
+    @_torch.disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step; `closure` reevaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.check_numbers()
+        with torch.no_grad():
+            for arguments in [self._arguments(i) for i in range(len(self.param_groups))]:
+                self.optimizer.update_(*arguments)
+        return loss
+
+    def _arguments(self, i: int) -> tuple[Any, ...]:
+        grads = self.tree(i, [param.grad for param in self.param_groups[i]["params"]])
+        return self.params_of(i), grads, self.state_of(i), self.record_of(i)
+
+    def params_of(self, i: int) -> Tree:
+        return self.tree(i, self.param_groups[i]["params"])
+
+    def record_of(self, i: int) -> Any:
+        """The hyperparameters of a group."""
+        return records(self.template, self.param_groups[i])
+
+    def state_of(self, i: int) -> Any:
+        """The state of a group, put together from the states of its parameters."""
+        params = self.param_groups[i]["params"]
+        layout = self._layouts.get(i)
+        rows = [self.state.get(param) or {} for param in params]
+        if layout is None or not layout.fits(rows):
+            layout, fresh = self._begin(i)
+            self._layouts[i] = layout
+            rows = [new | old for new, old in zip(fresh, rows, strict=True)]
+            self.state.update({p: row for p, row in zip(params, rows, strict=True) if row})
+        return layout.join(rows, [name_of(self.param_groups[i], i, j) for j in range(len(params))])
+
+    def _begin(self, i: int) -> tuple[Layout, Rows]:
+        """How the state of a group is laid out, and the state before the first step."""
+        state = self.optimizer.init(self.params_of(i))
+        layout = Layout(state, self.params_of(i))
+        return layout, layout.split(state)
+
+    def tree(self, i: int, leaves: list[Any]) -> Tree:
+        """What belongs to the params of a group, in the structure that they were given in."""
+        if self.structure is None or i > 0:
+            return leaves
+        return _tree.map(leaves.__getitem__, self.structure)
+
+    def check_numbers(self) -> None:
+        for i, group in enumerate(self.param_groups):
+            for key in self.defaults.keys() & group.keys():
+                for leaf in _tree.leaves(group[key]):
+                    if not isinstance(leaf, Tensor):
+                        plain_number(leaf, f"param_groups[{i}][{key!r}]")
+
+    def state_dtype(self, value: Tensor, param: Tensor, group: Group) -> torch.dtype:
+        return value.dtype  # until _load knows what `init` makes
+
+    def _load(self, saved: dict[Any, Any], groups: list[Group]) -> None:
+        super()._load(saved, groups)
+        self._layouts = {}
+        for i, group in enumerate(self.param_groups):
+            if any(self.state.get(param) for param in group["params"]):
+                self._fit(i)
+
+    def _fit(self, i: int) -> None:
+        """Bring a saved state to the dtypes and devices that `init` chooses."""
+        params = self.param_groups[i]["params"]
+        names = [name_of(self.param_groups[i], i, j) for j in range(len(params))]
+        layout, fresh = self._begin(i)
+        for param, row, name in zip(params, fresh, names, strict=True):
+            old = self.state.get(param, {})
+            self.state[param] = old | {k: _like(old, k, row[k], name) for k in row}
+        layout.join([self.state[param] for param in params], names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"optimizer": self.optimizer, "template": self.template, "structure": self.structure}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._layouts = {}
+
+
+class Layout:
+    """Where the leaves of a state stand in the states of single parameters.
+
+    Of a tree like params each parameter has its own leaf. Of what belongs to the whole tree, all
+    parameters have a 0-d tensor, such as a count of steps, and it is one object; the first has
+    what is greater, such as the history of L-BFGS.
+    """
+
+    def __init__(self, state: Any, params: Tree) -> None:
+        tensors, self.params = _tree.flatten(params)
+        nodes, self.state = _tree.flatten(state, lambda node: self._leaves(node) is not None)
+        paths = _tree.paths(_tree.unflatten(range(len(nodes)), self.state), "")
+        self.names = short_names([re.findall(r"[^\[\]'.]+", path) or ["state"] for path in paths])
+        self.rest: dict[str, Any] = {}
+        """What is no tensor, and never changes."""
+        self.shared: set[str] = set()
+        self.owners: dict[str, list[bool]] = {}
+        for name, node in zip(self.names, nodes, strict=True):
+            leaves = self._leaves(node)
+            if leaves is not None:
+                self.owners[name] = [isinstance(leaf, Tensor) for leaf in leaves]
+            elif isinstance(node, Tensor):
+                self.shared.add(name)
+                self.owners[name] = [node.dim() == 0 or j == 0 for j in range(len(tensors))]
+            else:
+                self.rest[name] = node
+
+    def _leaves(self, node: Any) -> list[Any] | None:
+        """The leaves of a tree like params; [] where a part of a partition has none."""
+        try:
+            leaves = self.params.flatten_up_to(node)
+        except ValueError:
+            return None
+        fits = all(isinstance(leaf, Tensor) or leaf == [] for leaf in leaves)
+        return leaves if fits and not isinstance(node, Tensor) else None
+
+    def split(self, state: Any) -> Rows:
+        """The states of the parameters."""
+        rows: Rows = [{} for _ in range(self.params.num_leaves)]
+        for name, node in zip(self.names, self.state.flatten_up_to(state), strict=True):
+            owners = self.owners.get(name, [])
+            leaves = [node] * len(rows) if name in self.shared else self._leaves(node)
+            for row, leaf, own in zip(rows, leaves or (), owners, strict=False):
+                if own:
+                    row[name] = leaf
+        return rows
+
+    def fits(self, rows: Rows) -> bool:
+        """Whether the parameters have all that the state is made of."""
+        return all(
+            name in row
+            for name, owners in self.owners.items()
+            for row, own in zip(rows, owners, strict=True)
+            if own
+        )
+
+    def join(self, rows: Rows, names: list[str]) -> Any:
+        """The state. `names` are those of the parameters."""
+        nodes: list[Any] = []
+        for name in self.names:
+            if name in self.rest:
+                nodes.append(self.rest[name])
+            elif name in self.shared:
+                nodes.append(self._one(name, rows, names))
+            else:
+                pairs = zip(rows, self.owners[name], strict=True)
+                leaves = [row[name] if own else [] for row, own in pairs]
+                nodes.append(_tree.unflatten(leaves, self.params))
+        return _tree.unflatten(nodes, self.state)
+
+    def _one(self, name: str, rows: Rows, names: list[str]) -> Tensor:
+        """What parameters share; where each was given its own, they must be equal."""
+        first = rows[0][name]
+        for row, param, own in zip(rows, names, self.owners[name], strict=True):
+            if own and row[name] is not first:
+                if not torch.equal(torch.as_tensor(row[name]), torch.as_tensor(first)):
+                    raise ValueError(
+                        f"{name} of {param} is {row[name]}, but {name} of {names[0]} is {first}: "
+                        "all parameters of a group share it"
+                    )
+                row[name] = first
+        return first
+
+
+def _like(row: dict[str, Any], key: str, fresh: Tensor, name: str) -> Tensor:
+    """A saved tensor, as `init` would have made it."""
+    if key not in row:
+        raise ValueError(
+            f"loaded state dict does not match the optimizer: the state of {name} has "
+            f"{sorted(map(str, row))}, but no {key}"
+        )
+    value = row[key]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key} of {name} is {_tree.describe(value)}, not a tensor")
+    kinds = [(x.is_floating_point(), x.is_complex(), tuple(x.shape)) for x in (value, fresh)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{key} of {name} has shape {tuple(value.shape)} and dtype {value.dtype}, but must "
+            f"have shape {tuple(fresh.shape)} and dtype {fresh.dtype}"
+        )
+    if key.rpartition(".")[2] == "step":
+        check_scalar("step", value, name)
+    return value.to(fresh.device, fresh.dtype)

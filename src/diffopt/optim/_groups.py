@@ -1,0 +1,183 @@
+"""The numbers in parameter groups, which anybody may overwrite between steps.
+
+A group has the fields of a record under the names that schedulers of torch.optim know: `lr`, and
+`betas` for beta1 and beta2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
+from typing import Any, SupportsFloat
+
+from torch import Tensor
+
+from diffopt import _tree
+from diffopt._rule import hyper
+
+_BETAS = ("beta1", "beta2")
+
+_PLAIN = (float, int)
+_FLAGS = (bool, str, type(None))
+_MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon
+
+
+def plain_number(value: Any, name: str) -> Any:
+    """A Python number, or a 0-d tensor; numbers of other kinds, such as numpy's, become Python's.
+
+    Raises:
+        TypeError: the value is not a number.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return value.squeeze() if value.dim() else value
+    elif isinstance(value, SupportsFloat):
+        with contextlib.suppress(TypeError, ValueError):  # from an array of several numbers
+            return int(value) if isinstance(value, Integral) else float(value)
+    raise TypeError(f"{name} is {_tree.describe(value)}, but must be a number")
+
+
+def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Raise where a group has something else than a number for what is one by default.
+
+    As in torch.optim, ranges are checked in constructors only: a schedule may leave them.
+    """
+    for i, group in enumerate(groups):
+        for key, default in defaults.items():
+            if type(default) in _FLAGS:
+                continue
+            value = group.get(key)
+            if type(default) is tuple:
+                _check_tuple(key, value, len(default), i)
+            elif type(value) not in _PLAIN and is_number(default):
+                plain_number(value, f"param_groups[{i}][{key!r}]")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a default is a number, and not a flag."""
+    return type(value) not in _FLAGS and isinstance(value, SupportsFloat)
+
+
+def _check_tuple(key: str, values: Any, length: int, i: int) -> None:
+    name = f"param_groups[{i}][{key!r}]"
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != length:
+        raise TypeError(f"{name} is {_tree.describe(values)}, but must be {length} numbers")
+    for k, value in enumerate(values):
+        if type(value) not in _PLAIN and not (value is None and (key, k) == _MAY_BE_NONE):
+            plain_number(value, f"{name}[{k}]")
+
+
+def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The group with `betas` in place of beta1 and beta2, where it has `betas` by default."""
+    if "betas" in defaults and group.keys() & set(_BETAS):
+        old = group.get("betas", defaults["betas"])
+        group["betas"] = tuple(group.pop(name, old[k]) for k, name in enumerate(_BETAS))
+    return group
+
+
+def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The records that a maker makes, and their fields as options of a group, checked.
+
+    Where several parts have an `lr`, so that they are "part.lr", `lr` is a common factor: what a
+    scheduler does to it is done to all.
+    """
+    given = dict(given)
+    if "betas" in given:
+        given |= zip(_BETAS, given.pop("betas"), strict=True)
+    template = _made(maker, given)
+    template = _tree.map(
+        _checked, records(template, _numbers(template) | given), is_leaf=_is_record
+    )
+    numbers = _numbers(template)
+    if numbers.keys() >= set(_BETAS):
+        numbers["betas"] = tuple(numbers.pop(name) for name in _BETAS)
+    if "lr" not in numbers and any(name.endswith(".lr") for name in numbers):
+        numbers["lr"] = 1.0
+    return template, numbers
+
+
+def _made(maker: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """The records of a maker, whose keywords have no dots; an unknown name raises."""
+    try:
+        template = maker(**{name: value for name, value in given.items() if "." not in name})
+    except TypeError:
+        _refuse_unknown(given, _numbers(maker()))
+        raise
+    _refuse_unknown(given, _numbers(template))
+    return template
+
+
+def _refuse_unknown(given: dict[str, Any], known: dict[str, Any]) -> None:
+    if unknown := given.keys() - known.keys():
+        raise TypeError(f"there is no hyperparameter {min(unknown)!r}, only {list(known)}")
+
+
+def records(template: Any, group: Mapping[str, Any]) -> Any:
+    """The records with the values of a group."""
+    values = iter([_value(group, name) for name in _numbers(template)])
+
+    def filled(record: Any) -> Any:
+        return hyper.assemble(type(record), [next(values) for _ in _fields(record)])
+
+    return _tree.map(filled, template, is_leaf=_is_record)
+
+
+def _value(group: Mapping[str, Any], name: str) -> Any:
+    if name in _BETAS and name not in group:
+        return _plain(group["betas"][_BETAS.index(name)], name)
+    factor = group.get("lr", 1.0) if name.endswith(".lr") else 1.0
+    rate = _plain(group[name], name)
+    if type(factor) is float and factor == 1:
+        return rate
+    return _tree.map(lambda x: x * factor, rate)
+
+
+def _plain(tree: Any, name: str) -> Any:
+    """The same hyperparameter in Python's numbers and tensors."""
+    if type(tree) in _PLAIN:
+        return tree
+    return _tree.map(lambda x: x if isinstance(x, Tensor) else plain_number(x, name), tree)
+
+
+def _checked(record: Any) -> Any:
+    return type(record)(**{field.name: getattr(record, field.name) for field in _fields(record)})
+
+
+def _numbers(template: Any) -> dict[str, Any]:
+    """The hyperparameters by name; one whose name is not unique has its part's before it."""
+    fields = [
+        ((*path, field.name), getattr(record, field.name))
+        for path, record in _records(template)
+        for field in _fields(record)
+    ]
+    return dict(zip(short_names([path for path, _ in fields]), [v for _, v in fields], strict=True))
+
+
+def short_names(paths: Sequence[Sequence[str]]) -> list[str]:
+    """The last part of each path where it is unique, else all of the path."""
+    ends = Counter(path[-1] for path in paths)
+    return [path[-1] if ends[path[-1]] == 1 else ".".join(path) for path in paths]
+
+
+def _records(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The records in a tree of hyperparameters, and where they stand."""
+    if _is_record(tree):
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, child in tree.items():
+            yield from _records(child, (*path, str(key)))
+    elif isinstance(tree, (tuple, list)):
+        for i, child in enumerate(tree):
+            yield from _records(child, (*path, str(i)))
+
+
+def _is_record(node: Any) -> bool:
+    return type(node) in hyper.FIELDS
+
+
+def _fields(record: Any) -> tuple[hyper.Field, ...]:
+    return hyper.FIELDS[type(record)]
