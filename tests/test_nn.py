@@ -625,3 +625,69 @@ def test_a_call_is_traced_by_torch_compile():
     actual = torch.compile(call, backend="aot_eager", fullgraph=True)(*arguments)
     torch.testing.assert_close(actual, call(*arguments))
     assert functional.buffers["1.num_batches_tracked"] == 0
+
+
+def test_a_name_that_others_begin_with_stands_for_a_part_of_the_model():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+    params = diffopt.nn.functionalize(module).params | {"20.weight": torch.ones(2)}
+    opt = diffopt.adam()
+    state, grads = opt.init(params), {k: torch.ones_like(p) for k, p in params.items()}
+
+    def update(parts, spelled_out):
+        rates = {name: torch.tensor(rate, requires_grad=True) for name, rate in parts.items()}
+        record = opt.hparams(lr=rates if not spelled_out else spelled_out(rates))
+        new, _ = opt.update(params, grads, state, record)
+        loss = sum((i + 1) * p.sum() for i, p in enumerate(new.values()))
+        return new, torch.autograd.grad(loss, [*rates.values()])
+
+    parts = {"20": 0.3, "2.0": 0.2, "0.weight": 0.1, "0.bias": 0.4}
+    actual = update(parts, None)
+    expected = update(
+        parts,
+        lambda r: {
+            "0.weight": r["0.weight"],
+            "0.bias": r["0.bias"],
+            "2.0.weight": r["2.0"],
+            "2.0.bias": r["2.0"],
+            "20.weight": r["20"],
+        },
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        (
+            {"0": 0.1, "0.weight": 0.2, "2": 0.3},
+            "lr has '0' and '0.weight', which both cover '0.weight'",
+        ),
+        ({"0": 0.1}, r"lr\['2.weight'\] is missing"),
+        ({"0": 0.1, "2": 0.2, "3": 0.3}, r"lr\['3'\] is not expected there"),
+        ({"0": 0.1, "2": 0.2, "0.w": 0.3}, r"lr\['0.w'\] is not expected there"),
+    ],
+)
+def test_names_of_parts_that_do_not_fit_are_refused(rates, message):
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1, bias=False))
+    params, opt = diffopt.nn.functionalize(module).params, diffopt.sgd()
+    with pytest.raises(ValueError, match=message):
+        opt.update(params, params, opt.init(params), opt.hparams(lr=rates))
+
+
+@pytest.mark.parametrize("optimizer", ["partition", "masked"])
+def test_names_of_parts_serve_transforms_too(optimizer):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    params = dict(module.named_parameters())
+    sgd = diffopt.sgd()
+    if optimizer == "partition":
+        opt = diffopt.transforms.partition({"a": sgd, "b": sgd}, {"0": "a", "2": "b"})
+        record = opt.hparams({"a": sgd.hparams(lr={"0": 0.1, "2": 9.0}), "b": sgd.hparams(lr=0.2)})
+    else:
+        opt = diffopt.transforms.masked(sgd, {"0": True, "2": False})
+        record = opt.hparams(lr=0.1)
+    new, _ = opt.update(params, params, opt.init(params), record)
+    torch.testing.assert_close(new["0.weight"], 0.9 * params["0.weight"])
+    torch.testing.assert_close(
+        new["2.weight"], (0.8 if optimizer == "partition" else 1) * params["2.weight"]
+    )
