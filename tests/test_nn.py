@@ -691,3 +691,72 @@ def test_names_of_parts_serve_transforms_too(optimizer):
     torch.testing.assert_close(
         new["2.weight"], (0.8 if optimizer == "partition" else 1) * params["2.weight"]
     )
+
+
+class Words(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 3, sparse=sparse), nn.Linear(3, 1)
+
+    def forward(self, words):
+        return self.head(torch.tanh(self.table(words)).mean(1))
+
+
+def sparse_beside_dense(kind, params):
+    """An optimizer that gives the table to SparseAdam, and its hyperparameters."""
+    sparse, dense = diffopt.sparse_adam(), diffopt.sgd()
+    if kind == "masked":
+        opt = diffopt.transforms.masked(sparse, {"table": True, "head": False})
+        return opt, opt.hparams(lr=0.1)
+    labels = {name: "sparse" if name.startswith("table") else "dense" for name in params}
+    opt = diffopt.transforms.partition({"sparse": sparse, "dense": dense}, labels)
+    return opt, opt.hparams({"sparse": sparse.hparams(lr=0.1), "dense": dense.hparams(lr=0.2)})
+
+
+@pytest.mark.parametrize("kind", ["partition", "masked"])
+def test_a_sparse_embedding_is_trained_beside_dense_layers(kind):
+    torch.manual_seed(0)
+    module, words = Words(sparse=True).double(), torch.tensor([[0, 1, 1], [4, 5, 1]])
+    functional = diffopt.nn.functionalize(module)
+    opt, hp = sparse_beside_dense(kind, functional.params)
+
+    def loss(params):
+        return functional(params, {}, words)[0].square().mean()
+
+    start = {name: p.detach().clone() for name, p in functional.params.items()}
+    sol = diffopt.minimize(loss, start, optimizer=opt, hparams=hp, steps=3, adjoint=None)
+    in_place, state = {k: p.clone().requires_grad_() for k, p in start.items()}, opt.init(start)
+    for _ in range(3):
+        tensors = [*in_place.values()]
+        grads = dict(zip(in_place, torch.autograd.grad(loss(in_place), tensors), strict=True))
+        opt.update_(in_place, grads, state, hp)
+    optimizers = [torch.optim.SparseAdam([module.table.weight], lr=0.1)]
+    if kind == "partition":
+        optimizers.append(torch.optim.SGD(module.head.parameters(), lr=0.2))
+    for _ in range(3):
+        module.zero_grad()
+        module(words).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(sol.params, dict(module.named_parameters()))
+    torch.testing.assert_close(in_place, dict(module.named_parameters()))
+
+
+def test_optimizers_that_take_no_sparse_gradients_say_what_to_do():
+    functional = diffopt.nn.functionalize(Words(sparse=True))
+    opt, words = diffopt.sgd(), torch.tensor([[0, 1]])
+
+    def loss(params):
+        return functional(params, {}, words)[0].square().mean()
+
+    with pytest.raises(
+        ValueError, match=r"grads\['table.weight'\] .* sparse=False, or .* sparse_adam"
+    ):
+        diffopt.minimize(
+            loss,
+            functional.params,
+            optimizer=opt,
+            hparams=opt.hparams(lr=0.1),
+            steps=1,
+            adjoint=None,
+        )
