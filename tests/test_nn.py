@@ -760,3 +760,10 @@ def test_optimizers_that_take_no_sparse_gradients_say_what_to_do():
             steps=1,
             adjoint=None,
         )
+
+
+def test_running_averages_carry_no_derivative():
+    functional = diffopt.nn.functionalize(model())
+    _, buffers = functional(functional.params, functional.buffers, data().requires_grad_())
+    assert not torch.equal(buffers["1.running_mean"], functional.buffers["1.running_mean"])
+    assert not any(b.requires_grad for b in buffers.values())

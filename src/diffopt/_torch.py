@@ -109,6 +109,11 @@ def node_number(node: Any) -> int:
     return node._sequence_nr()
 
 
+def weight_norm_inputs(node: Any) -> tuple[Tensor, Tensor, int]:
+    """What the node of a weight normalisation has saved: direction, norms and dimension."""
+    return node._saved_v, node._saved_g, node._saved_dim
+
+
 def mps_generator() -> torch.Generator:
     """The default random number generator of MPS."""
     return _torch.mps._get_default_mps_generator()

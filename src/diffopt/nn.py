@@ -57,6 +57,9 @@ def functionalize(module: nn.Module) -> Functional:
     register a buffer. References to submodules from plain attributes, containers, functions and
     objects that the module holds lead to the replica too, but not from further inside such objects.
 
+    Running averages that `batch_norm` writes into buffers carry no derivative: torch's kernel gives
+    them none.
+
     Args:
         module: any module. A parameter with `requires_grad=False` counts as a buffer, so that no
             optimizer moves it. A tensor that is reachable by several names (tied weights) stands

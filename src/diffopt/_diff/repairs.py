@@ -98,7 +98,7 @@ def _weight_norm_gradient(node: Any) -> Callable[..., tuple[Tensor | None, ...]]
 
     What it holds of the node must not lead back to it: the cycle would never be freed.
     """
-    v, g, dim = node._saved_v, node._saved_g, node._saved_dim
+    v, g, dim = _torch.weight_norm_inputs(node)
 
     def gradient(
         grads: Sequence[Tensor | None], cotangents: Sequence[Tensor]
