@@ -767,3 +767,14 @@ def test_running_averages_carry_no_derivative():
     _, buffers = functional(functional.params, functional.buffers, data().requires_grad_())
     assert not torch.equal(buffers["1.running_mean"], functional.buffers["1.running_mean"])
     assert not any(b.requires_grad for b in buffers.values())
+
+
+def test_modules_that_fsdp_has_sharded_are_refused():
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    module = smooth()
+    module[2].__class__ = type(
+        "FSDPLinear", (fsdp.FSDPModule, nn.Linear), {}
+    )  # as fully_shard does
+    with pytest.raises(ValueError, match=r"module.2 is sharded by FSDP \(fully_shard\)"):
+        diffopt.nn.functionalize(module)
+    assert diffopt.nn.decay_mask(module)["2.weight"]
