@@ -1,12 +1,29 @@
 """functionalize(): modules as pure functions of their parameters and buffers."""
 
 import copy
+import functools
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import diffopt
+from diffopt.adjoint import (
+    Checkpointed,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    OneStep,
+    Reversible,
+    Truncated,
+    Unrolled,
+)
 
 
 def model(*, track=True):
@@ -217,3 +234,547 @@ def test_errors(change, message):
     change(params, buffers)
     with pytest.raises(ValueError, match=message):
         functional(params, buffers, data())
+
+
+@pytest.mark.parametrize(
+    ("params", "buffers", "message"),
+    [
+        (
+            None,
+            {},
+            "params is None, not a dictionary of the module's parameters: call model\\(params",
+        ),
+        ([1], {}, "params is \\[1\\] of type list, not a dictionary"),
+        (
+            {},
+            torch.ones(6, 3),
+            "buffers is a tensor of shape \\(6, 3\\), not a dictionary of the module",
+        ),
+        (
+            {},
+            None,
+            "buffers is None, not a dictionary .* has none: call model\\(params, {}, \\*inputs",
+        ),
+        ({"bias": 3}, {}, "params\\['bias'\\] is 3 of type int, not a tensor"),
+    ],
+)
+def test_what_is_not_a_dictionary_of_tensors_is_refused(params, buffers, message):
+    functional = diffopt.nn.functionalize(nn.Linear(3, 2))
+    if isinstance(params, dict):
+        params = functional.params | params
+    with pytest.raises(TypeError, match=message):
+        functional(params, buffers, torch.ones(6, 3))
+
+
+class Recomputed(nn.Module):
+    """A block of it is not kept for the backward pass."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Linear(4, 1)
+        self.way = way
+
+    def block(self, x):
+        return torch.tanh(self.norm(torch.tanh(self.first(x))))
+
+    def forward(self, x):
+        if self.way == "plain":
+            return self.last(self.block(x))
+        if self.way == "sequential":
+            layers = nn.Sequential(self.first, nn.Tanh(), self.norm, nn.Tanh())
+            return self.last(checkpoint_sequential(layers, 2, x, use_reentrant=False))
+        if self.way == "nested":
+            inner = functools.partial(checkpoint, self.block, use_reentrant=False)
+            return self.last(checkpoint(inner, x, use_reentrant=False))
+        if self.way == "submodule":
+            x = torch.tanh(checkpoint(self.first, x, use_reentrant=False))
+            return self.last(torch.tanh(checkpoint(self.norm, x, use_reentrant=False)))
+        if self.way == "reentrant":  # the first layer is outside, as its input needs no gradient
+            return self.last(checkpoint(self.norm, self.first(x), use_reentrant=True))
+        return self.last(checkpoint(self.block, x, use_reentrant=False))
+
+
+def adapted(way, adjoint):
+    """The end of an inner loop, and its derivatives with respect to its start and the rates."""
+    torch.manual_seed(0)
+    functional, x = diffopt.nn.functionalize(Recomputed(way).double()), data()
+    opt = diffopt.sgd(momentum=True)
+    rates = {name: torch.tensor(0.1, requires_grad=True) for name in functional.params}
+
+    def loss(params, x):
+        return (functional(params, functional.buffers, x)[0] - 1).square().mean()
+
+    sol = diffopt.minimize(
+        loss,
+        functional.params,
+        x,
+        optimizer=opt,
+        hparams=opt.hparams(lr=rates, momentum=0.5),
+        steps=3,
+        adjoint=adjoint,
+    )
+    inputs = [*functional.params.values(), *rates.values()]
+    if adjoint is None:
+        return [*sol.params.values()]
+    grads = torch.autograd.grad(loss(sol.params, 2 * x), inputs, materialize_grads=True)
+    return [*sol.params.values(), *grads]
+
+
+@pytest.mark.parametrize("way", ["block", "sequential", "nested", "submodule"])
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        None,
+        Unrolled(),
+        Checkpointed(),
+        Checkpointed(hvp="forward-over-reverse"),
+        Truncated(2),
+        FirstOrder(),
+        OneStep(),
+        Reversible(),
+    ],
+    ids=lambda adjoint: type(adjoint).__name__,
+)
+def test_a_block_that_is_recomputed_gives_the_same(way, adjoint):
+    actual, expected = adapted(way, adjoint), adapted("plain", adjoint)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), ForwardMode()], ids=["Implicit", "ForwardMode"])
+def test_adjoints_that_cannot_recompute_a_block_raise(adjoint):
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        adapted("block", adjoint)
+
+
+def test_torch_func_refuses_a_block_that_is_recomputed():
+    functional = diffopt.nn.functionalize(Recomputed("block").double())
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        torch.func.grad(lambda p: functional(p, {}, data())[0].sum())(functional.params)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_recomputation_reaches_the_given_tensors_by_backward():
+    torch.manual_seed(0)
+    module = Recomputed("reentrant").double()
+    functional, x = diffopt.nn.functionalize(module), data().requires_grad_()
+    params = {k: (2 * p).detach().requires_grad_() for k, p in functional.params.items()}
+    functional(params, {}, x)[0].sum().backward()
+    actual = {k: p.grad for k, p in params.items()}
+    module.block = lambda x: module.norm(module.first(x))
+    module.way = "plain"
+    expected = torch.func.grad(lambda p: functional(p, {}, x)[0].sum())(params)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [None, Unrolled(), Checkpointed(), FirstOrder(), Implicit(), Reversible(), ForwardMode()],
+    ids=lambda adjoint: type(adjoint).__name__,
+)
+def test_reentrant_recomputation_through_which_no_gradient_arrives_is_refused(adjoint):
+    with pytest.raises(ValueError, match="call it with use_reentrant=False"):
+        adapted("reentrant", adjoint)
+
+
+class Normalized(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer, self.norm, self.head = wrap(nn.Linear(3, 4)), nn.BatchNorm1d(4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.layer(x))))
+
+
+def pruned(layer):
+    generator = torch.Generator().manual_seed(0)
+    return prune.custom_from_mask(layer, "weight", torch.rand(4, 3, generator=generator) > 0.5)
+
+
+WRAPPINGS = {
+    "plain": lambda layer: layer,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "pruned": pruned,
+    "data parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
+def test_threads_may_share_a_functionalized_module(wrap):
+    torch.manual_seed(0)
+    module = Normalized(wrap).double()
+    functional, opt = diffopt.nn.functionalize(module), diffopt.sgd()
+    tensors, values = [*module.parameters()], copy.deepcopy(module.state_dict())
+
+    def loss(params, buffers, x):
+        y, buffers = functional(params, buffers, x)
+        return (y - 1).square().mean(), buffers
+
+    def task(index):
+        sol = diffopt.minimize(
+            loss,
+            functional.params,
+            (1 + index) * data(),
+            optimizer=opt,
+            hparams=opt.hparams(lr=0.1),
+            steps=6,
+            buffers=functional.buffers,
+            adjoint=None,
+        )
+        return sol.params, sol.buffers
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = [*pool.map(task, range(8))]
+    finally:
+        sys.setswitchinterval(interval)
+    torch.testing.assert_close(found, [task(index) for index in range(8)])
+    assert all(p is q for p, q in zip(module.parameters(), tensors, strict=True))
+    torch.testing.assert_close(module.state_dict(), values, rtol=0, atol=0)
+
+
+class Failing(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.layer, self.error = nn.Linear(3, 3), error
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.kept = x = self.layer(x)
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_inside_the_module_leaves_it_as_it_was(error):
+    module = Failing(error).double()
+    attributes, tensors = dict(vars(module)), [*module.parameters(), *module.buffers()]
+    functional = diffopt.nn.functionalize(module)
+    with pytest.raises(error):
+        functional({k: p + 1 for k, p in functional.params.items()}, functional.buffers, data())
+    assert vars(module) == attributes
+    assert all(
+        a is b for a, b in zip([*module.parameters(), *module.buffers()], tensors, strict=True)
+    )
+    assert module.calls == 0
+
+
+class Observer:
+    """An object of a user's, which holds the module it belongs to."""
+
+    def __init__(self, module):
+        self.module, self.seen = module, []
+
+    def hook(self, module, inputs, output):
+        self.seen.append(output.detach())
+        return output + self.module.a.bias.sum()
+
+
+class Entangled(nn.Module):
+    """Its parts are referred to from many places beside its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.order, self.table, self.weights = [self.a, self.b], {"a": (self.a,)}, [self.b.weight]
+        self.index = {self.a: 0.5}
+        self.method, self.partial = self.first, functools.partial(Entangled.second, self)
+        a, b, forward = self.a, self.b, self.a.forward
+        self.closure, self.default = (lambda x: b(x)), (lambda x, layer=a: layer(x))
+        self.a.forward = lambda x: 2 * forward(x)
+        self.observer = Observer(self)
+        self.b.register_forward_hook(self.observer.hook)
+        self.a.__dict__["parent"] = self
+
+    def first(self, x):
+        return self.a(x) + 1
+
+    def second(self, x):
+        return self.a.parent.b(x)
+
+    def forward(self, x):
+        for layer in self.order:
+            x = layer(x)
+        x = self.table["a"][0](x) @ self.weights[0] * self.index[self.a]
+        return self.default(self.closure(self.partial(self.method(x))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(3, 4, 2), nn.GRU(4, 2)
+
+    def forward(self, x):
+        return self.gru(self.lstm(x[None])[0])[0]
+
+
+def compiled():
+    return torch.compile(smooth(), backend="eager")
+
+
+def compiled_in_place():
+    module = smooth()
+    module.compile(backend="eager")
+    return module
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Entangled, Recurrent, Tied, compiled, compiled_in_place, lambda: Normalized(pruned)],
+    ids=["Entangled", "Recurrent", "Tied", "compiled", "compiled in place", "pruned"],
+)
+def test_the_call_uses_the_given_tensors_wherever_the_module_refers_to_its_own(make):
+    torch.manual_seed(0)
+    module = make().double()
+    functional, x = diffopt.nn.functionalize(module), data()
+    params = {k: (0.5 * p + 0.1).detach().requires_grad_() for k, p in functional.params.items()}
+    actual = functional(params, functional.buffers, x)[0]
+    if isinstance(module, Entangled):
+        assert len(module.observer.seen) == 3
+        module.weights[0] = params["b.weight"]
+    buffers = {k: b.clone() for k, b in functional.buffers.items()}
+    expected = functional_call(module, params | buffers, (x,))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.sum(), [*params.values()]),
+        torch.autograd.grad(expected.sum(), [*params.values()]),
+    )
+
+
+def replace_tensors(module):
+    module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+
+
+def replace_buffer(module):
+    module[1].running_mean = torch.zeros(4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_tensors, "'0.weight' has been replaced"),
+        (replace_buffer, "'1.running_mean' has been replaced"),
+        (lambda m: m[0].requires_grad_(False), "'0.weight' has been frozen"),
+        (lambda m: m.__setitem__(0, nn.Linear(3, 4).double()), "'0.weight' has been replaced"),
+        (lambda m: m.append(nn.Linear(1, 1)), r"'3.(weight|bias)' has been added"),
+        (lambda m: m.__delitem__(2), r"'2.(weight|bias)' has been removed"),
+        (lambda m: prune.identity(m[0], "weight"), r"'0.weight\w*' has been (added|removed)"),
+    ],
+)
+@pytest.mark.parametrize("way", ["call", "minimize"])
+def test_a_module_changed_since_is_not_called_with_what_it_was(change, message, way):
+    module = model()
+    functional = diffopt.nn.functionalize(module)
+    change(module)
+    call = adapt if way == "minimize" else lambda f, params, x: f(params, f.buffers, x)
+    with pytest.raises(ValueError, match=message + ".* call diffopt.nn.functionalize again"):
+        call(functional, functional.params, data())
+    adapted = diffopt.nn.functionalize(module)
+    assert set(adapted.params) == {k for k, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.requires_grad_(True), lambda m: m.load_state_dict(m.state_dict())]
+)
+def test_a_module_whose_tensors_are_the_same_is_called(change):
+    module = model()
+    module[0].requires_grad_(False)
+    functional = diffopt.nn.functionalize(module)
+    change(module)
+    sol = adapt(functional, functional.params, data())
+    assert sol.buffers["0.weight"] is module[0].weight
+
+
+def test_modules_whose_tensors_cannot_be_replaced_are_refused():
+    with pytest.raises(ValueError, match=r"module.0.weight is not initialized yet: run the module"):
+        diffopt.nn.functionalize(nn.Sequential(nn.LazyLinear(2)))
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    with pytest.raises(TypeError, match=r"module.0 is a torch.jit.ScriptModule"):
+        diffopt.nn.functionalize(nn.Sequential(traced))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+def test_a_functional_is_a_value(copied):
+    torch.manual_seed(0)
+    module = Tied().double()
+    module.register_buffer("count", torch.zeros(()))
+    functional = diffopt.nn.functionalize(module)
+    other = copied(functional)
+    assert (
+        repr(other) == "Functional(Tied, params=['first.weight', 'head.weight'], buffers=['count'])"
+    )
+    actual = other(other.params, other.buffers, data())
+    torch.testing.assert_close(actual, functional(*functional[1:], data()))
+    assert other.params["head.weight"] is not functional.params["head.weight"]
+    with torch.no_grad():
+        other.params["head.weight"].zero_()
+    assert not other(other.params, other.buffers, data())[0].any()
+
+
+def test_a_call_is_traced_by_torch_compile():
+    torch.manual_seed(0)
+    functional, x = diffopt.nn.functionalize(model()), data()
+
+    def call(params, buffers, x):
+        return functional(params, buffers, x)
+
+    arguments = functional.params, functional.buffers, x
+    actual = torch.compile(call, backend="aot_eager", fullgraph=True)(*arguments)
+    torch.testing.assert_close(actual, call(*arguments))
+    assert functional.buffers["1.num_batches_tracked"] == 0
+
+
+def test_a_name_that_others_begin_with_stands_for_a_part_of_the_model():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+    params = diffopt.nn.functionalize(module).params | {"20.weight": torch.ones(2)}
+    opt = diffopt.adam()
+    state, grads = opt.init(params), {k: torch.ones_like(p) for k, p in params.items()}
+
+    def update(parts, spelled_out):
+        rates = {name: torch.tensor(rate, requires_grad=True) for name, rate in parts.items()}
+        record = opt.hparams(lr=rates if not spelled_out else spelled_out(rates))
+        new, _ = opt.update(params, grads, state, record)
+        loss = sum((i + 1) * p.sum() for i, p in enumerate(new.values()))
+        return new, torch.autograd.grad(loss, [*rates.values()])
+
+    parts = {"20": 0.3, "2.0": 0.2, "0.weight": 0.1, "0.bias": 0.4}
+    actual = update(parts, None)
+    expected = update(
+        parts,
+        lambda r: {
+            "0.weight": r["0.weight"],
+            "0.bias": r["0.bias"],
+            "2.0.weight": r["2.0"],
+            "2.0.bias": r["2.0"],
+            "20.weight": r["20"],
+        },
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        (
+            {"0": 0.1, "0.weight": 0.2, "2": 0.3},
+            "lr has '0' and '0.weight', which both cover '0.weight'",
+        ),
+        ({"0": 0.1}, r"lr\['2.weight'\] is missing"),
+        ({"0": 0.1, "2": 0.2, "3": 0.3}, r"lr\['3'\] is not expected there"),
+        ({"0": 0.1, "2": 0.2, "0.w": 0.3}, r"lr\['0.w'\] is not expected there"),
+    ],
+)
+def test_names_of_parts_that_do_not_fit_are_refused(rates, message):
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1, bias=False))
+    params, opt = diffopt.nn.functionalize(module).params, diffopt.sgd()
+    with pytest.raises(ValueError, match=message):
+        opt.update(params, params, opt.init(params), opt.hparams(lr=rates))
+
+
+@pytest.mark.parametrize("optimizer", ["partition", "masked"])
+def test_names_of_parts_serve_transforms_too(optimizer):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    params = dict(module.named_parameters())
+    sgd = diffopt.sgd()
+    if optimizer == "partition":
+        opt = diffopt.transforms.partition({"a": sgd, "b": sgd}, {"0": "a", "2": "b"})
+        record = opt.hparams({"a": sgd.hparams(lr={"0": 0.1, "2": 9.0}), "b": sgd.hparams(lr=0.2)})
+    else:
+        opt = diffopt.transforms.masked(sgd, {"0": True, "2": False})
+        record = opt.hparams(lr=0.1)
+    new, _ = opt.update(params, params, opt.init(params), record)
+    torch.testing.assert_close(new["0.weight"], 0.9 * params["0.weight"])
+    torch.testing.assert_close(
+        new["2.weight"], (0.8 if optimizer == "partition" else 1) * params["2.weight"]
+    )
+
+
+class Words(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 3, sparse=sparse), nn.Linear(3, 1)
+
+    def forward(self, words):
+        return self.head(torch.tanh(self.table(words)).mean(1))
+
+
+def sparse_beside_dense(kind, params):
+    """An optimizer that gives the table to SparseAdam, and its hyperparameters."""
+    sparse, dense = diffopt.sparse_adam(), diffopt.sgd()
+    if kind == "masked":
+        opt = diffopt.transforms.masked(sparse, {"table": True, "head": False})
+        return opt, opt.hparams(lr=0.1)
+    labels = {name: "sparse" if name.startswith("table") else "dense" for name in params}
+    opt = diffopt.transforms.partition({"sparse": sparse, "dense": dense}, labels)
+    return opt, opt.hparams({"sparse": sparse.hparams(lr=0.1), "dense": dense.hparams(lr=0.2)})
+
+
+@pytest.mark.parametrize("kind", ["partition", "masked"])
+def test_a_sparse_embedding_is_trained_beside_dense_layers(kind):
+    torch.manual_seed(0)
+    module, words = Words(sparse=True).double(), torch.tensor([[0, 1, 1], [4, 5, 1]])
+    functional = diffopt.nn.functionalize(module)
+    opt, hp = sparse_beside_dense(kind, functional.params)
+
+    def loss(params):
+        return functional(params, {}, words)[0].square().mean()
+
+    start = {name: p.detach().clone() for name, p in functional.params.items()}
+    sol = diffopt.minimize(loss, start, optimizer=opt, hparams=hp, steps=3, adjoint=None)
+    in_place, state = {k: p.clone().requires_grad_() for k, p in start.items()}, opt.init(start)
+    for _ in range(3):
+        tensors = [*in_place.values()]
+        grads = dict(zip(in_place, torch.autograd.grad(loss(in_place), tensors), strict=True))
+        opt.update_(in_place, grads, state, hp)
+    optimizers = [torch.optim.SparseAdam([module.table.weight], lr=0.1)]
+    if kind == "partition":
+        optimizers.append(torch.optim.SGD(module.head.parameters(), lr=0.2))
+    for _ in range(3):
+        module.zero_grad()
+        module(words).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(sol.params, dict(module.named_parameters()))
+    torch.testing.assert_close(in_place, dict(module.named_parameters()))
+
+
+def test_optimizers_that_take_no_sparse_gradients_say_what_to_do():
+    functional = diffopt.nn.functionalize(Words(sparse=True))
+    opt, words = diffopt.sgd(), torch.tensor([[0, 1]])
+
+    def loss(params):
+        return functional(params, {}, words)[0].square().mean()
+
+    with pytest.raises(
+        ValueError, match=r"grads\['table.weight'\] .* sparse=False, or .* sparse_adam"
+    ):
+        diffopt.minimize(
+            loss,
+            functional.params,
+            optimizer=opt,
+            hparams=opt.hparams(lr=0.1),
+            steps=1,
+            adjoint=None,
+        )
+
+
+def test_running_averages_carry_no_derivative():
+    functional = diffopt.nn.functionalize(model())
+    _, buffers = functional(functional.params, functional.buffers, data().requires_grad_())
+    assert not torch.equal(buffers["1.running_mean"], functional.buffers["1.running_mean"])
+    assert not any(b.requires_grad for b in buffers.values())
+
+
+def test_modules_that_fsdp_has_sharded_are_refused():
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    module = smooth()
+    module[2].__class__ = type(
+        "FSDPLinear", (fsdp.FSDPModule, nn.Linear), {}
+    )  # as fully_shard does
+    with pytest.raises(ValueError, match=r"module.2 is sharded by FSDP \(fully_shard\)"):
+        diffopt.nn.functionalize(module)
+    assert diffopt.nn.decay_mask(module)["2.weight"]

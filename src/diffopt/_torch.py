@@ -94,15 +94,34 @@ AccumulateGrad: Any = _C._functions.AccumulateGrad
 profiling: Callable[[], bool] = _torch.autograd._profiler_enabled
 """Whether a profiler is recording."""
 
+next_node: Callable[[], int] = _C._autograd._get_sequence_nr
+"""The number that the next node of autograd's graph gets in this thread."""
+weight_norm: Callable[..., Tensor] = _torch._weight_norm
+"""What `torch.nn.utils.weight_norm` and its parametrization call."""
+
 # torch.optim.
 disable_dynamo: Callable[..., Any] = _torch._disable_dynamo
 """A decorator that keeps torch.compile out of a function, without importing it beforehand."""
+
+
+def node_number(node: Any) -> int:
+    """The number of a node of autograd's graph: later ones of a thread have higher ones."""
+    return node._sequence_nr()
+
+
+def weight_norm_inputs(node: Any) -> tuple[Tensor, Tensor, int]:
+    """What the node of a weight normalisation has saved: direction, norms and dimension."""
+    return node._saved_v, node._saved_g, node._saved_dim
 
 
 def mps_generator() -> torch.Generator:
     """The default random number generator of MPS."""
     return _torch.mps._get_default_mps_generator()
 
+
+# Modules.
+MODULE_TABLES = ("_parameters", "_buffers", "_modules")
+"""The attributes in which a module keeps its parameters, its buffers and its submodules."""
 
 # Kernels for lists of tensors, which torch.optim itself uses.
 

@@ -179,7 +179,8 @@ def broadcast_prefix(
 ) -> tuple[list[Any], Sequence[int]]:
     """The leaves of `prefix`, and for each leaf of `like` the index of the one that covers it.
 
-    `prefix` is a tree whose leaves stand where `like`, of structure `spec`, has whole subtrees.
+    `prefix` is a tree whose leaves stand where `like`, of structure `spec`, has whole subtrees. The
+    names of a module's parameters count as such: "body" covers "body.0.weight" and "body.0.bias".
     Raises `ValueError` with the path of the first difference.
     """
     if is_leaf(prefix):
@@ -187,16 +188,33 @@ def broadcast_prefix(
     values, structure = flatten(prefix)
     if structure == spec:
         return values, range(len(values))
-    difference = _difference(prefix, like, names[0], prefix=True)
+    difference = _difference(_spelled_out(prefix, like, names[0]), like, names[0], prefix=True)
     if difference:
         raise ValueError(f"{names[0]} must be a prefix of {names[1]}: {difference}")
+    numbered = unflatten(range(len(values)), structure)
+    indices, structure = flatten(_spelled_out(numbered, like, names[0]))
     cover = [0] * spec.num_leaves
     positions = unflatten(range(spec.num_leaves), spec)
     subtrees = structure.flatten_up_to(positions)
-    for index, subtree in enumerate(subtrees):
+    for index, subtree in zip(indices, subtrees, strict=True):
         for position in leaves(subtree):
             cover[position] = index
     return values, cover
+
+
+def _spelled_out(prefix: Tree, like: Tree, path: str) -> Tree:
+    """The prefix with each dotted name of `like` in place of one that it begins with."""
+    if not isinstance(prefix, dict) or not isinstance(like, dict) or like.keys() >= prefix.keys():
+        return prefix
+    given, used = cast(dict[Any, Any], prefix), set[Any]()
+    result: dict[Any, Any] = {}
+    for name in cast(dict[Any, Any], like):
+        keys = [key for key in given if name == key or f"{name}".startswith(f"{key}.")]
+        if len(keys) > 1:
+            raise ValueError(f"{path} has {keys[0]!r} and {keys[1]!r}, which both cover {name!r}")
+        used.update(keys)
+        result.update((name, given[key]) for key in keys)
+    return result | {key: value for key, value in given.items() if key not in used}
 
 
 def detach(tree: Tree) -> Tree:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-from torch import Tensor, nn
+from torch import Tensor, jit, nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn.parameter import is_lazy
+
+from diffopt import _modes, _replica, _torch, _tree
 
 
 class Functional(NamedTuple):
@@ -33,14 +37,28 @@ class Functional(NamedTuple):
         """The module's outputs at these tensors, and the buffers after the call."""
         return self.apply(params, buffers, *inputs, **kwargs)
 
+    def __repr__(self) -> str:
+        return f"Functional({self.apply}, params={[*self.params]}, buffers={[*self.buffers]})"
+
 
 def functionalize(module: nn.Module) -> Functional:
     """Make a pure function of a module.
 
     The call computes `module(*inputs, **kwargs)` with `params` and `buffers` in place of the
     module's own tensors. What the module writes into its buffers goes into the new buffers that are
-    returned; the module and the arguments are left alone. The module's mode (`train`, `eval`) is
-    that at the time of the call. Under `torch.vmap`, buffers that are written to must be batched.
+    returned; the module and the arguments are left alone. The module's mode (`train`, `eval`) and
+    its other attributes are those at the time of the call. Under `torch.vmap`, buffers that are
+    written to must be batched.
+
+    A call runs a replica of the module, as `torch.nn.DataParallel` does: the submodules are copied,
+    and everything they hold is shared but for the tensors. So calls may run in several threads at
+    once, and `torch.utils.checkpoint` inside the module recomputes with the tensors of the call.
+    What the module assigns to plain attributes of itself is gone after the call: return it, or
+    register a buffer. References to submodules from plain attributes, containers, functions and
+    objects that the module holds lead to the replica too, but not from further inside such objects.
+
+    Running averages that `batch_norm` writes into buffers carry no derivative: torch's kernel gives
+    them none.
 
     Args:
         module: any module. A parameter with `requires_grad=False` counts as a buffer, so that no
@@ -49,12 +67,17 @@ def functionalize(module: nn.Module) -> Functional:
 
     Returns:
         A `Functional`, which unpacks as `apply, params, buffers`. Its `params` are the module's own
-        tensors: gradients of a solution that started there arrive in the module's parameters.
+        tensors: gradients of a solution that started there arrive in the module's parameters. It is
+        pickled and copied together with the module.
 
     Raises:
-        TypeError: `module` is no module.
-        ValueError: (from the call) `params` or `buffers` miss a name, have one too many, or a
-            parameter's shape is not the module's.
+        TypeError: `module` is not a module, or a part of it is a `torch.jit.ScriptModule`; (from
+            the call) `params` or `buffers` are not dictionaries of tensors.
+        ValueError: the module has parameters that are not initialized yet, or is sharded by FSDP,
+            whose hooks put its own parameters in; (from the call) `params` or `buffers` miss a name
+            or have one too many, a parameter's shape is not the module's, or the module is not what
+            it was: a parameter has been replaced (`load_state_dict(assign=True)`), frozen,
+            unfrozen, added or removed.
 
     Example:
         >>> import torch, diffopt
@@ -68,36 +91,147 @@ def functionalize(module: nn.Module) -> Functional:
     """
     if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"module is {module!r}, not a torch.nn.Module")
-    names = _slots(module)
-    canonical = {id(tensor): name for name, tensor in reversed(names.items())}
-    own = {name: tensor for name, tensor in names.items() if canonical[id(tensor)] == name}
-    params: dict[str, Tensor] = {
-        k: t for k, t in own.items() if isinstance(t, nn.Parameter) and t.requires_grad
-    }
+    _refuse_kinds(module)
+    parameters, others = _places(_parts(module))
+    places = parameters | others
+    canonical = {id(tensor): name for name, tensor in reversed(places.items())}
+    own = {name: tensor for name, tensor in places.items() if canonical[id(tensor)] == name}
+    params = {k: t for k, t in own.items() if k in parameters and t.requires_grad}
     buffers = {k: t for k, t in own.items() if k not in params}
-    aliases = {k: canonical[id(t)] for k, t in names.items() if k not in own}
+    names = {place: canonical[id(tensor)] for place, tensor in places.items()}
+    frozen = frozenset(buffers.keys() & parameters.keys())
+    apply = _Apply(module, params, buffers, frozen, places, names)
+    return Functional(apply, dict(params), dict(buffers))
 
-    def apply(
-        new_params: Mapping[str, Tensor],
-        new_buffers: Mapping[str, Tensor],
+
+@dataclass(frozen=True, eq=False)
+class _Apply:
+    """The call of a module as it was when it was functionalized.
+
+    Attributes:
+        params: its trainable parameters by name.
+        buffers: its other tensors by name.
+        frozen: the names of those among the buffers that are frozen parameters.
+        places: its tensors by place: a tensor may have several.
+        names: for every place, the name of its tensor above.
+    """
+
+    module: nn.Module
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    frozen: frozenset[str]
+    places: dict[str, Tensor]
+    names: dict[str, str]
+
+    def __repr__(self) -> str:
+        return type(self.module).__name__
+
+    def __call__(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
         *inputs: Any,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
-        _check_names("params", new_params, params.keys())
-        _check_names("buffers", new_buffers, buffers.keys())
-        _check_shapes(new_params, params)
-        # The module may write into its buffers, or replace them: functional_call leaves what it
-        # finds afterwards in this dictionary. Frozen parameters are only read.
-        tensors = {
-            k: b if isinstance(buffers[k], nn.Parameter) else b.clone()
-            for k, b in new_buffers.items()
-        }
-        tensors |= new_params
-        tensors |= {alias: tensors[name] for alias, name in aliases.items()}
-        outputs = functional_call(module, tensors, inputs, kwargs, tie_weights=False)
-        return outputs, {name: tensors[name] for name in buffers}
+        self._check("params", params, self.params)
+        self._check("buffers", buffers, self.buffers)
+        _check_shapes(params, self.params)
+        # The module may write into its buffers. Frozen parameters are only read.
+        tensors = {k: b if k in self.frozen else b.clone() for k, b in buffers.items()}
+        tensors |= params
+        if _modes.compiling():  # torch.compile knows this way, and traces one call at a time
+            tensors = {place: tensors[name] for place, name in self.names.items()}
+            outputs = functional_call(self.module, tensors, inputs, kwargs, tie_weights=False)
+            return outputs, {name: tensors[name] for name in self.buffers}
+        parts = _parts(self.module)
+        places = self._same_places(parts, buffers)
+        given = {id(tensor): tensors[self.names[place]] for place, tensor in places.items()}
+        replica = _replica.replica([*parts.values()], given)
+        outputs = replica(*inputs, **kwargs)
+        if len(self.buffers) > len(self.frozen):
+            tensors |= _places(_parts(replica))[1]
+        return outputs, {name: tensors[name] for name in self.buffers}
 
-    return Functional(apply, params, buffers)
+    def _check(self, argument: str, given: Any, own: Mapping[str, Tensor]) -> None:
+        if not isinstance(given, Mapping):
+            call = "params, buffers" if self.buffers else "params, {}"
+            raise TypeError(
+                f"{argument} is {_tree.describe(given)}, not a dictionary of the module's "
+                f"{'parameters' if argument == 'params' else 'buffers'}"
+                f"{'' if own else ', of which it has none'}: call model({call}, *inputs)"
+            )
+        for kind, names in (("misses", own.keys() - given), ("does not know", given.keys() - own)):
+            if names:
+                raise ValueError(f"{argument}: the call {kind} {sorted(names)}")
+        for name, tensor in cast(Mapping[str, Any], given).items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{argument}[{name!r}] is {_tree.describe(tensor)}, not a tensor")
+
+    def _same_places(
+        self, parts: Mapping[str, nn.Module], given: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Every place of the module that holds a tensor, if it is what it was."""
+        parameters, buffers = _places(parts)
+        places = parameters | buffers
+        for place in self.places.keys() ^ places.keys():
+            raise _changed(place, "removed" if place in self.places else "added")
+        for place, tensor in parameters.items():
+            if tensor is not self.places[place]:
+                raise _changed(place, "replaced")
+            trained = tensor.requires_grad or self.names[place] in self.frozen
+            if not trained and isinstance(tensor, nn.Parameter):
+                raise _changed(place, "frozen")
+        for place, tensor in buffers.items():
+            former = self.places[place]
+            if tensor is not former:
+                *_, value = _modes.levels(given[self.names[place]])
+                if value.is_set_to(former):
+                    raise _changed(place, "replaced")
+        return places
+
+
+def _changed(place: str, change: str) -> ValueError:
+    return ValueError(
+        f"{place!r} has been {change} in the module since it was functionalized: call "
+        "diffopt.nn.functionalize again, and go on with its params and buffers"
+    )
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """The module and its submodules, each under its first name."""
+    return dict(cast(Iterable[tuple[str, nn.Module]], module.named_modules()))
+
+
+def _places(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters and the buffers, at every place that holds one."""
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for prefix, part in parts.items():
+        start = f"{prefix}." if prefix else ""
+        for found, table in zip((parameters, buffers), _torch.MODULE_TABLES, strict=False):
+            for name, tensor in vars(part)[table].items():
+                if tensor is not None:
+                    found[start + name] = tensor
+    return parameters, buffers
+
+
+def _refuse_kinds(module: nn.Module) -> None:
+    # What is not imported has not sharded anything, and takes its time to import.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    for name, part in _parts(module).items():
+        path = f"module.{name}" if name else "module"
+        if isinstance(part, sharded):
+            raise ValueError(
+                f"{path} is sharded by FSDP (fully_shard), whose hooks put its own parameters in "
+                "place of those that are given: functionalize a copy of the module that is not "
+                "sharded, which takes DTensors as params"
+            )
+        if isinstance(part, jit.ScriptModule):
+            raise TypeError(f"{path} is a torch.jit.ScriptModule, whose tensors cannot be replaced")
+        for own, tensor in part.named_parameters(recurse=False):
+            if is_lazy(tensor):
+                raise ValueError(f"{path}.{own} is not initialized yet: run the module once before")
 
 
 def decay_mask(module: nn.Module) -> dict[str, bool]:
@@ -129,34 +263,16 @@ def decay_mask(module: nn.Module) -> dict[str, bool]:
         >>> params = dict(model.named_parameters())
         >>> params, state = opt.update(params, params, opt.init(params), hp)
     """
-    return {name: _decays(module, name) for name in functionalize(module).params}
+    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"module is {module!r}, not a torch.nn.Module")
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return {name: _decays(module, name) for name in trained}
 
 
 def _decays(module: nn.Module, name: str) -> bool:
     prefix, _, own = name.rpartition(".")
     bases = type(module.get_submodule(prefix)).__mro__
     return "bias" not in own and not any("norm" in base.__name__.lower() for base in bases)
-
-
-def _slots(module: nn.Module) -> dict[str, Tensor]:
-    """Every place that holds a tensor, once, though its module be reachable by several names."""
-    slots: dict[str, Tensor] = {}
-    for prefix, owner in cast(Iterable[tuple[str, nn.Module]], module.named_modules()):
-        own = itertools.chain(
-            owner.named_parameters(recurse=False, remove_duplicate=False),
-            owner.named_buffers(recurse=False, remove_duplicate=False),
-        )
-        slots |= {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in own}
-    return slots
-
-
-def _check_names(argument: str, given: Mapping[str, Tensor], expected: Any) -> None:
-    for kind, names in (
-        ("misses", expected - given.keys()),
-        ("does not know", given.keys() - expected),
-    ):
-        if names:
-            raise ValueError(f"{argument}: the call {kind} {sorted(names)}")
 
 
 def _check_shapes(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

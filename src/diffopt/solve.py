@@ -74,7 +74,7 @@ def minimize(
             else is one argument.
         state: the optimizer's initial state; `optimizer.init(params)` where it is None.
         buffers: state of the model that the loss hands on from step to step, such as the running
-            statistics of batch normalisation.
+            statistics of batch normalisation (to which torch's kernel gives no derivative).
         has_aux: whether the loss returns something besides its value (and buffers).
         tol: stop as soon as the 2-norm of the gradient of all params is at most this. Under vmap
             each example stops by itself, and under torch.compile, whose programs have no end that

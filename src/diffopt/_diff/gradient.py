@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
 import re
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from diffopt import _modes, _torch, _tree
-from diffopt._diff import functions
+from diffopt._diff import functions, repairs
 from diffopt._diff.captured import graph_leaves, refuse_closed_over, refuse_varying
 from diffopt._tree import Tree
 
@@ -68,7 +63,7 @@ def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor,
     joins: list[Any] = []  # torch.func takes nothing but tensors as auxiliary output
 
     def tensors(params: Tree) -> tuple[Tensor, list[Tensor]]:
-        with contextlib.nullcontext() if _modes.compiling() else _Norms(), _stopping():
+        with repairs.mended():
             value, aux = function(params, inputs)
         values, join = _tree.split(aux)
         joins.append(join)
@@ -87,12 +82,14 @@ def _autograd(
         # Aliases, so that the gradient is partial: not through params that depend on each other,
         # nor through arguments of the loss that depend on params.
         aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
-        with _stopping():
+        first = _torch.next_node()
+        with repairs.mended():
             value, aux = function(_tree.unflatten(aliases, spec), inputs)
         if not value.requires_grad:
             if torch.is_inference_mode_enabled():
                 raise RuntimeError("in torch.inference_mode there are no gradients: use no_grad")
             raise ValueError(_INDEPENDENT)
+        repairs.mend_graph(value, first)
         found: Any = torch.autograd.grad(
             value, aliases, create_graph=create_graph, allow_unused=True
         )
@@ -106,54 +103,6 @@ def _autograd(
 
 
 _INDEPENDENT = "loss does not depend on params: it must compute with its argument"
-
-
-class _Norms(TorchFunctionMode):
-    """Normalisations with their weights multiplied afterwards.
-
-    torch (seen in 2.13) takes second derivatives of layer_norm, batch_norm and instance_norm by
-    their weights wrongly outside of torch.vmap: its rule for batches forgets that the mean and the
-    variance depend on the input.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in (F.layer_norm, F.batch_norm, F.instance_norm):
-            return func(*args, **kwargs)
-        given = inspect.signature(func).bind(*args, **kwargs).arguments
-        weight, bias = given.pop("weight", None), given.pop("bias", None)
-        scaled = result = func(**given)
-        shape = (-1, *(1,) * (result.dim() - 2)) if func is not F.layer_norm else None
-        for operation, x in ((torch.mul, weight), (torch.add, bias)):
-            if x is not None:
-                scaled = operation(scaled, x.reshape(shape) if shape else x)
-        return scaled.to(result.dtype)
-
-
-class _NoGrad(TorchFunctionMode):
-    """`torch.no_grad` in a loss stops forward derivatives too, so that all adjoints agree.
-
-    In torch it does not; what this package does for its own ends is left alone.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is _torch.set_grad_enabled and not _called_by_this_package():
-            _torch.set_forward_enabled(args[0])
-        return result
-
-
-def _called_by_this_package() -> bool:
-    """Whether the innermost function outside of torch, but for the caller, is of this package."""
-    frame: Any = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
-    while frame.f_globals.get("__name__", "").partition(".")[0] == "torch" and frame.f_back:
-        frame = frame.f_back
-    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
-
-
-def _stopping() -> contextlib.AbstractContextManager[Any]:
-    plain = _modes.compiling() or not _modes.forward_differentiated()
-    return contextlib.nullcontext() if plain else _NoGrad()
 
 
 def _forward_over_reverse(
@@ -210,7 +159,7 @@ def _hvp(
         arguments = list(xs)
         for i, x in zip(chosen, chosen_xs, strict=True):
             arguments[i] = x
-        with _NoGrad():
+        with repairs.mended():
             outputs = function(arguments)
         plain = not _modes.transformed()
         if plain and any(id(leaf) not in aliases for leaf in graph_leaves(outputs)):

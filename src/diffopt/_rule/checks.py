@@ -40,8 +40,8 @@ def params(
             )
 
 
-def grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
-    """None, or a dense tensor of the parameter's shape, dtype and device."""
+def grads(grads: list[Any], params: list[Tensor], tree: Tree, *, sparse: bool = False) -> None:
+    """None, or a tensor of the parameter's shape, dtype and device; dense, unless `sparse`."""
     for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
         if grad is None:
             continue
@@ -49,9 +49,13 @@ def grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
         if not (param.is_floating_point() or param.is_complex()):
             path = _tree.paths(tree, "params")[i]
             raise ValueError(f"{path} has dtype {param.dtype}, which cannot follow a gradient")
-        if grad.layout is not torch.strided:
+        if grad.layout is not torch.strided and not sparse:
             path = _tree.paths(tree, "grads")[i]
-            raise ValueError(f"{path} has layout {grad.layout}, but must be dense")
+            raise ValueError(
+                f"{path} has layout {grad.layout}, but must be dense: make the embedding it comes "
+                "from with sparse=False, or update it by sparse_adam (transforms.partition gives "
+                "it one of its own)"
+            )
 
 
 def buffers(

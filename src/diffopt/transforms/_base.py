@@ -152,12 +152,12 @@ class Leaves(NamedTuple):
         return [grad for grad in self.grads if grad is not None]
 
 
-def gather(params: Tree, grads: Tree, *, writable: bool = False) -> Leaves:
+def gather(params: Tree, grads: Tree, *, writable: bool = False, sparse: bool = False) -> Leaves:
     """The leaves, or the error that `Optimizer.update` promises."""
     tensors, spec = _tree.flatten(params)
     checks.params(tensors, params)
     gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-    checks.grads(gradients, tensors, params)
+    checks.grads(gradients, tensors, params, sparse=sparse)
     if writable:
         checks.writable({"params": tensors}, params)
     return Leaves(spec, tensors, gradients)

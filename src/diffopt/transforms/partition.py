@@ -87,7 +87,7 @@ class Partition(Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
         state: dict[Hashable, Any],
         hparams: dict[Hashable, Any],
     ) -> tuple[Tree, dict[Hashable, Any]]:
-        leaves = gather(params, grads)
+        leaves = gather(params, grads, sparse=True)  # where its optimizer takes it
         new_params, new_state = list(leaves.params), dict(state)
         for label, (chosen, arguments) in self._parts(leaves, params, state, hparams).items():
             new, new_state[label] = self.optimizers[label].update(*arguments)
@@ -103,7 +103,7 @@ class Partition(Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
     ) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            leaves = gather(params, grads, writable=True)
+            leaves = gather(params, grads, writable=True, sparse=True)
             parts = self._parts(leaves, params, state, hparams)
             _update_all_([(self.optimizers[label], args) for label, (_, args) in parts.items()])
 
@@ -247,7 +247,7 @@ class MaskedOptimizer(Optimizer[Any, Any]):
         return self.optimizer.init(_pruned(tensors, spec, self._chosen(params, spec)))
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
-        leaves = gather(params, grads)
+        leaves = gather(params, grads, sparse=True)
         chosen, mine = self._parts(leaves, params)
         new, new_state = self.optimizer.update(*mine, state, hparams)
         new_params = list(leaves.params)
@@ -257,7 +257,7 @@ class MaskedOptimizer(Optimizer[Any, Any]):
     def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            _, mine = self._parts(gather(params, grads, writable=True), params)
+            _, mine = self._parts(gather(params, grads, writable=True, sparse=True), params)
             self.optimizer.update_(*mine, state, hparams)
 
     def _parts(self, leaves: Leaves, params: Tree) -> tuple[list[bool], tuple[Tree, Tree]]:

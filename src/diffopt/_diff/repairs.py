@@ -1,0 +1,140 @@
+"""What torch gets wrong in derivatives of a loss, mended.
+
+Each repair names the torch it was seen in. In tests/test_repairs.py a test of torch alone fails for
+each as soon as torch is right: then the repair can go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from diffopt import _modes, _torch
+
+
+def mended() -> contextlib.AbstractContextManager[Any]:
+    """A context in which a loss is right to differentiate by the transforms that are active.
+
+    What plain autograd gets wrong is left to `mend_graph`: torch.compile would trace into a mode.
+    """
+    forward = _modes.forward_differentiated()
+    if _modes.compiling() or not (forward or _modes.transformed()):
+        return contextlib.nullcontext()
+    return _Mended(stops=forward)
+
+
+def mend_graph(value: Tensor, first: int) -> None:
+    """Mend the backward pass of the nodes of autograd's graph that are numbered from `first` on.
+
+    Raises:
+        ValueError: a reentrant checkpoint is among them: `torch.autograd.grad` does not run its
+            backward pass, so that what it computes is a constant.
+    """
+    nodes: list[Any] = [value.grad_fn]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or _torch.node_number(node) < first:
+            continue
+        seen.add(node)
+        nodes.extend(child for child, _ in node.next_functions)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "the loss calls torch.utils.checkpoint with use_reentrant=True, through which no "
+                "gradient reaches params: call it with use_reentrant=False"
+            )
+        if node.name() == "WeightNormInterfaceBackward0":
+            node.register_hook(_weight_norm_gradient(node))
+
+
+class _Mended(TorchFunctionMode):
+    """Functions of torch replaced; with `stops`, `torch.no_grad` stops forward derivatives too."""
+
+    def __init__(self, *, stops: bool) -> None:
+        self.stops = stops
+
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = (_REPLACEMENTS.get(func) or func)(*args, **(kwargs or {}))
+        if self.stops and func is _torch.set_grad_enabled and _by_the_loss():
+            _torch.set_forward_enabled(args[0])
+        return result
+
+
+def _by_the_loss() -> bool:
+    """Whether it is the loss that switches gradients on or off.
+
+    In torch (2.11 to 2.15) `torch.no_grad` leaves forward derivatives on, so that adjoints would
+    disagree. What checkpoints and this package do for their own ends is left alone.
+    """
+    frame: Any = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+    names: list[str] = []
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name not in ("torch.autograd.grad_mode", "torch.utils._contextlib"):
+            names.append(name)
+            if name.partition(".")[0] != "torch":
+                break
+        frame = frame.f_back
+    ours = names[-1].partition(".")[0] == __name__.partition(".")[0]
+    return not ours and names[0] != "torch.utils.checkpoint"
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Weight normalisation in parts: its own double backward is wrong (torch 2.11 to 2.15)."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _weight_norm_gradient(node: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A hook that computes the gradient of weight normalisation so that it can be differentiated.
+
+    What it holds of the node must not lead back to it: the cycle would never be freed.
+    """
+    v, g, dim = _torch.weight_norm_inputs(node)
+
+    def gradient(
+        grads: Sequence[Tensor | None], cotangents: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        norm = torch.norm_except_dim(v, 2, dim)
+        unit, cotangent = v / norm, cotangents[0]
+        dims = [i for i, size in enumerate(norm.shape) if size == 1]
+        along = (unit * cotangent).sum(dims, keepdim=True).reshape(g.shape)
+        pair = g / norm * (cotangent - unit * along), along
+        return tuple(
+            None if grad is None else mended for grad, mended in zip(grads, pair, strict=True)
+        )
+
+    return gradient
+
+
+def _scaled_afterwards(norm: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A normalisation with its weights multiplied afterwards.
+
+    torch (2.11 to 2.15) takes second derivatives of layer_norm, batch_norm and instance_norm with
+    respect to their weights wrongly around torch.vmap: its rule for batches forgets that the mean
+    and the variance depend on the input.
+    """
+    given = _signature(norm).bind(*args, **kwargs).arguments
+    weight, bias = given.pop("weight", None), given.pop("bias", None)
+    scaled = result = norm(**given)
+    shape = (-1, *(1,) * (result.dim() - 2)) if norm is not F.layer_norm else None
+    for operation, x in ((torch.mul, weight), (torch.add, bias)):
+        if x is not None:
+            scaled = operation(scaled, x.reshape(shape) if shape else x)
+    return scaled.to(result.dtype)
+
+
+_signature = functools.cache(inspect.signature)
+_NORMS = (F.layer_norm, F.batch_norm, F.instance_norm)
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    _torch.weight_norm: _weight_norm,
+    **{norm: functools.partial(_scaled_afterwards, norm) for norm in _NORMS},
+}

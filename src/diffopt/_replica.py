@@ -1,0 +1,152 @@
+"""Replicas of modules: what is called in place of a module, with other tensors."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffopt import _torch
+
+
+def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Module:
+    """A copy of the module `parts[0]` with `tensors[id(tensor)]` in place of each of its tensors.
+
+    The parts are the module and all its submodules, which are copied too. Everything else is
+    shared, but for what refers to a part or a tensor: containers, bound methods, functions, and
+    objects (not those inside of them).
+    """
+    known: dict[int, Any] = {**tensors, **{id(part): object.__new__(type(part)) for part in parts}}
+    copies = _Copies(known, _Copies(known, None))
+    for part in parts:
+        attributes = vars(known[id(part)])
+        attributes.update(vars(part))
+        for name, value in vars(part).items():
+            kind: type = type(value)
+            if kind not in _ATOMS and (kind not in _DICTS or value) and name not in _TABLES:
+                attributes[name] = copies.of(value)
+        for name in _TABLES:
+            attributes[name] = {k: known.get(id(v), v) for k, v in attributes[name].items()}
+    return known[id(parts[0])]
+
+
+class _Copies:
+    """What stands for objects in a replica: `known` holds it by the object's identity.
+
+    `inner` is the same inside an object, where no other object is looked into.
+    """
+
+    def __init__(self, known: Mapping[int, Any], inner: _Copies | None) -> None:
+        self.known, self.inner = dict(known), inner
+
+    def of(self, value: Any) -> Any:
+        """What stands for `value`: itself, if nothing in it has to be replaced."""
+        kind: type = type(value)
+        if kind in _ATOMS:
+            return value
+        key = id(value)
+        if key not in self.known:
+            self.known[key] = value  # for what refers to itself
+            follow = next((f for known, f in _FOLLOW if issubclass(kind, known)), None)
+            self.known[key] = follow(self, value) if follow else self.of_object(value)
+        return self.known[key]
+
+    def of_values(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {name: self.of(value) for name, value in values.items()}
+
+    def changed(self, values: Any) -> bool:
+        return any(self.of(value) is not value for value in values)
+
+    def of_dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
+        if not self.changed(value) and not self.changed(value.values()):
+            return value
+        result = copy.copy(value)
+        result.clear()
+        result.update((self.of(key), self.of(child)) for key, child in value.items())
+        return result
+
+    def of_list(self, value: list[Any]) -> list[Any]:
+        if not self.changed(value):
+            return value
+        result = copy.copy(value)
+        result[:] = map(self.of, value)
+        return result
+
+    def of_tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not self.changed(value):
+            return value
+        return getattr(value, "_make", type(value))(map(self.of, value))
+
+    def of_set(self, value: set[Any] | frozenset[Any]) -> Any:
+        return type(value)(map(self.of, value)) if self.changed(value) else value
+
+    def of_method(self, value: types.MethodType) -> Any:
+        owner = self.of(value.__self__)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+
+    def of_partial(self, value: functools.partial[Any]) -> Any:
+        parts = value.func, value.args, value.keywords
+        if not self.changed(parts):
+            return value
+        function, args, keywords = map(self.of, parts)
+        return functools.partial(function, *args, **keywords)
+
+    def of_function(self, value: types.FunctionType) -> Any:
+        cells = value.__closure__ or ()
+        contents = [_content(cell) for cell in cells]
+        if not self.changed([*contents, value.__defaults__, value.__kwdefaults__]):
+            return value
+        pairs = zip(cells, contents, strict=True)
+        closure = tuple(
+            cell if self.of(content) is content else types.CellType(self.of(content))
+            for cell, content in pairs
+        )
+        result = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, self.of(value.__defaults__), closure
+        )
+        result.__kwdefaults__ = self.of(value.__kwdefaults__)
+        vars(result).update(vars(value))
+        return result
+
+    def of_object(self, value: Any) -> Any:
+        attributes: dict[str, Any] = getattr(value, "__dict__", {})
+        if self.inner is None or not self.inner.changed(attributes.values()):
+            return value
+        result = copy.copy(value)
+        vars(result).update(self.inner.of_values(attributes))
+        return result
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
+
+
+def _shared(copies: _Copies, value: Any) -> Any:
+    return value
+
+
+_ATOMS = {bool, int, float, complex, str, bytes, type(None)}
+_DICTS = {dict, OrderedDict}  # most attributes of a module are empty ones, for hooks
+_TABLES = _torch.MODULE_TABLES
+_FOLLOW: list[tuple[type, Callable[[_Copies, Any], Any]]] = [
+    (dict, _Copies.of_dict),
+    (list, _Copies.of_list),
+    (tuple, _Copies.of_tuple),
+    (set, _Copies.of_set),
+    (frozenset, _Copies.of_set),
+    (types.MethodType, _Copies.of_method),
+    (functools.partial, _Copies.of_partial),
+    (types.FunctionType, _Copies.of_function),
+    (Tensor, _shared),
+    (nn.Module, _shared),  # one that is not a part of the module
+    (type, _shared),
+    (types.ModuleType, _shared),
+]

@@ -1,0 +1,173 @@
+"""What torch gets wrong is mended, and torch is still wrong."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations
+
+import diffopt
+from diffopt.adjoint import Checkpointed, ForwardMode, Unrolled
+
+PINNED = re.search(
+    r"^torch==(\d+\.\d+)\.", Path(__file__).parents[1].joinpath("constraints.txt").read_text(), re.M
+)
+still_wrong = pytest.mark.skipif(
+    PINNED is None or not torch.__version__.startswith(PINNED[1]),
+    reason="the torch that development pins tells whether a repair can go",
+)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def symmetric(hessian):
+    return torch.allclose(hessian, hessian.T, rtol=1e-6, atol=1e-9)
+
+
+# torch alone. When one of these fails, torch is right, and the repair of that name in
+# diffopt._diff.repairs can go once no supported torch needs it.
+
+
+@still_wrong
+def test_torch_takes_wrong_second_derivatives_of_weight_norm():
+    g, x = randn(5, 1), randn(5, 4, seed=1)
+    hessian = torch.autograd.functional.hessian(
+        lambda v: (torch._weight_norm(v, g, 0) * x).sum().square(), randn(5, 4, seed=2)
+    )
+    assert not symmetric(hessian.reshape(20, 20))
+
+
+NORMS = {
+    "layer_norm": lambda x, w: F.layer_norm(x, (4,), w),
+    "batch_norm": lambda x, w: F.batch_norm(x, None, None, w, training=True),
+    "instance_norm": lambda x, w: F.instance_norm(x[None], weight=w)[0],
+}
+
+
+def batched(norm):
+    """The Hessian of a loss of inputs and weights, around a vmap over them."""
+    x, w = randn(2, 4, 4), randn(2, 4, seed=1)
+
+    def loss(flat):
+        xs, ws = flat[:32].reshape(2, 4, 4), flat[32:].reshape(2, 4)
+
+        def gradient(x, w):
+            return torch.func.grad(lambda w: norm(x, w).pow(3).sum())(w).square().sum()
+
+        return torch.vmap(gradient)(xs, ws).sum()
+
+    flat = torch.cat([x.flatten(), w.flatten()]).requires_grad_()
+    return torch.autograd.gradcheck(loss, flat, raise_exception=False)
+
+
+@still_wrong
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_torch_takes_wrong_second_derivatives_of_norms_around_vmap(norm):
+    assert not batched(norm)
+
+
+@still_wrong
+def test_torch_leaves_forward_derivatives_on_in_no_grad():
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(torch.ones(()), torch.ones(()))
+        assert forward_ad.unpack_dual(2 * dual).tangent is not None
+
+
+# Mended.
+
+
+def hook(layer, dim):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer, dim=dim)
+
+
+def parametrization(layer, dim):
+    return parametrizations.weight_norm(layer, dim=dim)
+
+
+class Direct(nn.Module):
+    """Without a module of torch's."""
+
+    def __init__(self, layer, dim):
+        super().__init__()
+        self.v, self.bias, self.dim = nn.Parameter(layer.weight.detach()), layer.bias, dim
+        self.g = nn.Parameter(torch.norm_except_dim(self.v, 2, -1 if dim is None else dim).detach())
+
+    def forward(self, x):
+        return F.linear(x, torch._weight_norm(self.v, self.g, self.dim), self.bias)
+
+
+WEIGHT_NORMS = [
+    (hook, 0),
+    (hook, 1),
+    (hook, None),
+    (parametrization, 0),
+    (parametrization, -1),
+    (Direct, 0),
+    (Direct, 1),
+]
+
+
+def solve(make, dim, adjoint, **options):
+    """A function from params and a rate to the last loss of an inner loop."""
+    torch.manual_seed(0)
+    net = nn.Sequential(make(nn.Linear(3, 2).double(), dim), nn.Tanh(), nn.Linear(2, 1).double())
+    functional, opt, x = diffopt.nn.functionalize(net), diffopt.adam(), randn(5, 3)
+
+    def loss(params, x):
+        return (functional(params, functional.buffers, x)[0] - 1).square().mean()
+
+    def outer(lr, *tensors):
+        params = dict(zip(functional.params, tensors, strict=True))
+        hp = opt.hparams(lr=lr, eps=0.1)
+        sol = diffopt.minimize(
+            loss, params, x, optimizer=opt, hparams=hp, steps=2, adjoint=adjoint, **options
+        )
+        return sum(p.pow(3).sum() for p in sol.params.values())
+
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    tensors = [p.detach().clone().requires_grad_() for p in functional.params.values()]
+    return outer, (lr, *tensors)
+
+
+@pytest.mark.parametrize(("make", "dim"), WEIGHT_NORMS)
+def test_derivatives_of_loops_with_weight_norm_are_those_of_finite_differences(make, dim):
+    outer, inputs = solve(make, dim, Unrolled())
+    assert torch.autograd.gradcheck(outer, inputs)
+    assert torch.autograd.gradgradcheck(outer, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [Checkpointed(), Checkpointed(hvp="forward-over-reverse"), ForwardMode()],
+    ids=["Checkpointed", "forward-over-reverse", "ForwardMode"],
+)
+def test_all_adjoints_agree_on_weight_norm(adjoint):
+    outer, inputs = solve(parametrization, 0, adjoint)
+    expected, _ = solve(parametrization, 0, Unrolled())
+    torch.testing.assert_close(
+        torch.autograd.grad(outer(*inputs), inputs), torch.autograd.grad(expected(*inputs), inputs)
+    )
+    if not isinstance(adjoint, ForwardMode):
+        assert torch.autograd.gradgradcheck(outer, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("way", ["torch.func", "vmap"])
+def test_weight_norm_is_mended_inside_torch_func(way):
+    outer, inputs = solve(parametrization, 0, Unrolled())
+    expected = torch.autograd.grad(outer(*inputs), inputs)
+    gradient = torch.func.grad(outer, argnums=tuple(range(len(inputs))))
+    if way == "torch.func":
+        torch.testing.assert_close(gradient(*inputs), expected)
+    else:
+        stacked = [torch.stack([x, x]) for x in inputs]
+        actual = [both[1] for both in torch.vmap(gradient)(*stacked)]
+        torch.testing.assert_close(actual, [*expected])
