@@ -1,0 +1,58 @@
+"""Values: frozen dataclasses that are equal, hashed and printed by their arguments."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Hashable, Mapping
+from typing import Any, cast
+
+from torch import Tensor
+
+
+class Value:
+    """The base of a frozen dataclass whose fields may hold tensors, trees and functions.
+
+    Two are equal where they are of one class and their fields are equal: trees by what they hold,
+    and a tensor only to itself, since no tensor is looked into. A subclass is declared with
+    `dataclass(frozen=True, eq=False, repr=False)`.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return _key(vars(self)) == _key(vars(other))
+
+    def __hash__(self) -> int:
+        return hash((type(self), _key(vars(self))))
+
+    def __repr__(self) -> str:
+        fields = (f"{name}={_SHORT.repr(value)}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({', '.join(fields)})"
+
+
+def _key(value: Any) -> Hashable:
+    """What is hashable and equal where two fields are."""
+    if isinstance(value, Tensor):
+        return Tensor, id(value)
+    if isinstance(value, Mapping):
+        items = cast(Mapping[Any, Any], value).items()
+        return frozenset((key, _key(child)) for key, child in items)
+    if isinstance(value, (list, tuple)):
+        return type(cast(Any, value)), *map(_key, cast(Any, value))
+    return value
+
+
+class _Short(reprlib.Repr):
+    """Writes a field on one line: of a tensor its shape, of a function its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxother, self.maxtuple, self.maxlevel = 1 << 20, 100, 20
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Tensor):
+            return f"<tensor of shape {tuple(x.shape)}>"
+        return getattr(x, "__qualname__", None) or super().repr1(x, level)
+
+
+_SHORT = _Short()
