@@ -1,11 +1,17 @@
 """Optimizers made from optimizers, against torch, closed forms and finite differences."""
 
+import concurrent.futures
+import copy
+import dataclasses
 import io
 import itertools
+import multiprocessing
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
@@ -210,6 +216,137 @@ def test_nan_stays_nan():
         assert clipped(clip, grad).isnan()[0]
 
 
+# Values
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent(diffopt.Optimizer):
+    """An optimizer of a user's own, as a value."""
+
+    rate: float = 0.1
+
+    @staticmethod
+    def hparams(factor=1.0):
+        return {"factor": factor}
+
+    def init(self, params):
+        return ()
+
+    def update(self, params, grads, state, hparams):
+        return pytree.tree_map(lambda p, g: p - self.rate * g, params, grads), state
+
+
+@hparams
+class Factor:
+    factor: float = number(1.0)
+
+
+def scaled(grads, params, records):
+    return [record.factor * grad for grad, record in zip(grads, records, strict=True)]
+
+
+def is_matrix(params):
+    return pytree.tree_map(lambda p: p.dim() == 2, params)
+
+
+MASK = {"a": True, "b": [False, True]}
+MAKERS = {
+    "chain": lambda o: t.chain(t.clip_by_global_norm(), t.clip_by_norm(), t.clip_by_value(), o),
+    "decay": lambda o: t.chain(t.add_decayed_weights(), o),
+    "stateless": lambda o: t.chain(t.stateless(Factor, scaled), o),
+    "partition": lambda o: t.partition({"x": o, 2: t.ema(o)}, {"a": "x", "b": [2, "x"]}),
+    "partition-function": lambda o: t.partition({True: o, False: o}, is_matrix),
+    "masked": lambda o: t.masked(o, dict(reversed(MASK.items()))),
+    "masked-transformation": lambda o: t.chain(t.masked(t.clip_by_norm(), MASK), o),
+    "freeze": lambda o: t.freeze(o, MASK),
+    "accumulate": lambda o: t.accumulate(o, 3),
+    "ema": lambda o: t.ema(o, bias_correction=True),
+    "flatten": t.flatten,
+    "maximize": t.maximize,
+    "skip": t.skip_nonfinite,
+    "nested": lambda o: t.chain(t.clip_by_norm(), t.skip_nonfinite(t.ema(t.freeze(o, MASK)))),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_compositions_are_values(name):
+    make = MAKERS[name]
+    opt, same = make(Descent()), make(Descent())
+    assert opt == same
+    assert hash(opt) == hash(same)
+    assert opt != make(Descent(0.2))
+    assert opt.hparams == same.hparams
+    for twin in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert twin == opt
+        assert twin.hparams == opt.hparams
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        opt.optimizer = None
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_repr_of_a_composition_is_one_line(name):
+    text = repr(MAKERS[name](Descent()))
+    assert "\n" not in text
+    assert "0x" not in text
+    assert len(text) < 250
+    assert "Descent(rate=0.1)" in text
+
+
+def test_the_repr_of_a_composition_names_parts_and_arguments():
+    assert repr(MAKERS["chain"](Descent())) == (
+        "Chain(parts=(ClipByGlobalNorm(), ClipByNorm(), ClipByValue(), Descent(rate=0.1)))"
+    )
+    assert repr(t.accumulate(Descent(), 3)) == "Accumulate(optimizer=Descent(rate=0.1), k=3)"
+    assert repr(t.stateless(Factor, scaled)) == "FromFunction(hparams=Factor, function=scaled)"
+    wide = repr(t.freeze(Descent(), {f"layer{i}": True for i in range(1000)}))
+    assert len(wide) < 250
+
+
+@pytest.mark.parametrize("different", [t.clip_by_norm(), t.masked(t.clip_by_norm(), MASK)])
+def test_compositions_with_other_arguments_are_not_equal(different):
+    assert t.chain(t.clip_by_global_norm(), sgd) != t.chain(different, sgd)
+    assert t.chain(different, sgd) == t.chain(different, sgd)
+    assert t.masked(sgd, MASK) != t.freeze(sgd, MASK)
+    assert t.masked(sgd, MASK) != t.masked(sgd, {**MASK, "a": False})
+    assert t.accumulate(sgd, 2) != t.accumulate(sgd, 3)
+    assert t.maximize(sgd) != t.skip_nonfinite(sgd)
+    assert t.ema(sgd) != "ema"
+
+
+def test_a_composition_with_labels_that_cannot_be_hashed_says_so():
+    opt = t.partition({"x": sgd}, {"a": {"x"}})
+    assert opt == opt
+    with pytest.raises(TypeError, match="unhashable type: 'set'"):
+        hash(opt)
+
+
+@pytest.mark.slow
+def test_compositions_go_to_other_processes():
+    opt = MAKERS["nested"](Descent())
+    params = {"a": torch.ones(2), "b": [torch.ones(1), torch.ones(3)]}
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(repr, opt).result() == repr(opt)
+        assert pool.submit(opt.init, params).result()[0] == ()
+
+
+@pytest.mark.parametrize("name", ["chain", "partition-function", "nested"])
+def test_equal_compositions_are_one_constant_for_torch_compile(name):
+    params = {"a": torch.ones(2), "b": [torch.ones(()), torch.ones(3)]}
+    counter = CompileCounter()
+
+    def step(opt, params, state, record):
+        return opt.update(params, params, state, record)[0]
+
+    for call in (step, lambda opt, *args: opt.update(args[0], *args)[0]):
+        compiled = torch.compile(call, backend=counter, fullgraph=True)
+        for _ in range(2):
+            opt = MAKERS[name](Descent())
+            arguments = opt, params, opt.init(params), opt.hparams()
+            torch.testing.assert_close(compiled(*arguments), step(*arguments))
+    assert counter.frame_count == 2
+    torch.compiler.reset()
+
+
 # Chains and their hyperparameters
 
 
@@ -325,6 +462,10 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         (lambda: t.flatten(None), "optimizer is None, not a diffopt optimizer"),
         (lambda: t.maximize(torch.optim.SGD), "optimizer is .*, not a diffopt optimizer"),
         (lambda: t.ema(sgd, bias_correction=0.9), "bias_correction is 0.9, not a bool"),
+        (lambda: t.ema(t.clip_by_norm()), r"optimizer is ClipByNorm\(\), not a diffopt optimizer"),
+        (lambda: t.accumulate(3, 2), "optimizer is 3, not a diffopt optimizer"),
+        (lambda: t.stateless(dict, scaled), "hparams is <class 'dict'>, not a class made by"),
+        (lambda: t.stateless(Factor, None), "function is None, which cannot be called"),
     ],
 )
 def test_wrong_calls_raise_and_say_what_is_right(call, message):
@@ -585,9 +726,6 @@ def test_frozen_params_are_the_same_tensors_and_have_no_state():
 
 def test_freeze_is_masked_by_the_opposite():
     params, grads = tree(), [tree(10)]
-
-    def is_matrix(params):
-        return pytree.tree_map(lambda p: p.dim() == 2, params)
 
     def is_no_matrix(params):
         return pytree.tree_map(lambda p: p.dim() != 2, params)

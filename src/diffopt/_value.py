@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor
@@ -30,13 +30,20 @@ class Value:
         return f"{type(self).__name__}({', '.join(fields)})"
 
 
-def _key(value: Any) -> Hashable:
-    """What is hashable and equal where two fields are."""
+class _Items(dict[Any, Any]):
+    """A dict with a hash, whatever the order of its keys."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (a dict has none)
+        return hash(frozenset(self.items()))
+
+
+def _key(value: Any) -> Any:
+    """What is equal where two fields are, and hashable where their leaves are."""
     if isinstance(value, Tensor):
         return Tensor, id(value)
     if isinstance(value, Mapping):
         items = cast(Mapping[Any, Any], value).items()
-        return frozenset((key, _key(child)) for key, child in items)
+        return _Items((key, _key(child)) for key, child in items)
     if isinstance(value, (list, tuple)):
         return type(cast(Any, value)), *map(_key, cast(Any, value))
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
-    check_optimizer,
+    Wrapper,
     check_state,
     copy_,
     gather,
@@ -70,22 +69,19 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
         (-2.0, 0.0)
         (-2.0, 5.0)
     """
-    check_optimizer(optimizer, "optimizer")
     if type(k) is not int or k < 1:
         raise ValueError(f"k is {k!r}, but must be an integer >= 1")
-    return Accumulate(optimizer, optimizer.hparams, k)
+    return Accumulate(optimizer, k)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Accumulate(Optimizer[AccumulateState, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Accumulate(Wrapper[AccumulateState]):
     """What `accumulate` returns."""
 
-    optimizer: Optimizer[Any, Any]
-    hparams: Callable[..., Any]
     k: int
 
     def init(self, params: Tree) -> AccumulateState:
-        inner = self.optimizer.init(params)
+        inner = super().init(params)
         step = torch.zeros((), dtype=torch.float64, device="cpu")
         return AccumulateState(step, _tree.map(lambda p: torch.zeros_like(wide(p)), params), inner)
 

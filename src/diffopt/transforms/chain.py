@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from diffopt._tree import Tree
+from diffopt._value import Value
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
-from diffopt.transforms._records import InOrder, in_order
+from diffopt.transforms._records import InOrder
 
 
 def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
@@ -33,7 +34,7 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
         before the first part.
 
     Raises:
-        TypeError: the last part is no optimizer, or another one is no transformation.
+        TypeError: the last part is not an optimizer, or another one not a gradient transformation.
 
     Example:
         >>> import torch, diffopt
@@ -56,15 +57,18 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
                 f"part {i} of a chain is {part!r}: all but the last must be gradient "
                 "transformations, such as clip_by_global_norm()"
             )
-    return Chain(parts, in_order(*(part.hparams for part in parts)))
+    return Chain(parts)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Chain(Optimizer[tuple[Any, ...], tuple[Any, ...]]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
     """What `chain` returns."""
 
     parts: tuple[Any, ...]
-    hparams: InOrder  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+
+    @property
+    def hparams(self) -> InOrder:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
+        return InOrder(tuple(enumerate(part.hparams for part in self.parts)))
 
     def init(self, params: Tree) -> tuple[Any, ...]:
         return tuple(part.init(params) for part in self.parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from diffopt import _modes, _torch
 from diffopt._modes import exact
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
-from diffopt.transforms._base import Transformation, real, stateless, wide
+from diffopt.transforms._base import Stateless, real, wide
 
 
 @hparams
@@ -29,8 +30,8 @@ class ClipValue:
     clip_value: Hyperparameter = number(1.0, ge=0)
 
 
-def clip_by_global_norm() -> Transformation[tuple[()], MaxNorm]:
-    """Gradients are scaled down together, so that their common norm is at most `max_norm`.
+def clip_by_global_norm() -> ClipByGlobalNorm:
+    """Scale all gradients down together, so that their common norm is at most `max_norm`.
 
     With n the root of the sum of |g|^2 over every gradient of every tensor,
 
@@ -54,8 +55,18 @@ def clip_by_global_norm() -> Transformation[tuple[()], MaxNorm]:
     Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
     2013, algorithm 1, with torch's 1e-6.
     """
+    return ClipByGlobalNorm()
 
-    def clip(grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]) -> Iterator[Tensor]:
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ClipByGlobalNorm(Stateless[MaxNorm]):
+    """What `clip_by_global_norm` returns."""
+
+    hparams = MaxNorm
+
+    def transform(
+        self, grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]
+    ) -> Iterator[Tensor]:
         if not grads:
             return
         norm = _global_norm(grads)
@@ -65,11 +76,9 @@ def clip_by_global_norm() -> Transformation[tuple[()], MaxNorm]:
                 last, coefficient = record, _coefficient(norm.to(grad.device), record)
             yield grad * coefficient
 
-    return stateless(MaxNorm, clip)
 
-
-def clip_by_norm() -> Transformation[tuple[()], MaxNorm]:
-    """Each tensor's gradient is scaled down so that its norm is at most `max_norm`.
+def clip_by_norm() -> ClipByNorm:
+    """Scale each tensor's gradient down, so that its norm is at most `max_norm`.
 
     With n the root of the sum of |g|^2 over the tensor,
 
@@ -89,16 +98,24 @@ def clip_by_norm() -> Transformation[tuple[()], MaxNorm]:
         >>> clip.apply(grads, grads, (), clip.hparams(max_norm=1.0))[0]
         [tensor([0.6000, 0.8000]), tensor([0.5000])]
     """
+    return ClipByNorm()
 
-    def clip(grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]) -> Iterator[Tensor]:
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ClipByNorm(Stateless[MaxNorm]):
+    """What `clip_by_norm` returns."""
+
+    hparams = MaxNorm
+
+    def transform(
+        self, grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]
+    ) -> Iterator[Tensor]:
         for grad, record in zip(grads, records, strict=True):
             yield grad * _coefficient(ops.sqrt(_square(grad)), record)
 
-    return stateless(MaxNorm, clip)
 
-
-def clip_by_value() -> Transformation[tuple[()], ClipValue]:
-    """Every number of a gradient is brought between `-clip_value` and `clip_value`.
+def clip_by_value() -> ClipByValue:
+    """Clamp every element of a gradient between `-clip_value` and `clip_value`.
 
         g <- min(max(g, -clip_value), clip_value)
 
@@ -115,14 +132,20 @@ def clip_by_value() -> Transformation[tuple[()], ClipValue]:
         >>> clip.apply(grad, grad, (), clip.hparams(clip_value=0.5))[0]
         tensor([-0.5000,  0.2000,  0.5000])
     """
+    return ClipByValue()
 
-    def clip(
-        grads: list[Tensor], params: list[Tensor], records: list[ClipValue]
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ClipByValue(Stateless[ClipValue]):
+    """What `clip_by_value` returns."""
+
+    hparams = ClipValue
+
+    def transform(
+        self, grads: list[Tensor], params: list[Tensor], records: list[ClipValue]
     ) -> Iterator[Tensor]:
         for grad, record in zip(grads, records, strict=True):
             yield _between(grad, record.clip_value)
-
-    return stateless(ClipValue, clip)
 
 
 def _global_norm(grads: list[Tensor]) -> Tensor:

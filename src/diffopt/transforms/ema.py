@@ -16,7 +16,7 @@ from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
-    check_optimizer,
+    Wrapper,
     check_state,
     gather,
     near,
@@ -24,7 +24,7 @@ from diffopt.transforms._base import (
     spread,
     wide,
 )
-from diffopt.transforms._records import InOrder, in_order
+from diffopt.transforms._records import InOrder
 
 
 class EMAState(NamedTuple):
@@ -86,21 +86,22 @@ def ema(
     Source: `torch.optim.swa_utils.get_ema_multi_avg_fn`; Polyak and Juditsky, "Acceleration of
     stochastic approximation by averaging", 1992.
     """
-    check_optimizer(optimizer, "optimizer")
     check_flags(bias_correction=bias_correction)
-    return EMA(optimizer, in_order(EMAHParams, optimizer.hparams), bias_correction)
+    return EMA(optimizer, bias_correction)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EMA(Optimizer[EMAState, tuple[EMAHParams, Any]]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EMA(Wrapper[EMAState]):
     """What `ema` returns."""
 
-    optimizer: Optimizer[Any, Any]
-    hparams: InOrder  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     bias_correction: bool
 
+    @property
+    def hparams(self) -> InOrder:
+        return InOrder(((0, EMAHParams), (1, self.optimizer.hparams)))
+
     def init(self, params: Tree) -> EMAState:
-        inner = self.optimizer.init(params)
+        inner = super().init(params)
         tensors = _tree.leaves(params)
         device = tensors[0].device if tensors else torch.get_default_device()
         step = torch.zeros((), dtype=exact_dtype(device), device=device)

@@ -12,8 +12,16 @@ from diffopt import _tree
 from diffopt._rule import checks
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
+from diffopt._value import Value
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
+from diffopt.transforms._base import (
+    Leaves,
+    Transformation,
+    Wrapper,
+    check_optimizer,
+    copy_,
+    gather,
+)
 from diffopt.transforms._records import ByLabel
 
 S = TypeVar("S")
@@ -60,17 +68,19 @@ def partition(
         raise TypeError(f"optimizers is a {kind}, not a dict with an optimizer for each label")
     for label, optimizer in optimizers.items():
         check_optimizer(optimizer, f"optimizers[{label!r}]")
-    makers = {label: optimizer.hparams for label, optimizer in optimizers.items()}
-    return Partition(dict(optimizers), labels, ByLabel(makers))
+    return Partition(dict(optimizers), labels)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Partition(Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
     """What `partition` returns."""
 
     optimizers: dict[Hashable, Optimizer[Any, Any]]
     labels: Tree | Callable[[Tree], Tree]
-    hparams: ByLabel  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+
+    @property
+    def hparams(self) -> ByLabel:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
+        return ByLabel(tuple((label, opt.hparams) for label, opt in self.optimizers.items()))
 
     def init(self, params: Tree) -> dict[Hashable, Any]:
         tensors, spec = _tree.flatten(params)
@@ -198,9 +208,9 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
         {'a': tensor([-1.0000]), 'b': tensor([-3.])}
     """
     if isinstance(part, Optimizer):
-        return MaskedOptimizer(part, mask, part.hparams)
+        return MaskedOptimizer(part, mask)
     if isinstance(part, Transformation):
-        return MaskedTransformation(part, mask, part.hparams)
+        return MaskedTransformation(part, mask)
     raise TypeError(f"part is {part!r}, neither an optimizer nor a gradient transformation")
 
 
@@ -228,17 +238,14 @@ def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) ->
         >>> opt.update(params, grads, opt.init(params), opt.hparams(lr=1.0))[0]
         {'body': tensor([0., 0.]), 'head': tensor([-1.])}
     """
-    check_optimizer(optimizer, "optimizer")
-    return MaskedOptimizer(optimizer, frozen, optimizer.hparams, "frozen")
+    return MaskedOptimizer(optimizer, frozen, "frozen")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class MaskedOptimizer(Optimizer[Any, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MaskedOptimizer(Wrapper[Any]):
     """What `masked` makes of an optimizer, and `freeze`, whose argument is the opposite."""
 
-    optimizer: Optimizer[Any, Any]
     mask: Tree | Callable[[Tree], Tree]
-    hparams: Callable[..., Any]
     name: str = "mask"
 
     def init(self, params: Tree) -> Any:
@@ -270,13 +277,16 @@ class MaskedOptimizer(Optimizer[Any, Any]):
         return [flag is (self.name == "mask") for flag in flags]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class MaskedTransformation(Transformation[Any, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MaskedTransformation(Value, Transformation[Any, Any]):
     """What `masked` makes of a gradient transformation."""
 
     transformation: Transformation[Any, Any]
     mask: Tree | Callable[[Tree], Tree]
-    hparams: Callable[..., Any]
+
+    @property
+    def hparams(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
+        return self.transformation.hparams
 
     def init(self, params: Tree) -> Any:
         tensors, spec = _tree.flatten(params)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from diffopt import _modes
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, check_optimizer, gather, real, select
+from diffopt.transforms._base import Leaves, Wrapper, gather, real, select
 
 
 def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
@@ -47,19 +46,12 @@ def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         >>> opt.update(p, torch.tensor([1.0, 2.0]), state, hp)[0]
         tensor([-0.1000, -0.2000])
     """
-    check_optimizer(optimizer, "optimizer")
-    return SkipNonfinite(optimizer, optimizer.hparams)
+    return SkipNonfinite(optimizer)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SkipNonfinite(Optimizer[Any, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SkipNonfinite(Wrapper[Any]):
     """What `skip_nonfinite` returns."""
-
-    optimizer: Optimizer[Any, Any]
-    hparams: Callable[..., Any]
-
-    def init(self, params: Tree) -> Any:
-        return self.optimizer.init(params)
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
         leaves = gather(params, grads)
