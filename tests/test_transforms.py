@@ -52,7 +52,8 @@ def exactly(mine, theirs):
     """Equal to the rounding of each dtype."""
     for x, y in zip(pytree.tree_leaves(mine), pytree.tree_leaves(theirs), strict=True):
         fine = x.dtype in (F64, torch.complex128)
-        torch.testing.assert_close(x, y, **({"rtol": 1e-12, "atol": 1e-12} if fine else {}))
+        tolerances = {"rtol": 1e-12, "atol": 1e-12} if fine else {}
+        torch.testing.assert_close(x, y, equal_nan=True, **tolerances)
 
 
 def clipped(transformation, grads, params=None, **numbers):
@@ -210,10 +211,75 @@ def test_a_zero_tensor_among_others_has_finite_derivatives():
         assert all(g.isfinite().all() for g in (*first, *second))
 
 
-def test_nan_stays_nan():
-    grad = torch.tensor([torch.nan, 1.0])
-    for clip, _ in CLIPS.values():
-        assert clipped(clip, grad).isnan()[0]
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.complex64, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_clips_of_gradients_that_are_not_finite_are_those_of_torch(bad, dtype):
+    grads = [torch.tensor([bad, 1.0], dtype=dtype), torch.tensor([1e4, -1e4], dtype=dtype)]
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+
+    def by_torch(clip_, *groups):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        for group in groups:
+            clip_(group, 1.0)
+        return [param.grad for param in params]
+
+    ours = clipped(t.clip_by_global_norm(), grads)
+    torch.testing.assert_close(ours, by_torch(clip_grad_norm_, params), equal_nan=True)
+    ours = clipped(t.clip_by_norm(), grads)
+    torch.testing.assert_close(ours, by_torch(clip_grad_norm_, *params), equal_nan=True)
+    if not dtype.is_complex:  # which torch refuses
+        for bound in (1.0, torch.tensor(1.0, dtype=dtype), torch.ones(2, dtype=dtype)):
+            ours = clipped(t.clip_by_value(), grads, clip_value=bound)
+            torch.testing.assert_close(ours, by_torch(clip_grad_value_, params), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_bound_that_is_nan_shows(name):
+    clip, field = CLIPS[name]
+    for grad in (draw(3), torch.zeros(3, dtype=F64)):
+        new = clipped(clip, grad, **{field: torch.tensor(torch.nan, dtype=F64)})
+        assert new.isnan().all()
+
+
+@pytest.mark.parametrize("wrap", [lambda opt: opt, t.flatten, t.ema, lambda o: t.accumulate(o, 1)])
+def test_no_step_is_greater_than_the_bound_beside_a_nan(wrap):
+    opt = wrap(t.chain(t.clip_by_global_norm(), diffopt.sgd()))
+    grads = [torch.tensor([torch.nan, 1.0]), torch.tensor([1e6, -1e6])]
+    new, _ = run(opt, [torch.zeros(2), torch.zeros(2)], [grads], lr=0.1)
+    assert not any((p.abs() > 0.1).any() for p in new)
+
+
+@pytest.mark.parametrize("bound", [5.0, torch.tensor(5.0, dtype=F64), "per weight"])
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_gradient_that_meets_the_bound_has_the_derivatives_of_the_identity(name, bound):
+    clip, field = CLIPS[name]
+    grad = torch.tensor([3.0, 4.0 if name != "value" else 5.0], dtype=F64)
+    at = 5.0 if name == "value" else 5.0 + 1e-6
+    if isinstance(bound, str):
+        bound = torch.full((2,), at, dtype=F64)
+    else:
+        bound = torch.full_like(bound, at) if isinstance(bound, torch.Tensor) else at
+
+    def function(x):
+        return clipped(clip, x, **{field: bound})
+
+    assert torch.equal(function(grad), grad)
+    jacobian = torch.func.jacrev(function)(grad)
+    assert torch.equal(jacobian, torch.eye(2, dtype=F64))
+    x = grad.clone().requires_grad_()
+    first = torch.autograd.grad(function(x).sum(), x, create_graph=True)[0]
+    assert torch.equal(first, torch.ones(2, dtype=F64))
+    if first.requires_grad:
+        second = torch.autograd.grad(first.square().sum(), x, materialize_grads=True)[0]
+        assert torch.equal(second, torch.zeros(2, dtype=F64))
+
+
+@pytest.mark.parametrize("shapes", [[(0,)], [(0,), (2,)], [(2, 0), (), (0,)]], ids=str)
+def test_steps_of_empty_tensors_are_not_skipped(shapes):
+    params = [torch.zeros(shape) for shape in shapes]
+    new, _ = run(t.skip_nonfinite(sgd), params, [[torch.ones_like(p) for p in params]], lr=1.0)
+    assert all((p == -1).all() for p in new)
 
 
 # Values

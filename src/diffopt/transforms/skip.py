@@ -11,7 +11,14 @@ from torch import Tensor
 from diffopt import _modes
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, Wrapper, gather, real, select
+from diffopt.transforms._base import (
+    Leaves,
+    Wrapper,
+    gather,
+    real,
+    select,
+)
+from diffopt.transforms._sharded import mesh_of, own, total
 
 
 def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
@@ -71,10 +78,20 @@ class SkipNonfinite(Wrapper[Any]):
 
 
 def _all_finite(leaves: Leaves) -> Tensor:
-    """Whether least and greatest number of every gradient are finite, in one pass over memory."""
-    grads = [real(grad.detach()) for grad in leaves.gradients() if grad.numel()]
-    ends = [end.to(grads[0].device) for grad in grads for end in grad.aminmax()]
-    return torch.stack(ends).isfinite().all() if ends else torch.tensor(True)
+    """Whether least and greatest number of every gradient are finite, in one pass over memory.
+
+    Of a DTensor each process looks at its own part, which may be empty; then all agree.
+    """
+    grads = [grad.detach() for grad in leaves.gradients()]
+    parts = [real(own(grad)) for grad in grads]
+    device = parts[0].device if parts else torch.device("cpu")
+    ends = [end.to(device) for part in parts if part.numel() for end in part.aminmax()]
+    finite = torch.stack(ends).isfinite().all() if ends else torch.tensor(True, device=device)
+    meshes = {mesh_of(grad): grad for grad in grads if mesh_of(grad) is not None}
+    for grad in meshes.values():
+        wrong = (~finite).to(torch.float32)  # gloo adds no bools
+        finite = total(wrong, grad) == 0
+    return finite
 
 
 def _finite_only(finite: Tensor, grads: list[Tensor]) -> list[Tensor]:
