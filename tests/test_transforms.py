@@ -592,9 +592,157 @@ def test_an_expanded_tensor_is_refused_in_place_before_anything_changes(row):
     before.check()
 
 
+WRITTEN = {
+    "an inference tensor": lambda x: inference(x),
+    "an expanded tensor": lambda x: x.flatten()[:1].expand(max(2, x.numel()))[: x.numel()],
+    "not a tensor": lambda x: 3.0,
+}
+
+
+def inference(x):
+    with torch.inference_mode():
+        return x.clone()
+
+
+def unchanged(*tree):
+    """A snapshot; inference tensors have no version that it could look at."""
+    return Snapshot([x for x in pytree.tree_leaves(tree) if not getattr(x, "is_inference", bool)()])
+
+
+def replaced(tree, i, leaf):
+    leaves, spec = pytree.tree_flatten(tree)
+    return pytree.tree_unflatten([*leaves[:i], leaf, *leaves[i + 1 :]], spec)
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
 @pytest.mark.parametrize("row", COMPOSITIONS)
-def test_states_load_with_weights_only(row):
+def test_nothing_changes_where_one_leaf_cannot_be_written(row, kind):
     case = COMPOSITIONS[row]
+    params, state, grads, record = point(case)
+    for i, leaf in enumerate(pytree.tree_leaves(state)):
+        bad = WRITTEN[kind](leaf)
+        if kind == "an expanded tensor" and (leaf.dim() == 0 or leaf.numel() < 2):
+            continue
+        bad = bad.view(leaf.shape) if kind == "an expanded tensor" and leaf.dim() == 1 else bad
+        broken = replaced(state, i, bad)
+        before = unchanged(params, broken)
+        with pytest.raises((TypeError, ValueError)):
+            case.optimizer.update_(params, grads, broken, record)
+        before.check()
+
+
+def test_a_chain_whose_transformation_cannot_be_written_moves_nothing():
+    class Count(t.Transformation):
+        """A state of a user's own."""
+
+        hparams = dict
+
+        def __init__(self, start, step=1):
+            self.start, self.step = start, step
+
+        def init(self, params):
+            return {"count": self.start}
+
+        def apply(self, grads, params, state, hparams):
+            return grads, {"count": state["count"] + self.step}
+
+    zero = torch.zeros((), dtype=torch.int64)
+    wrong = [
+        (Count(0), r"state\[0\]\['count'\] is 0 of type int, which update_ cannot overwrite"),
+        (Count(zero, 0.5), "has dtype torch.int64, which cannot hold its new value of dtype"),
+        (Count(zero, torch.ones(2).int()), r"has shape \(\), but its new value has shape \(2,\)"),
+        (Count(inference(zero)), "is an inference tensor"),
+    ]
+    for dtype, (count, message) in itertools.product((torch.float32, torch.bfloat16), wrong):
+        opt, params = t.chain(count, adam), {"w": torch.ones(2, dtype=dtype)}
+        state = opt.init(params)
+        before = unchanged(params, state[1])
+        with pytest.raises(ValueError, match=message):
+            opt.update_(params, params, state, opt.hparams())
+        before.check()
+        new, _ = opt.update(params, params, state, opt.hparams(lr=0.5))
+        assert not torch.equal(new["w"], params["w"])
+
+
+@pytest.mark.parametrize("name", ["chain", "ema", "accumulate", "flatten", "skip", "freeze"])
+def test_a_bad_part_of_a_partition_changes_no_other_part(name):
+    wrap = {
+        "chain": lambda o: t.chain(t.clip_by_global_norm(), o),
+        "ema": t.ema,
+        "accumulate": lambda o: t.accumulate(o, 1),
+        "flatten": t.flatten,
+        "skip": t.skip_nonfinite,
+        "freeze": lambda o: t.freeze(o, {"a": False, "b": False, "c": False}),
+    }[name]
+    parts = {"a": diffopt.sgd(), "b": wrap(diffopt.adam()), "c": wrap(diffopt.rmsprop())}
+    opt = t.partition(parts, {"a": "a", "b": "b", "c": "c"})
+    params = {key: torch.ones(3) for key in "abc"}
+    records = {key: part.hparams() for key, part in parts.items()}
+    for bad in "abc":
+        record = records[bad]
+        rate = {"lr": torch.ones(7)}
+        wide = type(record)(**rate) if not isinstance(record, tuple) else None
+        wrong = {**records, bad: wide or (record[0], type(record[1])(**rate))}
+        state = opt.init(params)
+        before = unchanged(params, state)
+        with pytest.raises(ValueError, match="which does not broadcast to"):
+            opt.update_(params, params, state, wrong)
+        before.check()
+        state = opt.init(params)
+        leaves = pytree.tree_leaves(state)
+        place = next(i for i, x in enumerate(leaves) if x is pytree.tree_leaves(state[bad])[-1])
+        broken = replaced(state, place, inference(leaves[place]))
+        before = unchanged(params, broken)
+        with pytest.raises(ValueError, match="inference tensor"):
+            opt.update_(params, params, broken, records)
+        before.check()
+        mixed = {**params, bad: params[bad].double()}
+        state = opt.init(params)
+        before = unchanged(mixed, state)
+        with pytest.raises(ValueError, match=r"grads\['.'\] has dtype torch.float"):
+            opt.update_(mixed, params, state, records)
+        before.check()
+
+
+@pytest.mark.parametrize("row", ["ema", "accumulate"])
+def test_averages_of_integers_are_refused(row):
+    case = COMPOSITIONS[row]
+    params, state, grads, record = point(case)
+    name = "average" if row == "ema" else "grad_sum"
+    wrong = state._replace(**{name: pytree.tree_map(torch.Tensor.int, getattr(state, name))})
+    before = Snapshot((params, wrong))
+    for call in (case.optimizer.update, case.optimizer.update_):
+        with pytest.raises(
+            ValueError, match=rf"state.{name}\['first'\] has dtype torch.int32, but"
+        ):
+            call(params, grads, wrong, record)
+        before.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F64], ids=str)
+def test_averages_and_sums_are_as_precise_as_their_params(dtype):
+    params, grads = {"w": torch.ones(3)}, {"w": torch.full((3,), 1e-3)}
+
+    def cast(state):
+        return pytree.tree_map(lambda x: x.to(dtype) if x.dim() else x, state)
+
+    opt = t.ema(sgd)
+    expected = opt.update(params, grads, opt.init(params), opt.hparams())[1]
+    state = opt.init(params)._replace(average=cast(params))
+    found = opt.update(params, grads, state, opt.hparams())[1]
+    wider = torch.promote_types(dtype, torch.float32)
+    assert found.average["w"].dtype == wider
+    torch.testing.assert_close(found.average["w"].float(), expected.average["w"])
+    opt = t.accumulate(sgd, 3)
+    state = opt.init(params)._replace(grad_sum=cast(grads))
+    found = opt.update(params, grads, state, opt.hparams())[1].grad_sum["w"]
+    assert found.dtype == wider
+    torch.testing.assert_close(found.float(), cast(grads)["w"].float() + grads["w"])
+
+
+@pytest.mark.parametrize("row", COMPOSITIONS | REGISTRY)
+def test_states_load_with_weights_only(row):
+    case = (COMPOSITIONS | REGISTRY)[row]
     _, state, _, record = point(case)
     file = io.BytesIO()
     torch.save((state, record), file)
@@ -976,9 +1124,7 @@ def mixed(seed=0):
 
 
 ELEMENTWISE = [
-    name
-    for name, case in REGISTRY.items()
-    if getattr(getattr(case.optimizer, "rule", None), "elementwise", False)
+    name for name, case in REGISTRY.items() if getattr(case.optimizer, "elementwise", False)
 ]
 
 

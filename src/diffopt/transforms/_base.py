@@ -208,6 +208,23 @@ def gather(params: Tree, grads: Tree, *, writable: bool = False) -> Leaves:
     return Leaves(spec, tensors, gradients)
 
 
+def averages(buffers: list[Any], params: list[Tensor], tree: Tree, name: str) -> None:
+    """Buffers like params that can hold averages of what belongs to them."""
+    checks.buffers(buffers, params, tree, name)
+    for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
+        if _kind(buffer) < _kind(param):
+            mine, theirs = (_tree.paths(tree, n)[i] for n in (name, "params"))
+            raise ValueError(
+                f"{mine} has dtype {buffer.dtype}, but {theirs} has dtype {param.dtype}: make the "
+                "state by init()"
+            )
+
+
+def _kind(tensor: Tensor) -> int:
+    """0 for integers, 1 for real numbers, 2 for complex ones; torch.can_cast does not trace."""
+    return 2 if tensor.is_complex() else int(tensor.is_floating_point())
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in the precision of its arithmetic: at least float32."""
     dtype = WORKING_DTYPE.get(tensor.dtype)
@@ -262,11 +279,10 @@ def select(condition: Tensor, new: Tree, old: Tree) -> Tree:
     return _tree.map(choose, new, old)
 
 
-def copy_(old: Tree, new: Tree) -> None:
-    """Overwrite the tensors of a tree."""
-    for old_leaf, new_leaf in zip(_tree.leaves(old), _tree.leaves(new), strict=True):
-        if new_leaf is not old_leaf:
-            old_leaf.copy_(new_leaf)
+def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:
+    """Overwrite tensors with what `overwriting` found for them."""
+    for old, new in pairs:
+        old.copy_(new)
 
 
 def check_optimizer(value: object, name: str) -> None:

@@ -77,7 +77,10 @@ def _names(maker: Maker) -> list[str]:
         return maker.names()
     if _is_record(maker):
         return [field.name for field in hyper.FIELDS[cast(type, maker)]]
-    return list(inspect.signature(maker).parameters)
+    try:
+        return list(inspect.signature(maker).parameters)
+    except ValueError:  # of some built-in types, such as dict
+        return []
 
 
 def _is_record(maker: Maker) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from diffopt._tree import Tree
 from diffopt._value import Value
-from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
 from diffopt.transforms._records import InOrder
 
@@ -88,8 +88,10 @@ class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
         with torch.no_grad():
             leaves = gather(params, grads, writable=True)
             wide, grads, states = self._transformed(leaves, state, hparams)
+            new = {"params": wide, "state": states}
+            pairs = overwriting({"params": params, "state": state[:-1]}, new)
             self.parts[-1].update_(wide, grads, state[-1], hparams[-1])
-            copy_((params, state[:-1]), (wide, states))
+            copy_(pairs)
 
     def _transformed(
         self, leaves: Leaves, state: tuple[Any, ...], hparams: tuple[Any, ...]

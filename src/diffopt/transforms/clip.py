@@ -189,6 +189,7 @@ def _between(grad: Tensor, bound: Any) -> Tensor:
     else:
         if grad.is_complex() and bound.dim() > 0:
             bound = bound.unsqueeze(-1)
+        bound = beside(bound, grad)
         outside = torch.minimum(torch.maximum(pairs, -bound), bound)  # of NaN both make NaN
         new = torch.where(pairs.abs() <= bound, pairs, outside).to(pairs.dtype)
     return torch.view_as_complex(new) if grad.is_complex() else new

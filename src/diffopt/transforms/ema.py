@@ -17,6 +17,7 @@ from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
     Wrapper,
+    averages,
     check_state,
     gather,
     near,
@@ -121,7 +122,9 @@ class EMA(Wrapper[EMAState]):
     ) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            work = self._gather(params, grads, state, hparams, writable=True)
+            work = self._gather(params, grads, state, hparams)
+            columns = {"params": work.leaves.params, "state.average": work.averages}
+            checks.writable(columns, params, state.step)
             self.optimizer.update_(params, grads, state.inner, hparams[1])
             step = exact(state.step) + 1
             for old, new in zip(
@@ -138,12 +141,12 @@ class EMA(Wrapper[EMAState]):
         )
 
         def mean(old: Tensor, new: Tensor, decay: Any) -> Tensor:
-            now, new = near(t, new.device), wide(new)
+            now, dtype = near(t, new.device), torch.promote_types(old.dtype, wide(new).dtype)
             if self.bias_correction:
                 weight = (1 - decay) / (1 - decay**now)
             else:
                 weight = 1 - decay * ops.after_first(now)
-            return ops.lerp(old.to(new.dtype), new, weight).to(old.dtype)
+            return ops.lerp(old.to(dtype), new.to(dtype), weight).to(dtype)
 
         return [
             old if grad is None else mean(old, new, record.decay)
@@ -158,19 +161,17 @@ class EMA(Wrapper[EMAState]):
         grads: Tree,
         state: EMAState,
         hparams: tuple[EMAHParams, Any],
-        *,
-        writable: bool = False,
     ) -> _Work:
-        leaves = gather(params, grads, writable=writable)
+        leaves = gather(params, grads)
         check_state(state, EMAState)
         checks.step(state.step, leaves.params, params)
         names = ("state.average", "params")
-        averages = _tree.leaves_like(state.average, leaves.spec, params, names)
-        checks.buffers(averages, leaves.params, params, names[0])
+        old = _tree.leaves_like(state.average, leaves.spec, params, names)
+        averages(old, leaves.params, params, names[0])
         if type(hparams) is not tuple or len(hparams) != 2:  # pyright: ignore[reportUnnecessaryComparison]
-            raise TypeError("hparams must be a tuple of 2, one for each part")
+            raise TypeError("hparams must be a tuple of 2 records, made with hparams(...)")
         numbers = spread(EMAHParams, hparams[0], leaves.params, leaves.spec, params)
-        return _Work(leaves, averages, numbers)
+        return _Work(leaves, old, numbers)
 
 
 class _Work(NamedTuple):

@@ -7,13 +7,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
+from torch import Tensor
 
 from diffopt import _tree
 from diffopt._rule import checks
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt._value import Value
-from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
     Transformation,
@@ -115,7 +116,9 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
         with torch.no_grad():
             leaves = gather(params, grads, writable=True)
             parts = self._parts(leaves, params, state, hparams)
-            _update_all_([(self.optimizers[label], args) for label, (_, args) in parts.items()])
+            _update_all_(
+                [(label, self.optimizers[label], args) for label, (_, args) in parts.items()]
+            )
 
     def _parts(
         self,
@@ -151,25 +154,27 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
         return {label: [mine == label for mine in labels] for label in self.optimizers}
 
 
-def _update_all_(calls: list[tuple[Optimizer[Any, Any], tuple[Any, ...]]]) -> None:
+def _update_all_(calls: list[tuple[Hashable, Optimizer[Any, Any], tuple[Any, ...]]]) -> None:
     """`update_` of each; nothing is changed where one raises.
 
     The first may raise, since nothing has been written then. Of the rest, leafwise optimizers look
     at their arguments beforehand, and others compute their results.
     """
-    ordered = sorted(calls, key=lambda call: isinstance(call[0], Leafwise))
-    in_place, results = ordered[:1], list[tuple[Any, Any]]()
-    for optimizer, arguments in ordered[1:]:
+    ordered = sorted(calls, key=lambda call: isinstance(call[1], Leafwise))
+    pairs: list[tuple[Tensor, Any]] = []
+    for label, optimizer, arguments in ordered[1:]:
         if isinstance(optimizer, Leafwise):
             optimizer.check(*arguments)
-            in_place.append((optimizer, arguments))
         else:
             params, _, state, _ = arguments
-            results.append(((params, state), optimizer.update(*arguments)))
-    for optimizer, arguments in in_place:
-        optimizer.update_(*arguments)
-    for old, new in results:
-        copy_(old, new)
+            name = f"state[{label!r}]"
+            new_params, new_state = optimizer.update(*arguments)
+            old, new = {"params": params, name: state}, {"params": new_params, name: new_state}
+            pairs += overwriting(old, new)
+    for i, (_, optimizer, arguments) in enumerate(ordered):
+        if i == 0 or isinstance(optimizer, Leafwise):
+            optimizer.update_(*arguments)
+    copy_(pairs)
 
 
 @overload
