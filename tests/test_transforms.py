@@ -530,7 +530,13 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         (lambda: t.ema(sgd, bias_correction=0.9), "bias_correction is 0.9, not a bool"),
         (lambda: t.ema(t.clip_by_norm()), r"optimizer is ClipByNorm\(\), not a diffopt optimizer"),
         (lambda: t.accumulate(3, 2), "optimizer is 3, not a diffopt optimizer"),
-        (lambda: t.stateless(dict, scaled), "hparams is <class 'dict'>, not a class made by"),
+        (lambda: t.ema(nn.Linear(2, 2)), "optimizer is [^\\n]*, not a diffopt optimizer"),
+        (
+            lambda: t.skip_nonfinite(torch.optim.SGD([torch.zeros(1)])),
+            "optimizer is a torch.optim.SGD: make it pure with diffopt.optim.to_pure",
+        ),
+        (lambda: both(sgd, adam).hparams([1]), r"takes keywords or a dict of records, not \[1\]"),
+        (lambda: t.stateless(dict, scaled), "hparams is dict, not a class made by"),
         (lambda: t.stateless(Factor, None), "function is None, which cannot be called"),
     ],
 )
@@ -899,6 +905,11 @@ def test_flatten_refuses_what_computes_with_a_tensor_as_a_whole():
             r"params\['b'\] has the label 'z', but optimizers has \['x', 'y'\]",
         ),
         ({"a": ["x"], "b": "x", "c": "y"}, r"labels must be a prefix of params: labels\['a'\]"),
+        (
+            {"a": {"x"}, "b": "x", "c": "y"},
+            r"params\['a'\] has the label {'x'}, but",
+        ),
+        (None, r"params\['a'\] has the label None, but optimizers has"),
     ],
 )
 def test_wrong_labels_raise(labels, message):

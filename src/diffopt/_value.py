@@ -26,7 +26,7 @@ class Value:
         return hash((type(self), _key(vars(self))))
 
     def __repr__(self) -> str:
-        fields = (f"{name}={_SHORT.repr(value)}" for name, value in vars(self).items())
+        fields = (f"{name}={brief(value)}" for name, value in vars(self).items())
         return f"{type(self).__name__}({', '.join(fields)})"
 
 
@@ -35,6 +35,11 @@ class _Items(dict[Any, Any]):
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (a dict has none)
         return hash(frozenset(self.items()))
+
+
+def brief(value: Any) -> str:
+    """A repr of one line: of a tensor its shape, of a function its name, of long trees a part."""
+    return " ".join(_SHORT.repr(value).split())
 
 
 def _key(value: Any) -> Any:
@@ -50,8 +55,6 @@ def _key(value: Any) -> Any:
 
 
 class _Short(reprlib.Repr):
-    """Writes a field on one line: of a tensor its shape, of a function its name."""
-
     def __init__(self) -> None:
         super().__init__()
         self.maxother, self.maxtuple, self.maxlevel = 1 << 20, 100, 20

@@ -15,7 +15,7 @@ from diffopt._modes import exact
 from diffopt._rule import checks, hyper
 from diffopt._rule.rule import WORKING_DTYPE
 from diffopt._tree import Tree
-from diffopt._value import Value
+from diffopt._value import Value, brief
 from diffopt.optimizer import Optimizer
 
 S = TypeVar("S")
@@ -105,9 +105,9 @@ def stateless(
         tensor([-2., -2.])
     """
     if not isinstance(hparams, type) or hparams not in hyper.FIELDS:  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
-        raise TypeError(f"hparams is {hparams!r}, not a class made by diffopt.rules.hparams")
+        raise TypeError(f"hparams is {brief(hparams)}, not a class made by diffopt.rules.hparams")
     if not callable(function):
-        raise TypeError(f"function is {function!r}, which cannot be called")
+        raise TypeError(f"function is {brief(function)}, which cannot be called")
     return FromFunction(hparams, function)
 
 
@@ -136,7 +136,7 @@ class Stateless(Value, Transformation[tuple[()], H]):
         old = [new[i] for i in some]
         results = list(self.transform(old, [tensors[i] for i in some], records))
         if len(results) != len(old):
-            raise ValueError(f"{self!r} made {len(results)} gradients of {len(old)}")
+            raise ValueError(f"{self!r} returned {len(results)} gradients for {len(old)}")
         for i, grad, result in zip(some, old, results, strict=True):
             new[i] = result.to(grad.dtype)
         return _tree.unflatten(new, spec), state
@@ -239,7 +239,7 @@ def real(tensor: Tensor) -> Tensor:
 def spread(
     record: type[Any], hparams: Any, tensors: list[Tensor], spec: _tree.Spec, params: Tree
 ) -> list[hyper.Covered]:
-    """The numbers of a record over the leaves, checked."""
+    """The hyperparameters of a record for each leaf, checked."""
     if not isinstance(hparams, record):
         raise TypeError(
             f"hparams is a {type(hparams).__name__}, not a {record.__name__}: "
@@ -253,7 +253,7 @@ def spread(
 def records_at(
     record: type[H], numbers: list[hyper.Covered], places: list[tuple[int, torch.device]]
 ) -> list[H]:
-    """The record of each leaf, the same object where all numbers are the same."""
+    """The record of each leaf, the same object where all hyperparameters are the same."""
     made: dict[Any, H] = {}
     keys = [(device, *(number.cover[i] for number in numbers)) for i, device in places]
     for key, (i, device) in zip(keys, places, strict=True):
@@ -286,10 +286,14 @@ def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:
 
 
 def check_optimizer(value: object, name: str) -> None:
+    if isinstance(value, torch.optim.Optimizer):
+        kind = type(value).__name__
+        raise TypeError(f"{name} is a torch.optim.{kind}: make it pure with diffopt.optim.to_pure")
     if not isinstance(value, Optimizer):
-        raise TypeError(f"{name} is {value!r}, not a diffopt optimizer such as adam()")
+        raise TypeError(f"{name} is {brief(value)}, not a diffopt optimizer such as adam()")
 
 
 def check_state(state: object, expected: type) -> None:
     if not isinstance(state, expected):
-        raise TypeError(f"state is a {type(state).__name__}, not a {expected.__name__}")
+        found = type(state).__name__
+        raise TypeError(f"state is a {found}, not a {expected.__name__}: make it with init(params)")

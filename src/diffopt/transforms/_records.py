@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias, cast
 
 from diffopt._rule import hyper
+from diffopt._value import brief
 
 Maker: TypeAlias = Callable[..., Any]
 """What makes the record of a part: its `hparams`."""
@@ -68,6 +69,8 @@ class ByLabel(_Records):
     def __call__(
         self, records: Mapping[Hashable, Any] | None = None, /, **numbers: Any
     ) -> dict[Hashable, Any]:
+        if records is not None and not isinstance(records, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+            raise TypeError(f"hparams() takes keywords or a dict of records, not {brief(records)}")
         return dict(zip(self.makers, self.made(records or {}, numbers), strict=True))
 
 

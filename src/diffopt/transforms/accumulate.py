@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +56,8 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
         without a gradient at a k-th call takes no step, and its sum waits for the next.
 
     Raises:
-        TypeError: `optimizer` is none.
-        ValueError: `k` is no integer >= 1.
+        TypeError: `optimizer` is not an optimizer.
+        ValueError: `k` is not an integer >= 1.
 
     Example:
         >>> import torch, diffopt
@@ -70,9 +71,9 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
         (-2.0, 0.0)
         (-2.0, 5.0)
     """
-    if type(k) is not int or k < 1:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
         raise ValueError(f"k is {k!r}, but must be an integer >= 1")
-    return Accumulate(optimizer, k)
+    return Accumulate(optimizer, int(k))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

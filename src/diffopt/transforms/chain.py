@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from diffopt._tree import Tree
-from diffopt._value import Value
+from diffopt._value import Value, brief
 from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
 from diffopt.transforms._records import InOrder
 
 
 def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
-    """Gradients pass through transformations, one after the other, and then move the params.
+    """Gradients pass through transformations, one after the other, and then update the params.
 
     With g_0 = grad,
 
@@ -54,7 +54,7 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
     for i, part in enumerate(parts[:-1]):
         if not isinstance(part, Transformation):
             raise TypeError(
-                f"part {i} of a chain is {part!r}: all but the last must be gradient "
+                f"part {i} of a chain is {brief(part)}: all but the last must be gradient "
                 "transformations, such as clip_by_global_norm()"
             )
     return Chain(parts)
@@ -99,7 +99,10 @@ class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
         """Params and grads for the optimizer, and the new states of the transformations."""
         for name, values in (("state", state), ("hparams", hparams)):
             if type(values) is not tuple or len(values) != len(self.parts):
-                raise TypeError(f"{name} must be a tuple of {len(self.parts)}, one for each part")
+                raise TypeError(
+                    f"{name} must be a tuple of {len(self.parts)}, one for each part: make it with "
+                    + ("init(params)" if name == "state" else "hparams(...)")
+                )
         params, grads = leaves.wide()
         states: list[Any] = []
         for part, old, record in zip(self.parts[:-1], state[:-1], hparams[:-1], strict=True):

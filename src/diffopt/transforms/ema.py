@@ -72,7 +72,7 @@ def ema(
         The optimizer. A tensor without a gradient leaves its average alone.
 
     Raises:
-        TypeError: `optimizer` is none, or the flag is no bool.
+        TypeError: `optimizer` is not an optimizer, or the flag is not a bool.
 
     Example:
         >>> import torch, diffopt

@@ -34,14 +34,15 @@ def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     Args:
         optimizer: an elementwise optimizer, such as `adam()`, or a composition of such and of what
             does not depend on shapes, such as `clip_by_global_norm`. One that looks at shapes, as
-            Muon does, or goes by names, as `partition` does, belongs outside of it.
+            Muon does, cannot be flattened; `partition`, which goes by names, can hold flattened
+            parts.
 
     Returns:
         The optimizer. Its state is that of the optimizer, with lists of vectors in place of
         trees like params. A tensor without a gradient keeps its part of them as it was.
 
     Raises:
-        TypeError: `optimizer` is none.
+        TypeError: `optimizer` is not an optimizer.
         ValueError: its rule computes with each tensor as a whole, as Muon's does.
 
     Example:

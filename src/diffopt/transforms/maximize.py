@@ -24,7 +24,7 @@ def maximize(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         The optimizer, with the same state and hyperparameters.
 
     Raises:
-        TypeError: `optimizer` is none.
+        TypeError: `optimizer` is not an optimizer.
 
     Example:
         >>> import torch, diffopt

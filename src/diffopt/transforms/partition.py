@@ -1,4 +1,4 @@
-"""partition(), masked() and freeze(): parts of the params, each moved in its own way."""
+"""partition(), masked() and freeze(): parts of the params, each updated in its own way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffopt import _tree
 from diffopt._rule import checks
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
-from diffopt._value import Value
+from diffopt._value import Value, brief
 from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
@@ -32,11 +32,11 @@ H = TypeVar("H")
 def partition(
     optimizers: Mapping[Hashable, Optimizer[Any, Any]], labels: Tree | Callable[[Tree], Tree]
 ) -> Partition:
-    """Move every tensor by the optimizer that its label names.
+    """Update every tensor with the optimizer that its label names.
 
     Hyperparameters: a dict with the record of each label's optimizer. Keywords go to the one
     optimizer that knows them; what several know is given by records: `hparams({"body": record,
-    "head": record})`. Fields are numbers, tensors or prefix trees of *all* params.
+    "head": record})`. Fields are Python numbers, tensors or prefix trees of *all* params.
 
     Args:
         optimizers: an optimizer for each label.
@@ -48,9 +48,9 @@ def partition(
         a tensor has another label.
 
     Raises:
-        TypeError: `optimizers` is no dict, or one of them is none.
-        ValueError: (from `init` and `update`) `labels` is no prefix of params, or a label names no
-            optimizer.
+        TypeError: `optimizers` is not a dict, or one of its values is not an optimizer.
+        ValueError: (from `init` and `update`) `labels` is not a prefix of params, or a label is not
+            a key of `optimizers`.
 
     Example:
         >>> import torch, diffopt
@@ -145,11 +145,10 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
         }
 
     def _split(self, params: Tree, spec: _tree.Spec) -> dict[Hashable, list[bool]]:
-        labels = _spread(self.labels, params, spec, "labels")
+        labels, known = _spread(self.labels, params, spec, "labels"), list(self.optimizers)
         for i, label in enumerate(labels):
-            if label not in self.optimizers:
+            if label not in known:
                 path = _tree.paths(params, "params")[i]
-                known = list(self.optimizers)
                 raise ValueError(f"{path} has the label {label!r}, but optimizers has {known}")
         return {label: [mine == label for mine in labels] for label in self.optimizers}
 
@@ -200,7 +199,8 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
 
     Raises:
         TypeError: `part` is neither.
-        ValueError: (from `init` and `update`) `mask` is no prefix of params, or not of bools.
+        ValueError: (from `init` and `update`) `mask` is not a prefix of params, or a leaf of it is
+            not a bool.
 
     Example:
         >>> import torch, diffopt
@@ -216,7 +216,7 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
         return MaskedOptimizer(part, mask)
     if isinstance(part, Transformation):
         return MaskedTransformation(part, mask)
-    raise TypeError(f"part is {part!r}, neither an optimizer nor a gradient transformation")
+    raise TypeError(f"part is {brief(part)}, neither an optimizer nor a gradient transformation")
 
 
 def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]:
@@ -232,8 +232,9 @@ def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) ->
         tensors.
 
     Raises:
-        TypeError: `optimizer` is none.
-        ValueError: (from `init` and `update`) `frozen` is no prefix of params, or not of bools.
+        TypeError: `optimizer` is not an optimizer.
+        ValueError: (from `init` and `update`) `frozen` is not a prefix of params, or a leaf of it
+            is not a bool.
 
     Example:
         >>> import torch, diffopt

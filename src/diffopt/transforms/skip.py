@@ -27,21 +27,22 @@ def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         p, s <- optimizer(p, g, s)   if every g of every tensor is finite, else p, s
 
     The choice is made by `torch.where`, model by model under `torch.vmap`. A skipped step counts
-    nowhere: the state's `step` says how many there were. Its derivative is the identity by params
-    and state, and zero by gradients and hyperparameters.
+    nowhere: the state's `step` says how many there were. Its derivative is the identity with
+    respect to params and state, and zero with respect to gradients and hyperparameters.
 
     Args:
         optimizer: any optimizer.
 
     Returns:
-        The optimizer, with the same state and hyperparameters. Under plain autograd, derivatives
-        through a skipped step do not touch the graph of its gradients, which is full of NaN: the
-        result is that of a loop without the step. Under torch.func transforms zeros pass
+        The optimizer, with the same state and hyperparameters. Processes that share DTensors skip
+        together, whichever of them sees the gradient that is not finite. Under plain autograd,
+        derivatives through a skipped step do not touch the graph of its gradients, which is full of
+        NaN: the result is that of a loop without the step. Under torch.func transforms zeros pass
         through that graph, and a loss can turn them into NaN. `update_` waits for the device, to
         know whether there is anything to do.
 
     Raises:
-        TypeError: `optimizer` is none.
+        TypeError: `optimizer` is not an optimizer.
 
     Example:
         >>> import torch, diffopt
