@@ -76,20 +76,25 @@ def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor
     The names of the trees are those of the paths in errors, which say why one cannot be written.
     """
     pairs: list[tuple[Any, Any]] = []
-    paths: list[str] = []
+    places: list[tuple[str, int]] = []
     for name, tree in old.items():
         leaves, spec = _tree.flatten(tree)
         values = _tree.leaves_like(new[name], spec, tree, (f"the new {name}", name))
         for i, pair in enumerate(zip(leaves, values, strict=True)):
             if pair[0] is not pair[1] and (isinstance(pair[0], Tensor) or pair[0] != pair[1]):
                 pairs.append(pair)
-                paths.append(_tree.paths(tree, name)[i])
-    for path, (leaf, value) in zip(paths, pairs, strict=True):
+                places.append((name, i))
+
+    def path(k: int) -> str:
+        name, i = places[k]
+        return _tree.paths(old[name], name)[i]
+
+    for k, (leaf, value) in enumerate(pairs):
         if fault := _fault(leaf, value):
-            raise ValueError(f"{path} {fault}")
+            raise ValueError(f"{path(k)} {fault}")
     both = None if _modes.transformed() else memory.overlap([leaf for leaf, _ in pairs])
     if both:
-        first, second = (paths[i] for i in both)
+        first, second = map(path, both)
         raise ValueError(f"{second} and {first} share memory, which would be written twice")
     return pairs
 
