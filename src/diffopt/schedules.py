@@ -27,9 +27,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
+from diffopt import _modes, _tree, _value
 from diffopt._rule import hyper
-from diffopt._value import Value
 
 Number: TypeAlias = Any
 """A Python number or a tensor."""
@@ -38,7 +37,7 @@ Schedule: TypeAlias = Callable[[Number], Number]
 """A function `step -> value`."""
 
 
-class Formula(Value, ABC):
+class Formula(_value.Value, ABC):
     """What the functions of this module return: a formula of the step and its own fields."""
 
     def __call__(self, step: Number) -> Number:
