@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 from torch.utils import _pytree as pytree
 
-from diffopt import optim
+import diffopt
+from diffopt import optim, transforms as t
 from diffopt.testing import Case
 from registry import COMPOSITIONS, REGISTRY
 
@@ -213,7 +214,53 @@ def shard(x, mesh):
     return distribute_tensor(x, mesh, [Shard(0)])
 
 
+def clipped(places, clip, mesh):
+    """The gradients of a tree, some of them shards, and two derivatives."""
+
+    def run(place):
+        grads = [place(x, i) for i, x in enumerate((torch.arange(1.0, 6), torch.ones(1), ALL))]
+        grads = [x.double().requires_grad_() for x in grads]
+        bound = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+        record = clip.hparams(**dict.fromkeys(vars(clip.hparams()), bound))
+        new, _ = clip.apply(grads, grads, (), record)
+        inputs = [*grads, bound]
+        outer = sum(x.pow(3).sum() for x in full(new))
+        first = torch.autograd.grad(outer, inputs, create_graph=True)
+        total = sum(x.square().sum() for x in full(first))
+        return full((new, first, torch.autograd.grad(total, inputs)))
+
+    return run(lambda x, i: shard(x, mesh) if places[i] else x), run(lambda x, i: x)
+
+
+def skipped(place, mesh):
+    """A gradient that is not finite in one process only; shards may be empty."""
+    opt = t.skip_nonfinite(diffopt.sgd())
+    params = [shard(torch.zeros(3), mesh), shard(torch.zeros(1), mesh), torch.zeros(2)]
+    grads = [torch.ones_like(p) for p in params]
+    if place is not None:
+        mine = grads[place].to_local() if isinstance(grads[place], DTensor) else grads[place]
+        mine.fill_(torch.nan if dist.get_rank() == 0 else 1.0)
+    state, record = opt.init(params), opt.hparams(lr=1.0)
+    new, _ = opt.update(params, grads, state, record)
+    opt.update_(params, grads, state, record)
+    expected = [torch.full(p.shape, -1.0 if place is None else 0.0) for p in params]
+    return full((new, params)), (expected, expected)
+
+
+ALL = torch.full((2, 3), 0.5)
+MIXES = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 CASES = {
+    **{
+        ("clipped", type(clip).__name__, *places, torch.float64): functools.partial(
+            clipped, places, clip
+        )
+        for clip in (t.clip_by_global_norm(), t.clip_by_norm(), t.clip_by_value())
+        for places in MIXES
+    },
+    **{
+        ("skipped", place, torch.float32): functools.partial(skipped, place)
+        for place in (None, 0, 1, 2)
+    },
     **{
         (check.__name__, name, dtype): functools.partial(check, name, dtype)
         for check, names, dtypes in (

@@ -1,11 +1,14 @@
 """Schedules against torch's schedulers, finite differences and themselves run in other ways."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck, gradgradcheck
 from torch.optim import lr_scheduler
 
@@ -453,6 +456,13 @@ def test_meta_gradient_of_a_learned_schedule(opt, name):
             "boundaries must increase, but [0] is 4.0 and [1] is 4.0",
         ),
         (lambda: piecewise([1, 2], [-1]), ValueError, "boundaries[0] is -1, but must be >= 0"),
+        (lambda: piecewise(0.1, [2]), TypeError, "values is 0.1 of type float, not a list"),
+        (lambda: piecewise(double(1.0), [2]), TypeError, "values is a tensor of shape (), not a"),
+        (lambda: piecewise([1, 2], 2), TypeError, "boundaries is 2 of type int, not a list"),
+        (lambda: joined(None, [2]), TypeError, "schedules is None, not a list"),
+        (lambda: cosine(float("nan"), 2), ValueError, "init is nan, but must be a number"),
+        (lambda: cosine(10**400, 2), ValueError, "init is an integer too large for a float"),
+        (lambda: cosine(0.1, torch.tensor(True)), TypeError, "steps has dtype torch.bool, but"),
     ],
 )
 def test_errors_name_the_argument_and_its_value(make, error, message):
@@ -464,3 +474,75 @@ def test_errors_name_the_argument_and_its_value(make, error, message):
 def test_tensors_are_not_inspected():
     assert linear(0.1, 0.2, double(-1.0))(double(3.0)) == 0.2
     assert linear(0.1, 0.2, double(0.0))(double(0.0)) == 0.2
+
+
+# Values
+
+
+@EVERY
+def test_schedules_are_values(case):
+    schedule, same = case.make(**case.numbers), case.make(**case.numbers)
+    other = case.make(**{**case.numbers, next(iter(case.numbers)): 0.25})
+    assert schedule == same
+    assert hash(schedule) == hash(same)
+    assert schedule != other
+    assert {schedule: 1}[same] == 1
+    for twin in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
+        assert twin == schedule
+        assert twin(2) == schedule(2)
+    text = repr(schedule)
+    assert "\n" not in text
+    assert "0x" not in text
+
+
+def test_the_repr_of_a_schedule_names_its_arguments():
+    assert repr(cosine(0.1, 100)) == "Cosine(init=0.1, steps=100.0, final=0.0)"
+    learned = linear(torch.zeros(50, 3), 0.1, 5)
+    assert repr(learned) == "Linear(init=<tensor of shape (50, 3)>, final=0.1, steps=5.0)"
+    assert repr(joined([exponential(1, 0.5), len], [2])) == (
+        "Joined(schedules=(Exponential(init=1.0, gamma=0.5), len), boundaries=(2.0,))"
+    )
+
+
+@pytest.mark.parametrize("values", [double(0.3), double([0.3, 0.1]), torch.zeros(2)], ids=str)
+def test_a_tensor_in_a_schedule_is_equal_to_itself_only(values):
+    for make in (
+        lambda x: cosine(x, 5),
+        lambda x: joined([schedules.constant(x), exponential(x, 0.5)], [3]),
+        lambda x: piecewise([x, 1.0], [3]),
+    ):
+        schedule = make(values)
+        assert schedule == make(values)
+        assert hash(schedule) == hash(make(values))
+        assert schedule != make(values.clone())
+        assert schedule != make(0.3)
+        assert schedule != copy.deepcopy(schedule)
+
+
+def test_a_schedule_follows_its_parameter_through_training():
+    rate = torch.nn.Parameter(torch.tensor(0.5))
+    lr = schedules.constant(rate)
+    assert lr.value is rate
+    for expected in (0.5, 0.4):
+        value = lr(0)
+        torch.testing.assert_close(value.item(), expected)
+        value.backward()
+        with torch.no_grad():
+            rate -= 0.1 * rate.grad
+        rate.grad = None
+    twin = copy.deepcopy(lr)
+    torch.testing.assert_close(twin(0), lr(0))
+
+
+def test_equal_schedules_are_one_constant_for_torch_compile():
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def value(schedule, step):
+        return schedule(step)
+
+    for _ in range(2):
+        schedule = joined([warmup(1.0, 3), cosine(1.0, 5)], [3])
+        torch.testing.assert_close(value(schedule, double(4.0)), schedule(double(4.0)))
+    assert counter.frame_count == 1
+    torch.compiler.reset()

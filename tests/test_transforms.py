@@ -1,11 +1,17 @@
 """Optimizers made from optimizers, against torch, closed forms and finite differences."""
 
+import concurrent.futures
+import copy
+import dataclasses
 import io
 import itertools
+import multiprocessing
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
@@ -46,7 +52,8 @@ def exactly(mine, theirs):
     """Equal to the rounding of each dtype."""
     for x, y in zip(pytree.tree_leaves(mine), pytree.tree_leaves(theirs), strict=True):
         fine = x.dtype in (F64, torch.complex128)
-        torch.testing.assert_close(x, y, **({"rtol": 1e-12, "atol": 1e-12} if fine else {}))
+        tolerances = {"rtol": 1e-12, "atol": 1e-12} if fine else {}
+        torch.testing.assert_close(x, y, equal_nan=True, **tolerances)
 
 
 def clipped(transformation, grads, params=None, **numbers):
@@ -204,10 +211,206 @@ def test_a_zero_tensor_among_others_has_finite_derivatives():
         assert all(g.isfinite().all() for g in (*first, *second))
 
 
-def test_nan_stays_nan():
-    grad = torch.tensor([torch.nan, 1.0])
-    for clip, _ in CLIPS.values():
-        assert clipped(clip, grad).isnan()[0]
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.complex64, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_clips_of_gradients_that_are_not_finite_are_those_of_torch(bad, dtype):
+    grads = [torch.tensor([bad, 1.0], dtype=dtype), torch.tensor([1e4, -1e4], dtype=dtype)]
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+
+    def by_torch(clip_, *groups):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        for group in groups:
+            clip_(group, 1.0)
+        return [param.grad for param in params]
+
+    ours = clipped(t.clip_by_global_norm(), grads)
+    torch.testing.assert_close(ours, by_torch(clip_grad_norm_, params), equal_nan=True)
+    ours = clipped(t.clip_by_norm(), grads)
+    torch.testing.assert_close(ours, by_torch(clip_grad_norm_, *params), equal_nan=True)
+    if not dtype.is_complex:  # which torch refuses
+        for bound in (1.0, torch.tensor(1.0, dtype=dtype), torch.ones(2, dtype=dtype)):
+            ours = clipped(t.clip_by_value(), grads, clip_value=bound)
+            torch.testing.assert_close(ours, by_torch(clip_grad_value_, params), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_bound_that_is_nan_shows(name):
+    clip, field = CLIPS[name]
+    for grad in (draw(3), torch.zeros(3, dtype=F64)):
+        new = clipped(clip, grad, **{field: torch.tensor(torch.nan, dtype=F64)})
+        assert new.isnan().all()
+
+
+@pytest.mark.parametrize("wrap", [lambda opt: opt, t.flatten, t.ema, lambda o: t.accumulate(o, 1)])
+def test_no_step_is_greater_than_the_bound_beside_a_nan(wrap):
+    opt = wrap(t.chain(t.clip_by_global_norm(), diffopt.sgd()))
+    grads = [torch.tensor([torch.nan, 1.0]), torch.tensor([1e6, -1e6])]
+    new, _ = run(opt, [torch.zeros(2), torch.zeros(2)], [grads], lr=0.1)
+    assert not any((p.abs() > 0.1).any() for p in new)
+
+
+@pytest.mark.parametrize("bound", [5.0, torch.tensor(5.0, dtype=F64), "per weight"])
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_gradient_that_meets_the_bound_has_the_derivatives_of_the_identity(name, bound):
+    clip, field = CLIPS[name]
+    grad = torch.tensor([3.0, 4.0 if name != "value" else 5.0], dtype=F64)
+    at = 5.0 if name == "value" else 5.0 + 1e-6
+    if isinstance(bound, str):
+        bound = torch.full((2,), at, dtype=F64)
+    else:
+        bound = torch.full_like(bound, at) if isinstance(bound, torch.Tensor) else at
+
+    def function(x):
+        return clipped(clip, x, **{field: bound})
+
+    assert torch.equal(function(grad), grad)
+    jacobian = torch.func.jacrev(function)(grad)
+    assert torch.equal(jacobian, torch.eye(2, dtype=F64))
+    x = grad.clone().requires_grad_()
+    first = torch.autograd.grad(function(x).sum(), x, create_graph=True)[0]
+    assert torch.equal(first, torch.ones(2, dtype=F64))
+    if first.requires_grad:
+        second = torch.autograd.grad(first.square().sum(), x, materialize_grads=True)[0]
+        assert torch.equal(second, torch.zeros(2, dtype=F64))
+
+
+@pytest.mark.parametrize("shapes", [[(0,)], [(0,), (2,)], [(2, 0), (), (0,)]], ids=str)
+def test_steps_of_empty_tensors_are_not_skipped(shapes):
+    params = [torch.zeros(shape) for shape in shapes]
+    new, _ = run(t.skip_nonfinite(sgd), params, [[torch.ones_like(p) for p in params]], lr=1.0)
+    assert all((p == -1).all() for p in new)
+
+
+# Values
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent(diffopt.Optimizer):
+    """An optimizer of a user's own, as a value."""
+
+    rate: float = 0.1
+
+    @staticmethod
+    def hparams(factor=1.0):
+        return {"factor": factor}
+
+    def init(self, params):
+        return ()
+
+    def update(self, params, grads, state, hparams):
+        return pytree.tree_map(lambda p, g: p - self.rate * g, params, grads), state
+
+
+@hparams
+class Factor:
+    factor: float = number(1.0)
+
+
+def scaled(grads, params, records):
+    return [record.factor * grad for grad, record in zip(grads, records, strict=True)]
+
+
+def is_matrix(params):
+    return pytree.tree_map(lambda p: p.dim() == 2, params)
+
+
+MASK = {"a": True, "b": [False, True]}
+MAKERS = {
+    "chain": lambda o: t.chain(t.clip_by_global_norm(), t.clip_by_norm(), t.clip_by_value(), o),
+    "decay": lambda o: t.chain(t.add_decayed_weights(), o),
+    "stateless": lambda o: t.chain(t.stateless(Factor, scaled), o),
+    "partition": lambda o: t.partition({"x": o, 2: t.ema(o)}, {"a": "x", "b": [2, "x"]}),
+    "partition-function": lambda o: t.partition({True: o, False: o}, is_matrix),
+    "masked": lambda o: t.masked(o, dict(reversed(MASK.items()))),
+    "masked-transformation": lambda o: t.chain(t.masked(t.clip_by_norm(), MASK), o),
+    "freeze": lambda o: t.freeze(o, MASK),
+    "accumulate": lambda o: t.accumulate(o, 3),
+    "ema": lambda o: t.ema(o, bias_correction=True),
+    "flatten": t.flatten,
+    "maximize": t.maximize,
+    "skip": t.skip_nonfinite,
+    "nested": lambda o: t.chain(t.clip_by_norm(), t.skip_nonfinite(t.ema(t.freeze(o, MASK)))),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_compositions_are_values(name):
+    make = MAKERS[name]
+    opt, same = make(Descent()), make(Descent())
+    assert opt == same
+    assert hash(opt) == hash(same)
+    assert opt != make(Descent(0.2))
+    assert opt.hparams == same.hparams
+    for twin in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert twin == opt
+        assert twin.hparams == opt.hparams
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        opt.optimizer = None
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_repr_of_a_composition_is_one_line(name):
+    text = repr(MAKERS[name](Descent()))
+    assert "\n" not in text
+    assert "0x" not in text
+    assert len(text) < 250
+    assert "Descent(rate=0.1)" in text
+
+
+def test_the_repr_of_a_composition_names_parts_and_arguments():
+    assert repr(MAKERS["chain"](Descent())) == (
+        "Chain(parts=(ClipByGlobalNorm(), ClipByNorm(), ClipByValue(), Descent(rate=0.1)))"
+    )
+    assert repr(t.accumulate(Descent(), 3)) == "Accumulate(optimizer=Descent(rate=0.1), k=3)"
+    assert repr(t.stateless(Factor, scaled)) == "FromFunction(hparams=Factor, function=scaled)"
+    wide = repr(t.freeze(Descent(), {f"layer{i}": True for i in range(1000)}))
+    assert len(wide) < 250
+
+
+@pytest.mark.parametrize("different", [t.clip_by_norm(), t.masked(t.clip_by_norm(), MASK)])
+def test_compositions_with_other_arguments_are_not_equal(different):
+    assert t.chain(t.clip_by_global_norm(), sgd) != t.chain(different, sgd)
+    assert t.chain(different, sgd) == t.chain(different, sgd)
+    assert t.masked(sgd, MASK) != t.freeze(sgd, MASK)
+    assert t.masked(sgd, MASK) != t.masked(sgd, {**MASK, "a": False})
+    assert t.accumulate(sgd, 2) != t.accumulate(sgd, 3)
+    assert t.maximize(sgd) != t.skip_nonfinite(sgd)
+    assert t.ema(sgd) != "ema"
+
+
+def test_a_composition_with_labels_that_cannot_be_hashed_says_so():
+    opt = t.partition({"x": sgd}, {"a": {"x"}})
+    assert opt == opt
+    with pytest.raises(TypeError, match="unhashable type: 'set'"):
+        hash(opt)
+
+
+@pytest.mark.slow
+def test_compositions_go_to_other_processes():
+    opt = MAKERS["nested"](Descent())
+    params = {"a": torch.ones(2), "b": [torch.ones(1), torch.ones(3)]}
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(repr, opt).result() == repr(opt)
+        assert pool.submit(opt.init, params).result()[0] == ()
+
+
+@pytest.mark.parametrize("name", ["chain", "partition-function", "nested"])
+def test_equal_compositions_are_one_constant_for_torch_compile(name):
+    params = {"a": torch.ones(2), "b": [torch.ones(()), torch.ones(3)]}
+    counter = CompileCounter()
+
+    def step(opt, params, state, record):
+        return opt.update(params, params, state, record)[0]
+
+    for call in (step, lambda opt, *args: opt.update(args[0], *args)[0]):
+        compiled = torch.compile(call, backend=counter, fullgraph=True)
+        for _ in range(2):
+            opt = MAKERS[name](Descent())
+            arguments = opt, params, opt.init(params), opt.hparams()
+            torch.testing.assert_close(compiled(*arguments), step(*arguments))
+    assert counter.frame_count == 2
+    torch.compiler.reset()
 
 
 # Chains and their hyperparameters
@@ -325,6 +528,16 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         (lambda: t.flatten(None), "optimizer is None, not a diffopt optimizer"),
         (lambda: t.maximize(torch.optim.SGD), "optimizer is .*, not a diffopt optimizer"),
         (lambda: t.ema(sgd, bias_correction=0.9), "bias_correction is 0.9, not a bool"),
+        (lambda: t.ema(t.clip_by_norm()), r"optimizer is ClipByNorm\(\), not a diffopt optimizer"),
+        (lambda: t.accumulate(3, 2), "optimizer is 3, not a diffopt optimizer"),
+        (lambda: t.ema(nn.Linear(2, 2)), "optimizer is [^\\n]*, not a diffopt optimizer"),
+        (
+            lambda: t.skip_nonfinite(torch.optim.SGD([torch.zeros(1)])),
+            "optimizer is a torch.optim.SGD: make it pure with diffopt.optim.to_pure",
+        ),
+        (lambda: both(sgd, adam).hparams([1]), r"takes keywords or a dict of records, not \[1\]"),
+        (lambda: t.stateless(dict, scaled), "hparams is dict, not a class made by"),
+        (lambda: t.stateless(Factor, None), "function is None, which cannot be called"),
     ],
 )
 def test_wrong_calls_raise_and_say_what_is_right(call, message):
@@ -385,9 +598,157 @@ def test_an_expanded_tensor_is_refused_in_place_before_anything_changes(row):
     before.check()
 
 
+WRITTEN = {
+    "an inference tensor": lambda x: inference(x),
+    "an expanded tensor": lambda x: x.flatten()[:1].expand(max(2, x.numel()))[: x.numel()],
+    "not a tensor": lambda x: 3.0,
+}
+
+
+def inference(x):
+    with torch.inference_mode():
+        return x.clone()
+
+
+def unchanged(*tree):
+    """A snapshot; inference tensors have no version that it could look at."""
+    return Snapshot([x for x in pytree.tree_leaves(tree) if not getattr(x, "is_inference", bool)()])
+
+
+def replaced(tree, i, leaf):
+    leaves, spec = pytree.tree_flatten(tree)
+    return pytree.tree_unflatten([*leaves[:i], leaf, *leaves[i + 1 :]], spec)
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
 @pytest.mark.parametrize("row", COMPOSITIONS)
-def test_states_load_with_weights_only(row):
+def test_nothing_changes_where_one_leaf_cannot_be_written(row, kind):
     case = COMPOSITIONS[row]
+    params, state, grads, record = point(case)
+    for i, leaf in enumerate(pytree.tree_leaves(state)):
+        bad = WRITTEN[kind](leaf)
+        if kind == "an expanded tensor" and (leaf.dim() == 0 or leaf.numel() < 2):
+            continue
+        bad = bad.view(leaf.shape) if kind == "an expanded tensor" and leaf.dim() == 1 else bad
+        broken = replaced(state, i, bad)
+        before = unchanged(params, broken)
+        with pytest.raises((TypeError, ValueError)):
+            case.optimizer.update_(params, grads, broken, record)
+        before.check()
+
+
+def test_a_chain_whose_transformation_cannot_be_written_moves_nothing():
+    class Count(t.Transformation):
+        """A state of a user's own."""
+
+        hparams = dict
+
+        def __init__(self, start, step=1):
+            self.start, self.step = start, step
+
+        def init(self, params):
+            return {"count": self.start}
+
+        def apply(self, grads, params, state, hparams):
+            return grads, {"count": state["count"] + self.step}
+
+    zero = torch.zeros((), dtype=torch.int64)
+    wrong = [
+        (Count(0), r"state\[0\]\['count'\] is 0 of type int, which update_ cannot overwrite"),
+        (Count(zero, 0.5), "has dtype torch.int64, which cannot hold its new value of dtype"),
+        (Count(zero, torch.ones(2).int()), r"has shape \(\), but its new value has shape \(2,\)"),
+        (Count(inference(zero)), "is an inference tensor"),
+    ]
+    for dtype, (count, message) in itertools.product((torch.float32, torch.bfloat16), wrong):
+        opt, params = t.chain(count, adam), {"w": torch.ones(2, dtype=dtype)}
+        state = opt.init(params)
+        before = unchanged(params, state[1])
+        with pytest.raises(ValueError, match=message):
+            opt.update_(params, params, state, opt.hparams())
+        before.check()
+        new, _ = opt.update(params, params, state, opt.hparams(lr=0.5))
+        assert not torch.equal(new["w"], params["w"])
+
+
+@pytest.mark.parametrize("name", ["chain", "ema", "accumulate", "flatten", "skip", "freeze"])
+def test_a_bad_part_of_a_partition_changes_no_other_part(name):
+    wrap = {
+        "chain": lambda o: t.chain(t.clip_by_global_norm(), o),
+        "ema": t.ema,
+        "accumulate": lambda o: t.accumulate(o, 1),
+        "flatten": t.flatten,
+        "skip": t.skip_nonfinite,
+        "freeze": lambda o: t.freeze(o, {"a": False, "b": False, "c": False}),
+    }[name]
+    parts = {"a": diffopt.sgd(), "b": wrap(diffopt.adam()), "c": wrap(diffopt.rmsprop())}
+    opt = t.partition(parts, {"a": "a", "b": "b", "c": "c"})
+    params = {key: torch.ones(3) for key in "abc"}
+    records = {key: part.hparams() for key, part in parts.items()}
+    for bad in "abc":
+        record = records[bad]
+        rate = {"lr": torch.ones(7)}
+        wide = type(record)(**rate) if not isinstance(record, tuple) else None
+        wrong = {**records, bad: wide or (record[0], type(record[1])(**rate))}
+        state = opt.init(params)
+        before = unchanged(params, state)
+        with pytest.raises(ValueError, match="which does not broadcast to"):
+            opt.update_(params, params, state, wrong)
+        before.check()
+        state = opt.init(params)
+        leaves = pytree.tree_leaves(state)
+        place = next(i for i, x in enumerate(leaves) if x is pytree.tree_leaves(state[bad])[-1])
+        broken = replaced(state, place, inference(leaves[place]))
+        before = unchanged(params, broken)
+        with pytest.raises(ValueError, match="inference tensor"):
+            opt.update_(params, params, broken, records)
+        before.check()
+        mixed = {**params, bad: params[bad].double()}
+        state = opt.init(params)
+        before = unchanged(mixed, state)
+        with pytest.raises(ValueError, match=r"grads\['.'\] has dtype torch.float"):
+            opt.update_(mixed, params, state, records)
+        before.check()
+
+
+@pytest.mark.parametrize("row", ["ema", "accumulate"])
+def test_averages_of_integers_are_refused(row):
+    case = COMPOSITIONS[row]
+    params, state, grads, record = point(case)
+    name = "average" if row == "ema" else "grad_sum"
+    wrong = state._replace(**{name: pytree.tree_map(torch.Tensor.int, getattr(state, name))})
+    before = Snapshot((params, wrong))
+    for call in (case.optimizer.update, case.optimizer.update_):
+        with pytest.raises(
+            ValueError, match=rf"state.{name}\['first'\] has dtype torch.int32, but"
+        ):
+            call(params, grads, wrong, record)
+        before.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F64], ids=str)
+def test_averages_and_sums_are_as_precise_as_their_params(dtype):
+    params, grads = {"w": torch.ones(3)}, {"w": torch.full((3,), 1e-3)}
+
+    def cast(state):
+        return pytree.tree_map(lambda x: x.to(dtype) if x.dim() else x, state)
+
+    opt = t.ema(sgd)
+    expected = opt.update(params, grads, opt.init(params), opt.hparams())[1]
+    state = opt.init(params)._replace(average=cast(params))
+    found = opt.update(params, grads, state, opt.hparams())[1]
+    wider = torch.promote_types(dtype, torch.float32)
+    assert found.average["w"].dtype == wider
+    torch.testing.assert_close(found.average["w"].float(), expected.average["w"])
+    opt = t.accumulate(sgd, 3)
+    state = opt.init(params)._replace(grad_sum=cast(grads))
+    found = opt.update(params, grads, state, opt.hparams())[1].grad_sum["w"]
+    assert found.dtype == wider
+    torch.testing.assert_close(found.float(), cast(grads)["w"].float() + grads["w"])
+
+
+@pytest.mark.parametrize("row", COMPOSITIONS | REGISTRY)
+def test_states_load_with_weights_only(row):
+    case = (COMPOSITIONS | REGISTRY)[row]
     _, state, _, record = point(case)
     file = io.BytesIO()
     torch.save((state, record), file)
@@ -544,6 +905,11 @@ def test_flatten_refuses_what_computes_with_a_tensor_as_a_whole():
             r"params\['b'\] has the label 'z', but optimizers has \['x', 'y'\]",
         ),
         ({"a": ["x"], "b": "x", "c": "y"}, r"labels must be a prefix of params: labels\['a'\]"),
+        (
+            {"a": {"x"}, "b": "x", "c": "y"},
+            r"params\['a'\] has the label {'x'}, but",
+        ),
+        (None, r"params\['a'\] has the label None, but optimizers has"),
     ],
 )
 def test_wrong_labels_raise(labels, message):
@@ -585,9 +951,6 @@ def test_frozen_params_are_the_same_tensors_and_have_no_state():
 
 def test_freeze_is_masked_by_the_opposite():
     params, grads = tree(), [tree(10)]
-
-    def is_matrix(params):
-        return pytree.tree_map(lambda p: p.dim() == 2, params)
 
     def is_no_matrix(params):
         return pytree.tree_map(lambda p: p.dim() != 2, params)
@@ -772,9 +1135,7 @@ def mixed(seed=0):
 
 
 ELEMENTWISE = [
-    name
-    for name, case in REGISTRY.items()
-    if getattr(getattr(case.optimizer, "rule", None), "elementwise", False)
+    name for name, case in REGISTRY.items() if getattr(case.optimizer, "elementwise", False)
 ]
 
 

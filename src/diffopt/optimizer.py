@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _modes, _tree
+from diffopt._rule import memory
 from diffopt._tree import Tree
 
 S = TypeVar("S")
@@ -48,7 +50,7 @@ class Optimizer(ABC, Generic[S, H]):
         Raises:
             ValueError: structures, shapes, dtypes or devices do not match, or one tensor stands at
                 two paths; the message names the path and both sides.
-            TypeError: a leaf is no tensor.
+            TypeError: a leaf is not a tensor.
         """
 
     def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
@@ -62,12 +64,56 @@ class Optimizer(ABC, Generic[S, H]):
         """
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            new = self.update(params, grads, state, hparams)
-            for old_leaf, new_leaf in zip(
-                _tree.leaves((params, state)), _tree.leaves(new), strict=True
-            ):
-                if new_leaf is not old_leaf:
-                    old_leaf.copy_(new_leaf)
+            new_params, new_state = self.update(params, grads, state, hparams)
+            new = {"params": new_params, "state": new_state}
+            for old_leaf, new_leaf in overwriting({"params": params, "state": state}, new):
+                old_leaf.copy_(new_leaf)
+
+
+def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:
+    """The tensors of old trees that new ones replace, each with its new value.
+
+    The names of the trees are those of the paths in errors, which say why one cannot be written.
+    """
+    pairs: list[tuple[Any, Any]] = []
+    places: list[tuple[str, int]] = []
+    for name, tree in old.items():
+        leaves, spec = _tree.flatten(tree)
+        values = _tree.leaves_like(new[name], spec, tree, (f"the new {name}", name))
+        for i, pair in enumerate(zip(leaves, values, strict=True)):
+            if pair[0] is not pair[1] and (isinstance(pair[0], Tensor) or pair[0] != pair[1]):
+                pairs.append(pair)
+                places.append((name, i))
+
+    def path(k: int) -> str:
+        name, i = places[k]
+        return _tree.paths(old[name], name)[i]
+
+    for k, (leaf, value) in enumerate(pairs):
+        if fault := _fault(leaf, value):
+            raise ValueError(f"{path(k)} {fault}")
+    both = None if _modes.transformed() else memory.overlap([leaf for leaf, _ in pairs])
+    if both:
+        first, second = map(path, both)
+        raise ValueError(f"{second} and {first} share memory, which would be written twice")
+    return pairs
+
+
+def _fault(old: Any, new: Any) -> str | None:
+    """Why a leaf cannot be overwritten."""
+    if not isinstance(old, Tensor):
+        return f"is {_tree.describe(old)}, which update_ cannot overwrite: keep it in a tensor"
+    if not isinstance(new, Tensor):
+        return f"is a tensor, but its new value is {_tree.describe(new)}"
+    if old.shape != new.shape:
+        return f"has shape {tuple(old.shape)}, but its new value has shape {tuple(new.shape)}"
+    if _modes.transformed():
+        return None
+    if not torch.can_cast(new.dtype, old.dtype):
+        return f"has dtype {old.dtype}, which cannot hold its new value of dtype {new.dtype}"
+    if old.is_inference() and not torch.is_inference_mode_enabled():
+        return "is an inference tensor, which can be written to in torch.inference_mode() only"
+    return None
 
 
 def refuse_gradients(grads: Tree, hparams: Any) -> None:
@@ -76,7 +122,7 @@ def refuse_gradients(grads: Tree, hparams: Any) -> None:
         return
     for name, tree in (("grads", grads), ("hparams", hparams)):
         for i, leaf in enumerate(_tree.leaves(tree)):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
                 raise ValueError(
                     f"{_tree.paths(tree, name)[i]} requires a gradient, which update_ cannot "
                     "carry: use update, or call it under torch.no_grad()"

@@ -1,17 +1,25 @@
-"""Schedules: pure functions of the step, differentiable in the numbers they are made of.
+"""Schedules: pure functions of the step, differentiable with respect to what they are made of.
 
-What makes a schedule takes numbers, and returns a function `step -> value` for a field of
-hyperparameters: `opt.hparams(lr=schedule(state.step))`. Steps are counted from 0, before the first
-update. A value is a float where the step and the numbers are Python's, and a float64 tensor where
-one of them is a tensor, whatever its dtype. Tensors broadcast: a tensor of steps gives the values
-at them. No tensor is ever looked into, so that schedules can be made and called inside `torch.vmap`
-and `torch.compile`. Where a schedule has a kink, its derivative is that of one side.
+What makes a schedule takes numbers or tensors, and returns a function `step -> value` for a field
+of hyperparameters: `opt.hparams(lr=schedule(state.step))`. Steps are counted from 0, before the
+first update. A value is a float where the step and the arguments are Python numbers, and a float64
+tensor where one of them is a tensor, whatever its dtype. Tensors broadcast: a tensor of steps gives
+the values at them. No tensor is ever looked into, so that schedules can be made and called inside
+`torch.vmap` and `torch.compile`. Where a schedule has a kink, its derivative is that of one side.
+
+Schedules are values: `cosine(0.1, 100)` is `Cosine(init=0.1, steps=100.0, final=0.0)`, whose
+arguments can be asked for. Two of the same arguments are equal and have one hash, they pickle, and
+they are constants for torch.compile. A tensor among the arguments is kept as it is given, so that
+the schedule follows what a training loop writes into it; it is equal only to itself, so that a
+copy of a learned schedule, which holds copies of its tensors, is another schedule.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
@@ -19,7 +27,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
+from diffopt import _modes, _tree, _value
 from diffopt._rule import hyper
 
 Number: TypeAlias = Any
@@ -29,7 +37,28 @@ Schedule: TypeAlias = Callable[[Number], Number]
 """A function `step -> value`."""
 
 
-def constant(value: Number) -> Schedule:
+class Formula(_value.Value, ABC):
+    """What the functions of this module return: a formula of the step and its own fields."""
+
+    def __call__(self, step: Number) -> Number:
+        return type(self)(*map(_exact, self.__dict__.values())).at(_exact(step))
+
+    @abstractmethod
+    def at(self, step: Number) -> Number:
+        """The value, where all tensors are in float64."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Constant(Formula):
+    """What `constant` returns."""
+
+    value: Number
+
+    def at(self, step: Number) -> Number:
+        return self.value + 0 * step
+
+
+def constant(value: Number) -> Constant:
     """The same value at every step: `value`.
 
     Args:
@@ -46,11 +75,22 @@ def constant(value: Number) -> Schedule:
         >>> diffopt.schedules.constant(0.1)(7)
         0.1
     """
-    value = _number("value", value)
-    return lambda step: value + 0 * _exact(step)
+    return Constant(_number("value", value))
 
 
-def linear(init: Number, final: Number, steps: Number) -> Schedule:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Linear(Formula):
+    """What `linear` and `warmup` return."""
+
+    init: Number
+    final: Number
+    steps: Number
+
+    def at(self, step: Number) -> Number:
+        return _between(self.init, self.final, _progress(step, self.steps))
+
+
+def linear(init: Number, final: Number, steps: Number) -> Linear:
     """A straight line, then constant.
 
     With x = min(step / steps, 1), the value is `init * (1 - x) + final * x`.
@@ -74,11 +114,10 @@ def linear(init: Number, final: Number, steps: Number) -> Schedule:
         [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]
     """
     init, final = _number("init", init), _number("final", final)
-    steps = _number("steps", steps, gt=0)
-    return lambda step: _between(init, final, _progress(_exact(step), steps))
+    return Linear(init, final, _number("steps", steps, gt=0))
 
 
-def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Schedule:
+def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Linear:
     """A straight line up from `init` to `peak`, then constant: `linear(init, peak, steps)`.
 
     Args:
@@ -104,7 +143,21 @@ def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Schedule:
     return linear(init, _number("peak", peak), steps)
 
 
-def polynomial(init: Number, steps: Number, power: Number = 1.0, final: Number = 0.0) -> Schedule:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Polynomial(Formula):
+    """What `polynomial` returns."""
+
+    init: Number
+    steps: Number
+    power: Number
+    final: Number
+
+    def at(self, step: Number) -> Number:
+        left = 1 - _progress(step, self.steps)
+        return _between(self.final, self.init, _power(left, self.power))
+
+
+def polynomial(init: Number, steps: Number, power: Number = 1.0, final: Number = 0.0) -> Polynomial:
     """A power of the steps that remain, then constant.
 
     With r = (1 - min(step / steps, 1))^power, the value is `init * r + final * (1 - r)`.
@@ -130,15 +183,22 @@ def polynomial(init: Number, steps: Number, power: Number = 1.0, final: Number =
     """
     init, final = _number("init", init), _number("final", final)
     steps, power = _number("steps", steps, gt=0), _number("power", power, gt=0)
-
-    def schedule(step: Number) -> Number:
-        left = 1 - _progress(_exact(step), steps)
-        return _between(final, init, _power(left, power))
-
-    return schedule
+    return Polynomial(init, steps, power, final)
 
 
-def cosine(init: Number, steps: Number, final: Number = 0.0) -> Schedule:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Cosine(Formula):
+    """What `cosine` returns."""
+
+    init: Number
+    steps: Number
+    final: Number
+
+    def at(self, step: Number) -> Number:
+        return _cosine(self.init, self.final, _progress(step, self.steps))
+
+
+def cosine(init: Number, steps: Number, final: Number = 0.0) -> Cosine:
     """Half a cosine wave, then constant.
 
     With r = (1 + cos(pi * min(step / steps, 1))) / 2, the value is `init * r + final * (1 - r)`.
@@ -166,11 +226,21 @@ def cosine(init: Number, steps: Number, final: Number = 0.0) -> Schedule:
     equation 5, without restarts.
     """
     init, final = _number("init", init), _number("final", final)
-    steps = _number("steps", steps, gt=0)
-    return lambda step: _cosine(init, final, _progress(_exact(step), steps))
+    return Cosine(init, _number("steps", steps, gt=0), final)
 
 
-def exponential(init: Number, gamma: Number) -> Schedule:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Exponential(Formula):
+    """What `exponential` returns."""
+
+    init: Number
+    gamma: Number
+
+    def at(self, step: Number) -> Number:
+        return self.init * _decay(self.gamma, step)
+
+
+def exponential(init: Number, gamma: Number) -> Exponential:
     """A constant factor per step: `init * gamma^step`.
 
     Args:
@@ -191,11 +261,22 @@ def exponential(init: Number, gamma: Number) -> Schedule:
         >>> torch.autograd.grad(lr, gamma)  # 3 * 0.5^2
         (tensor(0.7500),)
     """
-    init, gamma = _number("init", init), _number("gamma", gamma, ge=0)
-    return lambda step: init * _decay(gamma, _exact(step))
+    return Exponential(_number("init", init), _number("gamma", gamma, ge=0))
 
 
-def step(init: Number, gamma: Number, every: Number) -> Schedule:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Step(Formula):
+    """What `step` returns."""
+
+    init: Number
+    gamma: Number
+    every: Number
+
+    def at(self, step: Number) -> Number:
+        return self.init * _decay(self.gamma, _floor(step / self.every))
+
+
+def step(init: Number, gamma: Number, every: Number) -> Step:
     """A constant factor every so many steps: `init * gamma^floor(step / every)`.
 
     Args:
@@ -217,8 +298,34 @@ def step(init: Number, gamma: Number, every: Number) -> Schedule:
         [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
     """
     init, gamma = _number("init", init), _number("gamma", gamma, ge=0)
-    every = _number("every", every, gt=0)
-    return lambda step: init * _decay(gamma, _floor(_exact(step) / every))
+    return Step(init, gamma, _number("every", every, gt=0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class OneCycle(Formula):
+    """What `one_cycle` returns."""
+
+    peak: Number
+    steps: Number
+    pct_start: Number
+    div_factor: Number
+    final_div_factor: Number
+    anneal: Literal["cos", "linear"]
+    three_phase: bool
+
+    def at(self, step: Number) -> Number:
+        top, end = self.pct_start * self.steps - 1, self.steps - 1
+        low = self.peak / self.div_factor
+        points = [(0.0, low), (top, self.peak), (end, low / self.final_div_factor)]
+        if self.three_phase:
+            points.insert(2, (2 * top, low))
+        curve = _cosine if self.anneal == "cos" else _between
+        step = _where(step < end, step, end)
+        value = low
+        for (start, before), (stop, after) in pairwise(points):
+            x = _progress(step - start, stop - start)
+            value = _where(step > start, curve(before, after, x), value)
+        return value
 
 
 def one_cycle(
@@ -230,7 +337,7 @@ def one_cycle(
     final_div_factor: Number = 1e4,
     anneal: Literal["cos", "linear"] = "cos",
     three_phase: bool = False,
-) -> Schedule:
+) -> OneCycle:
     """Up to a peak and down to almost nothing.
 
     From `low = peak / div_factor` at step 0 to `peak` at step pct_start * steps - 1, and on to
@@ -252,7 +359,7 @@ def one_cycle(
 
     Raises:
         ValueError: a number is out of range, or `anneal` is unknown.
-        TypeError: an argument is neither a number nor a tensor, or `three_phase` is no bool.
+        TypeError: an argument is neither a number nor a tensor, or `three_phase` is not a bool.
 
     Example:
         >>> import diffopt
@@ -265,31 +372,33 @@ def one_cycle(
     Source: Smith and Topin, "Super-convergence: very fast training of neural networks using large
     learning rates", 2018, as in torch.
     """
-    peak, steps = _number("peak", peak), _number("steps", steps, gt=0)
-    low = peak / _number("div_factor", div_factor, gt=0)
-    last = low / _number("final_div_factor", final_div_factor, gt=0)
-    top = _number("pct_start", pct_start, ge=0, le=1) * steps - 1
     hyper.check_flags(three_phase=three_phase)
     if anneal not in ("cos", "linear"):
         raise ValueError(f"anneal is {anneal!r}, but must be 'cos' or 'linear'")
-    curve = _cosine if anneal == "cos" else _between
-    points = [(0.0, low), (top, peak), (steps - 1, last)]
-    if three_phase:
-        points.insert(2, (2 * top, low))
-
-    def schedule(step: Number) -> Number:
-        step = _exact(step)
-        step = _where(step < steps - 1, step, steps - 1)
-        value = low
-        for (start, before), (end, after) in pairwise(points):
-            x = _progress(step - start, end - start)
-            value = _where(step > start, curve(before, after, x), value)
-        return value
-
-    return schedule
+    return OneCycle(
+        _number("peak", peak),
+        _number("steps", steps, gt=0),
+        _number("pct_start", pct_start, ge=0, le=1),
+        _number("div_factor", div_factor, gt=0),
+        _number("final_div_factor", final_div_factor, gt=0),
+        anneal,
+        three_phase,
+    )
 
 
-def piecewise(values: Sequence[Number] | Tensor, boundaries: Sequence[Number]) -> Schedule:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Piecewise(Formula):
+    """What `piecewise` returns."""
+
+    values: tuple[Number, ...] | Tensor
+    boundaries: tuple[Number, ...]
+
+    def at(self, step: Number) -> Number:
+        constants = tuple(Constant(value) for value in self.values)
+        return Joined(constants, self.boundaries).at(step)
+
+
+def piecewise(values: Sequence[Number] | Tensor, boundaries: Sequence[Number]) -> Piecewise:
     """Constant between boundaries: `values[i]` from step `boundaries[i - 1]` on.
 
     Args:
@@ -310,12 +419,32 @@ def piecewise(values: Sequence[Number] | Tensor, boundaries: Sequence[Number]) -
         >>> [lr(step) for step in range(5)]
         [0.1, 0.1, 0.01, 0.005, 0.005]
     """
-    _check_boundaries("values", len(values), boundaries)
-    checked = [_number(f"values[{i}]", value) for i, value in enumerate(values)]
-    return joined([constant(value) for value in checked], boundaries)
+    starts = _starts("values", _sequence("values", values), boundaries)
+    if isinstance(values, Tensor):
+        return Piecewise(values, starts)
+    checked = (_number(f"values[{i}]", value) for i, value in enumerate(values))
+    return Piecewise(tuple(checked), starts)
 
 
-def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Schedule:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Joined(Formula):
+    """What `joined` returns."""
+
+    schedules: tuple[Schedule, ...]
+    boundaries: tuple[Number, ...]
+
+    def at(self, step: Number) -> Number:
+        ends = [*self.boundaries, math.inf]
+        first, *others = self.schedules
+        value = first(_where(step < ends[0], step, 0.0))
+        for part, start, end in zip(others, self.boundaries, ends[1:], strict=True):
+            # At a step that is its own no part overflows, which would make the derivative NaN.
+            local = _where((step >= start) & (step < end), step - start, 0.0)
+            value = _where(step >= start, part(local), value)
+        return value
+
+
+def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Joined:
     """One schedule after the other, each counting from its own first step.
 
     The value is `schedules[i](step - boundaries[i - 1])` from step `boundaries[i - 1]` on.
@@ -329,7 +458,7 @@ def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Sched
 
     Raises:
         ValueError: lengths do not match, or boundaries do not increase.
-        TypeError: a boundary is neither a number nor a tensor, or a part no function.
+        TypeError: a boundary is neither a number nor a tensor, or a part not a function.
 
     Example:
         >>> from diffopt.schedules import constant, joined, linear
@@ -337,45 +466,47 @@ def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Sched
         >>> [lr(step) for step in range(6)]
         [1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
     """
-    for i, part in enumerate(schedules):
+    for i, part in enumerate(_sequence("schedules", schedules)):
         if not callable(part):
             what = _tree.describe(part)
             raise TypeError(f"schedules[{i}] is {what}, not a function of the step")
-    starts = _check_boundaries("schedules", len(schedules), boundaries)
-    ends = [*starts, math.inf]
-    first, *others = schedules
-
-    def schedule(step: Number) -> Number:
-        step = _exact(step)
-        value = first(_where(step < ends[0], step, 0.0))
-        for part, start, end in zip(others, starts, ends[1:], strict=True):
-            # At a step that is its own no part overflows, which would make the derivative NaN.
-            local = _where((step >= start) & (step < end), step - start, 0.0)
-            value = _where(step >= start, part(local), value)
-        return value
-
-    return schedule
+    return Joined(tuple(schedules), _starts("schedules", schedules, boundaries))
 
 
 # Arguments
 
 
 def _number(name: str, value: Number, **bounds: float) -> Number:
-    """`value`, checked if it is a Python number."""
+    """`value`, checked and made a float where it is a Python number."""
     if isinstance(value, Tensor):
-        return _exact(value)
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} has dtype {value.dtype}, but must be real")
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {_tree.describe(value)}, not a number or a tensor")
-    if not hyper.in_range(float(value), {**bounds}):
-        raise ValueError(f"{name} is {value}, but must be {hyper.describe_range({**bounds})}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is an integer too large for a float") from None
+    if not hyper.in_range(number, {**bounds}) or math.isnan(number):
+        needed = hyper.describe_range({**bounds}) or "a number"
+        raise ValueError(f"{name} is {value}, but must be {needed}")
+    return number
 
 
-def _check_boundaries(name: str, parts: int, boundaries: Sequence[Number]) -> list[Number]:
-    checked = [_number(f"boundaries[{i}]", b, ge=0) for i, b in enumerate(boundaries)]
-    if parts != len(checked) + 1:
+def _sequence(name: str, value: Any) -> Any:
+    if isinstance(value, Sequence) or (isinstance(value, Tensor) and value.dim() > 0):
+        return value  # pyright: ignore[reportUnknownVariableType] (of anything)
+    raise TypeError(f"{name} is {_tree.describe(value)}, not a list")
+
+
+def _starts(name: str, parts: Sequence[Any], boundaries: Sequence[Number]) -> tuple[Number, ...]:
+    """The boundaries, checked."""
+    given = enumerate(_sequence("boundaries", boundaries))
+    checked = tuple(_number(f"boundaries[{i}]", b, ge=0) for i, b in given)
+    if len(parts) != len(checked) + 1:
         raise ValueError(
-            f"{name} has length {parts}, but must have one more than boundaries, "
+            f"{name} has length {len(parts)}, but must have one more than boundaries, "
             f"which has length {len(checked)}"
         )
     for i, (a, b) in enumerate(pairwise(checked)):
@@ -384,7 +515,9 @@ def _check_boundaries(name: str, parts: int, boundaries: Sequence[Number]) -> li
     return checked
 
 
-def _exact(value: Number) -> Number:
+def _exact(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_exact, value))
     return _modes.exact(value) if isinstance(value, Tensor) else value
 
 

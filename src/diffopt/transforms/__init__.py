@@ -3,6 +3,10 @@
 A *gradient transformation*, such as `clip_by_global_norm()`, changes gradients; `chain` puts some
 of them before an optimizer. Everything else here takes optimizers and returns one, with the same
 promises: pure, differentiable in every argument, batchable, compilable.
+
+All are values: `repr` shows their arguments on one line, two of equal arguments are equal and have
+one hash, and they pickle where the optimizers, functions and labels they are made of do. Labels and
+masks that are dicts or lists are compared and hashed by what they hold.
 """
 
 from diffopt.transforms._base import (

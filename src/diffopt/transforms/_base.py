@@ -1,4 +1,4 @@
-"""What compositions are made of: gradient transformations, and the leaves of params and grads."""
+"""What compositions are made of: gradient transformations, wrappers, leaves of params and grads."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from diffopt._modes import exact
 from diffopt._rule import checks, hyper
 from diffopt._rule.rule import WORKING_DTYPE
 from diffopt._tree import Tree
+from diffopt._value import Value, brief
 from diffopt.optimizer import Optimizer
 
 S = TypeVar("S")
@@ -73,7 +74,7 @@ class Transformation(ABC, Generic[S, H]):
 def stateless(
     hparams: type[H],
     function: Callable[[list[Tensor], list[Tensor], list[H]], Iterable[Tensor]],
-) -> Transformation[tuple[()], H]:
+) -> FromFunction[H]:
     """Make a gradient transformation that has no state.
 
     Args:
@@ -83,7 +84,11 @@ def stateless(
             number, or a tensor that broadcasts to it (0-d ones are in float64).
 
     Returns:
-        The transformation; its state is `()`. New gradients have the dtypes of the old ones.
+        The transformation; its state is `()`. New gradients have the dtypes of the old ones. It
+        pickles where the function does, as one that stands in a module does.
+
+    Raises:
+        TypeError: `hparams` is not a record class, or `function` is not callable.
 
     Example:
         >>> import torch, diffopt
@@ -99,18 +104,26 @@ def stateless(
         >>> opt.update(w, torch.ones(2), opt.init(w), opt.hparams(lr=0.5, factor=4.0))[0]
         tensor([-2., -2.])
     """
-    return Stateless(hparams, function)
+    if not isinstance(hparams, type) or hparams not in hyper.FIELDS:  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+        raise TypeError(f"hparams is {brief(hparams)}, not a class made by diffopt.rules.hparams")
+    if not callable(function):
+        raise TypeError(f"function is {brief(function)}, which cannot be called")
+    return FromFunction(hparams, function)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Stateless(Transformation[tuple[()], H]):
-    """What `stateless` returns."""
+class Stateless(Value, Transformation[tuple[()], H]):
+    """A transformation of gradients that has no state, leaf by leaf or of all leaves together."""
 
-    hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
-    function: Callable[[list[Tensor], list[Tensor], list[H]], Iterable[Tensor]]
+    hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (no narrower type is ever assigned)
 
     def init(self, params: Tree) -> tuple[()]:
         return ()
+
+    @abstractmethod
+    def transform(
+        self, grads: list[Tensor], params: list[Tensor], records: list[H]
+    ) -> Iterable[Tensor]:
+        """New gradients, for lists with one entry for each leaf that has a gradient."""
 
     def apply(
         self, grads: Tree, params: Tree, state: tuple[()], hparams: H
@@ -121,10 +134,42 @@ class Stateless(Transformation[tuple[()], H]):
         some = [i for i, grad in enumerate(new) if grad is not None]
         records = records_at(self.hparams, numbers, [(i, tensors[i].device) for i in some])
         old = [new[i] for i in some]
-        results = self.function(old, [tensors[i] for i in some], records)
+        results = list(self.transform(old, [tensors[i] for i in some], records))
+        if len(results) != len(old):
+            raise ValueError(f"{self!r} returned {len(results)} gradients for {len(old)}")
         for i, grad, result in zip(some, old, results, strict=True):
             new[i] = result.to(grad.dtype)
         return _tree.unflatten(new, spec), state
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FromFunction(Stateless[H]):
+    """What `stateless` returns."""
+
+    hparams: type[H]
+    function: Callable[[list[Tensor], list[Tensor], list[H]], Iterable[Tensor]]
+
+    def transform(
+        self, grads: list[Tensor], params: list[Tensor], records: list[H]
+    ) -> Iterable[Tensor]:
+        return self.function(grads, params, records)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Wrapper(Value, Optimizer[S, Any]):
+    """An optimizer made from one, with the same state and hyperparameters if it says no other."""
+
+    optimizer: Optimizer[Any, Any]
+
+    def __post_init__(self) -> None:
+        check_optimizer(self.optimizer, "optimizer")
+
+    @property
+    def hparams(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
+        return self.optimizer.hparams
+
+    def init(self, params: Tree) -> Any:
+        return self.optimizer.init(params)
 
 
 class Leaves(NamedTuple):
@@ -163,6 +208,23 @@ def gather(params: Tree, grads: Tree, *, writable: bool = False, sparse: bool = 
     return Leaves(spec, tensors, gradients)
 
 
+def averages(buffers: list[Any], params: list[Tensor], tree: Tree, name: str) -> None:
+    """Buffers like params that can hold averages of what belongs to them."""
+    checks.buffers(buffers, params, tree, name)
+    for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
+        if _kind(buffer) < _kind(param):
+            mine, theirs = (_tree.paths(tree, n)[i] for n in (name, "params"))
+            raise ValueError(
+                f"{mine} has dtype {buffer.dtype}, but {theirs} has dtype {param.dtype}: make the "
+                "state by init()"
+            )
+
+
+def _kind(tensor: Tensor) -> int:
+    """0 for integers, 1 for real numbers, 2 for complex ones; torch.can_cast does not trace."""
+    return 2 if tensor.is_complex() else int(tensor.is_floating_point())
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in the precision of its arithmetic: at least float32."""
     dtype = WORKING_DTYPE.get(tensor.dtype)
@@ -177,11 +239,11 @@ def real(tensor: Tensor) -> Tensor:
 def spread(
     record: type[Any], hparams: Any, tensors: list[Tensor], spec: _tree.Spec, params: Tree
 ) -> list[hyper.Covered]:
-    """The numbers of a record over the leaves, checked."""
+    """The hyperparameters of a record for each leaf, checked."""
     if not isinstance(hparams, record):
         raise TypeError(
             f"hparams is a {type(hparams).__name__}, not a {record.__name__}: "
-            "make it by hparams(...)"
+            "make it with hparams(...)"
         )
     numbers = hyper.broadcast(hparams, spec, params)
     checks.numbers(numbers, tensors, params)
@@ -191,7 +253,7 @@ def spread(
 def records_at(
     record: type[H], numbers: list[hyper.Covered], places: list[tuple[int, torch.device]]
 ) -> list[H]:
-    """The record of each leaf, the same object where all numbers are the same."""
+    """The record of each leaf, the same object where all hyperparameters are the same."""
     made: dict[Any, H] = {}
     keys = [(device, *(number.cover[i] for number in numbers)) for i, device in places]
     for key, (i, device) in zip(keys, places, strict=True):
@@ -217,18 +279,21 @@ def select(condition: Tensor, new: Tree, old: Tree) -> Tree:
     return _tree.map(choose, new, old)
 
 
-def copy_(old: Tree, new: Tree) -> None:
-    """Overwrite the tensors of a tree."""
-    for old_leaf, new_leaf in zip(_tree.leaves(old), _tree.leaves(new), strict=True):
-        if new_leaf is not old_leaf:
-            old_leaf.copy_(new_leaf)
+def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:
+    """Overwrite tensors with what `overwriting` found for them."""
+    for old, new in pairs:
+        old.copy_(new)
 
 
 def check_optimizer(value: object, name: str) -> None:
+    if isinstance(value, torch.optim.Optimizer):
+        kind = type(value).__name__
+        raise TypeError(f"{name} is a torch.optim.{kind}: make it pure with diffopt.optim.to_pure")
     if not isinstance(value, Optimizer):
-        raise TypeError(f"{name} is {value!r}, not a diffopt optimizer such as adam()")
+        raise TypeError(f"{name} is {brief(value)}, not a diffopt optimizer such as adam()")
 
 
 def check_state(state: object, expected: type) -> None:
     if not isinstance(state, expected):
-        raise TypeError(f"state is a {type(state).__name__}, not a {expected.__name__}")
+        found = type(state).__name__
+        raise TypeError(f"state is a {found}, not a {expected.__name__}: make it with init(params)")

@@ -8,20 +8,25 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias, cast
 
 from diffopt._rule import hyper
+from diffopt._value import brief
 
 Maker: TypeAlias = Callable[..., Any]
 """What makes the record of a part: its `hparams`."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Records:
     """Makes the records of several parts, from keywords or from one record for each."""
 
-    makers: dict[Hashable, Maker]
+    parts: tuple[tuple[Hashable, Maker], ...]
+
+    @property
+    def makers(self) -> dict[Hashable, Maker]:
+        return dict(self.parts)
 
     def names(self) -> list[str]:
         """The keywords that some part knows."""
-        return [name for maker in self.makers.values() for name in _names(maker)]
+        return [name for _, maker in self.parts for name in _names(maker)]
 
     def made(self, records: Mapping[Hashable, Any], numbers: dict[str, Any]) -> list[Any]:
         """One record for each part."""
@@ -33,22 +38,22 @@ class _Records:
                 f"{list(self.makers)}, but records for {list(records)} and the keywords "
                 f"{list(numbers)} were given"
             )
-        for key, maker in self.makers.items():
+        for key, maker in self.parts:
             if _is_record(maker) and not isinstance(records[key], cast(type, maker)):
                 found, expected = type(records[key]).__name__, cast(type, maker).__name__
                 raise TypeError(f"hparams[{key!r}] is a {found}, but must be a {expected}")
-        return [records[key] for key in self.makers]
+        return [records[key] for key, _ in self.parts]
 
     def _routed(self, numbers: dict[str, Any]) -> list[Any]:
         """Every keyword goes to the one part whose record has that field."""
-        fields = {key: _names(maker) for key, maker in self.makers.items()}
+        fields = {key: _names(maker) for key, maker in self.parts}
         chosen: dict[Hashable, dict[str, Any]] = {key: {} for key in fields}
         for name, value in numbers.items():
             owners = [key for key, known in fields.items() if name in known]
             if len(owners) != 1:
                 raise TypeError(_unclear(name, owners, fields))
             chosen[owners[0]][name] = value
-        return [maker(**chosen[key]) for key, maker in self.makers.items()]
+        return [maker(**chosen[key]) for key, maker in self.parts]
 
 
 class InOrder(_Records):
@@ -64,11 +69,9 @@ class ByLabel(_Records):
     def __call__(
         self, records: Mapping[Hashable, Any] | None = None, /, **numbers: Any
     ) -> dict[Hashable, Any]:
+        if records is not None and not isinstance(records, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+            raise TypeError(f"hparams() takes keywords or a dict of records, not {brief(records)}")
         return dict(zip(self.makers, self.made(records or {}, numbers), strict=True))
-
-
-def in_order(*makers: Maker) -> InOrder:
-    return InOrder(dict(enumerate(makers)))
 
 
 def _names(maker: Maker) -> list[str]:
@@ -77,7 +80,10 @@ def _names(maker: Maker) -> list[str]:
         return maker.names()
     if _is_record(maker):
         return [field.name for field in hyper.FIELDS[cast(type, maker)]]
-    return list(inspect.signature(maker).parameters)
+    try:
+        return list(inspect.signature(maker).parameters)
+    except ValueError:  # of some built-in types, such as dict
+        return []
 
 
 def _is_record(maker: Maker) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._rule import checks
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
-    check_optimizer,
+    Wrapper,
+    averages,
     check_state,
     copy_,
     gather,
@@ -55,8 +56,8 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
         without a gradient at a k-th call takes no step, and its sum waits for the next.
 
     Raises:
-        TypeError: `optimizer` is none.
-        ValueError: `k` is no integer >= 1.
+        TypeError: `optimizer` is not an optimizer.
+        ValueError: `k` is not an integer >= 1.
 
     Example:
         >>> import torch, diffopt
@@ -70,22 +71,19 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
         (-2.0, 0.0)
         (-2.0, 5.0)
     """
-    check_optimizer(optimizer, "optimizer")
-    if type(k) is not int or k < 1:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
         raise ValueError(f"k is {k!r}, but must be an integer >= 1")
-    return Accumulate(optimizer, optimizer.hparams, k)
+    return Accumulate(optimizer, int(k))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Accumulate(Optimizer[AccumulateState, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Accumulate(Wrapper[AccumulateState]):
     """What `accumulate` returns."""
 
-    optimizer: Optimizer[Any, Any]
-    hparams: Callable[..., Any]
     k: int
 
     def init(self, params: Tree) -> AccumulateState:
-        inner = self.optimizer.init(params)
+        inner = super().init(params)
         step = torch.zeros((), dtype=torch.float64, device="cpu")
         return AccumulateState(step, _tree.map(lambda p: torch.zeros_like(wide(p)), params), inner)
 
@@ -95,11 +93,14 @@ class Accumulate(Optimizer[AccumulateState, Any]):
         leaves, sums = self._gather(params, grads, state)
         step, new_sums = state.step + 1, _sums(leaves, sums)
         due = step % self.k == 0
-        means = [g if g is None else torch.where(due.to(g.device), g / self.k, 0) for g in new_sums]
+        means = [
+            None if mean is None else torch.where(due.to(mean.device), mean, 0)
+            for mean in self._means(leaves, new_sums)
+        ]
         wide_params, _ = leaves.wide()
         new, inner = self.optimizer.update(wide_params, leaves.tree(means), state.inner, hparams)
         rest = [
-            old if new is None else torch.where(due.to(new.device), 0, new).to(old.dtype)
+            old if new is None else torch.where(due.to(new.device), 0, new)
             for old, new in zip(sums, new_sums, strict=True)
         ]
         kept, inner = select(due, (leaves.narrow(new, wide_params), inner), (params, state.inner))
@@ -108,29 +109,38 @@ class Accumulate(Optimizer[AccumulateState, Any]):
     def update_(self, params: Tree, grads: Tree, state: AccumulateState, hparams: Any) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            leaves, sums = self._gather(params, grads, state, writable=True)
+            leaves, sums = self._gather(params, grads, state)
             calls = _modes.number_of(state.step)
             if isinstance(calls, Tensor):  # no branch on it
                 return super().update_(params, grads, state, hparams)
+            checks.writable({"params": leaves.params, "state.grad_sum": sums}, params, state.step)
             new_sums, due = _sums(leaves, sums), (calls + 1) % self.k == 0
             if due:
-                means = leaves.tree(g if g is None else g / self.k for g in new_sums)
-                wide_params, _ = leaves.wide()
+                means, (wide_params, _) = leaves.tree(self._means(leaves, new_sums)), leaves.wide()
+                pairs = overwriting({"params": params}, {"params": wide_params})
                 self.optimizer.update_(wide_params, means, state.inner, hparams)
-                copy_(params, wide_params)
+                copy_(pairs)
             for old, new in zip(sums, new_sums, strict=True):
                 if new is not None:
                     old.zero_() if due else old.copy_(new)
             state.step.add_(1)
 
+    def _means(self, leaves: Leaves, sums: list[Tensor | None]) -> list[Tensor | None]:
+        """The means of k gradients, in the dtypes of their arithmetic."""
+        pairs = zip(sums, leaves.grads, strict=True)
+        return [
+            None if s is None or g is None else (s / self.k).to(wide(g).dtype) for s, g in pairs
+        ]
+
     def _gather(
-        self, params: Tree, grads: Tree, state: AccumulateState, *, writable: bool = False
+        self, params: Tree, grads: Tree, state: AccumulateState
     ) -> tuple[Leaves, list[Tensor]]:
-        leaves = gather(params, grads, writable=writable)
+        leaves = gather(params, grads)
         check_state(state, AccumulateState)
+        checks.step(state.step, leaves.params, params)
         names = ("state.grad_sum", "params")
         sums = _tree.leaves_like(state.grad_sum, leaves.spec, params, names)
-        checks.buffers(sums, leaves.params, params, names[0])
+        averages(sums, leaves.params, params, names[0])
         return leaves, sums
 
 

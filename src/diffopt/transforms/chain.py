@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt._value import Value, brief
+from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
-from diffopt.transforms._records import InOrder, in_order
+from diffopt.transforms._records import InOrder
 
 
 def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
-    """Gradients pass through transformations, one after the other, and then move the params.
+    """Gradients pass through transformations, one after the other, and then update the params.
 
     With g_0 = grad,
 
@@ -33,7 +34,7 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
         before the first part.
 
     Raises:
-        TypeError: the last part is no optimizer, or another one is no transformation.
+        TypeError: the last part is not an optimizer, or another one not a gradient transformation.
 
     Example:
         >>> import torch, diffopt
@@ -53,18 +54,21 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
     for i, part in enumerate(parts[:-1]):
         if not isinstance(part, Transformation):
             raise TypeError(
-                f"part {i} of a chain is {part!r}: all but the last must be gradient "
+                f"part {i} of a chain is {brief(part)}: all but the last must be gradient "
                 "transformations, such as clip_by_global_norm()"
             )
-    return Chain(parts, in_order(*(part.hparams for part in parts)))
+    return Chain(parts)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Chain(Optimizer[tuple[Any, ...], tuple[Any, ...]]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
     """What `chain` returns."""
 
     parts: tuple[Any, ...]
-    hparams: InOrder  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+
+    @property
+    def hparams(self) -> InOrder:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
+        return InOrder(tuple(enumerate(part.hparams for part in self.parts)))
 
     def init(self, params: Tree) -> tuple[Any, ...]:
         return tuple(part.init(params) for part in self.parts)
@@ -84,8 +88,10 @@ class Chain(Optimizer[tuple[Any, ...], tuple[Any, ...]]):
         with torch.no_grad():
             leaves = gather(params, grads, writable=True)
             wide, grads, states = self._transformed(leaves, state, hparams)
+            new = {"params": wide, "state": states}
+            pairs = overwriting({"params": params, "state": state[:-1]}, new)
             self.parts[-1].update_(wide, grads, state[-1], hparams[-1])
-            copy_((params, state[:-1]), (wide, states))
+            copy_(pairs)
 
     def _transformed(
         self, leaves: Leaves, state: tuple[Any, ...], hparams: tuple[Any, ...]
@@ -93,7 +99,10 @@ class Chain(Optimizer[tuple[Any, ...], tuple[Any, ...]]):
         """Params and grads for the optimizer, and the new states of the transformations."""
         for name, values in (("state", state), ("hparams", hparams)):
             if type(values) is not tuple or len(values) != len(self.parts):
-                raise TypeError(f"{name} must be a tuple of {len(self.parts)}, one for each part")
+                raise TypeError(
+                    f"{name} must be a tuple of {len(self.parts)}, one for each part: make it with "
+                    + ("init(params)" if name == "state" else "hparams(...)")
+                )
         params, grads = leaves.wide()
         states: list[Any] = []
         for part, old, record in zip(self.parts[:-1], state[:-1], hparams[:-1], strict=True):

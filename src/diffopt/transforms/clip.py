@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ from diffopt import _modes, _torch
 from diffopt._modes import exact
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
-from diffopt.transforms._base import Transformation, real, stateless, wide
+from diffopt.transforms._base import Stateless, real, wide
+from diffopt.transforms._sharded import beside, mesh_of, whole
 
 
 @hparams
@@ -29,8 +31,8 @@ class ClipValue:
     clip_value: Hyperparameter = number(1.0, ge=0)
 
 
-def clip_by_global_norm() -> Transformation[tuple[()], MaxNorm]:
-    """Gradients are scaled down together, so that their common norm is at most `max_norm`.
+def clip_by_global_norm() -> ClipByGlobalNorm:
+    """Scale all gradients down together, so that their common norm is at most `max_norm`.
 
     With n the root of the sum of |g|^2 over every gradient of every tensor,
 
@@ -41,8 +43,11 @@ def clip_by_global_norm() -> Transformation[tuple[()], MaxNorm]:
 
     Returns:
         The transformation. Missing gradients do not count, and norms are computed in float32 at
-        least. Where the minimum is 1, as for gradients of zeros, derivatives of any order are those
-        of the identity. For norms of several groups of params see `masked`.
+        least; DTensors and plain tensors count alike. Where the minimum is 1, as for gradients of
+        zeros and for a norm that meets the bound, derivatives of any order are those of the
+        identity. One NaN makes all gradients NaN, and one infinite gradient makes itself NaN and
+        the others zeros, as in torch: `skip_nonfinite` leaves out such steps. For norms of several
+        groups of params see `masked`.
 
     Example:
         >>> import torch, diffopt
@@ -54,22 +59,31 @@ def clip_by_global_norm() -> Transformation[tuple[()], MaxNorm]:
     Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
     2013, algorithm 1, with torch's 1e-6.
     """
+    return ClipByGlobalNorm()
 
-    def clip(grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]) -> Iterator[Tensor]:
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ClipByGlobalNorm(Stateless[MaxNorm]):
+    """What `clip_by_global_norm` returns."""
+
+    hparams = MaxNorm
+
+    def transform(
+        self, grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]
+    ) -> Iterator[Tensor]:
         if not grads:
             return
         norm = _global_norm(grads)
-        last, coefficient = None, norm
+        made: dict[Any, Tensor] = {}
         for grad, record in zip(grads, records, strict=True):
-            if record is not last:
-                last, coefficient = record, _coefficient(norm.to(grad.device), record)
-            yield grad * coefficient
+            key = id(record), mesh_of(grad)
+            if key not in made:
+                made[key] = _coefficient(norm, record, grad)
+            yield grad * made[key]
 
-    return stateless(MaxNorm, clip)
 
-
-def clip_by_norm() -> Transformation[tuple[()], MaxNorm]:
-    """Each tensor's gradient is scaled down so that its norm is at most `max_norm`.
+def clip_by_norm() -> ClipByNorm:
+    """Scale each tensor's gradient down, so that its norm is at most `max_norm`.
 
     With n the root of the sum of |g|^2 over the tensor,
 
@@ -80,7 +94,7 @@ def clip_by_norm() -> Transformation[tuple[()], MaxNorm]:
 
     Returns:
         The transformation. Where the minimum is 1, as for a gradient of zeros, derivatives of any
-        order are those of the identity.
+        order are those of the identity. One NaN in a gradient makes all of it NaN.
 
     Example:
         >>> import torch, diffopt
@@ -89,16 +103,24 @@ def clip_by_norm() -> Transformation[tuple[()], MaxNorm]:
         >>> clip.apply(grads, grads, (), clip.hparams(max_norm=1.0))[0]
         [tensor([0.6000, 0.8000]), tensor([0.5000])]
     """
+    return ClipByNorm()
 
-    def clip(grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]) -> Iterator[Tensor]:
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ClipByNorm(Stateless[MaxNorm]):
+    """What `clip_by_norm` returns."""
+
+    hparams = MaxNorm
+
+    def transform(
+        self, grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]
+    ) -> Iterator[Tensor]:
         for grad, record in zip(grads, records, strict=True):
-            yield grad * _coefficient(ops.sqrt(_square(grad)), record)
-
-    return stateless(MaxNorm, clip)
+            yield grad * _coefficient(whole(ops.sqrt(_square(grad))), record, grad)
 
 
-def clip_by_value() -> Transformation[tuple[()], ClipValue]:
-    """Every number of a gradient is brought between `-clip_value` and `clip_value`.
+def clip_by_value() -> ClipByValue:
+    """Clamp every element of a gradient between `-clip_value` and `clip_value`.
 
         g <- min(max(g, -clip_value), clip_value)
 
@@ -106,7 +128,8 @@ def clip_by_value() -> Transformation[tuple[()], ClipValue]:
     Hyperparameters: `clip_value` >= 0 (1.0), a number, a tensor or a prefix tree of the params.
 
     Returns:
-        The transformation. Its derivative by the gradient is 1 inside and 0 outside.
+        The transformation. Its derivative with respect to the gradient is 1 inside and on the
+        bounds, and 0 outside. NaN stays NaN.
 
     Example:
         >>> import torch, diffopt
@@ -115,23 +138,32 @@ def clip_by_value() -> Transformation[tuple[()], ClipValue]:
         >>> clip.apply(grad, grad, (), clip.hparams(clip_value=0.5))[0]
         tensor([-0.5000,  0.2000,  0.5000])
     """
+    return ClipByValue()
 
-    def clip(
-        grads: list[Tensor], params: list[Tensor], records: list[ClipValue]
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ClipByValue(Stateless[ClipValue]):
+    """What `clip_by_value` returns."""
+
+    hparams = ClipValue
+
+    def transform(
+        self, grads: list[Tensor], params: list[Tensor], records: list[ClipValue]
     ) -> Iterator[Tensor]:
         for grad, record in zip(grads, records, strict=True):
             yield _between(grad, record.clip_value)
 
-    return stateless(ClipValue, clip)
-
 
 def _global_norm(grads: list[Tensor]) -> Tensor:
-    """The norm of all tensors together, a 0-d tensor in float64."""
+    """The norm of all tensors together, a plain 0-d tensor in float64."""
     device = grads[0].device
     if _modes.differentiated(grads):
-        return ops.sqrt(sum(_square(grad).to(device) for grad in grads))
-    norms = _torch.foreach_norm([real(wide(grad)) for grad in grads])
-    return exact(torch.stack([norm.to(device) for norm in norms])).square().sum().sqrt()
+        return ops.sqrt(sum(whole(_square(grad)).to(device) for grad in grads))
+    groups: dict[Any, list[Tensor]] = {}  # a kernel takes no DTensors of several meshes
+    for grad in grads:
+        groups.setdefault(mesh_of(grad), []).append(real(wide(grad)))
+    norms = [norm for group in groups.values() for norm in _torch.foreach_norm(group)]
+    return exact(torch.stack([whole(norm).to(device) for norm in norms])).square().sum().sqrt()
 
 
 def _square(grad: Tensor) -> Tensor:
@@ -139,15 +171,25 @@ def _square(grad: Tensor) -> Tensor:
     return exact(real(wide(grad)).square().sum())
 
 
-def _coefficient(norm: Tensor, record: MaxNorm) -> Tensor:
-    """`min(1, max_norm / (norm + 1e-6))`, with the derivatives of 1 where that is the minimum."""
-    ratio = record.max_norm / (norm + 1e-6)
-    return torch.where(ratio < 1, ratio, 1)
+def _coefficient(norm: Tensor, record: MaxNorm, grad: Tensor) -> Tensor:
+    """`min(1, max_norm / (norm + 1e-6))`, with the derivatives of 1 where that is the minimum.
+
+    NaN stays NaN, so that no gradient passes unclipped beside one that is.
+    """
+    bound = record.max_norm
+    ratio = bound / (beside(norm, bound if isinstance(bound, Tensor) else grad) + 1e-6)
+    return beside(torch.where(ratio >= 1, 1, ratio), grad)
 
 
 def _between(grad: Tensor, bound: Any) -> Tensor:
+    """The gradient between two bounds, with the derivatives of the gradient where they are met."""
     pairs = real(grad)
-    if grad.is_complex() and isinstance(bound, Tensor) and bound.dim() > 0:
-        bound = bound.unsqueeze(-1)
-    new = ops.clamp(pairs, -bound, bound).to(pairs.dtype)
+    if not isinstance(bound, Tensor):
+        new = pairs.clamp(-bound, bound)
+    else:
+        if grad.is_complex() and bound.dim() > 0:
+            bound = bound.unsqueeze(-1)
+        bound = beside(bound, grad)
+        outside = torch.minimum(torch.maximum(pairs, -bound), bound)  # of NaN both make NaN
+        new = torch.where(pairs.abs() <= bound, pairs, outside).to(pairs.dtype)
     return torch.view_as_complex(new) if grad.is_complex() else new

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
-from diffopt.transforms._base import Transformation, stateless
+from diffopt.transforms._base import Stateless
 
 
 @hparams
@@ -16,8 +18,8 @@ class WeightDecay:
     weight_decay: Hyperparameter = number(1e-2, ge=0)
 
 
-def add_decayed_weights() -> Transformation[tuple[()], WeightDecay]:
-    """A part of each parameter is added to its gradient.
+def add_decayed_weights() -> AddDecayedWeights:
+    """Add a multiple of each parameter to its gradient.
 
         g <- g + weight_decay * p
 
@@ -39,9 +41,17 @@ def add_decayed_weights() -> Transformation[tuple[()], WeightDecay]:
         >>> opt.update(params, grads, opt.init(params), hp)[0]
         {'weight': tensor([0.9500]), 'bias': tensor([1.])}
     """
+    return AddDecayedWeights()
 
-    def add(grads: list[Tensor], params: list[Tensor], records: list[WeightDecay]) -> list[Tensor]:
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AddDecayedWeights(Stateless[WeightDecay]):
+    """What `add_decayed_weights` returns."""
+
+    hparams = WeightDecay
+
+    def transform(
+        self, grads: list[Tensor], params: list[Tensor], records: list[WeightDecay]
+    ) -> list[Tensor]:
         triples = zip(grads, params, records, strict=True)
         return [ops.add_decay(g, p, record.weight_decay) for g, p, record in triples]
-
-    return stateless(WeightDecay, add)

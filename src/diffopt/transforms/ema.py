@@ -16,7 +16,8 @@ from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
-    check_optimizer,
+    Wrapper,
+    averages,
     check_state,
     gather,
     near,
@@ -24,7 +25,7 @@ from diffopt.transforms._base import (
     spread,
     wide,
 )
-from diffopt.transforms._records import InOrder, in_order
+from diffopt.transforms._records import InOrder
 
 
 class EMAState(NamedTuple):
@@ -71,7 +72,7 @@ def ema(
         The optimizer. A tensor without a gradient leaves its average alone.
 
     Raises:
-        TypeError: `optimizer` is none, or the flag is no bool.
+        TypeError: `optimizer` is not an optimizer, or the flag is not a bool.
 
     Example:
         >>> import torch, diffopt
@@ -86,21 +87,22 @@ def ema(
     Source: `torch.optim.swa_utils.get_ema_multi_avg_fn`; Polyak and Juditsky, "Acceleration of
     stochastic approximation by averaging", 1992.
     """
-    check_optimizer(optimizer, "optimizer")
     check_flags(bias_correction=bias_correction)
-    return EMA(optimizer, in_order(EMAHParams, optimizer.hparams), bias_correction)
+    return EMA(optimizer, bias_correction)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EMA(Optimizer[EMAState, tuple[EMAHParams, Any]]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EMA(Wrapper[EMAState]):
     """What `ema` returns."""
 
-    optimizer: Optimizer[Any, Any]
-    hparams: InOrder  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     bias_correction: bool
 
+    @property
+    def hparams(self) -> InOrder:
+        return InOrder(((0, EMAHParams), (1, self.optimizer.hparams)))
+
     def init(self, params: Tree) -> EMAState:
-        inner = self.optimizer.init(params)
+        inner = super().init(params)
         tensors = _tree.leaves(params)
         device = tensors[0].device if tensors else torch.get_default_device()
         step = torch.zeros((), dtype=exact_dtype(device), device=device)
@@ -120,7 +122,9 @@ class EMA(Optimizer[EMAState, tuple[EMAHParams, Any]]):
     ) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            work = self._gather(params, grads, state, hparams, writable=True)
+            work = self._gather(params, grads, state, hparams)
+            columns = {"params": work.leaves.params, "state.average": work.averages}
+            checks.writable(columns, params, state.step)
             self.optimizer.update_(params, grads, state.inner, hparams[1])
             step = exact(state.step) + 1
             for old, new in zip(
@@ -137,12 +141,12 @@ class EMA(Optimizer[EMAState, tuple[EMAHParams, Any]]):
         )
 
         def mean(old: Tensor, new: Tensor, decay: Any) -> Tensor:
-            now, new = near(t, new.device), wide(new)
+            now, dtype = near(t, new.device), torch.promote_types(old.dtype, wide(new).dtype)
             if self.bias_correction:
                 weight = (1 - decay) / (1 - decay**now)
             else:
                 weight = 1 - decay * ops.after_first(now)
-            return ops.lerp(old.to(new.dtype), new, weight).to(old.dtype)
+            return ops.lerp(old.to(dtype), new.to(dtype), weight).to(dtype)
 
         return [
             old if grad is None else mean(old, new, record.decay)
@@ -157,19 +161,17 @@ class EMA(Optimizer[EMAState, tuple[EMAHParams, Any]]):
         grads: Tree,
         state: EMAState,
         hparams: tuple[EMAHParams, Any],
-        *,
-        writable: bool = False,
     ) -> _Work:
-        leaves = gather(params, grads, writable=writable)
+        leaves = gather(params, grads)
         check_state(state, EMAState)
         checks.step(state.step, leaves.params, params)
         names = ("state.average", "params")
-        averages = _tree.leaves_like(state.average, leaves.spec, params, names)
-        checks.buffers(averages, leaves.params, params, names[0])
+        old = _tree.leaves_like(state.average, leaves.spec, params, names)
+        averages(old, leaves.params, params, names[0])
         if type(hparams) is not tuple or len(hparams) != 2:  # pyright: ignore[reportUnnecessaryComparison]
-            raise TypeError("hparams must be a tuple of 2, one for each part")
+            raise TypeError("hparams must be a tuple of 2 records, made with hparams(...)")
         numbers = spread(EMAHParams, hparams[0], leaves.params, leaves.spec, params)
-        return _Work(leaves, averages, numbers)
+        return _Work(leaves, old, numbers)
 
 
 class _Work(NamedTuple):

@@ -15,7 +15,7 @@ from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import WORKING_DTYPE
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, check_optimizer, gather, real, wide
+from diffopt.transforms._base import Leaves, Wrapper, gather, real, wide
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -34,14 +34,15 @@ def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     Args:
         optimizer: an elementwise optimizer, such as `adam()`, or a composition of such and of what
             does not depend on shapes, such as `clip_by_global_norm`. One that looks at shapes, as
-            Muon does, or goes by names, as `partition` does, belongs outside of it.
+            Muon does, cannot be flattened; `partition`, which goes by names, can hold flattened
+            parts.
 
     Returns:
         The optimizer. Its state is that of the optimizer, with lists of vectors in place of
         trees like params. A tensor without a gradient keeps its part of them as it was.
 
     Raises:
-        TypeError: `optimizer` is none.
+        TypeError: `optimizer` is not an optimizer.
         ValueError: its rule computes with each tensor as a whole, as Muon's does.
 
     Example:
@@ -55,20 +56,16 @@ def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         >>> params["b"], state.momentum_buffer
         (tensor([-0.2000]), [tensor([1., 1., 1., 1., 1.])])
     """
-    check_optimizer(optimizer, "optimizer")
     if isinstance(optimizer, Leafwise) and not optimizer.batchable:
         raise ValueError(
             "optimizer computes with each tensor as a whole: flatten would change that"
         )
-    return Flatten(optimizer, optimizer.hparams)
+    return Flatten(optimizer)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Flatten(Optimizer[Any, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Flatten(Wrapper[Any]):
     """What `flatten` returns."""
-
-    optimizer: Optimizer[Any, Any]
-    hparams: Callable[..., Any]
 
     def init(self, params: Tree) -> Any:
         tensors = _tree.leaves(params)

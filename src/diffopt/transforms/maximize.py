@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, check_optimizer, gather
+from diffopt.transforms._base import Leaves, Wrapper, gather
 
 
 def maximize(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
@@ -25,7 +24,7 @@ def maximize(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         The optimizer, with the same state and hyperparameters.
 
     Raises:
-        TypeError: `optimizer` is none.
+        TypeError: `optimizer` is not an optimizer.
 
     Example:
         >>> import torch, diffopt
@@ -34,19 +33,12 @@ def maximize(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         >>> opt.update(p, torch.ones(2), opt.init(p), opt.hparams(lr=0.1))[0]
         tensor([0.1000, 0.1000])
     """
-    check_optimizer(optimizer, "optimizer")
-    return Maximize(optimizer, optimizer.hparams)
+    return Maximize(optimizer)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Maximize(Optimizer[Any, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Maximize(Wrapper[Any]):
     """What `maximize` returns."""
-
-    optimizer: Optimizer[Any, Any]
-    hparams: Callable[..., Any]
-
-    def init(self, params: Tree) -> Any:
-        return self.optimizer.init(params)
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
         return self.optimizer.update(params, _negated(gather(params, grads)), state, hparams)

@@ -1,4 +1,4 @@
-"""partition(), masked() and freeze(): parts of the params, each moved in its own way."""
+"""partition(), masked() and freeze(): parts of the params, each updated in its own way."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
+from torch import Tensor
 
 from diffopt import _tree
 from diffopt._rule import checks
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
+from diffopt._value import Value, brief
+from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
+from diffopt.transforms._base import (
+    Leaves,
+    Transformation,
+    Wrapper,
+    check_optimizer,
+    copy_,
+    gather,
+)
 from diffopt.transforms._records import ByLabel
 
 S = TypeVar("S")
@@ -23,11 +32,11 @@ H = TypeVar("H")
 def partition(
     optimizers: Mapping[Hashable, Optimizer[Any, Any]], labels: Tree | Callable[[Tree], Tree]
 ) -> Partition:
-    """Move every tensor by the optimizer that its label names.
+    """Update every tensor with the optimizer that its label names.
 
     Hyperparameters: a dict with the record of each label's optimizer. Keywords go to the one
     optimizer that knows them; what several know is given by records: `hparams({"body": record,
-    "head": record})`. Fields are numbers, tensors or prefix trees of *all* params.
+    "head": record})`. Fields are Python numbers, tensors or prefix trees of *all* params.
 
     Args:
         optimizers: an optimizer for each label.
@@ -39,9 +48,9 @@ def partition(
         a tensor has another label.
 
     Raises:
-        TypeError: `optimizers` is no dict, or one of them is none.
-        ValueError: (from `init` and `update`) `labels` is no prefix of params, or a label names no
-            optimizer.
+        TypeError: `optimizers` is not a dict, or one of its values is not an optimizer.
+        ValueError: (from `init` and `update`) `labels` is not a prefix of params, or a label is not
+            a key of `optimizers`.
 
     Example:
         >>> import torch, diffopt
@@ -60,17 +69,19 @@ def partition(
         raise TypeError(f"optimizers is a {kind}, not a dict with an optimizer for each label")
     for label, optimizer in optimizers.items():
         check_optimizer(optimizer, f"optimizers[{label!r}]")
-    makers = {label: optimizer.hparams for label, optimizer in optimizers.items()}
-    return Partition(dict(optimizers), labels, ByLabel(makers))
+    return Partition(dict(optimizers), labels)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Partition(Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
     """What `partition` returns."""
 
     optimizers: dict[Hashable, Optimizer[Any, Any]]
     labels: Tree | Callable[[Tree], Tree]
-    hparams: ByLabel  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+
+    @property
+    def hparams(self) -> ByLabel:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
+        return ByLabel(tuple((label, opt.hparams) for label, opt in self.optimizers.items()))
 
     def init(self, params: Tree) -> dict[Hashable, Any]:
         tensors, spec = _tree.flatten(params)
@@ -105,7 +116,9 @@ class Partition(Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
         with torch.no_grad():
             leaves = gather(params, grads, writable=True, sparse=True)
             parts = self._parts(leaves, params, state, hparams)
-            _update_all_([(self.optimizers[label], args) for label, (_, args) in parts.items()])
+            _update_all_(
+                [(label, self.optimizers[label], args) for label, (_, args) in parts.items()]
+            )
 
     def _parts(
         self,
@@ -132,34 +145,35 @@ class Partition(Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
         }
 
     def _split(self, params: Tree, spec: _tree.Spec) -> dict[Hashable, list[bool]]:
-        labels = _spread(self.labels, params, spec, "labels")
+        labels, known = _spread(self.labels, params, spec, "labels"), list(self.optimizers)
         for i, label in enumerate(labels):
-            if label not in self.optimizers:
+            if label not in known:
                 path = _tree.paths(params, "params")[i]
-                known = list(self.optimizers)
                 raise ValueError(f"{path} has the label {label!r}, but optimizers has {known}")
         return {label: [mine == label for mine in labels] for label in self.optimizers}
 
 
-def _update_all_(calls: list[tuple[Optimizer[Any, Any], tuple[Any, ...]]]) -> None:
+def _update_all_(calls: list[tuple[Hashable, Optimizer[Any, Any], tuple[Any, ...]]]) -> None:
     """`update_` of each; nothing is changed where one raises.
 
     The first may raise, since nothing has been written then. Of the rest, leafwise optimizers look
     at their arguments beforehand, and others compute their results.
     """
-    ordered = sorted(calls, key=lambda call: isinstance(call[0], Leafwise))
-    in_place, results = ordered[:1], list[tuple[Any, Any]]()
-    for optimizer, arguments in ordered[1:]:
+    ordered = sorted(calls, key=lambda call: isinstance(call[1], Leafwise))
+    pairs: list[tuple[Tensor, Any]] = []
+    for label, optimizer, arguments in ordered[1:]:
         if isinstance(optimizer, Leafwise):
             optimizer.check(*arguments)
-            in_place.append((optimizer, arguments))
         else:
             params, _, state, _ = arguments
-            results.append(((params, state), optimizer.update(*arguments)))
-    for optimizer, arguments in in_place:
-        optimizer.update_(*arguments)
-    for old, new in results:
-        copy_(old, new)
+            name = f"state[{label!r}]"
+            new_params, new_state = optimizer.update(*arguments)
+            old, new = {"params": params, name: state}, {"params": new_params, name: new_state}
+            pairs += overwriting(old, new)
+    for i, (_, optimizer, arguments) in enumerate(ordered):
+        if i == 0 or isinstance(optimizer, Leafwise):
+            optimizer.update_(*arguments)
+    copy_(pairs)
 
 
 @overload
@@ -185,7 +199,8 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
 
     Raises:
         TypeError: `part` is neither.
-        ValueError: (from `init` and `update`) `mask` is no prefix of params, or not of bools.
+        ValueError: (from `init` and `update`) `mask` is not a prefix of params, or a leaf of it is
+            not a bool.
 
     Example:
         >>> import torch, diffopt
@@ -198,10 +213,10 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
         {'a': tensor([-1.0000]), 'b': tensor([-3.])}
     """
     if isinstance(part, Optimizer):
-        return MaskedOptimizer(part, mask, part.hparams)
+        return MaskedOptimizer(part, mask)
     if isinstance(part, Transformation):
-        return MaskedTransformation(part, mask, part.hparams)
-    raise TypeError(f"part is {part!r}, neither an optimizer nor a gradient transformation")
+        return MaskedTransformation(part, mask)
+    raise TypeError(f"part is {brief(part)}, neither an optimizer nor a gradient transformation")
 
 
 def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]:
@@ -217,8 +232,9 @@ def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) ->
         tensors.
 
     Raises:
-        TypeError: `optimizer` is none.
-        ValueError: (from `init` and `update`) `frozen` is no prefix of params, or not of bools.
+        TypeError: `optimizer` is not an optimizer.
+        ValueError: (from `init` and `update`) `frozen` is not a prefix of params, or a leaf of it
+            is not a bool.
 
     Example:
         >>> import torch, diffopt
@@ -228,17 +244,14 @@ def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) ->
         >>> opt.update(params, grads, opt.init(params), opt.hparams(lr=1.0))[0]
         {'body': tensor([0., 0.]), 'head': tensor([-1.])}
     """
-    check_optimizer(optimizer, "optimizer")
-    return MaskedOptimizer(optimizer, frozen, optimizer.hparams, "frozen")
+    return MaskedOptimizer(optimizer, frozen, "frozen")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class MaskedOptimizer(Optimizer[Any, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MaskedOptimizer(Wrapper[Any]):
     """What `masked` makes of an optimizer, and `freeze`, whose argument is the opposite."""
 
-    optimizer: Optimizer[Any, Any]
     mask: Tree | Callable[[Tree], Tree]
-    hparams: Callable[..., Any]
     name: str = "mask"
 
     def init(self, params: Tree) -> Any:
@@ -270,13 +283,16 @@ class MaskedOptimizer(Optimizer[Any, Any]):
         return [flag is (self.name == "mask") for flag in flags]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class MaskedTransformation(Transformation[Any, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MaskedTransformation(Value, Transformation[Any, Any]):
     """What `masked` makes of a gradient transformation."""
 
     transformation: Transformation[Any, Any]
     mask: Tree | Callable[[Tree], Tree]
-    hparams: Callable[..., Any]
+
+    @property
+    def hparams(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
+        return self.transformation.hparams
 
     def init(self, params: Tree) -> Any:
         tensors, spec = _tree.flatten(params)

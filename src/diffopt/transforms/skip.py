@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,14 @@ from torch import Tensor
 from diffopt import _modes
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, check_optimizer, gather, real, select
+from diffopt.transforms._base import (
+    Leaves,
+    Wrapper,
+    gather,
+    real,
+    select,
+)
+from diffopt.transforms._sharded import mesh_of, own, total
 
 
 def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
@@ -21,21 +27,22 @@ def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         p, s <- optimizer(p, g, s)   if every g of every tensor is finite, else p, s
 
     The choice is made by `torch.where`, model by model under `torch.vmap`. A skipped step counts
-    nowhere: the state's `step` says how many there were. Its derivative is the identity by params
-    and state, and zero by gradients and hyperparameters.
+    nowhere: the state's `step` says how many there were. Its derivative is the identity with
+    respect to params and state, and zero with respect to gradients and hyperparameters.
 
     Args:
         optimizer: any optimizer.
 
     Returns:
-        The optimizer, with the same state and hyperparameters. Under plain autograd, derivatives
-        through a skipped step do not touch the graph of its gradients, which is full of NaN: the
-        result is that of a loop without the step. Under torch.func transforms zeros pass
+        The optimizer, with the same state and hyperparameters. Processes that share DTensors skip
+        together, whichever of them sees the gradient that is not finite. Under plain autograd,
+        derivatives through a skipped step do not touch the graph of its gradients, which is full of
+        NaN: the result is that of a loop without the step. Under torch.func transforms zeros pass
         through that graph, and a loss can turn them into NaN. `update_` waits for the device, to
         know whether there is anything to do.
 
     Raises:
-        TypeError: `optimizer` is none.
+        TypeError: `optimizer` is not an optimizer.
 
     Example:
         >>> import torch, diffopt
@@ -47,19 +54,12 @@ def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         >>> opt.update(p, torch.tensor([1.0, 2.0]), state, hp)[0]
         tensor([-0.1000, -0.2000])
     """
-    check_optimizer(optimizer, "optimizer")
-    return SkipNonfinite(optimizer, optimizer.hparams)
+    return SkipNonfinite(optimizer)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SkipNonfinite(Optimizer[Any, Any]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SkipNonfinite(Wrapper[Any]):
     """What `skip_nonfinite` returns."""
-
-    optimizer: Optimizer[Any, Any]
-    hparams: Callable[..., Any]
-
-    def init(self, params: Tree) -> Any:
-        return self.optimizer.init(params)
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
         leaves = gather(params, grads)
@@ -79,10 +79,20 @@ class SkipNonfinite(Optimizer[Any, Any]):
 
 
 def _all_finite(leaves: Leaves) -> Tensor:
-    """Whether least and greatest number of every gradient are finite, in one pass over memory."""
-    grads = [real(grad.detach()) for grad in leaves.gradients() if grad.numel()]
-    ends = [end.to(grads[0].device) for grad in grads for end in grad.aminmax()]
-    return torch.stack(ends).isfinite().all() if ends else torch.tensor(True)
+    """Whether least and greatest number of every gradient are finite, in one pass over memory.
+
+    Of a DTensor each process looks at its own part, which may be empty; then all agree.
+    """
+    grads = [grad.detach() for grad in leaves.gradients()]
+    parts = [real(own(grad)) for grad in grads]
+    device = parts[0].device if parts else torch.device("cpu")
+    ends = [end.to(device) for part in parts if part.numel() for end in part.aminmax()]
+    finite = torch.stack(ends).isfinite().all() if ends else torch.tensor(True, device=device)
+    meshes = {mesh_of(grad): grad for grad in grads if mesh_of(grad) is not None}
+    for grad in meshes.values():
+        wrong = (~finite).to(torch.float32)  # gloo adds no bools
+        finite = total(wrong, grad) == 0
+    return finite
 
 
 def _finite_only(finite: Tensor, grads: list[Tensor]) -> list[Tensor]:
