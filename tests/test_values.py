@@ -293,3 +293,30 @@ def test_inference_tensors_are_refused_before_anything_moves():
     with torch.inference_mode():
         opt.update_(params, {"a": torch.ones(2), "b": torch.ones(2)}, state, hp)
     assert torch.equal(params["b"], torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_buffer_of_another_kind_is_refused(dtype):
+    opt, params = diffopt.adam(), {"w": torch.ones(2)}
+    state = opt.init(params)._replace(exp_avg={"w": torch.ones(2, dtype=dtype)})
+    message = r"state.exp_avg\['w'\] has dtype .* must be floating-point"
+    for update in (opt.update, opt.update_):
+        with pytest.raises(ValueError, match=message):
+            update(params, {"w": torch.ones(2)}, state, opt.hparams())
+
+
+def test_a_rule_may_count_in_integers():
+    def begin(p, step):
+        return LionState(step, torch.zeros_like(p, dtype=torch.int64))
+
+    def rule(p, g, s, hp, _):
+        count = s.exp_avg + (g != 0)
+        return p - hp.lr * g / count.clamp(min=1), LionState(s.step, count)
+
+    opt, p = leafwise(LionState, LionHParams, begin, rule), torch.ones(2)
+    state, g = opt.init(p), torch.tensor([0.0, 1.0])
+    for _ in range(2):
+        p, state = opt.update(p, g, state, opt.hparams(lr=0.1))
+    opt.update_(p, g, state, opt.hparams(lr=0.1))
+    assert state.exp_avg.tolist() == [0, 3]
+    torch.testing.assert_close(p, torch.tensor([1.0, 1 - 0.1 - 0.05 - 0.1 / 3]))

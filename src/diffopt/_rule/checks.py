@@ -63,18 +63,32 @@ def buffers(
     params: list[Tensor],
     tree: Tree,
     name: str,
+    dtype: torch.dtype | None = None,
     shapes: Sequence[Shape] | None = None,
 ) -> None:
-    """Tensors of the parameter's device, and of these shapes or the parameter's."""
+    """Tensors of the parameter's device, of these shapes or the parameter's, of such a dtype."""
     attributes = ("device",) if shapes else ("shape", "device")
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
         _leaf(buffer, param, tree, i, name, attributes)
+        if dtype and buffer.dtype != param.dtype:
+            kinds = _kind(buffer.dtype), _kind(dtype), _kind(param.dtype)
+            if kinds[0] not in kinds[1:]:
+                raise ValueError(
+                    f"{_tree.paths(tree, name)[i]} has dtype {buffer.dtype}, but must be {kinds[1]}: "
+                    "make the state by init()"
+                )
         if shapes and buffer.shape != shapes[i]:
             paths = [_tree.paths(tree, n)[i] for n in (name, "params")]
             raise ValueError(
                 f"{paths[0]} has shape {tuple(buffer.shape)}, but must have shape "
                 f"{tuple(shapes[i])}, since {paths[1]} has shape {tuple(param.shape)}"
             )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "floating-point" if dtype.is_floating_point else "integer"
 
 
 def _leaf(

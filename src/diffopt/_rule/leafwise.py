@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -222,22 +222,23 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         shapes = [self.shapes(p.shape) for p in tensors]
         used = self.buffers_of(tensors[0])
         for k, (name, field) in enumerate(zip(self._fields(), state[1:], strict=True)):
-            absent, name = name not in used, f"state.{name}"
+            dtype, name = used.get(name), f"state.{name}"
+            absent = dtype is None
             if absent != unused(field):
                 expected = "()" if absent else "a tree like params"
                 raise ValueError(f"{name} must be {expected}: make the state by this init()")
             column: list[Any] = [()] * len(tensors)
-            if not absent:
+            if dtype is not None:
                 column = _tree.leaves_like(field, spec, params, (name, "params"))
                 own = [row[k] for row in shapes if row is not None]
-                checks.buffers(column, tensors, params, name, own)
+                checks.buffers(column, tensors, params, name, dtype, own)
             columns.append(column)
         return columns
 
-    def buffers_of(self, p: Tensor) -> tuple[str, ...]:
-        """The fields of the state, after `step`, that this configuration uses.
+    def buffers_of(self, p: Tensor) -> Mapping[str, torch.dtype]:
+        """The fields of the state, after `step`, that this configuration uses, and their dtypes.
 
-        `p` is any tensor that the rule updates.
+        `p` is any tensor that the rule updates; the dtypes are those for it.
         """
         if _modes.compiling():
             return _used(self.begin(p, p.new_zeros(())), self._fields())
@@ -255,8 +256,10 @@ def _packed(spec: _tree.Spec, column: list[Any]) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _buffers_of(rule: Rule[Any, Any], shape: torch.Size, dtype: torch.dtype) -> tuple[str, ...]:
-    """Depends on the flags alone: shape and dtype are those of a tensor that the rule takes."""
+def _buffers_of(
+    rule: Rule[Any, Any], shape: torch.Size, dtype: torch.dtype
+) -> Mapping[str, torch.dtype]:
+    """For a parameter of this shape and dtype; the names depend on the flags alone."""
     try:
         example = torch.empty(shape, dtype=dtype, device="meta")
         state = rule.begin(example, torch.empty((), device="meta"))
@@ -265,8 +268,9 @@ def _buffers_of(rule: Rule[Any, Any], shape: torch.Size, dtype: torch.dtype) -> 
     return _used(state, rule.State._fields[1:])
 
 
-def _used(state: tuple[Any, ...], fields: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name, field in zip(fields, state[1:], strict=True) if not unused(field))
+def _used(state: tuple[Any, ...], fields: tuple[str, ...]) -> Mapping[str, torch.dtype]:
+    pairs = zip(fields, state[1:], strict=True)
+    return {name: field.dtype for name, field in pairs if not unused(field)}
 
 
 class Functions(NamedTuple):

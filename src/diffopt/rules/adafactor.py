@@ -61,7 +61,7 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
 
     def scalars(self, t: Any, hp: AdafactorHParams) -> tuple[Any, Any]:
         bound = 1 / t**0.5
-        return ops.where(hp.lr <= bound, hp.lr, bound), t**hp.beta2_decay
+        return ops.where(hp.lr > bound, bound, hp.lr), t**hp.beta2_decay
 
     def rule(
         self, p: Any, g: Any, s: AdafactorState, hp: Any, c: Any
