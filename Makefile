@@ -32,9 +32,10 @@ test: $(STAMP) ## Run the tests (ARGS="-k adam" and the like are passed on)
 demo: $(STAMP) ## Run the MAML few-shot example (ARGS=--help shows its options)
 	$(BIN)/python examples/meta_learning/maml.py $(ARGS)
 
-lint: $(STAMP) ## Check style and formatting
+lint: $(STAMP) ## Check style, formatting and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: $(STAMP) ## Fix style and formatting in place
 	$(BIN)/ruff check --fix .
