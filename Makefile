@@ -41,8 +41,9 @@ format: $(STAMP) ## Fix style and formatting in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(STAMP) ## Check types
+types: $(STAMP) ## Check types, also those that a user's program sees
 	$(BIN)/pyright
+	$(BIN)/mypy
 
 docs: $(STAMP) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet

@@ -106,7 +106,7 @@ class EntriesAdam(Leafwise[SparseAdamState, SparseAdamHParams]):
     """Adam as `sparse_adam` has it, for entries put together in dense tensors."""
 
     State = SparseAdamState
-    hparams: ClassVar = SparseAdamHParams
+    hparams: ClassVar[type[SparseAdamHParams]] = SparseAdamHParams
     elementwise = True
 
     def begin(self, p: Any, step: Any) -> SparseAdamState:
