@@ -118,3 +118,10 @@ def test_every_name_of_the_window_is_documented_and_used(name, documented):
 )
 def test_a_private_of_torch_is_found(line):
     assert list(torch_privates(ast.parse(line), OWN))
+
+
+def test_files_on_the_page_of_the_architecture_exist():
+    page = (SRC.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)*\w+(?:\.py|/))`", page)
+    assert len(named) > 20
+    assert [name for name in named if not (SRC / name).exists()] == []
