@@ -55,7 +55,7 @@ def window_names(module: ast.Module) -> Iterator[tuple[str, bool]]:
     """What the window offers, and whether a line says what for."""
     for node, after in itertools.pairwise([*module.body, ast.Pass()]):
         match node:
-            case ast.FunctionDef(name=name):
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 yield name, bool(ast.get_docstring(node))
             case ast.AnnAssign(target=ast.Name(id=name)):
                 yield name, isinstance(after, ast.Expr)
@@ -63,7 +63,7 @@ def window_names(module: ast.Module) -> Iterator[tuple[str, bool]]:
                 lines = WINDOW.read_text(encoding="utf-8").splitlines()
                 yield from ((name.value, "#" in lines[name.lineno - 1]) for name in names)
             case ast.Assign(targets=[ast.Name(id=name)]):  # a kernel, documented as torch's
-                yield name, isinstance(node.value, ast.Call)
+                yield name, isinstance(node.value, ast.Call) or isinstance(after, ast.Expr)
 
 
 def torch_privates(module: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:

@@ -122,7 +122,7 @@ def weight_norm_inputs(node: Any) -> tuple[Tensor, Tensor, int]:
 def watched(optimizer: Any) -> bool:
     """Whether a profiler, a hook of this optimizer or one of all optimizers sees its steps."""
     return bool(
-        _torch.autograd._profiler_enabled()
+        (not torch.compiler.is_compiling() and _torch.autograd._profiler_enabled())
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
