@@ -22,9 +22,7 @@ DOCUMENTED = {  # of Python's own: NamedTuple's, and sys's
     "_getframe",
 }
 TORCHS = {
-    name
-    for owner in (torch, torch.Tensor, torch.nn.Module, torch.optim.Optimizer)
-    for name in dir(owner)
+    name for owner in (torch.Tensor, torch.nn.Module, torch.optim.Optimizer) for name in dir(owner)
 }
 
 
@@ -81,7 +79,8 @@ def torch_privates(module: ast.Module, own: set[str]) -> Iterator[tuple[int, str
                 parts = [*source.split("."), *(name.name for name in names)]
                 yield from ((node.lineno, f"{source}: {part}") for part in parts if private(part))
             case ast.Attribute(attr=name) if private(name):
-                if name in TORCHS or name not in own | MODULES:
+                of_torch = name in TORCHS or ast.unparse(node).startswith("torch.")
+                if of_torch or name not in own | MODULES:
                     yield node.lineno, name
             case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=arguments):
                 texts = [a.value for a in arguments[1:2] if isinstance(a, ast.Constant)]
@@ -109,6 +108,7 @@ def test_every_name_of_the_window_is_documented_and_used(name, documented):
         "from torch.utils import _pytree",
         "from torch import Tensor, _C as core",
         "torch._foreach_add(x, y)",
+        "torch._check(x)",
         "torch.autograd.forward_ad._current_level",
         "x._version",
         "x._base",
