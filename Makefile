@@ -7,9 +7,12 @@ STAMP := $(VENV)/.installed
 # Test processes; each uses one thread, so that they don't compete for cores.
 JOBS ?= 2
 
+# What `make quick` runs: each optimizer once, trees, loops, modules, the classes' ways.
+QUICK := architecture conformance closed_forms trees schedules nn minimize optim_paths
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test demo lint format types docs check clean $(VENV)
+.PHONY: help venv test quick demo lint format types docs check clean $(VENV)
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,19 +32,25 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP) ## Run the tests (ARGS="-k adam" and the like are passed on)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+quick: $(STAMP) ## Run in under a minute what most changes break; compiles nothing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q \
+	  -m "not slow and not thorough" -k "not compile" $(QUICK:%=tests/test_%.py) $(ARGS)
+
 demo: $(STAMP) ## Run the MAML few-shot example (ARGS=--help shows its options)
 	$(BIN)/python examples/meta_learning/maml.py $(ARGS)
 
-lint: $(STAMP) ## Check style and formatting
+lint: $(STAMP) ## Check style, formatting and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: $(STAMP) ## Fix style and formatting in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(STAMP) ## Check types
+types: $(STAMP) ## Check types, also those that a user's program sees
 	$(BIN)/pyright
+	$(BIN)/mypy
 
 docs: $(STAMP) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet

@@ -1,6 +1,7 @@
 """Every optimizer of the registry passes every check of the conformance kit."""
 
 import dataclasses
+import itertools
 import os
 import shutil
 from collections import defaultdict
@@ -9,18 +10,27 @@ import pytest
 import torch
 
 from diffopt.testing import CHECKS
-from registry import COMPOSITIONS, PAIRS, REGISTRY, SKIPPED
+from registry import COMPOSITIONS, PAIRS, REGISTRY, SKIPPED, TRACED_ONLY
 
 ROWS = REGISTRY | COMPOSITIONS
 STRUCTURE = {"ns_steps"}  # numbers in torch's classes that are flags here
 
 
-@pytest.mark.parametrize(
-    ("row", "check"),
-    [(row, check) for row in ROWS for check in CHECKS if check not in SKIPPED.get(row, ())],
-)
+QUICK = {"parity", "derivatives", "vmap", "no_gradient", "in_place", "prefix", "errors"}
+
+
+def cases():
+    """Each row with each check; those of `QUICK` with one row of each optimizer are quick."""
+    for row, check in itertools.product(ROWS, CHECKS):
+        if check not in SKIPPED.get(row, ()):
+            quick = check in QUICK and row in REGISTRY.keys() - TRACED_ONLY
+            yield pytest.param(row, check, marks=() if quick else pytest.mark.thorough)
+
+
+@pytest.mark.parametrize(("row", "check"), list(cases()))
 def test_conforms(row, check):
-    CHECKS[check](ROWS[row])
+    case = ROWS[row]
+    CHECKS[check](dataclasses.replace(case, backend="eager") if row in TRACED_ONLY else case)
 
 
 @pytest.mark.slow

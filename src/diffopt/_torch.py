@@ -6,6 +6,7 @@ fails where another module reaches past this one. All of them are in torch 2.11 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,15 +18,13 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.autograd import forward_ad
 from torch.optim.optimizer import (
-    _global_optimizer_post_hooks as post_hooks,  # pyright: ignore[reportPrivateUsage]
-    _global_optimizer_pre_hooks as pre_hooks,  # pyright: ignore[reportPrivateUsage]
+    _global_optimizer_post_hooks,  # pyright: ignore[reportPrivateUsage]
+    _global_optimizer_pre_hooks,  # pyright: ignore[reportPrivateUsage]
 )
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 
 __all__ = [
     "outside_transforms",  # run code as if no transform of torch.func were active
-    "post_hooks",  # the hooks after a step of any optimizer
-    "pre_hooks",  # the hooks before a step of any optimizer
     "pytree",  # the registry of containers, and walks over trees
 ]
 
@@ -91,8 +90,14 @@ below_autograd: Callable[[], AbstractContextManager[Any]] = _C._AutoDispatchBelo
 # Autograd.
 AccumulateGrad: Any = _C._functions.AccumulateGrad
 """The kind of node in autograd's graph that stands for a leaf."""
-profiling: Callable[[], bool] = _torch.autograd._profiler_enabled
-"""Whether a profiler is recording."""
+version: Callable[[Tensor], int] = operator.attrgetter("_version")
+"""How often a tensor, or a view of the same memory, has been written to."""
+
+
+def function_class(node: Any) -> type | None:
+    """The torch.autograd.Function of a node in autograd's graph; None where it has none."""
+    return getattr(node, "_forward_cls", None)
+
 
 next_node: Callable[[], int] = _C._autograd._get_sequence_nr
 """The number that the next node of autograd's graph gets in this thread."""
@@ -112,6 +117,28 @@ def node_number(node: Any) -> int:
 def weight_norm_inputs(node: Any) -> tuple[Tensor, Tensor, int]:
     """What the node of a weight normalisation has saved: direction, norms and dimension."""
     return node._saved_v, node._saved_g, node._saved_dim
+
+
+def watched(optimizer: Any) -> bool:
+    """Whether a profiler, a hook of this optimizer or one of all optimizers sees its steps."""
+    return bool(
+        (not torch.compiler.is_compiling() and _torch.autograd._profiler_enabled())
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
+def hooks(optimizer: Any, when: str) -> list[Callable[..., Any]]:
+    """An optimizer's own hooks, such as those of `when="state_dict_pre"`."""
+    return list(getattr(optimizer, f"_optimizer_{when}_hooks").values())
+
+
+def refuse_capture(optimizer: Any) -> None:
+    """Raise where a CUDA graph captures an optimizer that was not told so."""
+    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch >= 2.12
+    (check or optimizer._cuda_graph_capture_health_check)()
 
 
 def mps_generator() -> torch.Generator:
@@ -150,5 +177,4 @@ foreach_addcdiv = _kernel("_foreach_addcdiv")
 foreach_maximum = _kernel("_foreach_maximum")
 foreach_sqrt = _kernel("_foreach_sqrt")
 foreach_norm = _kernel("_foreach_norm")
-foreach_add_ = _kernel("_foreach_add_")
 foreach_copy_ = _kernel("_foreach_copy_")

@@ -195,8 +195,8 @@ def lacks_forward(error: RuntimeError) -> str | None:
         return None
     # The frame where its missing `jvp` is called; the node of the graph knows the class.
     frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-    nodes = [frame["self"] for frame in frames if "self" in frame]
-    names = [f"{n._forward_cls.__name__}: " for n in nodes if hasattr(n, "_forward_cls")]
+    classes = [_torch.function_class(frame.get("self")) for frame in frames]
+    names = [f"{kind.__name__}: " for kind in classes if kind]
     return "".join(names[-1:]) + str(error).splitlines()[0]
 
 

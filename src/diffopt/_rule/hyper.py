@@ -69,7 +69,7 @@ def number(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(number,))
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def hparams(cls: type[T]) -> type[T]:
     """Make a class of annotated `number` fields a frozen record that is a pytree node.
 

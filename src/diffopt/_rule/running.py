@@ -154,9 +154,9 @@ def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
             leaf_(rule, numbers, [[x] if isinstance(x, Tensor) else x for x in row])
             continue
         grad = grad.coalesce()
-        if not grad._nnz():
-            continue
         where = tuple(grad.indices())
+        if not len(where[0]):
+            continue
         picked = [_rows(x, where) if isinstance(x, Tensor) else x for x in row[2:]]
         new = apply(rule, numbers, [_rows(row[0], where), grad.values(), *picked])
         for old, pieces in zip(written(row), new, strict=True):

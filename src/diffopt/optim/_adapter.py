@@ -53,14 +53,7 @@ class RuleOptimizer(Checkpoints):
 
         @functools.wraps(func)
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            watched = (
-                _torch.profiling()
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or _torch.pre_hooks
-                or _torch.post_hooks
-            )
-            return (hooked if watched else func)(self, *args, **kwargs)
+            return (hooked if _torch.watched(self) else func)(self, *args, **kwargs)
 
         return step
 
@@ -79,7 +72,7 @@ class RuleOptimizer(Checkpoints):
             with torch.enable_grad():
                 loss = closure()
         if "capturable" in self.defaults:
-            self._refuse_capture()
+            _torch.refuse_capture(self)
         self.check_numbers()
         with torch.no_grad():
             taken = self._take()  # all checks come before any change
@@ -178,10 +171,6 @@ class RuleOptimizer(Checkpoints):
                 f"{name} is a leaf that requires grad, which a differentiable step cannot write "
                 "to: optimize a clone of it"
             )
-
-    def _refuse_capture(self) -> None:
-        check = getattr(self, "_accelerator_graph_capture_health_check", None)  # torch >= 2.12
-        (check or self._cuda_graph_capture_health_check)()
 
     def check_state(self, row: dict[str, Any], param: Tensor, group: Group, name: str) -> None:
         opt = self.rule(group)

@@ -34,7 +34,7 @@ class Checkpoints(torch.optim.Optimizer):
     @_torch.disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state and the parameter groups, as torch.optim has them, but copied and detached."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
+        for hook in _torch.hooks(self, "state_dict_pre"):
             hook(self)
         index: dict[int, int] = {}
         for group in self.param_groups:
@@ -47,7 +47,7 @@ class Checkpoints(torch.optim.Optimizer):
             groups[-1]["params"] = params
         state = {index.get(id(key), key): copied(_plain(row)) for key, row in self.state.items()}
         saved: dict[str, Any] = {"state": state, "param_groups": groups}
-        for hook in self._optimizer_state_dict_post_hooks.values():
+        for hook in _torch.hooks(self, "state_dict_post"):
             result = hook(self, saved)
             saved = saved if result is None else result
         return saved
@@ -68,13 +68,13 @@ class Checkpoints(torch.optim.Optimizer):
         Nothing is changed when it, or one of its hooks, raises.
         """
         state_dict = _as_dict(state_dict, "state_dict")
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+        for hook in _torch.hooks(self, "load_state_dict_pre"):
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
         before = self.__dict__.copy()
         try:
             self._load(*_parts(state_dict))
-            for hook in self._optimizer_load_state_dict_post_hooks.values():
+            for hook in _torch.hooks(self, "load_state_dict_post"):
                 hook(self)
         except BaseException:
             self.__dict__.clear()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _modes
+from diffopt import _modes, _torch
 from diffopt._rule import hyper, running, tiles
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.running import Shared
@@ -376,12 +376,12 @@ class Elements:
             self.views = list(self.vector.unbind())
             for row, view in zip(rows, self.views, strict=True):
                 row[name] = view
-        self.version = self.vector._version
+        self.version = _torch.version(self.vector)
         self.twin: Tensor | None = None  # the value as kernels read it, where it is not so itself
 
     def holds(self) -> bool:
         """Whether nobody else has overwritten an element."""
-        return self.vector._version == self.version
+        return _torch.version(self.vector) == self.version
 
     @property
     def first(self) -> Tensor:
@@ -393,12 +393,12 @@ class Elements:
         self.vector.add_(number.to(self.vector.device) if isinstance(number, Tensor) else number)
         if self.twin is not None:
             self.twin.add_(number)
-        self.version = self.vector._version
+        self.version = _torch.version(self.vector)
 
     def fill_(self, value: Any) -> None:
         """Set all elements."""
         self.vector.copy_(torch.as_tensor(value, dtype=self.vector.dtype))
-        self.version = self.vector._version
+        self.version = _torch.version(self.vector)
 
     def on(self, device: torch.device) -> list[Tensor]:
         """The value for each parameter, where a kernel on this device reads it.

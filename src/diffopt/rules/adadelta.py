@@ -35,7 +35,7 @@ class Adadelta(Leafwise[AdadeltaState, AdadeltaHParams]):
     """What `adadelta` returns."""
 
     State = AdadeltaState
-    hparams: ClassVar = AdadeltaHParams
+    hparams: ClassVar[type[AdadeltaHParams]] = AdadeltaHParams
     elementwise = True
 
     def begin(self, p: Any, step: Any) -> AdadeltaState:

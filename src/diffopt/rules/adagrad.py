@@ -36,7 +36,7 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
     """What `adagrad` returns."""
 
     State = AdagradState
-    hparams: ClassVar = AdagradHParams
+    hparams: ClassVar[type[AdagradHParams]] = AdagradHParams
     elementwise = True
 
     def begin(self, p: Any, step: Any) -> AdagradState:

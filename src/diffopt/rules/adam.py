@@ -47,7 +47,7 @@ class Adam(Leafwise[AdamState, AdamHParams]):
     amsgrad: bool = False
 
     State = AdamState
-    hparams: ClassVar = AdamHParams
+    hparams: ClassVar[type[AdamHParams]] = AdamHParams
     elementwise = True
     decoupled = False
 
@@ -86,7 +86,7 @@ class Adam(Leafwise[AdamState, AdamHParams]):
 class AdamW(Adam):
     """What `adamw` returns."""
 
-    hparams: ClassVar = AdamWHParams
+    hparams: ClassVar[type[AdamWHParams]] = AdamWHParams
     decoupled = True
 
 

@@ -36,7 +36,7 @@ class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
     """What `adamax` returns."""
 
     State = AdamaxState
-    hparams: ClassVar = AdamaxHParams
+    hparams: ClassVar[type[AdamaxHParams]] = AdamaxHParams
     elementwise = True
 
     def begin(self, p: Any, step: Any) -> AdamaxState:

@@ -37,7 +37,7 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
     """What `asgd` returns."""
 
     State = ASGDState
-    hparams: ClassVar = ASGDHParams
+    hparams: ClassVar[type[ASGDHParams]] = ASGDHParams
     elementwise = True
 
     def begin(self, p: Any, step: Any) -> ASGDState:

@@ -45,7 +45,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     precision: torch.dtype | None = torch.bfloat16
 
     State = MuonState
-    hparams: ClassVar = MuonHParams
+    hparams: ClassVar[type[MuonHParams]] = MuonHParams
     batchable = False
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
     decoupled_weight_decay: bool = False
 
     State = NAdamState
-    hparams: ClassVar = NAdamHParams
+    hparams: ClassVar[type[NAdamHParams]] = NAdamHParams
     elementwise = True
 
     def begin(self, p: Any, step: Any) -> NAdamState:

@@ -38,7 +38,7 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
     decoupled_weight_decay: bool = False
 
     State = RAdamState
-    hparams: ClassVar = RAdamHParams
+    hparams: ClassVar[type[RAdamHParams]] = RAdamHParams
     elementwise = True
 
     def begin(self, p: Any, step: Any) -> RAdamState:

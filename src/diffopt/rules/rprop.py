@@ -38,7 +38,7 @@ class Rprop(Leafwise[RpropState, RpropHParams]):
     """What `rprop` returns."""
 
     State = RpropState
-    hparams: ClassVar = RpropHParams
+    hparams: ClassVar[type[RpropHParams]] = RpropHParams
     elementwise = True
 
     def begin(self, p: Any, step: Any) -> RpropState:

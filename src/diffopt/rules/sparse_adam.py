@@ -106,7 +106,7 @@ class EntriesAdam(Leafwise[SparseAdamState, SparseAdamHParams]):
     """Adam as `sparse_adam` has it, for entries put together in dense tensors."""
 
     State = SparseAdamState
-    hparams: ClassVar = SparseAdamHParams
+    hparams: ClassVar[type[SparseAdamHParams]] = SparseAdamHParams
     elementwise = True
 
     def begin(self, p: Any, step: Any) -> SparseAdamState:
@@ -207,7 +207,7 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
         self.entries.update(params, _tree.unflatten([None] * len(tensors), spec), state, hparams)
 
         coalesced = [None if grad is None else grad.coalesce() for grad in gradients]
-        coalesced = [None if grad is None or not grad._nnz() else grad for grad in coalesced]
+        coalesced = [None if grad is None or not len(grad.values()) else grad for grad in coalesced]
         values = [None if grad is None else _values(grad) for grad in coalesced]
         where = [None if grad is None else tuple(grad.indices()) for grad in coalesced]
         buffers = (_tree.leaves_like(tree, spec, params, ("state", "params")) for tree in state[1:])

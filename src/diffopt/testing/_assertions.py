@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _torch, _tree
 from diffopt._tree import Tree
 from diffopt.testing._case import Point
 
@@ -55,7 +55,7 @@ class Snapshot:
     def __init__(self, point: Point) -> None:
         self.tensors = named(point, "arguments")
         self.copies = [tensor.clone() for _, tensor in self.tensors]
-        self.versions = [tensor._version for _, tensor in self.tensors]
+        self.versions = [_torch.version(tensor) for _, tensor in self.tensors]
 
     def check(self) -> None:
         """Raise `AssertionError` with the path of the first tensor that was changed."""
@@ -63,7 +63,7 @@ class Snapshot:
             self.tensors, self.copies, self.versions, strict=True
         ):
             same = tensor.is_meta or torch.equal(tensor, copy)
-            if not same or tensor._version != version:
+            if not same or _torch.version(tensor) != version:
                 raise AssertionError(f"{path} was changed")
 
 

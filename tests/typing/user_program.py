@@ -1,0 +1,63 @@
+"""What a user writes, checked by `mypy --strict` and by pyright in strict mode: never run.
+
+Both see the types of the public API, and a misspelt argument is an error.
+"""
+
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
+
+from typing import assert_type
+
+import torch
+from torch import Tensor
+
+import diffopt
+from diffopt import transforms
+from diffopt.rules.adam import Adam, AdamHParams, AdamState, AdamWHParams
+from diffopt.rules.sgd import MomentumHParams, SGDState
+from diffopt.schedules import Schedule
+from diffopt.transforms.chain import Chain
+from diffopt.transforms.clip import MaxNorm
+
+params = {"w": torch.zeros(3), "b": torch.zeros(())}
+
+opt = diffopt.adam(amsgrad=True)
+assert_type(opt, Adam)
+diffopt.adam(amsgrd=True)  # type: ignore[call-arg]
+
+hparams = opt.hparams(lr=1e-2, beta1=torch.tensor(0.9))
+assert_type(hparams, AdamHParams)
+opt.hparams(learning_rate=1e-2)  # type: ignore[call-arg]
+assert_type(diffopt.adamw().hparams(lr=1e-2), AdamWHParams)
+assert_type(diffopt.sgd().hparams(lr=1e-2), MomentumHParams)
+assert_type(diffopt.sgd().init(params), SGDState)
+
+state = opt.init(params)
+assert_type(state, AdamState)
+new_params, new_state = opt.update(params, params, state, hparams)
+assert_type(new_state, AdamState)
+
+
+def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    return (params["w"] * x).sum() + params["b"]
+
+
+solution = diffopt.minimize(loss, params, torch.ones(3), optimizer=opt, hparams=hparams, steps=3)
+assert_type(solution, diffopt.Solution)
+assert_type(solution.losses, Tensor)
+assert_type(solution.steps, Tensor)
+
+model = diffopt.nn.functionalize(torch.nn.Linear(3, 1))
+assert_type(model, diffopt.nn.Functional)
+assert_type(model.params, dict[str, Tensor])
+outputs, buffers = model(model.params, model.buffers, torch.ones(1, 3))
+assert_type(buffers, dict[str, Tensor])
+
+assert_type(diffopt.schedules.cosine(0.1, 100), Schedule)
+
+clip = transforms.clip_by_global_norm()
+assert_type(clip.hparams(max_norm=1.0), MaxNorm)
+assert_type(transforms.chain(clip, diffopt.sgd()), Chain)
+
+trained = diffopt.optim.Adam([torch.zeros(3, requires_grad=True)], lr=1e-3)
+assert_type(trained, diffopt.optim.Adam)
+assert_type(diffopt.optim.from_pure(opt, params, lr=1e-3), torch.optim.Optimizer)
