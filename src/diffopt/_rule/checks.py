@@ -73,9 +73,9 @@ def buffers(
         if dtype and buffer.dtype != param.dtype:
             kinds = _kind(buffer.dtype), _kind(dtype), _kind(param.dtype)
             if kinds[0] not in kinds[1:]:
+                path = _tree.paths(tree, name)[i]
                 raise ValueError(
-                    f"{_tree.paths(tree, name)[i]} has dtype {buffer.dtype}, but must be {kinds[1]}: "
-                    "make the state by init()"
+                    f"{path} has dtype {buffer.dtype}, but must be {kinds[1]}: make it by init()"
                 )
         if shapes and buffer.shape != shapes[i]:
             paths = [_tree.paths(tree, n)[i] for n in (name, "params")]
