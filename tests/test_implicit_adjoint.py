@@ -1,5 +1,7 @@
 """minimize(adjoint=Implicit()): what is right, and what is refused."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -240,3 +242,54 @@ def test_a_start_within_the_tolerance_has_the_derivative_of_the_solution():
     by_start, by_decay = torch.autograd.grad(sol.params, (start, decay))
     assert by_start == 0
     torch.testing.assert_close(by_decay, -4 / 3 * torch.ones_like(by_decay))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("far", [False, True])
+def test_root_tolerance_is_a_distance_whatever_the_scale_of_the_loss(scale, far):
+    start = torch.tensor([1.0, 2.0 if far else 1 + 1e-5], dtype=torch.float64)
+    decay = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(w, decay):  # eigenvalues 1 and 3e-5, times the scale
+        return scale * (0.5 * (w[0] - decay).square() + 1.5e-5 * (w[1] - decay).square())
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        diffopt.minimize(
+            loss, start, decay, optimizer=diffopt.sgd(), hparams=diffopt.sgd().hparams(lr=0.0),
+            steps=1, adjoint=Implicit(),
+        )  # fmt: skip
+    assert [w.category for w in caught] == [ConvergenceWarning] * far
+
+
+def test_flat_or_negative_curvature_is_not_taken_for_a_minimum():
+    opt = diffopt.sgd()
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    for loss in (lambda w, s: 1e-4 * s * w, lambda w, s: -1e-4 * s * (w - 2).square()):
+        with pytest.warns(ConvergenceWarning, match="x is no solution"):
+            diffopt.minimize(
+                loss, torch.ones((), dtype=torch.float64), scale, optimizer=opt,
+                hparams=opt.hparams(lr=0.0), steps=1, adjoint=Implicit(),
+            )  # fmt: skip
+
+
+def test_complex_parameters():
+    opt = diffopt.sgd()
+    target = torch.tensor([1.0 + 2j, -0.5j], dtype=torch.complex128, requires_grad=True)
+
+    def size(z):  # torch has no second derivative of z.abs().square() at 0
+        return (z * z.conj()).real.sum()
+
+    def end(target):
+        sol = diffopt.minimize(
+            lambda p, target: size(p["z"] - target**2) + (p["x"] - 1).square(),
+            {"x": torch.zeros((), dtype=torch.float64), "z": torch.zeros_like(target)},
+            target, optimizer=opt, hparams=opt.hparams(lr=0.5),
+            steps=2,
+            adjoint=Implicit(on_failure="raise"),
+        )  # fmt: skip
+        return sol.params["z"]
+
+    torch.testing.assert_close(end(target), target**2)
+    assert torch.autograd.gradcheck(end, target)
+    assert torch.autograd.gradgradcheck(end, target)

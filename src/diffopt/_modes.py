@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -68,6 +69,12 @@ def concrete(tensor: Tensor | None) -> Tensor | None:
     for level in levels(tensor):
         tensor = level
     return tensor.detach()
+
+
+def distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which every process holds a part."""
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has one who has not loaded it
+    return module is not None and any(isinstance(x, module.DTensor) for x in levels(tensor))
 
 
 def levels(tensor: Tensor) -> Iterator[Tensor]:

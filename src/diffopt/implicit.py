@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from diffopt._diff.isolation import concrete, isolated, refuse_captured
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
 from diffopt.linear._base import (
+    LinearSystem,
     anywhere,
     check_function,
     check_on_failure,
@@ -294,6 +295,7 @@ def attach_root(
     *args: Any,
     solver: LinearSolver,
     symmetric: bool = False,
+    distance: bool = False,
     root_tolerance: float = math.inf,
     on_failure: OnFailure = "warn",
     on_solve: Callable[[LinearSolution], object] | None = None,
@@ -301,7 +303,9 @@ def attach_root(
 ) -> Tree:
     """A solution x of residual(x, *args) = 0 that is known, with its derivative to the args.
 
-    Whatever derivative x came with is dropped. See `implicit_root` for the arguments.
+    Whatever derivative x came with is dropped. See `implicit_root` for the arguments; with
+    `distance`, for a symmetric d_x residual, `root_tolerance` is for how far x is from a solution,
+    as a share of max(1, |x|), and not for its residual.
     """
     check_arguments(solver, root_tolerance, on_failure, on_solve, warm_start)
     x = isolated(lambda x: x, x)
@@ -317,7 +321,7 @@ def attach_root(
         pull = torch.func.vjp(lambda v: flat(v, *inputs), v)[1]
         return lambda u: pull(u)[0]
 
-    _check_root(flat, vector, inputs, root_tolerance, on_failure)
+    _check_root(flat, vector, inputs, root_tolerance, on_failure, distance)
     refuse_captured(flat, "residual", vector, *inputs)
     jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
 
@@ -342,6 +346,7 @@ def attach_minimum(
     """A stationary point x of loss(x, *args) that is known, with its derivative to the args.
 
     Its equation is that the gradient is zero, so that the linear systems are those of the Hessian.
+    `root_tolerance` is for the distance to the stationary point, as a share of max(1, |x|).
     """
     return attach_root(
         torch.func.grad(loss),
@@ -349,6 +354,7 @@ def attach_minimum(
         *args,
         solver=solver,
         symmetric=True,
+        distance=True,
         root_tolerance=root_tolerance,
         on_failure=on_failure,
         on_solve=on_solve,
@@ -375,16 +381,47 @@ def _check_root(
     inputs: list[Tensor],
     tolerance: float,
     on_failure: OnFailure,
+    distance: bool,
 ) -> None:
-    """Warn or raise if x is no solution."""
+    """Warn or raise if x is not a solution."""
     if anywhere(~torch.isfinite(x).all()):
         fail("x is no solution: it isn't finite", on_failure)
     elif tolerance < math.inf:
-        size: Tensor = isolated(lambda x, *inputs: norm(residual(x, *inputs)), x, *inputs)
+        measure, what = (
+            (_distance, "its distance from one, in units of max(1, |x|), is estimated to be")
+            if distance
+            else (_residual_norm, "the norm of its residual is")
+        )
+        size: Tensor = isolated(lambda x, *inputs: measure(residual, x, inputs), x, *inputs)
         if anywhere(~(size <= tolerance)):
             fail(
-                "x is no solution: the norm of its residual is "
-                f"{concrete(size).max().item():.2g}, above root_tolerance={tolerance:.2g}, so that "
-                "its derivative would be wrong",
+                f"x is no solution: {what} {concrete(size).max().item():.2g}, above "
+                f"root_tolerance={tolerance:.2g}, so that its derivative would be wrong",
                 on_failure,
             )
+
+
+def _residual_norm(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    return norm(residual(x, *inputs))
+
+
+def _distance(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """A lower bound on |H^-1 r| / max(1, |x|), for the residual r and its derivative H.
+
+    The iterates of conjugate gradients grow in norm (Steihaug 1983, theorem 2.1) from the first,
+    |r|^3 / r^T H r, which counts in magnitude where the curvature is not positive.
+    """
+    r, pull = cast(Any, torch.func.vjp(lambda x: residual(x, *inputs), x))
+
+    def product(v: Tensor) -> Tensor:
+        return pull(v)[0]
+
+    def same(v: Tensor) -> Tensor:
+        return v
+
+    size = norm(r)
+    b = torch.where(size > 0, r / size, 0.0)
+    system = LinearSystem(product, lambda: product, same, same, b, torch.full_like(size, 0.1))
+    step = ConjugateGradient(max_steps=10).run(system, torch.zeros_like(b), b).x
+    length = torch.maximum(norm(step), 1 / (b @ product(b)).abs())
+    return torch.where(size > 0, size * length, size) / norm(x).clamp(min=1)

@@ -60,6 +60,10 @@ def minimize(
     hparams) for t = 0, ..., steps - 1. Works under autograd, under torch.func transforms in any
     nesting, and under torch.compile. Under torch.no_grad() no graph is built.
 
+    A parameter that the loss does not use in a step has the gradient None there: weight decay and
+    momentum leave it alone, and so does Adam. torch.compile cannot tell such a parameter from one
+    whose gradient is zero: under it the gradient is zeros.
+
     Args:
         loss: `loss(params, *args, *batch)` returns a 0-d tensor, or `(value, aux)` with `has_aux`.
             With `buffers` it is called as `loss(params, buffers, *args, *batch)`, and the new

@@ -43,7 +43,8 @@ def varying(
     """Which tensors of the carry depend on what may be differentiated, after any number of steps.
 
     Others, such as a count of steps and the running statistics of a batch normalisation, are
-    constants. The step is one of `minimize`; the first is run with a graph, twice as a rule.
+    constants. The step is one of `minimize`; the first is run with a graph, twice as a rule. State
+    that it leaves alone may belong to a parameter that a later step uses, and so counts as varying.
 
     Raises:
         ValueError: the first step returns other numbers than `results` when it is run again.
@@ -54,7 +55,8 @@ def varying(
     if len({len(_tree.split(x)[0]) for x in xs}) > 1:  # later steps may depend on something new
         return everything[: len(starts)]
     varies = list(everything)
-    for i in range(len(_tree.split(carry[0])[0]), len(starts)):  # params always do
+    params, state = (len(_tree.split(tree)[0]) for tree in carry[:2])
+    for i in range(params, len(starts)):  # params always do
         varies[i] &= any(level.requires_grad for level in _modes.levels(tensors[i]))
     depends: list[bool] = []
 
@@ -66,6 +68,8 @@ def varying(
         ]
         outputs = _tree.split(step(*join(inputs)))[0]
         depends[:] = [x.requires_grad for x in outputs[: len(starts)]]
+        for i in range(params, min(params + state, len(depends))):
+            depends[i] |= outputs[i] is inputs[i] and everything[i]
         refuse_other(results, outputs)
         return [x for x in outputs if functions.has_derivative(x)]
 
@@ -84,6 +88,20 @@ def varying(
         varies[: len(starts)] = grown
 
 
+def detach_constants(
+    buffers: Tree, step: Callable[..., Any], carry: Tree, args: Tree, xs: list[Any]
+) -> Tree:
+    """The buffers after a loop of `minimize`, without a graph where they are constants in it.
+
+    A module may not take them otherwise: torch's batch_norm has no derivative for its statistics.
+    """
+    tensors, join = _tree.split(buffers)
+    if not tensors:
+        return buffers
+    varies = varying(step, carry, args, xs, [])[len(_tree.split(carry[:2])[0]) :]
+    return join(x if v else x.detach() for x, v in zip(tensors, varies, strict=True))
+
+
 def refuse_varying(outputs: Iterable[Tensor], varies: Iterable[bool]) -> None:
     """Raise where one depends on what is differentiated that was found to be a constant."""
     for output, varied in zip(outputs, varies, strict=False):
@@ -96,18 +114,35 @@ def refuse_varying(outputs: Iterable[Tensor], varies: Iterable[bool]) -> None:
 
 
 def refuse_other(before: list[Tensor], after: list[Tensor]) -> None:
-    """Raise where a step run again gives other numbers, beyond what kernels in parallel round."""
-    for old, new in zip(before, after, strict=False):
-        old, new = _modes.concrete(old), _modes.concrete(new)
-        if old is None or new is None or old.shape != new.shape or not old.numel():
+    """Raise where a step run again gives other numbers, beyond what kernels in parallel round.
+
+    What should be zero, as the gradient of a bias before a batch normalisation, is all rounding.
+    """
+    sizes = [0.0 if x is None else _magnitude(x) for x in map(_values, before)]
+    for old, new, size in zip(before, after, sizes, strict=False):
+        a, b = _values(old), _values(new)
+        if a is None or b is None or a.shape != b.shape:
             continue
-        old, new = old.to(torch.complex128), new.to(torch.complex128)
-        size = old.abs().nan_to_num().max().item()
-        if not torch.allclose(old, new, rtol=0.0, atol=1e-2 * size, equal_nan=True):
+        rounding = torch.finfo(old.dtype).eps if functions.has_derivative(old) else 0.0
+        tolerance = max(1e-2 * size, 100 * rounding * max(sizes))
+        wide = a.to(torch.complex128), b.to(torch.complex128)
+        if _magnitude(wide[0] - wide[1]) > tolerance or not torch.equal(a.isnan(), b.isnan()):
             raise ValueError(
                 "the loss is random in a way that cannot be repeated: pass the generator it draws "
                 "from as an argument"
             )
+
+
+def _values(tensor: Tensor) -> Any:
+    """Those that this process holds."""
+    values: Any = _modes.concrete(tensor)
+    return values.to_local() if values is not None and _modes.distributed(values) else values
+
+
+def _magnitude(tensor: Tensor) -> float:
+    """The largest entry in magnitude, of those that are not NaN."""
+    wide = tensor.to(torch.complex128).abs().nan_to_num(0.0)
+    return wide.max().item() if wide.numel() else 0.0
 
 
 def graph_leaves(tree: Tree) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -237,7 +237,13 @@ class _Call:
 
     def apply(self, tensors: Sequence[Tensor]) -> Tree:
         outputs: Any = _Custom.apply(self, *tensors)
-        return self.join_outputs(outputs)
+        # Under vmap torch does not heed that an output is marked as a constant.
+        return self.join_outputs(x if v else x.detach() for x, v in self.differentiable(outputs))
+
+    def differentiable(self, outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+        """Each output, and whether it has a derivative."""
+        for x, v in zip(outputs, itertools.chain(self.varies, itertools.repeat(True))):  # noqa: B905
+            yield x, v and has_derivative(x)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         outputs, self.join_outputs = _tree.split(self.function(self.join(inputs)))
@@ -261,9 +267,7 @@ class _Custom(torch.autograd.Function):
         ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(not ctx.call.sparse)
-        varies = itertools.chain(ctx.call.varies, itertools.repeat(True))
-        pairs = zip(output, varies)  # noqa: B905 (the second has no end)
-        ctx.mark_non_differentiable(*(x for x, v in pairs if not (v and has_derivative(x))))
+        ctx.mark_non_differentiable(*(x for x, v in ctx.call.differentiable(output) if not v))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

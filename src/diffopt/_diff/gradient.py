@@ -33,10 +33,11 @@ def value_and_grad(
     hvp: HVP = "reverse-over-reverse",
     varies: Sequence[bool] = (),
 ) -> tuple[Tensor, Any, Tree]:
-    """Value, auxiliary output and gradient by params of `function(params, inputs)`.
+    """Value, auxiliary output and gradient with respect to params of `function(params, inputs)`.
 
     All three carry derivatives where autograd records, unless `second_order` is False: then they
-    are constants. A leaf the value does not depend on has a gradient of zeros.
+    are constants. A leaf that the value does not depend on has the gradient None. torch.compile
+    does not show which those are: there it has a gradient of zeros.
 
     Forward-over-reverse keeps nothing but params and inputs for those derivatives, none of the
     loss's activations; they are exact by the symmetry of second derivatives, for what is among
@@ -61,8 +62,12 @@ def value_and_grad(
 
 def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor, Any, Tree]:
     joins: list[Any] = []  # torch.func takes nothing but tensors as auxiliary output
+    arrived: set[int] = set()  # torch.func fills in zeros for gradients that do not
 
     def tensors(params: Tree) -> tuple[Tensor, list[Tensor]]:
+        if not _modes.compiling():
+            for i, leaf in enumerate(_tree.leaves(params)):
+                leaf.register_hook(lambda _, i=i: arrived.add(i))
         with repairs.mended():
             value, aux = function(params, inputs)
         values, join = _tree.split(aux)
@@ -70,6 +75,10 @@ def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor,
         return value, values
 
     grads, (value, aux) = torch.func.grad_and_value(tensors, has_aux=True)(params)
+    if not _modes.compiling():
+        leaves, spec = _tree.flatten(grads)
+        found = [grad if i in arrived else None for i, grad in enumerate(leaves)]
+        grads = _tree.unflatten(_dependent(found), spec)
     return value, joins[0](aux), grads
 
 
@@ -93,13 +102,16 @@ def _autograd(
         found: Any = torch.autograd.grad(
             value, aliases, create_graph=create_graph, allow_unused=True
         )
-        if all(grad is None for grad in found):
-            raise ValueError(_INDEPENDENT)
-        pairs = zip(aliases, found, strict=True)
-        grads = [torch.zeros_like(p) if grad is None else grad for p, grad in pairs]
     if not create_graph:
         value, aux = _tree.detach((value, aux))
-    return value, aux, _tree.unflatten(grads, spec)
+    return value, aux, _tree.unflatten(_dependent(found), spec)
+
+
+def _dependent(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The gradients, of which there must be one."""
+    if all(grad is None for grad in grads):
+        raise ValueError(_INDEPENDENT)
+    return grads
 
 
 _INDEPENDENT = "loss does not depend on params: it must compute with its argument"
@@ -110,7 +122,7 @@ def _forward_over_reverse(
 ) -> tuple[Tensor, Any, Tree]:
     surroundings = functions.Surroundings((params, inputs))
     _, join = _tree.split((params, inputs))
-    count = len(_tree.leaves(params))
+    used: list[bool] = []  # which params have a gradient
 
     def outputs(xs: Sequence[Tensor]) -> list[Tensor]:
         value, aux = function(*join(xs))
@@ -129,11 +141,16 @@ def _forward_over_reverse(
             # layer_norm, batch_norm) and raises for others (log_softmax).
             if torch.is_grad_enabled():
                 return functions.vjp(results, xs, needed, cotangents)
-            parts = len(cotangents) - count
-            return _hvp(outputs, xs, needed, cotangents[parts:], cotangents[:parts])
+            parts = len(cotangents) - sum(used)
+            given = iter(cotangents[parts:])
+            pairs = zip(xs, used)  # noqa: B905 (the params are the first of the xs)
+            vectors = [next(given) if use else torch.zeros_like(x) for x, use in pairs]
+            return _hvp(outputs, xs, needed, vectors, cotangents[:parts])
 
     def forward(arguments: Tree) -> Tree:
-        return value_and_grad(function, *arguments)
+        value, aux, grads = value_and_grad(function, *arguments)
+        used[:] = [grad is not None for grad in _tree.leaves(grads)]
+        return value, aux, grads
 
     return functions.custom(forward, (params, inputs), pullback, varies=(True, *varies))
 

@@ -85,12 +85,13 @@ class GradientStep:
         done = _norm(grads) <= self.tol
 
         def chosen(old: Any, new: Any) -> Any:
-            return torch.where(done, old, new) if isinstance(new, Tensor) else new
+            moved = isinstance(new, Tensor) and new is not old
+            return torch.where(done, old, new) if moved else new
 
         return _tree.map(chosen, carry, (params, state, buffers)), (value, aux, done)
 
 
 def _norm(tree: Tree) -> Tensor:
-    """The 2-norm of all leaves."""
-    leaves = [leaf.detach() for leaf in _tree.leaves(tree)]
+    """The 2-norm of all leaves but None."""
+    leaves = [leaf.detach() for leaf in _tree.leaves(tree) if leaf is not None]
     return torch.stack([torch.linalg.vector_norm(leaf).double() for leaf in leaves]).norm()

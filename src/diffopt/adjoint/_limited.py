@@ -122,8 +122,17 @@ class _Lost(_Raising):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.message = inputs[0]
+        ctx.message, ctx.count = inputs[0], len(inputs)
+        ctx.save_for_backward(*output)  # torch's rule for vmap wants the same as below
         ctx.save_for_forward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
+        """Zeros ask for nothing: they come from a later loop that does not depend on this one."""
+        for values in map(_modes.concrete, cotangents):
+            if values is None or bool(values.any()):
+                raise NotImplementedError(ctx.message)
+        return (None,) * ctx.count
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:

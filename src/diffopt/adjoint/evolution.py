@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
 from diffopt._diff import functions
-from diffopt._diff.captured import refuse_closed_over
+from diffopt._diff.captured import detach_constants, refuse_closed_over
 from diffopt._diff.functions import Surroundings
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
@@ -112,6 +112,7 @@ class Evolution(Adjoint):
         if _modes.compiling() or _modes.forward_differentiated():
             raise NotImplementedError("Evolution works neither in forward mode nor when compiled")
         refuse_closed_over("the loss or step", step, carry, args, xs[0])
+        start, whole = carry, step
         if isinstance(step, GradientStep):
             step = replace(step, second_order=False)
         tensors, join = _distinct((carry, args, xs))
@@ -172,6 +173,8 @@ class Evolution(Adjoint):
         outputs, carry = functions.custom(loop, tensors, pullback)
         # Only now, so that the loop sees the random numbers that it sees under every adjoint.
         seeds = _seeds(self.samples, self.generator)
+        if isinstance(whole, GradientStep):
+            carry = *carry[:2], detach_constants(carry[2], whole, start, args, xs)
         return carry, outputs
 
 

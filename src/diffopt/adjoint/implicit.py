@@ -11,6 +11,8 @@ from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._diff import functions
+from diffopt._diff.captured import detach_constants
+from diffopt._diff.gradient import value_and_grad
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import without_derivative
@@ -33,15 +35,19 @@ class Implicit(Adjoint):
     minimum does not depend on where the search began nor on the rate: those derivatives are zero.
     `sol.losses`, `sol.state`, `sol.aux` and `sol.buffers` have no derivative: asking for one
     raises. With `batches` the loss is the mean over all different ones. Dropout and the like have
-    no stationary point.
+    no stationary point. A parameter that the loss does not use stays where it began, with that
+    derivative; for `on_solve` and `warm_start` it has no elements, and a complex one is a pair of
+    reals.
 
     Args:
         solver: for the linear systems, one of `diffopt.linear`: `ConjugateGradient` where the
             Hessian is positive definite, `GMRES` elsewhere, `Direct` for small problems.
-        root_tolerance: the 2-norm of the gradient up to which the end of the loop is taken for a
-            stationary point: the derivative is wrong away from one. Adapt it to your loss's scale.
-        on_failure: whether to "warn" or to "raise" where the gradient is larger. What happens when
-            a linear system is not solved, the solver's own `on_failure` says.
+        root_tolerance: how far from a stationary point the loop may end, as a share of
+            max(1, |params|): away from one the derivative is wrong. The distance is |H^-1 g|, with
+            the Hessian H and the gradient g of the loss; it is estimated, from below, by at most
+            ten iterations of conjugate gradients. Infinity makes no estimate.
+        on_failure: whether to "warn" or to "raise" where it is farther. What happens when a linear
+            system is not solved, the solver's own `on_failure` says.
         on_solve: called with the `LinearSolution` of each linear system: residual, iterations.
         warm_start: called before the linear system of a backward pass; returns where that starts, a
             tree like params, or None for zeros. In an outer loop, which changes the problem little,
@@ -95,25 +101,58 @@ class Implicit(Adjoint):
         for record in own[-1:] if own[-1] is not None else [hparams]:
             _refuse_decay(step.optimizer, params, record)
 
-        def loss(params: Tree, inputs: Tree, batches: list[Any], buffers: Tree) -> Tensor:
+        def loss(params: Tree, rest: Tree) -> Tensor:
+            inputs, batches, buffers = rest
             values = [step.objective(params, (buffers, inputs, batch))[0] for batch in batches]
             return torch.stack(values).mean()
 
-        params = attach_minimum(
-            loss, params, inputs, _distinct(batch for _, batch in xs), buffers,
+        rest = inputs, _distinct(batch for _, batch in xs), buffers
+        unknowns, merge = _unknowns(loss, params, carry[0], rest)
+        unknowns = attach_minimum(
+            lambda unknowns, rest: loss(merge(unknowns), rest), unknowns, rest,
             solver=self.solver, root_tolerance=self.root_tolerance, on_failure=self.on_failure,
             on_solve=self.on_solve, warm_start=self.warm_start,
         )  # fmt: skip
-        params = functions.independent(params, (carry, hparams, own))
+        params = merge(functions.independent(unknowns, (carry, hparams, own)))
         message = "Implicit gives derivatives of sol.params, not of losses, state, aux or buffers"
         rest = without_derivative((state, buffers, outputs), (carry, args, xs), message)
         state, buffers, outputs = rest
-        return (params, state, buffers), outputs
+        return (params, state, detach_constants(buffers, step, carry, args, xs)), outputs
 
 
 def _distinct(batches: Iterable[Any]) -> list[Any]:
     """Each batch once."""
     return list({tuple(map(id, _tree.leaves(batch))): batch for batch in batches}.values())
+
+
+def _unknowns(
+    loss: Callable[[Tree, Tree], Tensor], params: Tree, start: Tree, rest: Tree
+) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """A tree of the reals among params that the loss uses, and what makes params of such a tree.
+
+    A parameter that the loss does not use is still where it started, and has no equation.
+    """
+    grads = value_and_grad(lambda p, rest: (loss(p, rest), ()), params, rest, second_order=False)[2]
+    used = [grad is not None for grad in _tree.leaves(grads)]
+    leaves, spec = _tree.flatten(params)
+    starts = _tree.leaves_like(start, spec, params, ("params", "params"))
+
+    def reals(leaf: Tensor, use: bool) -> Tensor:
+        if not use:
+            return leaf.real.new_empty(0)
+        return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+
+    def merge(unknowns: Tree) -> Tree:
+        parts = zip(starts, used, _tree.leaves(unknowns), strict=True)
+        return _tree.unflatten(
+            [
+                p if not use else torch.complex(*x.unbind(-1)) if p.is_complex() else x
+                for p, use, x in parts
+            ],
+            spec,
+        )
+
+    return _tree.unflatten(list(map(reals, leaves, used)), spec), merge
 
 
 def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) -> None:

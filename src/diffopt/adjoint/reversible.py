@@ -217,6 +217,7 @@ class _Loop:
     ) -> None:
         self.step, self.scale, self.join, self.varies = step, scale, join, varies
         self.noise: list[Surroundings] = []  # of each step
+        self.moved: list[list[int]] = []  # which params have a gradient, at each step
         self.counts: list[int] = []  # of tensors in the last carry, and in the output of each step
         self.sizes: list[list[int]] = []  # of the words on each tape
         self.join_public: Callable[..., Tree] = join
@@ -242,12 +243,14 @@ class _Loop:
             outputs.append((value, aux, None))
             self.noise.append(before if record and _drew(before) else quiet)
             faults.note(_CHANGED, _differ(start[2], kept))
-            for i, rate in enumerate(rates):
+            self.moved.append(list(impulses))
+            for i, impulse in impulses.items():
+                rate = rates[i]
                 quotient = _divide(buffers[i], rate.numerator)
                 if record:
                     first, count = _dividends(quotient, rate.numerator)
                     tapes[i].push(buffers[i] - first, count, rate.most)
-                buffers[i] = faults.add(quotient, impulses[i])
+                buffers[i] = faults.add(quotient, impulse)
                 params[i] = faults.add(params[i], -_move(buffers[i], rate))
             if t % _PATIENCE == 0 or t == len(xs) - 1:
                 faults.check()
@@ -268,8 +271,8 @@ class _Loop:
         start, args, xs = _with_fractions(*self.join(inputs))
         params, buffers, tops = ([next(rest) for _ in self.sizes] for _ in range(3))
         tapes = [
-            _Tape(top, [next(rest) for _ in sizes], list(sizes), len(xs))
-            for top, sizes in zip(tops, self.sizes, strict=True)
+            _Tape(top, [next(rest) for _ in sizes], list(sizes), sum(i in m for m in self.moved))
+            for i, (top, sizes) in enumerate(zip(tops, self.sizes, strict=True))
         ]
         cotangents, *later = _pieces(
             [next(rest) if is_given else None for is_given in given], self.counts
@@ -282,14 +285,14 @@ class _Loop:
             x = xs[t]
             if not rates or x[0] is not None:
                 rates = _rates(start[0], args, x, _Faults())
-            for i, rate in enumerate(rates):
-                params[i] = params[i] + _move(buffers[i], rate).to(torch.int64)
+            for i in self.moved[t]:
+                params[i] = params[i] + _move(buffers[i], rates[i]).to(torch.int64)
             carry = self.carry(params, buffers, start, t)
             with self.noise[t].restored():
                 _, _, impulses = self.impulses(self.step.objective, carry, args, x, rates)
-            for i, rate in enumerate(rates):
+            for i in self.moved[t]:
                 quotient = buffers[i] - impulses[i].to(torch.int64)
-                first, count = _dividends(quotient, rate.numerator)
+                first, count = _dividends(quotient, rates[i].numerator)
                 buffers[i] = first + tapes[i].pop(count)
             carry = self.carry(params, buffers, start, t)
             with self.noise[t].restored():
@@ -332,19 +335,25 @@ class _Loop:
 
     def impulses(
         self, objective: Objective, carry: Tree, args: Tree, x: Any, rates: list[_Rates]
-    ) -> tuple[Tensor, Any, list[Tensor]]:
-        """Value and auxiliary output of the loss, and what is added to the momentum buffers."""
+    ) -> tuple[Tensor, Any, dict[int, Tensor]]:
+        """Value and auxiliary output of the loss, and what is added to the momentum buffers.
+
+        By the number of the leaf, for params that have a gradient.
+        """
         (params, state, buffers), (_, inputs), (_, batch) = carry, args, x
         arguments = (buffers, inputs, batch)
         value, aux, grads = value_and_grad(objective, params, arguments)
         optimizer: Any = self.step.optimizer
         sign = -1 if optimizer.maximize else 1
-        impulses: list[Tensor] = []
+        impulses: dict[int, Tensor] = {}
         # Not by optimizer.update, whose roundings depend on who calls: they must come again.
-        for p, g, rate in zip(_tree.leaves(params), _tree.leaves(grads), rates, strict=True):
+        for i, (p, g) in enumerate(zip(_tree.leaves(params), _tree.leaves(grads), strict=True)):
+            if g is None:
+                continue
+            rate = rates[i]
             g = sign * exact(g) + rate.weight_decay * exact(p)
             undampened = 1 - rate.dampening * (exact(state.step) > 0)
-            impulses.append((undampened * g * self.scale).round())
+            impulses[i] = (undampened * g * self.scale).round()
         return value, aux, impulses
 
     def gradients(
