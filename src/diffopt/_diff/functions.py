@@ -167,8 +167,23 @@ def has_derivative(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def _enable_cudnn(enabled: bool) -> None:
+    torch.backends.cudnn.enabled = enabled
+
+
+_KERNELS: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (lambda: torch.backends.cudnn.enabled, _enable_cudnn),
+]
+"""Which kernels torch may choose: for attention, for encoders in eval mode, of cuDNN."""
+
+
 class Surroundings:
-    """What a function depends on beside its arguments: random numbers and autocasting.
+    """What a function depends on beside its arguments: random numbers, autocasting and kernels.
 
     Args:
         inputs: the function's arguments. The generators among them are taken care of as well.
@@ -186,6 +201,7 @@ class Surroundings:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in {"cpu", *(device.type for device in devices)}
         ]
+        self.kernels = [enabled() for enabled, _ in _KERNELS]
 
     def now(self) -> Surroundings:
         """The same with the random numbers where they are now."""
@@ -205,6 +221,10 @@ class Surroundings:
         with contextlib.ExitStack() as stack:
             for kind, dtype, enabled in self.autocasts:
                 stack.enter_context(torch.autocast(kind, dtype, enabled))
+            for (enabled, enable), then in zip(_KERNELS, self.kernels, strict=True):
+                if enabled() != then:  # a flag of the process, which is left alone if it can be
+                    stack.callback(enable, not then)
+                    enable(then)
             self.restore()
             try:
                 yield

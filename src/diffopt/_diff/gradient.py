@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from diffopt import _modes, _torch, _tree
 from diffopt._diff import functions, repairs
 from diffopt._diff.captured import graph_leaves, refuse_closed_over, refuse_varying
+from diffopt._diff.lacking import explain_second_derivatives, explained, remedy
 from diffopt._tree import Tree
 
 HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
@@ -43,6 +44,18 @@ def value_and_grad(
     loss's activations; they are exact by the symmetry of second derivatives, for what is among
     params and inputs. There `varies` is False for the first auxiliary tensors that are constants.
     """
+    with contextlib.nullcontext() if _modes.compiling() else explained():
+        return _value_and_grad(function, params, inputs, second_order, hvp, varies)
+
+
+def _value_and_grad(
+    function: Objective,
+    params: Tree,
+    inputs: Tree,
+    second_order: bool,
+    hvp: HVP,
+    varies: Sequence[bool],
+) -> tuple[Tensor, Any, Tree]:
     recording, forward = torch.is_grad_enabled(), _modes.forward_differentiated()
     if second_order and recording and hvp == "forward-over-reverse" and not forward:
         return _forward_over_reverse(function, params, inputs, varies)
@@ -99,6 +112,8 @@ def _autograd(
                 raise RuntimeError("in torch.inference_mode there are no gradients: use no_grad")
             raise ValueError(_INDEPENDENT)
         repairs.mend_graph(value, first)
+        if create_graph and value.grad_fn is not None:
+            explain_second_derivatives(value, [*aliases, *_tree.split(inputs)[0]])
         found: Any = torch.autograd.grad(
             value, aliases, create_graph=create_graph, allow_unused=True
         )
@@ -195,7 +210,7 @@ def _hvp(
             raise
         raise NotImplementedError(
             f"the loss cannot be differentiated by hvp='forward-over-reverse' ({complaint}): "
-            "give hvp='reverse-over-reverse'"
+            + (remedy(error) or "give hvp='reverse-over-reverse'")
         ) from error
     products: list[Tensor | None] = [None] * len(xs)
     for i, result in zip(chosen, results, strict=True):
@@ -208,6 +223,8 @@ def lacks_forward(error: RuntimeError) -> str | None:
 
     It names the operation, but for a torch.autograd.Function, whose name is put in front.
     """
+    if isinstance(error.__cause__, RuntimeError):  # with advice on it, by `explained`
+        error = error.__cause__
     if not re.search("forward (AD|mode)", str(error)):
         return None
     # The frame where its missing `jvp` is called; the node of the graph knows the class.

@@ -16,6 +16,7 @@ from diffopt import _modes, _torch, _tree
 from diffopt._diff import functions
 from diffopt._diff.captured import graph_leaves, refuse_closed_over
 from diffopt._diff.gradient import lacks_forward
+from diffopt._diff.lacking import remedy
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, Step
 from diffopt.adjoint._limited import once
@@ -310,8 +311,8 @@ def _pushforward(
         if complaint is None:
             raise
         raise NotImplementedError(
-            f"the loss or step has no forward derivative ({complaint}): use Checkpointed() or "
-            "Unrolled()"
+            f"the loss or step has no forward derivative ({complaint}): "
+            + (remedy(error) or "use Checkpointed() or Unrolled()")
         ) from error
 
 

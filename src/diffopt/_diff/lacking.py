@@ -1,0 +1,89 @@
+"""What torch cannot differentiate or batch, and what helps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import traceback
+from collections.abc import Generator, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from diffopt import _modes
+
+_REMEDIES = {  # by the names of operations, or of nodes in autograd's graph
+    r"scaled_dot_product|ScaledDotProduct": (
+        "compute the loss under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    ),
+    r"_transformer_encoder_layer_fwd|_native_multi_head_attention": (
+        "put the module in training mode by train(), or switch the fast path off by "
+        "torch.backends.mha.set_fastpath_enabled(False)"
+    ),
+    r"mkldnn_rnn": "compute the loss under torch.backends.mkldnn.flags(enabled=False)",
+    r"cudnn_rnn|CudnnRnn": "compute the loss under torch.backends.cudnn.flags(enabled=False)",
+}
+_MODULES = {  # by the module of torch whose code raised
+    r"torch\.nn\.modules\.rnn": (
+        "torch.vmap cannot batch the kernels of nn.RNN, nn.LSTM, nn.GRU and their cells: write the "
+        "recurrence with torch.nn.functional.linear, or loop over the tasks instead of torch.vmap"
+    ),
+    r"torch\.nn\.parallel": "functionalize the module inside of the DataParallel, its `.module`",
+}
+_ONCE = re.compile("ScaledDotProduct|CudnnRnn")  # fused kernels whose derivative has none
+
+
+def remedy(error: BaseException) -> str | None:
+    """What to do about an error of torch; None where nothing is known."""
+    for pattern, advice in _REMEDIES.items():
+        if re.search(pattern, str(error)):
+            return advice
+    frames = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    for pattern, advice in _MODULES.items():
+        if _modes.transformed() and any(re.match(pattern, name) for name in frames):
+            return advice
+    return None
+
+
+@contextlib.contextmanager
+def explained() -> Generator[None]:
+    """Errors of torch about what it lacks say what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        advice = remedy(error)
+        if advice is None or advice in str(error):
+            raise
+        raise NotImplementedError(f"{str(error).splitlines()[0]}: {advice}") from error
+
+
+def explain_second_derivatives(value: Tensor, inputs: Iterable[Tensor]) -> None:
+    """Where the loss has a kernel whose gradient has no derivative, asking for one says what helps.
+
+    Only the graph between the inputs and the value is looked at.
+    """
+    seen: set[Any] = {x.grad_fn for x in inputs}
+    nodes: list[Any] = [value.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes.extend(child for child, _ in node.next_functions)
+        if _ONCE.search(node.name()):
+            node.register_hook(functools.partial(_mark, node.name()))
+
+
+def _mark(name: str, gradients: Iterable[Tensor | None], _: Any) -> None:
+    """The nodes that raise stand where the derivative of the gradients would."""
+    for gradient in gradients:
+        if gradient is not None and gradient.grad_fn is not None:
+            gradient.grad_fn.register_prehook(functools.partial(_refuse, name))
+
+
+def _refuse(name: str, _: Any) -> None:
+    (advice,) = (advice for pattern, advice in _REMEDIES.items() if re.search(pattern, name))
+    raise NotImplementedError(f"{name} has no derivative in torch: {advice}")
