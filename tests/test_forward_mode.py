@@ -1,13 +1,14 @@
 """ForwardMode against Unrolled and finite differences, its memory, and its use online."""
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 import diffopt
-from diffopt.adjoint import ForwardMode, Unrolled, unroll
+from diffopt.adjoint import Checkpointed, ForwardMode, Unrolled, unroll
 from test_adjoints import BATCHES, INPUTS, TRANSFORMS, at, outcome
 from test_memory import START, Census, no_garbage_collector, solve
 
@@ -611,3 +612,25 @@ def test_tangents_have_the_dtype_of_what_they_belong_to():
         return torch.autograd.grad(value, (lr, momentum, *start.values()))
 
     torch.testing.assert_close(grads(ForwardMode()), grads(Unrolled()))
+
+
+@pytest.mark.parametrize("adjoint", [ForwardMode(), Checkpointed(hvp="forward-over-reverse")])
+def test_loops_in_threads_do_not_disturb_each_other(adjoint):
+    opt = diffopt.adam()
+    x = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)
+
+    def loss(w):
+        return (x @ w.tanh()).square().mean() + w.pow(4).sum()
+
+    def hypergradient(rate, adjoint):
+        lr = torch.tensor(rate, dtype=torch.float64, requires_grad=True)
+        sol = diffopt.minimize(
+            loss, torch.ones(3, dtype=torch.float64), optimizer=opt, hparams=opt.hparams(lr=lr),
+            steps=10, adjoint=adjoint,
+        )  # fmt: skip
+        return torch.autograd.grad(sol.losses.sum(), lr)[0]
+
+    rates = [0.01, 0.02, 0.03, 0.04]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda rate: hypergradient(rate, adjoint), rates))
+    torch.testing.assert_close(found, [hypergradient(rate, Unrolled()) for rate in rates])

@@ -781,10 +781,10 @@ GOOD = {"optimizer": OPT, "hparams": OPT.hparams(lr=0.1), "steps": 1}
         ({"loss": lambda w: torch.ones(())}, ValueError, r"loss does not depend on params"),
         ({"params": {"n": torch.ones(2).long()}}, ValueError, r"params\['n'\] has dtype .*int64"),
         ({"params": {"n": 3.0}}, TypeError, r"params\['n'\] is 3.0 of type float, not a tensor"),
-        ({"optimizer": torch.optim.SGD}, TypeError, r"optimizer is .*, not a diffopt optimizer"),
+        ({"optimizer": torch.optim.SGD}, TypeError, r"optimizer is "),
         ({"adjoint": "unrolled"}, TypeError, r"adjoint is 'unrolled', not one of diffopt.adjoint"),
         ({"adjoint": Unrolled}, TypeError, r"adjoint is <class .*, not one of diffopt.adjoint"),
-        ({"hparams": {"lr": 0.1}}, TypeError, r"hparams is a dict, not a MomentumHParams"),
+        ({"hparams": {"lr": 0.1}}, TypeError, r"hparams is .* of type dict, not a record"),
         ({"hparams": OPT.hparams}, TypeError, r"hparams is .*, which has to be called"),
         (
             {"hparams": lambda t: OPT.hparams() if t else None},

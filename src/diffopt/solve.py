@@ -90,12 +90,13 @@ def minimize(
         A `Solution`.
 
     Raises:
-        ValueError: neither `steps` nor `batches` is given, there are fewer batches than steps, or
-            none at all without `steps`, the loss is not scalar or does not depend on params, or
-            new buffers have another structure or shape; moreover what `optimizer.update` raises.
-        TypeError: the loss does not return what `has_aux` and `buffers` announce, a leaf of params
-            is no tensor, `optimizer` no `Optimizer`, `adjoint` no `Adjoint`, `tol` no number,
-            `batches` is a dict, or `hparams` as a function does not return hyperparameters.
+        ValueError: neither `steps` nor `batches` is given, params has no leaves, there are fewer
+            batches than steps, or none at all without `steps`, the loss is not scalar or does not
+            depend on params, or new buffers have another structure or shape; moreover what
+            `optimizer.update` raises.
+        TypeError: an argument is not of its kind: the loss or `batches` cannot be called or
+            iterated over, a leaf of params is not a tensor, `hparams` or `state` belongs to another
+            optimizer, and so on; or the loss does not return what `has_aux` and `buffers` announce.
 
     Example:
         >>> import torch, diffopt
@@ -114,21 +115,16 @@ def minimize(
         >>> torch.autograd.grad(sol.params.sum(), lr)  # 2 * 2 (1 - lr)
         (tensor(3.),)
     """
-    if steps is None and batches is None:
-        raise ValueError("minimize needs steps= or batches=")
-    if steps is not None and (type(steps) is not int or steps < 0):
-        raise ValueError(f"steps is {steps!r}, but must be an integer >= 0")
-    _check_tol(tol)
-    if isinstance(batches, dict):
-        raise TypeError("batches is a dict, of which there would be a step for every key")
-    if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"optimizer is {optimizer!r}, not a diffopt optimizer such as adam()")
+    _check_loop(steps, batches, tol)
+    _check_optimizer(optimizer)
     adjoint = Truncated(0) if adjoint is None else adjoint
     if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled()")
-    if isinstance(hparams, type) or (callable(hparams) and hparams == optimizer.hparams):
-        raise TypeError(f"hparams is {hparams!r}, which has to be called: optimizer.hparams(...)")
+    _check_loss(loss, has_aux, buffers)
     _check_params(params)
+    _check_hparams(hparams, optimizer.hparams)
+    if state is not None:
+        _check_state(state, optimizer, params)
     stateful = buffers is not None
 
     def objective(params: Tree, inputs: Any) -> tuple[Tensor, Any]:
@@ -184,23 +180,101 @@ def _steps(outputs: list[Any]) -> Tensor:
     return (~torch.stack(done)).sum() if done else torch.tensor(len(outputs))
 
 
+def _check_loop(steps: Any, batches: Any, tol: Any) -> None:
+    if steps is None and batches is None:
+        raise ValueError("minimize needs steps= or batches=")
+    if steps is not None and (type(steps) is not int or steps < 0):
+        raise ValueError(f"steps is {steps!r}, but must be an integer >= 0")
+    if isinstance(batches, dict):
+        raise TypeError("batches is a dict, of which there would be a step for every key")
+    scalar = isinstance(batches, Tensor) and batches.dim() == 0
+    unordered = isinstance(batches, (str, bytes, set, frozenset))
+    if batches is not None and (scalar or unordered or not isinstance(batches, Iterable)):
+        described = _tree.describe(batches)
+        raise TypeError(f"batches is {described}: give an iterable with one entry for each step")
+    if tol is not None:
+        _check_tol(tol)
+
+
 def _check_tol(tol: Any) -> None:
-    if tol is None:
-        return
-    scalar = tol.dim() == 0 if isinstance(tol, Tensor) else isinstance(tol, numbers.Real)
+    if isinstance(tol, Tensor):
+        scalar = tol.dim() == 0 and not (tol.is_complex() or tol.dtype == torch.bool)
+    else:
+        scalar = isinstance(tol, numbers.Real)
     if not scalar or isinstance(tol, bool):
         raise TypeError(f"tol is {_tree.describe(tol)}, not a number")
     if not tol >= 0:
         raise ValueError(f"tol is {tol!r}, but must be a number >= 0")
 
 
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, Optimizer):
+        return
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    if issubclass(kind, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer is a {kind.__module__}.{kind.__name__}, which changes parameters in place: "
+            "give a pure one such as diffopt.sgd(), or take it apart by diffopt.optim.to_pure"
+        )
+    if callable(optimizer):
+        raise TypeError(
+            f"optimizer is {optimizer!r}, not a diffopt optimizer: one is made by a call such as "
+            "diffopt.adam()"
+        )
+    described = _tree.describe(optimizer)
+    raise TypeError(f"optimizer is {described}, not a diffopt optimizer such as diffopt.adam()")
+
+
+def _check_loss(loss: Any, has_aux: Any, buffers: Any) -> None:
+    if not callable(loss) or isinstance(loss, type):
+        raise TypeError(f"loss is {_tree.describe(loss)}, not a function of params")
+    if not isinstance(has_aux, bool):
+        raise TypeError(f"has_aux is {has_aux!r}, not a bool")
+    if isinstance(buffers, bool):
+        raise TypeError(f"buffers is {buffers}, not a tree of the tensors to begin with")
+
+
 def _check_params(params: Tree) -> None:
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params is a module, {type(params).__name__}: make it functions of its parameters by "
+            "diffopt.nn.functionalize, and give the .params of that"
+        )
     leaves = _tree.leaves(params)
+    if not leaves:
+        raise ValueError(f"params is {params!r}, which holds no tensor")
     checks.params(leaves, params)
     for i, leaf in enumerate(leaves):
         if not (leaf.is_floating_point() or leaf.is_complex()):
             path = _tree.paths(params, "params")[i]
             raise ValueError(f"{path} has dtype {leaf.dtype}: what has no gradient is no parameter")
+
+
+def _check_hparams(hparams: Any, maker: Any) -> None:
+    """A record of the optimizer, if that can be told, or a function that returns one."""
+    if isinstance(hparams, type) or (callable(hparams) and hparams == maker):
+        raise TypeError(f"hparams is {hparams!r}, which has to be called: optimizer.hparams(...)")
+    if not callable(hparams) and not _is_record(hparams, maker):
+        raise TypeError(
+            f"hparams is {_tree.describe(hparams)}, not a record of this optimizer: make it by "
+            "optimizer.hparams(...)"
+        )
+
+
+def _is_record(record: Any, maker: Any) -> bool:
+    if isinstance(maker, type) and maker in hyper.FIELDS:  # else it is some function
+        return isinstance(record, maker)
+    return record is not None
+
+
+def _check_state(state: Any, optimizer: Optimizer[Any, Any], params: Tree) -> None:
+    with torch.no_grad():
+        expected = type(optimizer.init(params)).__name__
+    if type(state).__name__ != expected:
+        raise TypeError(
+            f"state has type {type(state).__name__}, but must have type {expected}: give what "
+            "optimizer.init(params) or an earlier minimize returned, or None"
+        )
 
 
 def _xs(
@@ -220,8 +294,7 @@ def _xs(
 
 def _own(record: Any, number: int, maker: Any) -> Any:
     """What `hparams` returned for this step, if it can be a record of the optimizer."""
-    made = isinstance(maker, type) and maker in hyper.FIELDS  # else it is some function
-    if record is None or (made and not isinstance(record, maker)):
+    if not _is_record(record, maker):
         raise TypeError(
             f"hparams({number}) returned {_tree.describe(record)}, "
             "but must return what optimizer.hparams(...) makes"

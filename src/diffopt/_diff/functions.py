@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -144,23 +145,43 @@ def alias(tensor: Tensor, attached: bool) -> Tensor:
     result = tensor.view_as(tensor) if attached else tensor.detach()
     if not result.requires_grad:
         result.requires_grad_()
-        for aliases in _NOTICED:
+        for aliases in list(_NOTICED.values()):  # another thread may add to it
             aliases[id(result)] = result
     return result
 
 
-_NOTICED: list[dict[int, Tensor]] = []
+_NOTICED: dict[int, dict[int, Tensor]] = {}
 
 
 @contextlib.contextmanager
 def noticed() -> Generator[dict[int, Tensor]]:
     """The leaves of autograd's graph that `alias` makes meanwhile, by identity."""
     aliases: dict[int, Tensor] = {}
-    _NOTICED.append(aliases)
+    _NOTICED[id(aliases)] = aliases
     try:
         yield aliases
     finally:
-        _NOTICED.pop()
+        del _NOTICED[id(aliases)]
+
+
+_LEVELS = threading.RLock()
+
+
+@contextlib.contextmanager
+def forward_level() -> Generator[None]:
+    """Held by one thread at a time: torch's levels of forward mode are those of the process.
+
+    A thread of autograd's may wait here while the holder waits for that thread, so it gives up.
+    """
+    if not _LEVELS.acquire(timeout=60):
+        raise RuntimeError(
+            "another thread has been computing in forward mode for a minute, and torch has but one "
+            "level of forward mode for all threads: run these loops one after the other"
+        )
+    try:
+        yield
+    finally:
+        _LEVELS.release()
 
 
 def has_derivative(tensor: Tensor) -> bool:

@@ -202,7 +202,7 @@ def _hvp(
 
     gradient_jvp = _functorch_jvp if _modes.transformed() else _autograd_jvp
     try:
-        with functions.noticed() as aliases:
+        with functions.noticed() as aliases, functions.forward_level():
             results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
     except RuntimeError as error:
         complaint = lacks_forward(error)

@@ -208,3 +208,13 @@ def _misfit(value: Tensor, param: Tensor, per_weight: bool) -> str | None:
     if value.device != param.device:
         return f"device {value.device}, but {{}} has device {param.device}"
     return None
+
+
+def undistributed(tree: Tree, name: str, who: str) -> None:
+    """Raise where a leaf is a DTensor."""
+    for i, leaf in enumerate(_tree.leaves(tree)):
+        if isinstance(leaf, Tensor) and _modes.distributed(leaf):
+            raise ValueError(
+                f"{_tree.paths(tree, name)[i]} is a DTensor, which is not supported by {who}: "
+                "gather it by full_tensor()"
+            )

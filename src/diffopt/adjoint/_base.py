@@ -24,7 +24,27 @@ class Adjoint(ABC):
 
     One of your own is a class with a method `run`. It may call `step` as often as it likes, also
     with other tensors in the same places: a step is pure. `minimize` gives a `GradientStep`, of
-    which the loss and the optimizer can be had.
+    which the loss and the optimizer can be had; its carry is a tuple of trees.
+
+    Example:
+        >>> import torch, diffopt
+        >>> class LastHalf(diffopt.adjoint.Adjoint):  # the first half of the steps are constants
+        ...     def run(self, step, carry, args, xs):
+        ...         xs, outputs = list(xs), []
+        ...         for t, x in enumerate(xs):
+        ...             if 2 * t == len(xs):
+        ...                 carry = diffopt.detach(carry)
+        ...             carry, output = step(carry, args, x)
+        ...             outputs.append(output)
+        ...         return carry, outputs
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> opt = diffopt.sgd()
+        >>> sol = diffopt.minimize(
+        ...     lambda w: 0.5 * w**2, torch.tensor(1.0), optimizer=opt,
+        ...     hparams=opt.hparams(lr=lr), steps=4, adjoint=LastHalf(),
+        ... )
+        >>> torch.autograd.grad(sol.params, lr)  # -2 (1 - lr)^3; exact: twice that
+        (tensor(-1.4580),)
     """
 
     @abstractmethod

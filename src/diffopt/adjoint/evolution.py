@@ -17,6 +17,7 @@ from diffopt import _modes, _torch, _tree
 from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants, refuse_closed_over
 from diffopt._diff.functions import Surroundings
+from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import constant_in, first_order
@@ -111,6 +112,8 @@ class Evolution(Adjoint):
             return Unrolled().run(step, carry, args, xs)
         if _modes.compiling() or _modes.forward_differentiated():
             raise NotImplementedError("Evolution works neither in forward mode nor when compiled")
+        for name, tree in (("carry", carry), ("args", args), ("xs", xs)):
+            checks.undistributed(tree, name, "Evolution")
         refuse_closed_over("the loss or step", step, carry, args, xs[0])
         start, whole = carry, step
         if isinstance(step, GradientStep):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from diffopt._diff import functions
 from diffopt._diff.captured import graph_leaves, refuse_closed_over
 from diffopt._diff.gradient import lacks_forward
 from diffopt._diff.lacking import remedy
+from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, Step
 from diffopt.adjoint._limited import once
@@ -159,7 +161,8 @@ class ForwardMode(Adjoint):
 
 def _as_it_stands() -> bool:
     """Whether the loop needs no tangents of its own."""
-    return _modes.compiling() or _modes.forward_differentiated() or not torch.is_grad_enabled()
+    with contextlib.nullcontext() if _modes.compiling() else functions.forward_level():
+        return _modes.compiling() or _modes.forward_differentiated() or not torch.is_grad_enabled()
 
 
 class _Inputs:
@@ -217,6 +220,8 @@ class _Point(NamedTuple):
 def _points(
     step: Step, carry: Tree, args: Tree, xs: Iterable[Any], inputs: _Inputs, discount: float
 ) -> Iterator[_Point]:
+    for name, tree in (("carry", carry), ("args", args)):
+        checks.undistributed(tree, name, "ForwardMode (Checkpointed supports it)")
     iterator = iter(xs)
     for x in itertools.islice(iterator, 1):
         refuse_closed_over("the loss or step", step, carry, args, x)
@@ -301,11 +306,12 @@ def _pushforward(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The values of a function, and its derivatives along each row of the directions."""
     try:
-        if _vmapped():
-            return _one_by_one(function, primals, directions, surroundings)
-        if len(directions[0]) == 1 and not _modes.transformed():
-            return _dual(function, primals, directions)
-        return _batched(function, primals, directions)
+        with functions.forward_level():
+            if _vmapped():
+                return _one_by_one(function, primals, directions, surroundings)
+            if len(directions[0]) == 1 and not _modes.transformed():
+                return _dual(function, primals, directions)
+            return _batched(function, primals, directions)
     except RuntimeError as error:
         complaint = lacks_forward(error)
         if complaint is None:

@@ -13,6 +13,7 @@ from diffopt import _modes, _tree
 from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants
 from diffopt._diff.gradient import value_and_grad
+from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import without_derivative
@@ -92,6 +93,9 @@ class Implicit(Adjoint):
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if not isinstance(step, GradientStep):
             raise TypeError("Implicit is for minimize: for another step use implicit_fixed_point")
+        if not isinstance(self.solver, ConjugateGradient):
+            who = f"Implicit with a {type(self.solver).__name__} (ConjugateGradient does)"
+            checks.undistributed(carry[0], "params", who)
         xs = list(xs)
         end, outputs = Truncated(0).run(step, carry, args, xs)
         if not _modes.differentiable() or not xs:

@@ -17,7 +17,7 @@ from diffopt._diff.captured import graph_leaves, refuse_closed_over
 from diffopt._diff.functions import Surroundings
 from diffopt._diff.gradient import HVP, Objective, value_and_grad
 from diffopt._modes import exact
-from diffopt._rule import hyper
+from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import once
@@ -151,6 +151,7 @@ def _checked_carry(carry: Tree) -> Tree:
     params, state, buffers = carry
     if not isinstance(state, SGDState):
         raise TypeError(f"state is a {type(state).__name__}, not a SGDState")
+    checks.undistributed(params, "params", "Reversible")
     leaves, spec = _tree.flatten(params)
     for i, leaf in enumerate(leaves):
         if leaf.is_complex():

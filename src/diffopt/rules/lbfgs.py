@@ -187,6 +187,7 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
     def init(self, params: Tree) -> LBFGSState:
         tensors, _ = _tree.flatten(params)
         checks.params(tensors, params)
+        checks.undistributed(params, "params", "lbfgs")
         device = _device(tensors, params)
         dtype = _dtype(tensors)
         buffers = {
@@ -286,6 +287,7 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
         """The arguments as vectors, or an error."""
         tensors, spec = _tree.flatten(params)
         checks.params(tensors, params)
+        checks.undistributed(params, "params", "lbfgs")
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         checks.grads(gradients, tensors, params)
         self._check_state(state, tensors, _device(tensors, params))

@@ -1,0 +1,72 @@
+"""What minimize is given by mistake is refused by the argument's name, before the loss runs."""
+
+import pytest
+import torch
+from torch import nn
+
+import diffopt
+
+OPT = diffopt.adam()
+PARAMS = torch.ones(2)
+WEIGHT = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"loss": None}, TypeError, "loss is None"),
+        ({"loss": PARAMS}, TypeError, "loss is a tensor"),
+        ({"loss": nn.Linear}, TypeError, "loss is <class"),
+        ({"params": None}, TypeError, "params is None"),
+        ({"params": []}, ValueError, "params is .*holds no tensor"),
+        ({"params": {}}, ValueError, "params is .*holds no tensor"),
+        ({"params": nn.Linear(2, 2)}, TypeError, "diffopt.nn.functionalize"),
+        ({"params": nn.Linear(2, 2).parameters()}, TypeError, "params is <generator"),
+        ({"params": [1.0]}, TypeError, r"params\[0\] is 1.0"),
+        ({"optimizer": torch.optim.SGD([WEIGHT], lr=0.1)}, TypeError, r"diffopt\.optim\.to_pure"),
+        ({"optimizer": torch.optim.SGD}, TypeError, r"optimizer is a torch\.optim\.sgd\.SGD"),
+        ({"optimizer": diffopt.optim.Adam([WEIGHT])}, TypeError, r"diffopt\.optim\.to_pure"),
+        ({"optimizer": diffopt.adam}, TypeError, r"optimizer is .*diffopt\.adam\(\)"),
+        ({"optimizer": "adam"}, TypeError, "optimizer is 'adam'"),
+        ({"optimizer": None}, TypeError, "optimizer is None"),
+        ({"hparams": 0.1}, TypeError, r"hparams is 0.1 .*optimizer\.hparams\(\.\.\.\)"),
+        ({"hparams": None}, TypeError, "hparams is None"),
+        ({"hparams": {"lr": 0.1}}, TypeError, "hparams is {'lr': 0.1}"),
+        ({"hparams": diffopt.sgd().hparams()}, TypeError, "hparams is SGDHParams|hparams is Mom"),
+        ({"hparams": OPT.hparams}, TypeError, "has to be called"),
+        ({"hparams": lambda t: None}, TypeError, r"hparams\(0\) returned None"),
+        ({"hparams": lambda t: diffopt.sgd().hparams()}, TypeError, r"hparams\(0\) returned"),
+        ({"steps": True}, ValueError, "steps is True"),
+        ({"steps": 2.0}, ValueError, r"steps is 2\.0"),
+        ({"steps": torch.tensor(2)}, ValueError, "steps is tensor"),
+        ({"steps": None}, ValueError, "steps= or batches="),
+        ({"batches": 5}, TypeError, "batches is 5"),
+        ({"batches": True}, TypeError, "batches is True"),
+        ({"batches": "ab"}, TypeError, "batches is 'ab'"),
+        ({"batches": {1, 2}}, TypeError, "batches is {1, 2}"),
+        ({"batches": torch.tensor(1.0)}, TypeError, "batches is a tensor"),
+        ({"batches": lambda: [()]}, TypeError, "batches is <function"),
+        ({"state": diffopt.sgd().init(PARAMS)}, TypeError, "state has type SGDState"),
+        ({"state": {}}, TypeError, "state has type dict"),
+        ({"state": 0}, TypeError, "state has type int"),
+        ({"has_aux": "yes"}, TypeError, "has_aux is 'yes'"),
+        ({"has_aux": 1}, TypeError, "has_aux is 1"),
+        ({"buffers": True}, TypeError, "buffers is True"),
+        ({"tol": "1"}, TypeError, "tol is '1'"),
+        ({"tol": True}, TypeError, "tol is True"),
+        ({"tol": torch.tensor(True)}, TypeError, "tol is a tensor"),
+        ({"tol": float("nan")}, ValueError, "tol is nan"),
+        ({"adjoint": "Unrolled"}, TypeError, "adjoint is 'Unrolled'"),
+        ({"adjoint": diffopt.adjoint.Unrolled}, TypeError, "adjoint is <class"),
+    ],
+)
+def test_mistakes_are_refused_by_name_before_anything_runs(arguments, error, message):
+    def loss(params):
+        pytest.fail("the loss was called")
+
+    arguments = {
+        "loss": loss, "params": PARAMS, "optimizer": OPT, "hparams": OPT.hparams(), "steps": 2,
+        **arguments,
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        diffopt.minimize(arguments.pop("loss"), arguments.pop("params"), **arguments)
