@@ -571,7 +571,7 @@ def test_other_errors():
     params = {"w": torch.ones(2, dtype=torch.complex64)}
     with pytest.raises(ValueError, match=r"params\['w'\] is complex"):
         diffopt.minimize(lambda p: p["w"].abs().sum(), params, **call)
-    with pytest.raises(TypeError, match="state is a tuple, not a SGDState"):
+    with pytest.raises(TypeError, match="state has type tuple"):
         diffopt.minimize(lambda w: (w**2).sum(), w, state=(), **call)
 
 
