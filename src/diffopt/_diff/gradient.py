@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import traceback
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 from diffopt import _modes, _torch, _tree
 from diffopt._diff import functions, repairs
 from diffopt._diff.captured import graph_leaves, refuse_closed_over, refuse_varying
-from diffopt._diff.lacking import explain_second_derivatives, explained, remedy
+from diffopt._diff.lacking import explained, remedy
 from diffopt._tree import Tree
 
 HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
@@ -112,8 +113,6 @@ def _autograd(
                 raise RuntimeError("in torch.inference_mode there are no gradients: use no_grad")
             raise ValueError(_INDEPENDENT)
         repairs.mend_graph(value, first)
-        if create_graph and value.grad_fn is not None:
-            explain_second_derivatives(value, [*aliases, *_tree.split(inputs)[0]])
         found: Any = torch.autograd.grad(
             value, aliases, create_graph=create_graph, allow_unused=True
         )

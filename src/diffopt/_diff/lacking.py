@@ -60,21 +60,10 @@ def explained() -> Generator[None]:
         raise NotImplementedError(f"{str(error).splitlines()[0]}: {advice}") from error
 
 
-def explain_second_derivatives(value: Tensor, inputs: Iterable[Tensor]) -> None:
-    """Where the loss has a kernel whose gradient has no derivative, asking for one says what helps.
-
-    Only the graph between the inputs and the value is looked at.
-    """
-    seen: set[Any] = {x.grad_fn for x in inputs}
-    nodes: list[Any] = [value.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes.extend(child for child, _ in node.next_functions)
-        if _ONCE.search(node.name()):
-            node.register_hook(functools.partial(_mark, node.name()))
+def explain_second_derivative(node: Any) -> None:
+    """Make a kernel in autograd's graph, whose gradient has no derivative, say what helps."""
+    if _ONCE.search(node.name()):
+        node.register_hook(functools.partial(_mark, node.name()))
 
 
 def _mark(name: str, gradients: Iterable[Tensor | None], _: Any) -> None:

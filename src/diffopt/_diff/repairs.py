@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffopt import _modes, _torch
+from diffopt._diff.lacking import explain_second_derivative
 
 
 def mended() -> contextlib.AbstractContextManager[Any]:
@@ -47,6 +48,7 @@ def mend_graph(value: Tensor, first: int) -> None:
             continue
         seen.add(node)
         nodes.extend(child for child, _ in node.next_functions)
+        explain_second_derivative(node)
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
                 "the loss calls torch.utils.checkpoint with use_reentrant=True, through which no "
