@@ -252,7 +252,7 @@ def _check_params(params: Tree) -> None:
 
 def _check_hparams(hparams: Any, maker: Any) -> None:
     """A record of the optimizer, if that can be told, or a function that returns one."""
-    if isinstance(hparams, type) or (callable(hparams) and hparams == maker):
+    if isinstance(hparams, type) or (type(hparams) is type(maker) and hparams == maker):
         raise TypeError(f"hparams is {hparams!r}, which has to be called: optimizer.hparams(...)")
     if not callable(hparams) and not _is_record(hparams, maker):
         raise TypeError(
