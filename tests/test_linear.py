@@ -341,7 +341,10 @@ def test_nothing_to_solve_for():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GMRES(on_failure="ignore"), r"on_failure is 'ignore', but must be \"warn\" or"),
+        (
+            lambda: GMRES(on_failure="ignore"),
+            r"on_failure is 'ignore', but must be 'warn' or 'raise'",
+        ),
         (lambda: GMRES(rtol=-1.0), r"rtol is -1.0, but must be a number >= 0"),
         (lambda: GMRES(atol=float("nan")), r"atol is nan, but must be a number >= 0"),
         (lambda: Direct(damping="1"), r"damping is '1', but must be a number >= 0"),
@@ -350,7 +353,7 @@ def test_nothing_to_solve_for():
         (lambda: Neumann(k=0), r"k is 0, but must be an integer >= 1"),
         (lambda: Neumann(3, 0.0), r"scale is 0.0, but must be a number > 0"),
         (lambda: Neumann(3, "a"), r"scale is 'a', but must be a number > 0"),
-        (lambda: Nystrom(3, damping=0.0), r"damping is 0, but Nystrom needs a number > 0"),
+        (lambda: Nystrom(3, damping=0.0), r"damping is 0.0, but must be a number > 0"),
         (lambda: Nystrom(0, damping=1.0), r"rank is 0, but must be an integer >= 1"),
     ],
 )

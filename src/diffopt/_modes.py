@@ -1,4 +1,4 @@
-"""Which of torch's ways of running code is active, and what a 0-d tensor is there."""
+"""Which of torch's ways of running code is active, and what a tensor is there."""
 
 from __future__ import annotations
 
@@ -62,15 +62,6 @@ def number_of(value: Any) -> Any:
     return value.item()
 
 
-def concrete(tensor: Tensor | None) -> Tensor | None:
-    """The values of a tensor, of all examples at once under vmap; None where there are none yet."""
-    if tensor is None or compiling() or intercepted():
-        return None
-    for level in levels(tensor):
-        tensor = level
-    return tensor.detach()
-
-
 def distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which every process holds a part."""
     module = sys.modules.get("torch.distributed.tensor")  # nobody has one who has not loaded it
@@ -83,3 +74,32 @@ def levels(tensor: Tensor) -> Iterator[Tensor]:
     while _torch.is_wrapped(tensor):
         tensor = _torch.unwrapped(tensor)
         yield tensor
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether autograd, or a torch.func transform at any level, may ask for its gradient."""
+    return any(level.requires_grad for level in levels(tensor))
+
+
+def batches(tensor: Tensor) -> set[int]:
+    """The levels of torch.func.vmap at which it is batched."""
+    return {_torch.level_of(level) for level in levels(tensor) if _torch.is_batched(level)}
+
+
+def all_samples(tensor: Tensor) -> Tensor:
+    """What torch.func's wrappers hold: all samples of a batch, batch dimensions in front.
+
+    The outermost batch is the first dimension. `_diff.isolation.batched` is its inverse.
+    """
+    while _torch.is_wrapped(tensor):
+        inner = _torch.unwrapped(tensor)
+        batched = _torch.is_batched(tensor)
+        tensor = inner.movedim(_torch.batch_dim(tensor), 0) if batched else inner
+    return tensor
+
+
+def concrete(tensor: Tensor | None) -> Tensor | None:
+    """`all_samples` as a constant whose values can be read; None where a trace has no values."""
+    if tensor is None or compiling() or intercepted():
+        return None
+    return all_samples(tensor).detach()

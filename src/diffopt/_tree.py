@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
-import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch
@@ -68,6 +67,11 @@ def map(
         return pytree.tree_map(function, tree, *others, is_leaf=is_leaf)
     values, spec = flatten(tree, is_leaf)
     return unflatten([function(value) for value in values], spec)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    """The tree of `function(leaf)` for every tensor; other leaves stay as they are."""
+    return map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 class _Node(NamedTuple):
@@ -136,15 +140,21 @@ def _build(node: _Node, values: Iterator[Any]) -> Tree:
 
 
 def split(tree: Tree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Tree]]:
-    """The tensors of a tree, and the function that puts others in their places."""
+    """The tensors of a tree, and the function that puts as many others in their places.
+
+    That function holds none of the tensors, so that whoever keeps it keeps no memory alive.
+    """
     values, spec = flatten(tree)
-    rest = [Tensor if isinstance(value, Tensor) else value for value in values]
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    rest = [None if isinstance(value, Tensor) else value for value in values]
 
     def join(tensors: Iterable[Tensor]) -> Tree:
-        given = iter(tensors)
-        return unflatten([next(given) if value is Tensor else value for value in rest], spec)
+        joined = list(rest)
+        for place, tensor in zip(places, tensors, strict=True):
+            joined[place] = tensor
+        return unflatten(joined, spec)
 
-    return [value for value in values if isinstance(value, Tensor)], join
+    return [values[i] for i in places], join
 
 
 def is_leaf(node: Tree) -> bool:
@@ -240,27 +250,7 @@ def detach(tree: Tree) -> Tree:
         >>> params["w"].requires_grad, hp.lr.requires_grad
         (False, False)
     """
-
-    def cut(leaf: Any) -> Any:
-        return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-    return map(cut, tree)
-
-
-def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
-    """All leaves in one vector, and the function that puts such a vector back into the tree.
-
-    The leaves must be tensors of one dtype and device.
-    """
-    tensors, spec = flatten(tree)
-    shapes = [tensor.shape for tensor in tensors]
-    sizes = [tensor.numel() for tensor in tensors]
-
-    def unravel(vector: Tensor) -> Tree:
-        pieces = torch.split(vector, sizes)
-        return unflatten([p.reshape(s) for p, s in zip(pieces, shapes, strict=True)], spec)
-
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]), unravel
+    return map_tensors(Tensor.detach, tree)
 
 
 def _children(node: Tree) -> list[tuple[str, Tree]]:

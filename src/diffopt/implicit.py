@@ -14,27 +14,23 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._diff.isolation import concrete, isolated, refuse_captured
+from diffopt._arguments import check_choice, check_function, check_integer, check_number
+from diffopt._diff.isolation import isolated, refuse_captured
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
-from diffopt.linear._base import (
-    LinearSystem,
+from diffopt.linear._base import LinearSystem, method, operator_of
+from diffopt.linear._derivative import Equation, attach
+from diffopt.linear._failure import fail, refuse_tracing
+from diffopt.linear._vectors import (
+    Linear,
     anywhere,
-    check_function,
-    check_on_failure,
-    fail,
+    greatest,
     magnitude,
-    method,
     norm,
-    operator_of,
     ravel,
     ravel_like,
-    refuse_tracing,
-    require,
-    split,
     template,
 )
-from diffopt.linear._derivative import Equation, Linear, attach
 from diffopt.linear.krylov import GMRES
 
 OnFailure = Literal["warn", "raise"]
@@ -258,10 +254,10 @@ def fixed_point_iteration(
     """
     check_function(step, "step")
     if rtol is not None:
-        require(rtol, "rtol", 0.0)
-    require(atol, "atol", 0.0)
-    require(max_steps, "max_steps", 1, integer=True)
-    check_on_failure(on_failure)
+        check_number(rtol, "rtol")
+    check_number(atol, "atol")
+    check_integer(max_steps, "max_steps", 1)
+    check_choice(on_failure, "on_failure", "warn", "raise")
 
     def solve(init: Tree, *args: Any) -> Tree:
         x, unravel = ravel(init, "init")
@@ -310,7 +306,7 @@ def attach_root(
     check_arguments(solver, root_tolerance, on_failure, on_solve, warm_start)
     x = isolated(lambda x: x, x)
     vector, unravel = ravel(x, "x")
-    inputs, merge = split(args)
+    inputs, merge = _tree.split(args)
     like = template(x)
 
     def flat(v: Tensor, *inputs: Tensor) -> Tensor:
@@ -369,8 +365,8 @@ def check_arguments(
     if not isinstance(solver, LinearSolver):
         raise TypeError(f"solver is {solver!r}, not one of diffopt.linear such as GMRES()")
     if root_tolerance != math.inf:
-        require(root_tolerance, "root_tolerance", 0.0)
-    check_on_failure(on_failure)
+        check_number(root_tolerance, "root_tolerance")
+    check_choice(on_failure, "on_failure", "warn", "raise")
     check_function(on_solve, "on_solve", optional=True)
     check_function(warm_start, "warm_start", optional=True)
 
@@ -395,7 +391,7 @@ def _check_root(
         size: Tensor = isolated(lambda x, *inputs: measure(residual, x, inputs), x, *inputs)
         if anywhere(~(size <= tolerance)):
             fail(
-                f"x is no solution: {what} {concrete(size).max().item():.2g}, above "
+                f"x is no solution: {what} {greatest(size):.2g}, above "
                 f"root_tolerance={tolerance:.2g}, so that its derivative would be wrong",
                 on_failure,
             )

@@ -57,7 +57,7 @@ def varying(
     varies = list(everything)
     params, state = (len(_tree.split(tree)[0]) for tree in carry[:2])
     for i in range(params, len(starts)):  # params always do
-        varies[i] &= any(level.requires_grad for level in _modes.levels(tensors[i]))
+        varies[i] &= _modes.needs_gradient(tensors[i])
     depends: list[bool] = []
 
     def run(*chosen: Tensor) -> list[Tensor]:

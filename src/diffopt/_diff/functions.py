@@ -125,19 +125,13 @@ def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Te
     An output that is one for a whole batch has one cotangent, which the rule that torch.vmap
     derives for an autograd.Function would count once for every example.
     """
-    representatives = {_batches(x): x for x in inputs}
+    representatives = {frozenset(_modes.batches(x)): x for x in inputs}
     result = list(outputs)
     for levels, x in representatives.items():
         for i, output in enumerate(result):
-            if not levels <= _batches(output):
+            if not levels <= _modes.batches(output):
                 result[i] = output + x.new_zeros((), dtype=output.dtype, device=output.device)
     return result
-
-
-def _batches(tensor: Tensor) -> frozenset[int]:
-    """The levels of torch.func.vmap at which it is batched."""
-    levels = filter(_torch.is_batched, _modes.levels(tensor))
-    return frozenset(map(_torch.level_of, levels))
 
 
 def alias(tensor: Tensor, attached: bool) -> Tensor:

@@ -1,7 +1,4 @@
-"""Running code outside of every derivative in progress, and looking through torch.func's wrappers.
-
-The only module that touches functorch's private functions on wrapped tensors.
-"""
+"""Running code outside every derivative in progress, whatever torch.func has wrapped."""
 
 from __future__ import annotations
 
@@ -23,37 +20,37 @@ def isolated(
 ) -> Tree:
     """`function(*trees)` as constants: no graph, no tangents, but the batches of torch.func.vmap.
 
-    With `plain` the function runs outside of every transform unless its arguments are batched, so
-    that it may leave torch; but it cannot use tensors that were made inside of nested transforms.
+    With `plain` the function runs outside every transform unless its arguments are batched, so
+    that it may leave torch; but it cannot use tensors that were made inside nested transforms.
     With `sequential` it is called so for every sample of a batch.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_torch.forward_enabled(False))
-        trees = _tensors(_constant, trees)
+        trees = _tree.map_tensors(_constant, trees)
         if sequential:
             return _each_sample(function, trees)
-        leaves = [leaf for leaf in _tree.leaves(trees) if isinstance(leaf, Tensor)]
-        if plain and not any(map(_is_batched, leaves)):
+        if plain and not any(map(_torch.is_batched, _tree.split(trees)[0])):
             stack.enter_context(_torch.outside_transforms())
-        return _tensors(_constant, function(*trees))
+        return _tree.map_tensors(_constant, function(*trees))
 
 
 def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
-    batched = [t for t in _tree.leaves(trees) if isinstance(t, Tensor) and _is_batched(t)]
+    batched = [x for x in _tree.split(trees)[0] if _torch.is_batched(x)]
     if not batched:
         with _torch.outside_transforms():
-            return _tensors(_constant, function(*trees))
-    level = max(map(_level, batched))
-    sizes = {_inner(t).shape[_batch_dim(t)] for t in batched if _level(t) == level}
+            return _tree.map_tensors(_constant, function(*trees))
+    level = max(map(_torch.level_of, batched))
+    batch = [x for x in batched if _torch.level_of(x) == level]
+    sizes = {_torch.unwrapped(x).shape[_torch.batch_dim(x)] for x in batch}
 
     def sample(index: int) -> Tree:
         def select(tensor: Tensor) -> Tensor:
-            if not _is_batched(tensor) or _level(tensor) != level:
+            if not _torch.is_batched(tensor) or _torch.level_of(tensor) != level:
                 return tensor
-            return _constant(_inner(tensor).select(_batch_dim(tensor), index))
+            return _constant(_torch.unwrapped(tensor).select(_torch.batch_dim(tensor), index))
 
-        return _each_sample(function, _tensors(select, trees))
+        return _each_sample(function, _tree.map_tensors(select, trees))
 
     def join(*leaves: Any) -> Any:
         if all(isinstance(leaf, Tensor) for leaf in leaves):
@@ -77,7 +74,7 @@ def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
 def outer_derivatives(*tensors: Tensor) -> Generator[list[Tensor]]:
     """Inside the jvp of an autograd.Function: see `tensors` as the next transform outside does.
 
-    Torch runs a jvp with forward derivatives off, at every level of nested transforms. Here they
+    torch runs a jvp with forward derivatives off, at every level of nested transforms. Here they
     are on again, and the tensors have lost the tangents of the level whose jvp it is.
     """
     stack = _torch.interpreter_stack() or []
@@ -85,9 +82,9 @@ def outer_derivatives(*tensors: Tensor) -> Generator[list[Tensor]]:
     level = max(levels, default=0)
 
     def primal(tensor: Tensor) -> Tensor:
-        if _is_batched(tensor):
-            inner, dim = primal(_inner(tensor)), _batch_dim(tensor)
-            return _torch.add_batch_dim(inner, dim, _level(tensor))
+        if _torch.is_batched(tensor):
+            inner = primal(_torch.unwrapped(tensor))
+            return _torch.add_batch_dim(inner, _torch.batch_dim(tensor), _torch.level_of(tensor))
         if level:
             return _torch.unwrap_for_grad(tensor, level)
         return forward_ad.unpack_dual(tensor).primal
@@ -96,27 +93,12 @@ def outer_derivatives(*tensors: Tensor) -> Generator[list[Tensor]]:
         yield [primal(tensor) for tensor in tensors]
 
 
-def concrete(tensor: Tensor) -> Tensor:
-    """The values of a constant; under vmap those of all samples, batch dimensions in front."""
-    while _torch.is_wrapped(tensor):
-        if _is_batched(tensor):
-            tensor = _inner(tensor).movedim(_batch_dim(tensor), 0)
-        else:
-            tensor = _inner(tensor)
-    return tensor
-
-
-def alive(tensor: Tensor) -> Tensor:
-    """The tensor without the wrapper of a transform that has ended since it was saved."""
-    return _torch.unwrap_if_dead(tensor)
-
-
 def batched(tensor: Any, dim: int, others: Sequence[Tensor]) -> Any:
-    """The inverse of `concrete` for a tensor of `dim` dimensions behind those of batches.
+    """The inverse of `all_samples` for a tensor of `dim` dimensions behind those of batches.
 
     Its batches are those of the others. Anything without a dimension for each is left as it is.
     """
-    levels = sorted({_level(x) for other in others for x in _modes.levels(other) if _is_batched(x)})
+    levels = sorted({level for other in others for level in _modes.batches(other)})
     if isinstance(tensor, Tensor) and tensor.dim() == dim + len(levels):
         for level in levels:
             tensor = _torch.add_batch_dim(tensor, 0, level)
@@ -132,8 +114,8 @@ def refuse_captured(function: Callable[..., Tree], name: str, *trees: Tree) -> N
     if not (_modes.differentiable() or _modes.transformed()):
         return
     with torch.enable_grad():
-        outputs = function(*_tensors(_one_sample, trees))
-    if any(_belongs(leaf) for leaf in _tree.leaves(outputs) if isinstance(leaf, Tensor)):
+        outputs = function(*_tree.map_tensors(_one_sample, trees))
+    if any(map(_belongs, _tree.split(outputs)[0])):
         raise ValueError(
             f"{name} computes with a tensor that needs a gradient, or is batched by vmap, but is "
             "not among its arguments: pass it as an argument (a module's parameters by "
@@ -142,27 +124,22 @@ def refuse_captured(function: Callable[..., Tree], name: str, *trees: Tree) -> N
 
 
 def _belongs(tensor: Tensor) -> bool:
-    while True:
-        if tensor.requires_grad or _is_batched(tensor):
-            return True
-        if _torch.forward_level() >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-            return True
-        if not _torch.is_wrapped(tensor):
-            return False
-        tensor = _inner(tensor)
-
-
-def _tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
-    return _tree.map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    """Whether a derivative or a batch in progress, at any level, has to do with it."""
+    return any(
+        level.requires_grad
+        or _torch.is_batched(level)
+        or (_torch.forward_level() >= 0 and forward_ad.unpack_dual(level).tangent is not None)
+        for level in _modes.levels(tensor)
+    )
 
 
 def _constant(tensor: Tensor) -> Tensor:
     """The tensor without its wrappers for derivatives, but with those for batches."""
-    if _is_batched(tensor):
-        inner, dim, level = _constant(_inner(tensor)), _batch_dim(tensor), _level(tensor)
-        return _torch.add_batch_dim(inner, dim, level)
+    if _torch.is_batched(tensor):
+        inner = _constant(_torch.unwrapped(tensor))
+        return _torch.add_batch_dim(inner, _torch.batch_dim(tensor), _torch.level_of(tensor))
     if _torch.is_wrapped(tensor):
-        return _constant(_inner(tensor))
+        return _constant(_torch.unwrapped(tensor))
     # Not at the level in progress, which would wrap the result.
     with _torch.outside_transforms(), _torch.forward_enabled(False):
         return tensor.detach()
@@ -171,22 +148,6 @@ def _constant(tensor: Tensor) -> Tensor:
 def _one_sample(tensor: Tensor) -> Tensor:
     """The tensor without any wrapper: of a batch, the first sample."""
     tensor = _constant(tensor)
-    while _is_batched(tensor):
-        tensor = _constant(_inner(tensor).select(_batch_dim(tensor), 0))
+    while _torch.is_batched(tensor):
+        tensor = _constant(_torch.unwrapped(tensor).select(_torch.batch_dim(tensor), 0))
     return tensor
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    return _torch.is_batched(tensor)
-
-
-def _inner(tensor: Tensor) -> Tensor:
-    return _torch.unwrapped(tensor)
-
-
-def _batch_dim(tensor: Tensor) -> int:
-    return _torch.batch_dim(tensor)
-
-
-def _level(tensor: Tensor) -> int:
-    return _torch.level_of(tensor)

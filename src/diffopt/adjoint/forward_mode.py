@@ -179,7 +179,7 @@ class _Inputs:
     def meet(self, tree: Tree) -> None:
         """Take in what needs a gradient, by autograd or at a level of torch.func."""
         for tensor in _tree.split(tree)[0]:
-            if id(tensor) in self.rows or not any(x.requires_grad for x in _modes.levels(tensor)):
+            if id(tensor) in self.rows or not _modes.needs_gradient(tensor):
                 continue
             size = tensor.numel() * (2 if tensor.is_complex() else 1)
             self.tensors.append(tensor)

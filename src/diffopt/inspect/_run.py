@@ -158,7 +158,7 @@ def region_of(node: Any) -> Region | None:
 def _tapped(leaf: Any, see: Callable[[Tensor], None] | None, region: Region | None) -> Any:
     if not (isinstance(leaf, Tensor) and functions.has_derivative(leaf)):
         return leaf
-    needed = any(level.requires_grad for level in _modes.levels(leaf))
+    needed = _modes.needs_gradient(leaf)
     if not (needed and torch.is_grad_enabled()) or _modes.forward_differentiated():
         return leaf
     return _Tap.apply(see, region, leaf)

@@ -1,14 +1,16 @@
 """Linear solvers for operators given by their products with vectors."""
 
 from diffopt.linear._base import (
-    ConvergenceError as ConvergenceError,
-    ConvergenceWarning as ConvergenceWarning,
-    LinearSolution as LinearSolution,
     LinearSolver as LinearSolver,
     LinearSystem as LinearSystem,
     Run as Run,
-    anywhere as anywhere,
 )
+from diffopt.linear._derivative import LinearSolution as LinearSolution
+from diffopt.linear._failure import (
+    ConvergenceError as ConvergenceError,
+    ConvergenceWarning as ConvergenceWarning,
+)
+from diffopt.linear._vectors import anywhere as anywhere
 from diffopt.linear.direct import Direct as Direct, Nystrom as Nystrom
 from diffopt.linear.krylov import (
     GMRES as GMRES,

@@ -1,9 +1,7 @@
-"""What every linear solver has in common: its call, its tolerances, its report of failure."""
+"""What every linear solver has in common: its call, its tolerances, its derivative."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,34 +11,22 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
-from diffopt._diff.isolation import batched, concrete, refuse_captured
+from diffopt import _tree
+from diffopt._arguments import check_choice, check_function, check_number
+from diffopt._diff.isolation import refuse_captured
 from diffopt._tree import Tree
-from diffopt.linear._derivative import Linear, Method, Operator, solve, transpose
-
-
-class ConvergenceWarning(UserWarning):
-    """A solver stopped before it met its tolerance."""
-
-
-class ConvergenceError(RuntimeError):
-    """A solver with `on_failure="raise"` stopped before it met its tolerance."""
-
-
-class LinearSolution(NamedTuple):
-    """What a linear solver returns.
-
-    Attributes:
-        value: x, a tree like b.
-        residual: the norm of b - (A + damping I) x, computed from x.
-        iterations: the number of iterations taken.
-        converged: whether the residual is within the tolerance.
-    """
-
-    value: Tree
-    residual: Tensor
-    iterations: Tensor
-    converged: Tensor
+from diffopt.linear._derivative import LinearSolution, Method, Operator, solve
+from diffopt.linear._failure import fail, refuse_tracing
+from diffopt.linear._vectors import (
+    Linear,
+    anywhere,
+    greatest,
+    magnitude,
+    norm,
+    ravel,
+    ravel_like,
+    template,
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +85,7 @@ class LinearSolver(ABC):
             raises a `ConvergenceError`.
 
     Raises:
-        ValueError: a number is out of its range, `on_failure` neither "warn" nor "raise".
+        ValueError: an argument is out of its range, or `on_failure` is not "warn" or "raise".
     """
 
     rtol: float | None = None
@@ -111,11 +97,11 @@ class LinearSolver(ABC):
     """Whether the solver takes A for symmetric."""
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "damping"):
-            value = getattr(self, name)
-            if not (name == "rtol" and value is None):
-                require(value, name, 0.0)
-        check_on_failure(self.on_failure)
+        if self.rtol is not None:
+            check_number(self.rtol, "rtol")
+        check_number(self.atol, "atol")
+        check_number(self.damping, "damping")
+        check_choice(self.on_failure, "on_failure", "warn", "raise")
 
     @abstractmethod
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
@@ -167,7 +153,7 @@ class LinearSolver(ABC):
         check_function(transpose, "transpose", optional=True)
         vector, unravel = ravel(b, "b")
         start = None if x0 is None else ravel_like(x0, b, ("x0", "b"))
-        tensors, merge = split(operands)
+        tensors, merge = _tree.split(operands)
         like = template(b)
 
         def flat(function: Callable[..., Tree], name: str) -> Callable[..., Linear]:
@@ -195,7 +181,7 @@ def method(
     start: Callable[[Sequence[Tensor]], Tensor | None] | None = None,
 ) -> Method:
     """A solver as the derivative wants it."""
-    return Method(partial(_numbers, solver), unravel, report, start)
+    return Method(partial(_constant_solution, solver), unravel, report, start)
 
 
 def operator_of(
@@ -208,10 +194,11 @@ def operator_of(
     symmetric: bool = False,
 ) -> Operator:
     """The solver's operator with its damping, from products with it or with its adjoint."""
-    n, dtype, device = like.numel(), like.dtype, like.device
+    n, dtype, device = like.numel(), like.dtype, like.device  # and no tensor, which would be kept
 
     def adjoint(linear: Linear) -> Linear:
-        return transpose(linear, torch.zeros(n, dtype=dtype, device=device))
+        pull = torch.func.vjp(linear, torch.zeros(n, dtype=dtype, device=device))[1]
+        return lambda vector: pull(vector)[0]
 
     def damped(at: Callable[..., Linear]) -> Callable[..., Linear]:
         def sum_at(*point: Tensor) -> Linear:
@@ -241,10 +228,10 @@ def operator_of(
     return Operator(damped(at), damped(transposed_at), precondition, adjoint_precondition)
 
 
-def _numbers(
+def _constant_solution(
     solver: LinearSolver, operator: Operator, b: Tensor, x0: Tensor | None, *point: Tensor
 ) -> LinearSolution:
-    """The solution in constants, with its warning or error."""
+    """The solution as a constant, with its warning or error."""
     finite, scale = torch.isfinite(b).all(), magnitude(b)
     b = torch.where(finite, b / scale, 0.0)
     size = norm(b)
@@ -273,135 +260,12 @@ def _numbers(
             solver.on_failure,
         )
     if anywhere(finite & ~within):
-        worst = concrete(torch.where(finite & ~within, residual / size, 0.0)).max().item()
+        worst = greatest(torch.where(finite & ~within, residual / size, 0.0))
         fail(
-            f"{type(solver).__name__} stopped after {concrete(iterations).max().item()} iterations "
-            f"at a residual of {worst:.2g} times the norm of b, above the tolerance of "
+            f"{type(solver).__name__} stopped after {greatest(iterations)} iterations at a "
+            f"residual of {worst:.2g} times the norm of b, above the tolerance of "
             f"rtol={rtol:.2g}, atol={solver.atol:.2g}" + (f": {obstacle}" if obstacle else ""),
             solver.on_failure,
         )
     residual = torch.where(finite, residual * scale, torch.nan)
     return LinearSolution(x, residual, iterations, finite & within)
-
-
-def magnitude(vector: Tensor) -> Tensor:
-    """A power of two near its largest entry, to divide by without rounding; 1 if not finite."""
-    # At most half of the entry, since log2 of the largest number rounds up.
-    smallest = vector.new_full((1,), 4 * torch.finfo(vector.dtype).tiny)
-    largest = torch.cat([vector.abs(), smallest]).max()
-    return torch.where(largest.isfinite(), torch.exp2(torch.floor(torch.log2(largest / 2))), 1.0)
-
-
-def norm(vector: Tensor) -> Tensor:
-    """The 2-norm."""
-    return torch.linalg.vector_norm(vector)
-
-
-def anywhere(mask: Tensor) -> bool:
-    """Whether a constant boolean tensor is True for any sample."""
-    return bool(concrete(mask).any())
-
-
-def fail(message: str, on_failure: str) -> None:
-    """Warn, or raise."""
-    if on_failure == "raise":
-        raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=2)
-
-
-def check_on_failure(value: Any) -> None:
-    """Nothing passes in silence."""
-    if value not in ("warn", "raise"):
-        raise ValueError(f'on_failure is {value!r}, but must be "warn" or "raise"')
-
-
-def check_function(value: Any, name: str, *, optional: bool = False) -> None:
-    """Something to call."""
-    if not (callable(value) or (optional and value is None)):
-        raise TypeError(f"{name} is {_tree.describe(value)}, not a function")
-
-
-def require(value: Any, name: str, low: float, *, integer: bool = False) -> None:
-    """A number of at least `low`."""
-    kinds = int if integer else (int, float)
-    if isinstance(value, kinds) and not isinstance(value, bool) and low <= value < math.inf:
-        return
-    kind = "an integer" if integer else "a number"
-    raise ValueError(f"{name} is {value!r}, but must be {kind} >= {low:g}")
-
-
-def refuse_tracing(what: str) -> None:
-    """Loops that stop by values have no graph."""
-    if _modes.compiling():
-        raise RuntimeError(
-            f"{what} cannot be traced by torch.compile, since its number of steps depends on "
-            "values: call it outside the compiled function, and compile what it calls"
-        )
-
-
-def split(tree: Tree) -> tuple[list[Tensor], Callable[[Any], Tree]]:
-    """The tensors of a tree, and the function that puts others in their places."""
-    leaves, spec = _tree.flatten(tree)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def merge(tensors: Any) -> Tree:
-        merged = list(rest)
-        for place, tensor in zip(places, tensors, strict=True):
-            merged[place] = tensor
-        return _tree.unflatten(merged, spec)
-
-    return [leaves[i] for i in places], merge
-
-
-def ravel(tree: Tree, name: str) -> tuple[Tensor, Callable[[Tensor], Tree]]:
-    """All leaves in one vector, and the function that puts such a vector back into the tree."""
-    leaves, spec = _tree.flatten(tree)
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
-            path = _tree.paths(tree, name)[i]
-            raise TypeError(f"{path} is {_tree.describe(leaf)}, not a tensor")
-        if not leaf.is_floating_point():
-            path = _tree.paths(tree, name)[i]
-            raise TypeError(f"{path} has dtype {leaf.dtype}, but must be real floating-point")
-    if not leaves:
-        raise ValueError(f"{name} holds no tensor")
-    dtypes = [leaf.dtype for leaf in leaves]
-    vector, unflatten = _tree.ravel(leaves)
-
-    def unravel(vector: Tensor) -> Tree:
-        pieces = unflatten(vector)
-        return _tree.unflatten([p.to(d) for p, d in zip(pieces, dtypes, strict=True)], spec)
-
-    return vector, unravel
-
-
-def template(tree: Tree) -> Tree:
-    """The tree without its numbers, for `ravel_like`."""
-    return _tree.map(lambda leaf: torch.empty_like(leaf, device="meta"), tree)
-
-
-def ravel_like(
-    tree: Tree, like: Tree, names: tuple[str, str], others: Sequence[Tensor] = ()
-) -> Tensor:
-    """The leaves of `tree` in one vector; they must have the shapes of `like`.
-
-    They may have the batches of `others` in front.
-    """
-    references, spec = _tree.flatten(like)
-    leaves = _tree.leaves_like(tree, spec, like, names)
-    leaves = [batched(x, ref.dim(), others) for x, ref in zip(leaves, references, strict=True)]
-    for i, (leaf, reference) in enumerate(zip(leaves, references, strict=True)):
-        path = _tree.paths(like, names[0])[i] if _wrong(leaf, reference) else ""
-        if path:
-            raise ValueError(
-                f"{path} is {_tree.describe(leaf)}, but must be a tensor of shape "
-                f"{tuple(reference.shape)}, as in {names[1]}"
-            )
-    return torch.cat(
-        [leaf.to(ref.dtype).reshape(-1) for leaf, ref in zip(leaves, references, strict=True)]
-    )
-
-
-def _wrong(leaf: Any, reference: Tensor) -> bool:
-    return not isinstance(leaf, Tensor) or leaf.shape != reference.shape

@@ -9,27 +9,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._diff import functions
-from diffopt._diff.isolation import alive, concrete, isolated, outer_derivatives
+from diffopt._diff.isolation import isolated, outer_derivatives
 from diffopt._tree import Tree
-
-if TYPE_CHECKING:
-    from diffopt.linear._base import LinearSolution
-
-Linear: TypeAlias = Callable[[Tensor], Tensor]
-"""A linear map on vectors."""
+from diffopt.linear._vectors import Linear
 
 
-def transpose(linear: Linear, like: Tensor) -> Linear:
-    """The adjoint of a linear map on vectors like `like`."""
-    pull = torch.func.vjp(linear, torch.zeros_like(like))[1]
-    return lambda vector: pull(vector)[0]
+class LinearSolution(NamedTuple):
+    """What a linear solver returns.
+
+    Attributes:
+        value: x, a tree like b.
+        residual: the norm of b - (A + damping I) x, computed from x.
+        iterations: the number of iterations taken.
+        converged: whether the residual is within the tolerance.
+    """
+
+    value: Tree
+    residual: Tensor
+    iterations: Tensor
+    converged: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,14 @@ class Method:
     """How the linear systems of a derivative are solved.
 
     Attributes:
-        numbers: `numbers(operator, b, x0, *point)` is the solution as a constant.
+        constant: `constant(operator, b, x0, *point)` is the solution as a constant.
         unravel: puts a vector like x into the tree the user knows.
         report: is given every solution.
         start: where the solve of a backward pass starts, given the tensors whose batches are those
             of the solve; None or a result of None for zeros.
     """
 
-    numbers: Callable[..., LinearSolution]
+    constant: Callable[..., LinearSolution]
     unravel: Callable[[Tensor], Tree]
     report: Callable[[LinearSolution], object] | None = None
     start: Callable[[Sequence[Tensor]], Tensor | None] | None = None
@@ -91,10 +96,10 @@ def solve(
     method: Method, operator: Operator, b: Tensor, x0: Tensor | None, *point: Tensor
 ) -> LinearSolution:
     """The solution u of operator(*point) u = b, differentiable in b and point."""
-    solution: LinearSolution = isolated(partial(method.numbers, operator), b, x0, *point)
+    solution: LinearSolution = isolated(partial(method.constant, operator), b, x0, *point)
     if method.report:
         tree = solution._replace(value=method.unravel(solution.value))
-        method.report(_tree.map(concrete, tree))
+        method.report(_tree.map(_modes.all_samples, tree))
 
     def residual(u: Tensor, b: Tensor, *point: Tensor) -> Tensor:
         return operator.at(*point)(u) - b
@@ -128,11 +133,11 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        equation, (x, *inputs) = ctx.equation, map(alive, ctx.saved_tensors)
+        equation, (x, *inputs) = ctx.equation, map(_torch.unwrap_if_dead, ctx.saved_tensors)
         needed = [
             i
             for i, needed in enumerate(ctx.needs_input_grad[2:])
-            if needed and _differentiable(inputs[i])
+            if needed and functions.has_derivative(inputs[i])
         ]
         results: list[Tensor | None] = [None] * len(inputs)
         if needed:
@@ -145,11 +150,11 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        equation, (x, *inputs) = ctx.equation, map(alive, ctx.saved_tensors)
+        equation, (x, *inputs) = ctx.equation, map(_torch.unwrap_if_dead, ctx.saved_tensors)
         given = [
             i
             for i, tangent in enumerate(tangents[2:])
-            if tangent is not None and _differentiable(inputs[i])
+            if tangent is not None and functions.has_derivative(inputs[i])
         ]
         if not given:
             return torch.zeros_like(x)
@@ -173,10 +178,6 @@ _MADE_INSIDE = (
     "function which is differentiated, forward over reverse, without being an argument: pass it as "
     "an argument."
 )
-
-
-def _differentiable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _pullback(

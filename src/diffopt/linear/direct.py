@@ -8,7 +8,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from diffopt.linear._base import LinearSolver, LinearSystem, Run, require
+from diffopt._arguments import check_integer, check_number
+from diffopt.linear._base import LinearSolver, LinearSystem, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,9 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.rank, "rank", 1, integer=True)
-        require(self.seed, "seed", 0, integer=True)
-        if self.damping == 0:
-            raise ValueError("damping is 0, but Nystrom needs a number > 0")
+        check_integer(self.rank, "rank", 1)
+        check_integer(self.seed, "seed", 0)
+        check_number(self.damping, "damping", positive=True)
 
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
         n, b, damping = x0.numel(), system.b, self.damping

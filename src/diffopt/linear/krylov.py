@@ -10,17 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt._diff.isolation import concrete
+from diffopt._arguments import check_function, check_integer
 from diffopt._tree import Tree
-from diffopt.linear._base import (
-    LinearSolver,
-    LinearSystem,
-    Run,
-    anywhere,
-    check_function,
-    norm,
-    require,
-)
+from diffopt.linear._base import LinearSolver, LinearSystem, Run
+from diffopt.linear._vectors import anywhere, greatest, norm
 
 
 class Cycle(NamedTuple):
@@ -61,7 +54,7 @@ class Krylov(LinearSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_steps is not None:
-            require(self.max_steps, "max_steps", 0, integer=True)
+            check_integer(self.max_steps, "max_steps", 0)
         check_function(self.preconditioner, "preconditioner", optional=True)
 
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
@@ -74,7 +67,7 @@ class Krylov(LinearSolver):
         taken = 0
         while taken < limit and anywhere(active):
             cycle = self._cycle(system, x, residual, active, limit - taken)
-            taken += max(1, int(concrete(cycle.steps).max()))
+            taken += max(1, greatest(cycle.steps))
             finite = active & torch.isfinite(cycle.x).all()
             x = torch.where(finite, cycle.x, x)
             steps, hopeless = steps + cycle.steps, hopeless | cycle.hopeless
@@ -236,7 +229,7 @@ class GMRES(Krylov):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.restart, "restart", 1, integer=True)
+        check_integer(self.restart, "restart", 1)
 
     def _cycle(
         self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int

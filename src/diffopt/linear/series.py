@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
+from diffopt._arguments import check_function, check_integer, check_number
 from diffopt._tree import Tree
-from diffopt.linear._base import LinearSolver, LinearSystem, Run, check_function, require
+from diffopt.linear._base import LinearSolver, LinearSystem, Run
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.k, "k", 1, integer=True)
-        if type(self.scale) not in (int, float) or not 0 < self.scale < math.inf:
-            raise ValueError(f"scale is {self.scale!r}, but must be a number > 0")
+        check_integer(self.k, "k", 1)
+        check_number(self.scale, "scale", positive=True)
         check_function(self.preconditioner, "preconditioner", optional=True)
 
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:

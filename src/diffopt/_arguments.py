@@ -1,0 +1,34 @@
+"""Checks of arguments that are not tensors: each raises an error that names the argument."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from diffopt import _tree
+
+
+def check_number(value: Any, name: str, *, positive: bool = False) -> None:
+    """Raise unless it is a finite Python number >= 0, or > 0 where it must be positive."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf or (positive and value == 0):
+        raise ValueError(f"{name} is {value!r}, but must be a number {'>' if positive else '>='} 0")
+
+
+def check_integer(value: Any, name: str, least: int, most: float = math.inf) -> None:
+    """Raise unless it is a Python integer >= `least` and <= `most`."""
+    if type(value) is not int or not least <= value <= most:
+        limits = f">= {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}, but must be an integer {limits}")
+
+
+def check_choice(value: Any, name: str, *choices: str | None) -> None:
+    """Raise unless it is one of the choices."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{name} is {value!r}, but must be {' or '.join(map(repr, choices))}")
+
+
+def check_function(value: Any, name: str, *, optional: bool = False) -> None:
+    """Raise unless it can be called, or is None where it is optional."""
+    if not (callable(value) or (optional and value is None)):
+        raise TypeError(f"{name} is {_tree.describe(value)}, not a function")

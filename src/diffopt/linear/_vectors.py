@@ -1,0 +1,90 @@
+"""Trees as vectors, and what is measured of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _tree
+from diffopt._diff.isolation import batched
+from diffopt._tree import Tree
+
+Linear: TypeAlias = Callable[[Tensor], Tensor]
+"""A linear map on vectors."""
+
+
+def ravel(tree: Tree, name: str) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """All leaves in one vector, and the function that puts such a vector back into the tree.
+
+    Raises where a leaf is not a real floating-point tensor; `name` is that of the tree.
+    """
+    leaves, spec = _tree.flatten(tree)
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            path = _tree.paths(tree, name)[i]
+            raise TypeError(f"{path} is {_tree.describe(leaf)}, not a tensor")
+        if not leaf.is_floating_point():
+            path = _tree.paths(tree, name)[i]
+            raise TypeError(f"{path} has dtype {leaf.dtype}, but must be real floating-point")
+    if not leaves:
+        raise ValueError(f"{name} holds no tensors")
+    kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
+    sizes = [leaf.numel() for leaf in leaves]
+
+    def unravel(vector: Tensor) -> Tree:
+        pieces = zip(vector.split(sizes), kinds, strict=True)
+        return _tree.unflatten([x.reshape(shape).to(dtype) for x, (shape, dtype) in pieces], spec)
+
+    return torch.cat([leaf.reshape(-1) for leaf in leaves]), unravel
+
+
+def template(tree: Tree) -> Tree:
+    """The tree without its values, for `ravel_like`."""
+    return _tree.map(lambda leaf: torch.empty_like(leaf, device="meta"), tree)
+
+
+def ravel_like(
+    tree: Tree, like: Tree, names: tuple[str, str], others: Sequence[Tensor] = ()
+) -> Tensor:
+    """The leaves of `tree` in one vector; they must have the shapes of `like`.
+
+    They may have the batches of `others` in front.
+    """
+    references, spec = _tree.flatten(like)
+    leaves = _tree.leaves_like(tree, spec, like, names)
+    leaves = [batched(x, ref.dim(), others) for x, ref in zip(leaves, references, strict=True)]
+    for i, (leaf, reference) in enumerate(zip(leaves, references, strict=True)):
+        if not isinstance(leaf, Tensor) or leaf.shape != reference.shape:
+            raise ValueError(
+                f"{_tree.paths(like, names[0])[i]} is {_tree.describe(leaf)}, but must be a tensor "
+                f"of shape {tuple(reference.shape)}, as in {names[1]}"
+            )
+    return torch.cat(
+        [leaf.to(ref.dtype).reshape(-1) for leaf, ref in zip(leaves, references, strict=True)]
+    )
+
+
+def magnitude(vector: Tensor) -> Tensor:
+    """A power of two near its largest entry, to divide by without rounding; 1 if not finite."""
+    # At most half of the entry, since log2 of the largest number rounds up.
+    smallest = vector.new_full((1,), 4 * torch.finfo(vector.dtype).tiny)
+    largest = torch.cat([vector.abs(), smallest]).max()
+    return torch.where(largest.isfinite(), torch.exp2(torch.floor(torch.log2(largest / 2))), 1.0)
+
+
+def norm(vector: Tensor) -> Tensor:
+    """The 2-norm."""
+    return torch.linalg.vector_norm(vector)
+
+
+def anywhere(mask: Tensor) -> bool:
+    """Whether a constant boolean tensor is True for any sample."""
+    return bool(_modes.all_samples(mask).any())
+
+
+def greatest(constant: Tensor) -> Any:
+    """The greatest value of a constant 0-d tensor among all samples, as a number."""
+    return _modes.all_samples(constant).max().item()
