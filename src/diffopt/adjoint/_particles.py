@@ -1,0 +1,145 @@
+"""Pairs of particles with opposite perturbations, of which evolution strategies are made."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _torch, _tree
+from diffopt._arguments import check_integer, check_number
+from diffopt._diff.functions import Surroundings
+from diffopt._tree import Tree
+
+NO_SECOND = "an estimate by evolution strategies has no second derivative"
+
+
+class Pair(NamedTuple):
+    """Two particles whose perturbations have opposite signs.
+
+    Attributes:
+        ahead: the carry of the one that is perturbed by +sigma eps.
+        behind: the carry of the one that is perturbed by -sigma eps.
+        total: the sum xi of all eps so far, for the number of each perturbed tensor.
+    """
+
+    ahead: Tree
+    behind: Tree
+    total: dict[int, Tensor]
+
+
+START = Pair((), (), {})
+
+
+def advance(
+    run: Callable[[Tree, Sequence[Tensor]], tuple[Tree, Any]],
+    pair: Pair,
+    theta: Sequence[Tensor],
+    fresh: dict[int, Tensor],
+    sigma: float,
+    around: Tree,
+) -> tuple[Pair, Any, Any]:
+    """A pair after a run at theta with fresh perturbations, and the outputs of both particles.
+
+    Both see the same random numbers; `around` holds the generators of those.
+    """
+
+    def at(sign: int) -> list[Tensor]:
+        moved = {i: (theta[i] + sign * sigma * eps).to(theta[i].dtype) for i, eps in fresh.items()}
+        return [moved.get(i, x) for i, x in enumerate(theta)]
+
+    surroundings = Surroundings(around)
+    with torch.no_grad():
+        ahead, up = _tree.detach(run(pair.ahead, at(1)))
+        surroundings.restore()
+        behind, down = _tree.detach(run(pair.behind, at(-1)))
+    return Pair(ahead, behind, plus(pair.total, fresh)), up, down
+
+
+def each(function: Callable[[Any], Tree], arguments: Sequence[Any]) -> list[Tree]:
+    """`function` of each of the arguments; of several at once, by vmap."""
+    if len(arguments) == 1:
+        return [function(arguments[0])]
+    _, join = _tree.split(arguments[0])
+    columns = zip(*(_tree.split(argument)[0] for argument in arguments), strict=True)
+    joins: list[Callable[..., Tree]] = []
+
+    def tensors(*xs: Tensor) -> list[Tensor]:
+        results, join_results = _tree.split(function(join(xs)))
+        joins.append(join_results)
+        return results
+
+    batched = torch.func.vmap(tensors, randomness="same")
+    results = batched(*(torch.stack(column) for column in columns))
+    return [joins[0](row) for row in zip(*results, strict=True)]
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """The items in pieces of this size; the last may be shorter."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def plus(mine: dict[int, Tensor], others: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The sum, where an entry that is missing is zero."""
+    return mine | {i: mine[i] + x if i in mine else x for i, x in others.items()}
+
+
+def terms(pair: Pair, difference: Tensor, samples: int, sigma: float) -> dict[int, Tensor]:
+    """What a pair adds to the estimate: xi (L^+ - L^-) / (2 N sigma)."""
+    weight = difference / (2 * samples * sigma)
+    return {i: (xi * weight).to(xi.dtype) for i, xi in pair.total.items()}
+
+
+class Normal:
+    """Standard normal noise: always the same from one seed, so that it need not be kept."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def __call__(self, like: Tensor) -> Tensor:
+        device = like.device
+        dtype = torch.promote_types(like.dtype, torch.float32)  # sums of many are made of them
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+        generator = self.generators[device]
+        with _outside_vmap():
+            noise = torch.randn(like.shape, generator=generator, dtype=dtype, device=device)
+            return noise * math.sqrt(2) if dtype.is_complex else noise  # each part of variance 1
+
+
+@contextlib.contextmanager
+def _outside_vmap() -> Generator[None]:
+    """Where random numbers can be drawn, that of torch.autograd.grad(is_grads_batched) included."""
+    keys = _torch.DispatchKeySet(_torch.dispatch_key("VmapMode"))
+    with _torch.outside_transforms(), _torch.without_dispatch_keys(keys):
+        yield
+
+
+def seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    """Seeds for `Normal`, drawn from a generator, or from torch's own."""
+    device = "cpu" if generator is None else generator.device
+    with _outside_vmap():
+        return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
+
+
+def split_distinct(tree: Tree) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Tree]]:
+    """Like `_tree.split`, but a tensor that stands at several places is listed once."""
+    tensors, join = _tree.split(tree)
+    distinct = {id(x): x for x in tensors}
+    number = {key: i for i, key in enumerate(distinct)}
+    places = [number[id(x)] for x in tensors]
+    return list(distinct.values()), lambda values: join([values[i] for i in places])
+
+
+def check_sampling(samples: int, sigma: float, generator: Any, chunk_size: int) -> None:
+    """Raise where an argument that all evolution strategies share is out of its range."""
+    check_integer(samples, "samples", 1)
+    check_integer(chunk_size, "chunk_size", 1)
+    check_number(sigma, "sigma", positive=True)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {_tree.describe(generator)}, not a torch.Generator")

@@ -1,0 +1,196 @@
+"""Persistent evolution strategies: learn from a long loop truncation by truncation."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _tree
+from diffopt._arguments import check_function
+from diffopt._diff import functions
+from diffopt._diff.captured import refuse_closed_over
+from diffopt._diff.functions import Surroundings
+from diffopt._tree import Tree
+from diffopt.adjoint._limited import first_order
+from diffopt.adjoint._particles import (
+    NO_SECOND,
+    Normal,
+    Pair,
+    advance,
+    check_sampling,
+    chunks,
+    each,
+    plus,
+    seeds,
+    split_distinct,
+    terms,
+)
+
+
+@dataclass(frozen=True)
+class PersistentEvolution:
+    """Persistent evolution strategies: learn from a long loop truncation by truncation.
+
+    A truncation is a function `carry, loss = function(carry, theta, *args)`. This object is one as
+    well, `state, loss = pes(state, theta, *args)`, for N pairs of particles with carries of their
+    own: the loss is their mean, and its derivative with respect to theta is the estimate
+
+        1/(2 N sigma) sum_i xi_i (L_i^+ - L_i^-)
+
+    where xi_i is the sum of all the perturbations eps_i that pair i has seen since `init`, one for
+    each truncation. Summed over the truncations of a loop it is unbiased for the gradient of the
+    sum of their losses, smoothed, where the derivative of each truncation alone misses what
+    theta did through the carry it began with. An outer optimizer can act on theta after each
+    truncation, with the bias that any such online method has.
+
+    Args:
+        function: `function(carry, theta, *args)` returns the next carry and a real 0-d tensor or a
+            number; it needs no derivative, and is called without a graph. All its calls for
+            one pair see the same random numbers.
+        samples: the number N of antithetic pairs, >= 1.
+        sigma: the standard deviation of perturbations, > 0.
+        generator: where perturbations come from, torch's default generator if None.
+        chunk_size: how many pairs are run at once, by torch.func.vmap, which `function` must allow.
+
+    Raises:
+        ValueError: an argument is out of its range; when called: theta is not a tree of
+            floating-point or complex tensors, `state` is that of another number of samples, or
+            `function` depends on a tensor that needs a gradient and is not in theta.
+        TypeError: `function` is not a function, or `generator` not a torch.Generator; when called:
+            `function` does not return a carry and a real 0-d tensor or number.
+        NotImplementedError: for a second derivative.
+
+    Example:
+        >>> import torch, diffopt
+        >>> inner, outer = diffopt.sgd(), diffopt.adam()
+        >>> def truncation(w, log_lr):
+        ...     sol = diffopt.minimize(
+        ...         lambda w: 0.5 * w**2, w, optimizer=inner,
+        ...         hparams=inner.hparams(lr=log_lr.exp()), steps=5, adjoint=None,
+        ...     )
+        ...     return sol.params, sol.losses.sum()
+        >>> noise = torch.Generator().manual_seed(0)
+        >>> pes = diffopt.adjoint.PersistentEvolution(truncation, generator=noise)
+        >>> log_lr = torch.tensor(-4.0, requires_grad=True)
+        >>> state, meta_state = pes.init(torch.tensor(1.0)), outer.init(log_lr)
+        >>> for _ in range(10):
+        ...     state, loss = pes(state, log_lr)
+        ...     (grad,) = torch.autograd.grad(loss, log_lr)
+        ...     log_lr, meta_state = outer.update(log_lr, grad, meta_state, outer.hparams(lr=0.1))
+        ...     log_lr, meta_state = diffopt.detach((log_lr, meta_state))
+        ...     log_lr.requires_grad_() and None
+        >>> bool(log_lr > -3.5)
+        True
+
+    Source: Vicol, Metz and Sohl-Dickstein, "Unbiased gradient estimation in unrolled computation
+    graphs with persistent evolution strategies", 2021, algorithm 2.
+    """
+
+    function: Callable[..., Any]
+    samples: int = 16
+    sigma: float = 0.1
+    generator: torch.Generator | None = None
+    chunk_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_function(self.function, "function")
+        check_sampling(self.samples, self.sigma, self.generator, self.chunk_size)
+
+    def init(self, carry: Tree) -> tuple[Pair, ...]:
+        """All particles at the start of a loop, with this carry."""
+        carry = _tree.detach(carry)
+        return tuple(Pair(carry, carry, {}) for _ in range(self.samples))
+
+    def __call__(
+        self, state: tuple[Pair, ...], theta: Tree, *args: Any
+    ) -> tuple[tuple[Pair, ...], Tensor]:
+        """Run one truncation of every particle: the next state, and the differentiable loss."""
+        if len(state) != self.samples:
+            raise ValueError(f"state has {len(state)} pairs, but samples is {self.samples}")
+        pairs: list[Pair] = []
+        value = mean_loss(
+            self.function, state, theta, args, pairs.append,
+            sigma=self.sigma, generator=self.generator, chunk_size=self.chunk_size,
+        )  # fmt: skip
+        return tuple(pairs), value
+
+
+def mean_loss(
+    function: Callable[..., Any],
+    pairs: Sequence[Pair],
+    theta: Tree,
+    args: tuple[Any, ...],
+    keep: Callable[[Pair], object],
+    *,
+    sigma: float,
+    generator: torch.Generator | None,
+    chunk_size: int,
+) -> Tensor:
+    """The mean loss of pairs of particles; `keep` takes each of them after its run.
+
+    The arguments are those of `PersistentEvolution`.
+    """
+    if _modes.compiling():
+        raise NotImplementedError("evolution strategies cannot be compiled")
+    _check_theta(theta)
+    tensors, join = split_distinct(theta)
+    frozen, around = _tree.detach(tensors), (pairs[0], theta, args)
+    surroundings, normal = Surroundings(around), Normal(*seeds(1, generator))
+
+    def run(carry: Tree, tensors: Sequence[Tensor]) -> tuple[Tree, Tensor]:
+        return _check_result(function(carry, join(tensors), *args))
+
+    def of_pair(call: tuple[Pair, dict[int, Tensor]]) -> tuple[Pair, Tensor, Tensor]:
+        surroundings.restore()
+        return advance(run, call[0], frozen, call[1], sigma, around)
+
+    if torch.is_grad_enabled():
+        refuse_closed_over("function, at a theta held fixed,", run, pairs[0].ahead, frozen)
+    value, gradient = torch.zeros(()), dict[int, Tensor]()
+    for chunk in chunks(pairs, chunk_size):
+        calls = [(pair, {i: normal(x) for i, x in enumerate(frozen)}) for pair in chunk]
+        for pair, fresh in calls:
+            _check_total(pair.total, fresh)
+        for pair, ahead, behind in each(of_pair, calls):
+            value = value + (ahead + behind) / (2 * len(pairs))
+            difference = _modes.exact(ahead - behind)
+            gradient = plus(gradient, terms(pair, difference, len(pairs), sigma))
+            keep(pair)
+    for i, grad in gradient.items():
+        value = value + (grad.conj() * (tensors[i] - frozen[i])).real.sum()
+    return first_order(value, NO_SECOND)
+
+
+def _check_theta(theta: Tree) -> None:
+    leaves = _tree.leaves(theta)
+    if not leaves:
+        raise ValueError("theta has no leaves: there is nothing to perturb")
+    for leaf, path in zip(leaves, _tree.paths(theta, "theta"), strict=True):
+        if not isinstance(leaf, Tensor):
+            raise ValueError(f"{path} is {_tree.describe(leaf)}, not a tensor")
+        if not functions.has_derivative(leaf):
+            raise ValueError(f"{path} has dtype {leaf.dtype}, which cannot be perturbed")
+
+
+def _check_result(result: Any) -> tuple[Tree, Tensor]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"function must return (carry, loss), not {_tree.describe(result)}")
+    carry, loss = result
+    if isinstance(loss, numbers.Real):
+        return carry, torch.tensor(float(loss), dtype=torch.float64)
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.is_complex():
+        raise TypeError(
+            f"the loss must be a real 0-d tensor or a number, not {_tree.describe(loss)}"
+        )
+    return carry, loss if loss.is_floating_point() else _modes.exact(loss)
+
+
+def _check_total(total: dict[int, Tensor], fresh: dict[int, Tensor]) -> None:
+    mine, theirs = ([tuple(x.shape) for x in xs.values()] for xs in (fresh, total))
+    if theirs and mine != theirs:
+        raise ValueError(f"theta has tensors of shapes {mine}, but those in state are {theirs}")

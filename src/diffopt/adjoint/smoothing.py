@@ -1,0 +1,82 @@
+"""smooth(): any function made differentiable by smoothing it with a normal distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt._arguments import check_function
+from diffopt._tree import Tree
+from diffopt.adjoint._particles import START, check_sampling
+from diffopt.adjoint.persistent_evolution import mean_loss
+
+
+def smooth(
+    function: Callable[[Tree], Any],
+    *,
+    samples: int = 16,
+    sigma: float = 0.1,
+    generator: torch.Generator | None = None,
+    chunk_size: int = 1,
+) -> Callable[[Tree], Tensor]:
+    """Make any function differentiable, by smoothing it with a normal distribution.
+
+    Computes the estimate 1/(2 N) sum_i f(theta + sigma eps_i) + f(theta - sigma eps_i) of the
+    smoothed E f(theta + sigma eps), with N samples eps_i of a standard normal distribution. Its
+    derivative is the antithetic estimate
+
+        1/(2 N sigma) sum_i eps_i (f(theta + sigma eps_i) - f(theta - sigma eps_i))
+
+    which is unbiased for the derivative of the smoothed function, whether f has one or not. Both
+    are made in one pass of 2 N calls without a graph, so that f may be an outer loss that has no
+    derivative, such as the accuracy after an inner loop, or a simulator that leaves torch.
+
+    Args:
+        function: `function(theta)` returns a real 0-d tensor or a number. All its calls see the
+            same random numbers.
+        samples: the number N of antithetic pairs, >= 1.
+        sigma: the standard deviation of perturbations, > 0.
+        generator: where perturbations come from, torch's default generator if None.
+        chunk_size: how many pairs are run at once, by torch.func.vmap, which `function` must allow.
+
+    Returns:
+        A function of theta, a tree of floating-point or complex tensors. It can be differentiated
+        once, in reverse and forward mode, under autograd and under torch.func transforms. Under
+        vmap all examples have the same perturbations.
+
+    Raises:
+        ValueError: an argument is out of its range; when called: theta is not a tree of
+            floating-point or complex tensors, or `function` closes over a tensor that needs a
+            gradient (which is not found where it disables gradients itself).
+        TypeError: `function` is not a function, or `generator` not a torch.Generator; when called:
+            `function` does not return a real 0-d tensor or a number.
+        NotImplementedError: for a second derivative.
+
+    Example:
+        >>> import torch, diffopt
+        >>> noise = torch.Generator().manual_seed(0)
+        >>> sign = diffopt.adjoint.smooth(torch.sign, samples=1000, sigma=1.0, generator=noise)
+        >>> theta = torch.tensor(0.5, requires_grad=True)
+        >>> (grad,) = torch.autograd.grad(sign(theta), theta)
+        >>> bool((grad - 0.7041).abs() < 0.1)  # 2 / sqrt(2 pi) exp(-theta^2 / 2)
+        True
+
+    Source: Nesterov and Spokoiny, "Random gradient-free minimization of convex functions", 2017.
+    """
+    check_function(function, "function")
+    check_sampling(samples, sigma, generator, chunk_size)
+
+    def run(carry: Tree, theta: Tree) -> tuple[Tree, Any]:
+        return carry, function(theta)
+
+    def smoothed(theta: Tree) -> Tensor:
+        pairs = [START] * samples
+        return mean_loss(
+            run, pairs, theta, (), lambda pair: None,
+            sigma=sigma, generator=generator, chunk_size=chunk_size,
+        )  # fmt: skip
+
+    return smoothed
