@@ -537,9 +537,9 @@ def test_parameters_without_numbers():
 @pytest.mark.parametrize("lr", [1e30, 3.0, float("nan")])
 def test_numbers_out_of_range_raise(lr):
     lr = torch.tensor(lr, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"not finite, or too great for so many fractional bits"):
+    with pytest.raises(ValueError, match=r"not finite, or too large for so many fractional bits"):
         solve(lambda w: (w**2).sum(), INPUTS["c"], lr=lr, steps=300)
-    with pytest.raises(ValueError, match=r"not finite, or too great for so many fractional bits"):
+    with pytest.raises(ValueError, match=r"not finite, or too large for so many fractional bits"):
         solve(lambda w: (w**2).sum(), 1e7 * INPUTS["c"])
 
 

@@ -157,6 +157,11 @@ def split(tree: Tree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Tree]]
     return [values[i] for i in places], join
 
 
+def count(tree: Tree) -> int:
+    """The number of tensors in a tree."""
+    return sum(isinstance(value, Tensor) for value in flatten(tree)[0])
+
+
 def is_leaf(node: Tree) -> bool:
     """Whether `node` is not a container."""
     return pytree.tree_is_leaf(node)

@@ -37,6 +37,25 @@ def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree
     )
 
 
+def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which raises as `refuse_closed_over` does where that costs little.
+
+    That is when autograd records what it does, and no transform of torch.func is in progress.
+    """
+
+    def run(*arguments: Tree) -> Any:
+        if _modes.transformed() or not torch.is_grad_enabled():
+            return function(*arguments)
+        with functions.noticed() as aliases:
+            results = function(*arguments)
+        known = {*aliases, *map(id, graph_leaves(arguments))}
+        if any(id(leaf) not in known for leaf in graph_leaves(results)):
+            refuse_closed_over(name, function, *arguments)
+        return results
+
+    return run
+
+
 def varying(
     step: Callable[..., Any], carry: Tree, args: Tree, xs: list[Any], results: list[Tensor]
 ) -> list[bool]:
@@ -52,10 +71,10 @@ def varying(
     tensors, join = _tree.split((carry, args, xs[0]))
     everything = [functions.has_derivative(tensor) for tensor in tensors]
     starts = _tree.split(carry)[0]
-    if len({len(_tree.split(x)[0]) for x in xs}) > 1:  # later steps may depend on something new
+    if len({_tree.count(x) for x in xs}) > 1:  # later steps may depend on something new
         return everything[: len(starts)]
     varies = list(everything)
-    params, state = (len(_tree.split(tree)[0]) for tree in carry[:2])
+    params, state = map(_tree.count, carry[:2])
     for i in range(params, len(starts)):  # params always do
         varies[i] &= _modes.needs_gradient(tensors[i])
     depends: list[bool] = []

@@ -40,8 +40,13 @@ def custom(
     return _Call(function, join, pullback, sparse, varies).apply(tensors)
 
 
-def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
-    """`function(inputs)`, run again from the inputs when its derivative is wanted."""
+def recomputed(
+    function: Callable[[Tree], Tree], inputs: Tree, *, varies: Sequence[bool] = ()
+) -> Tree:
+    """`function(inputs)`, run again from the inputs when its derivative is wanted.
+
+    See `custom` for what `function` must not do, and for `varies`.
+    """
     # torch.func enables gradients in its transforms, but not in what an autograd.Function computes.
     if not torch.is_grad_enabled():
         return function(inputs)
@@ -62,14 +67,14 @@ def recomputed(function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
         # Where the product is differentiated in turn, no more is kept of it than of the function.
         return recomputed(product, arguments)
 
-    return _Call(function, join, pullback, sparse=True).apply(leaves)
+    return _Call(function, join, pullback, sparse=True, varies=varies).apply(leaves)
 
 
 def independent(tree: Tree, others: Tree) -> Tree:
     """The tree, with derivatives of zero by what it does not depend on."""
     if _modes.forward_differentiated() or _modes.compiling():
         return tree
-    count = len(_tree.split(tree)[0])
+    count = _tree.count(tree)
 
     def pullback(
         inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
@@ -134,6 +139,16 @@ def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Te
     return result
 
 
+def distinct(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs, each a tensor of its own and none an input, as autograd.Function wants them."""
+    seen = {id(x) for x in inputs}
+    result: list[Tensor] = []
+    for output in outputs:
+        result.append(output.clone() if id(output) in seen else output)
+        seen.add(id(output))
+    return result
+
+
 def alias(tensor: Tensor, attached: bool) -> Tensor:
     """The same values as an input of its own, so that a derivative by it is partial."""
     result = tensor.view_as(tensor) if attached else tensor.detach()
@@ -179,6 +194,7 @@ def forward_level() -> Generator[None]:
 
 
 def has_derivative(tensor: Tensor) -> bool:
+    """Whether its dtype can carry one. That it needs one, `_modes.needs_gradient` says."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -282,12 +298,7 @@ class _Call:
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         outputs, self.join_outputs = _tree.split(self.function(self.join(inputs)))
-        seen = {id(x) for x in inputs}
-        for i, output in enumerate(outputs):
-            if id(output) in seen:  # autograd wants every output to be a tensor of its own
-                outputs[i] = output.clone()
-            seen.add(id(output))
-        return tuple(batched_like(outputs, inputs))
+        return tuple(batched_like(distinct(outputs, inputs), inputs))
 
 
 class _Custom(torch.autograd.Function):

@@ -7,13 +7,14 @@ import functools
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import _modes, _torch, _tree
+from diffopt._arguments import check_choice
 from diffopt._diff import functions, repairs
 from diffopt._diff.captured import graph_leaves, refuse_closed_over, refuse_varying
 from diffopt._diff.lacking import explained, remedy
@@ -24,6 +25,11 @@ HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
 
 Objective: TypeAlias = Callable[[Tree, Tree], tuple[Tensor, Any]]
 """`(params, inputs) -> (value, aux)`"""
+
+
+def check_hvp(value: Any) -> None:
+    """Raise unless it is one of `HVP`."""
+    check_choice(value, "hvp", *get_args(HVP))
 
 
 def value_and_grad(

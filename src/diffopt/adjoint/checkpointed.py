@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._diff import functions
+from diffopt._arguments import check_choice, check_integer
 from diffopt._diff.captured import (
-    graph_leaves,
     refuse_closed_over,
     refuse_other,
     refuse_varying,
     varying,
+    watched,
 )
-from diffopt._diff.gradient import HVP
+from diffopt._diff.functions import Surroundings, has_derivative, recomputed
+from diffopt._diff.gradient import HVP, check_hvp
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint.unrolled import Unrolled
@@ -83,15 +84,11 @@ class Checkpointed(Adjoint):
     hvp: HVP = "reverse-over-reverse"
 
     def __post_init__(self) -> None:
-        for name, value, least in (("segments", self.segments, 1), ("levels", self.levels, 1)):
-            if value is not None and (type(value) is not int or value < least):
-                raise ValueError(f"{name} is {value!r}, but must be an integer >= {least}")
-        if self.offload not in (None, "cpu"):
-            raise ValueError(f"offload is {self.offload!r}, but must be None or 'cpu'")
-        if self.hvp not in ("forward-over-reverse", "reverse-over-reverse"):
-            raise ValueError(
-                f"hvp is {self.hvp!r}, but must be 'forward-over-reverse' or 'reverse-over-reverse'"
-            )
+        if self.segments is not None:
+            check_integer(self.segments, "segments", 1)
+        check_integer(self.levels, "levels", 1)
+        check_choice(self.offload, "offload", None, "cpu")
+        check_hvp(self.hvp)
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         xs = list(xs)
@@ -102,22 +99,18 @@ class Checkpointed(Adjoint):
         results = refuse_closed_over("the loss or step", step, carry, args, xs[0])
         if isinstance(step, GradientStep):
             varies = varying(step, carry, args, xs, results)
-            buffers = varies[len(_tree.split(carry[:2])[0]) :]
+            buffers = varies[_tree.count(carry[:2]) :]
             step = replace(step, hvp=self.hvp, varies=tuple(buffers))
             if self.hvp == "forward-over-reverse":  # all gradients count as varying there
                 varies = varying(step, carry, args, xs, results)
         else:
-            varies = [functions.has_derivative(x) for x in _tree.split(carry)[0]]
-            with torch.no_grad(), functions.Surroundings((carry, args, xs[0])).restored():
+            varies = [has_derivative(x) for x in _tree.split(carry)[0]]
+            with torch.no_grad(), Surroundings((carry, args, xs[0])).restored():
                 refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
         loop = _Loop(step, self.segments or _root(len(xs), self.levels + 1), frugal, varies)
-        outputs: list[Any] = []
         with self._offloaded(args, xs):
-            for piece in loop.cut(xs):
-                carry, some = loop.checkpointed(self.levels - 1, carry, args, piece)
-                outputs.extend(some)
-        return carry, outputs
+            return loop.by_pieces(self.levels, (carry, args, xs))
 
     def _offloaded(self, args: Tree, xs: list[Any]) -> contextlib.AbstractContextManager[Any]:
         """Where what autograd saves on a GPU goes to the host, but for what is there anyway."""
@@ -145,6 +138,9 @@ class Checkpointed(Adjoint):
 class _Loop:
     """A step that is run many times.
 
+    A loop is made of pieces, and these of smaller pieces, down to single steps. Each is recomputed:
+    autograd keeps nothing but its arguments, and runs it again when its derivative is wanted.
+
     Attributes:
         step: the step.
         pieces: into how many a run is cut.
@@ -157,140 +153,29 @@ class _Loop:
     frugal: bool
     varies: list[bool]
 
-    def cut(self, xs: list[Any]) -> list[list[Any]]:
-        size = -(-len(xs) // self.pieces)
-        return [xs[start : start + size] for start in range(0, len(xs), size)]
-
-    def run(self, carry: Tree, args: Tree, xs: list[Any]) -> tuple[Tree, list[Any]]:
+    def by_pieces(self, level: int, inputs: Tree) -> tuple[Tree, list[Any]]:
+        """The steps in pieces, which are cut in turn on levels above 1; on level 0 one by one."""
+        carry, args, xs = inputs
+        size = -(-len(xs) // self.pieces) if level else 1
         outputs: list[Any] = []
-        for x in xs:
-            carry, output = self.step(carry, args, x)
-            outputs.append(output)
+        for start in range(0, len(xs), size):
+            piece = xs[start : start + size]
+            single = len(piece) == 1 or (level == 1 and self.frugal)
+            run = self.run if single else functools.partial(self.by_pieces, level - 1)
+            carry, some = recomputed(run, (carry, args, piece), varies=self.varies)
+            outputs.extend(some)
         return carry, outputs
 
-    def checkpointed(
-        self, level: int, carry: Tree, args: Tree, xs: list[Any]
-    ) -> tuple[Tree, list[Any]]:
-        """`run`, of which nothing but its arguments is kept; on level 0 it is not cut again."""
-        if not torch.is_grad_enabled():
-            return self.run(carry, args, xs)
-        inputs = carry, args, xs
-        _, join = _tree.split(inputs)
-        surroundings = functions.Surroundings(inputs)
-        sizes: list[int] = []
-
-        def run(inputs: Tree) -> tuple[Tree, list[Any]]:
-            carry, outputs = self.run(*inputs)
-            sizes[:] = _sizes([carry, *outputs])
-            return carry, outputs
-
-        def pullback(
-            tensors: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
-        ) -> Sequence[Tensor | None]:
-            inputs = carry, args, xs = join(tensors)
-            wanted = _cut(needed, _sizes([carry, args, *xs]))
-            with surroundings.restored():
-                grads = self.sweep(level, inputs, wanted, _cut(cotangents, sizes))
-            return list(itertools.chain(*grads))
-
-        return functions.custom(run, inputs, pullback, sparse=True, varies=self.varies)
-
-    def sweep(
-        self,
-        level: int,
-        inputs: Tree,
-        wanted: list[list[bool]],
-        cotangents: list[list[Tensor | None]],
-    ) -> list[list[Tensor | None]]:
-        """The vector-Jacobian product of `run(*inputs)`, from the last step to the first.
-
-        Args:
-            level: how often pieces are cut into pieces still, before they are single steps.
-            inputs: the carry, args and xs.
-            wanted: which gradients are, of those by the tensors of the carry, args and each x.
-            cotangents: for the tensors of the last carry and of each output.
-
-        Returns:
-            The gradients, in the order of `wanted`.
-        """
-
-        def product(arguments: Tree) -> list[list[Tensor | None]]:
-            (carry, args, xs), (by_carry, *by_outputs) = arguments
-            if len(xs) == 1 or (level == 0 and self.frugal):
-                return self.recorded((carry, args, xs), wanted, [by_carry, *by_outputs])
-            pieces = self.cut(xs) if level else [[x] for x in xs]
-            starts: list[tuple[Tree, functions.Surroundings]] = []
-            surroundings = functions.Surroundings(inputs)
-            for piece in pieces:
-                starts.append((carry, surroundings.now()))
-                if piece is not pieces[-1]:
-                    carry, _ = self.checkpointed(level - 1, carry, args, piece)
-            want_carry, want_args, *want_xs = wanted
-            by_args: list[Tensor | None] = [None] * len(want_args)
-            by_xs: list[list[Tensor | None]] = []
-            end = len(xs)
-            while starts:
-                carry, there = starts.pop()
-                piece = pieces.pop()
-                steps = slice(end - len(piece), end)
-                end -= len(piece)
-                with there.restored():
-                    by_carry, by_these_args, *by_these_xs = self.sweep(
-                        level - 1,
-                        (carry, args, piece),
-                        [self.varies if starts else want_carry, want_args, *want_xs[steps]],
-                        [by_carry, *by_outputs[steps]],
-                    )
-                by_args = list(map(_sum, by_args, by_these_args))
-                by_xs[:0] = by_these_xs
-            return [by_carry, by_args, *by_xs]
-
-        # Where the product is differentiated in turn, no more is kept of it than of the run.
-        return functions.recomputed(product, (inputs, cotangents))
-
-    def recorded(
-        self, inputs: Tree, wanted: list[list[bool]], cotangents: list[list[Tensor | None]]
-    ) -> list[list[Tensor | None]]:
-        """The vector-Jacobian product of `run(*inputs)`, by the graph of all its steps."""
-        tensors, join = _tree.split(inputs)
-
-        def run(*tensors: Tensor) -> list[Tensor]:
-            outputs = _tree.split(self.run(*join(tensors)))[0]
-            if not any(want and not v for want, v in zip(wanted[0], self.varies, strict=True)):
-                refuse_varying(outputs, self.varies)
-            # Of a frugal step the graph does not show the loss, which is looked at elsewhere.
-            if not (_modes.transformed() or self.frugal):
-                self.refuse_closed_over(outputs, inputs, aliases)
-            return outputs
-
-        with functions.noticed() as aliases:
-            grads = functions.vjp(
-                run, tensors, list(itertools.chain(*wanted)), list(itertools.chain(*cotangents))
-            )
-        return _cut(grads, list(map(len, wanted)))
-
-    def refuse_closed_over(
-        self, outputs: list[Tensor], inputs: Tree, aliases: dict[int, Tensor]
-    ) -> None:
-        """Raise where a step closes over a tensor, though the first does not."""
-        carry, args, xs = inputs
-        if any(id(leaf) not in aliases for leaf in graph_leaves(outputs)):
-            for x in xs:
-                refuse_closed_over("the loss or step", self.step, carry, args, x)
-
-
-def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return x if y is None else y if x is None else x + y
-
-
-def _sizes(trees: list[Tree]) -> list[int]:
-    """The number of tensors in each."""
-    return [len(_tree.split(tree)[0]) for tree in trees]
-
-
-def _cut(values: Iterable[Any], sizes: list[int]) -> list[list[Any]]:
-    values = iter(values)
-    return [list(itertools.islice(values, size)) for size in sizes]
+    def run(self, inputs: Tree) -> tuple[Tree, list[Any]]:
+        """The steps one after the other; raises where a derivative would be lost."""
+        # Of a frugal step the graph does not show the loss, which is looked at elsewhere.
+        step = self.step if self.frugal else watched("the loss or step", self.step)
+        carry, outputs = Unrolled().run(step, *inputs)
+        starts, ends = (_tree.split(tree)[0] for tree in (inputs[0], carry))
+        constants = [x for x, v in zip(starts, self.varies, strict=True) if not v]
+        if torch.is_grad_enabled() and not any(x.requires_grad for x in constants):
+            refuse_varying(ends, self.varies)
+        return carry, outputs
 
 
 def _root(number: int, degree: int) -> int:

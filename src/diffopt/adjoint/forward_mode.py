@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import _modes, _torch, _tree
+from diffopt._arguments import check_integer
 from diffopt._diff import functions
 from diffopt._diff.captured import graph_leaves, refuse_closed_over
 from diffopt._diff.gradient import lacks_forward
@@ -85,8 +86,7 @@ class ForwardMode(Adjoint):
     max_inputs: int = 1000
 
     def __post_init__(self) -> None:
-        if type(self.max_inputs) is not int or self.max_inputs < 1:
-            raise ValueError(f"max_inputs is {self.max_inputs!r}, but must be an integer >= 1")
+        check_integer(self.max_inputs, "max_inputs", 1)
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if _as_it_stands():
@@ -287,7 +287,7 @@ def _advance(
     if any(id(leaf) not in aliases for leaf in graph_leaves(results)):
         refuse_closed_over("the loss or step", step, *arguments)
     carry, output = _tree.detach(rejoin[0](results))
-    return _Point(carry, output, tangents, len(_tree.split(carry)[0]))
+    return _Point(carry, output, tangents, _tree.count(carry))
 
 
 def _extended(tangent: Tensor, count: int) -> Tensor:

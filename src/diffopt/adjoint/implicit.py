@@ -162,8 +162,8 @@ def _unknowns(
 def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) -> None:
     """Raise where params move though the gradient is zero, or would for other tensor hparams."""
 
-    def other(leaf: Any) -> Any:
-        return 0.05 + 0.9 * leaf if isinstance(leaf, Tensor) else leaf
+    def other(leaf: Tensor) -> Tensor:
+        return 0.05 + 0.9 * leaf
 
     def movable(leaf: Tensor) -> Tensor:  # decay shows neither at zero nor at infinity
         return torch.where(torch.isfinite(leaf) & (leaf != 0), leaf, 1.0)
@@ -171,7 +171,7 @@ def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) ->
     with torch.no_grad():
         params = _tree.map(movable, params)
         zeros = _tree.map(torch.zeros_like, params)
-        hparams = _tree.map(other, _tree.detach(hparams))
+        hparams = _tree.map_tensors(other, _tree.detach(hparams))
         moved, _ = optimizer.update(params, zeros, optimizer.init(params), hparams)
     for before, after in zip(_tree.leaves(params), _tree.leaves(moved), strict=True):
         differs = _modes.concrete((before != after).any())

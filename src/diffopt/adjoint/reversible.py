@@ -12,30 +12,24 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
+from diffopt._arguments import check_integer
 from diffopt._diff import functions
-from diffopt._diff.captured import graph_leaves, refuse_closed_over
+from diffopt._diff.captured import refuse_closed_over, watched
 from diffopt._diff.functions import Surroundings
-from diffopt._diff.gradient import HVP, Objective, value_and_grad
+from diffopt._diff.gradient import HVP, Objective, check_hvp, value_and_grad
 from diffopt._modes import exact
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._integers import DENOMINATOR, Faults, Tape, divide, dividends
 from diffopt.adjoint._limited import once
 from diffopt.rules.sgd import SGD, MomentumHParams, SGDState
 
-_SHIFT = 30
-_DENOMINATOR = 1 << _SHIFT
-_LIMIT = 2.0**62
-_WORD = 1 << 63
 _PATIENCE = 100  # steps between looks at what is wrong, for which a GPU must wait
 _SECOND_ORDER = "Reversible has no second derivatives: use Unrolled() or Checkpointed()"
 _MOMENTUM = (
     "hparams.momentum is {}, but must be > 0 and <= 1 for Reversible: a step with momentum 0 loses "
     "the momentum buffer and cannot be undone"
-)
-_OUT_OF_RANGE = (
-    "params or state.momentum_buffer are not finite, or too great for so many fractional bits: "
-    "Reversible(bits=...) holds numbers below 2^(62 - bits)"
 )
 _CHANGED = "the loss changes its buffers, which Reversible cannot undo: use Checkpointed()"
 
@@ -105,12 +99,8 @@ class Reversible(Adjoint):
     hvp: HVP = "reverse-over-reverse"
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or not 1 <= self.bits <= 61:
-            raise ValueError(f"bits is {self.bits!r}, but must be an integer from 1 to 61")
-        if self.hvp not in ("forward-over-reverse", "reverse-over-reverse"):
-            raise ValueError(
-                f"hvp is {self.hvp!r}, but must be 'forward-over-reverse' or 'reverse-over-reverse'"
-            )
+        check_integer(self.bits, "bits", 1, 61)
+        check_hvp(self.hvp)
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if _modes.compiling() or _modes.forward_differentiated():
@@ -230,10 +220,10 @@ class _Loop:
     def forward(self, inputs: Sequence[Tensor], record: bool = True) -> tuple[Tensor, ...]:
         inputs = _tree.detach(list(inputs))
         start, args, xs = _with_fractions(*self.join(inputs))
-        objective = _watched(self.step.objective) if record else self.step.objective
-        faults, outputs, rates = _Faults(), list[Any](), list[_Rates]()
+        objective = watched("the loss", self.step.objective) if record else self.step.objective
+        faults, outputs, rates = Faults(), list[Any](), list[_Rates]()
         params, buffers = self.integers(start, faults)
-        tapes = [_Tape(torch.zeros_like(b), [], []) for b in buffers]
+        tapes = [Tape(torch.zeros_like(b), [], []) for b in buffers]
         quiet = Surroundings((start, args))
         for t, x in enumerate(xs):
             if not rates or x[0] is not None:
@@ -247,9 +237,9 @@ class _Loop:
             self.moved.append(list(impulses))
             for i, impulse in impulses.items():
                 rate = rates[i]
-                quotient = _divide(buffers[i], rate.numerator)
+                quotient = divide(buffers[i], rate.numerator)
                 if record:
-                    first, count = _dividends(quotient, rate.numerator)
+                    first, count = dividends(quotient, rate.numerator)
                     tapes[i].push(buffers[i] - first, count, rate.most)
                 buffers[i] = faults.add(quotient, impulse)
                 params[i] = faults.add(params[i], -_move(buffers[i], rate))
@@ -257,11 +247,11 @@ class _Loop:
                 faults.check()
         carry = self.carry(params, buffers, start, len(xs))
         results, self.join_public = _tree.split((carry, outputs))
-        self.counts = [len(_tree.split(tree)[0]) for tree in (carry, *outputs)]
+        self.counts = [_tree.count(tree) for tree in (carry, *outputs)]
         self.sizes = [tape.sizes for tape in tapes]
         words = [word for tape in tapes for word in tape.words]
         results += [*params, *buffers, *(tape.top for tape in tapes), *words]
-        return _distinct(inputs, results)
+        return tuple(functions.distinct(results, inputs))
 
     def backward(
         self, needed: Sequence[bool], given: Sequence[bool], *tensors: Tensor
@@ -272,20 +262,20 @@ class _Loop:
         start, args, xs = _with_fractions(*self.join(inputs))
         params, buffers, tops = ([next(rest) for _ in self.sizes] for _ in range(3))
         tapes = [
-            _Tape(top, [next(rest) for _ in sizes], list(sizes), sum(i in m for m in self.moved))
+            Tape(top, [next(rest) for _ in sizes], list(sizes), sum(i in m for m in self.moved))
             for i, (top, sizes) in enumerate(zip(tops, self.sizes, strict=True))
         ]
-        cotangents, *later = _pieces(
+        cotangents, *later = _cut(
             [next(rest) if is_given else None for is_given in given], self.counts
         )
-        lengths = [len(_tree.split(tree)[0]) for tree in (start, args, *xs)]
-        _, of_args, *of_xs = _pieces(needed, lengths)
+        lengths = [_tree.count(tree) for tree in (start, args, *xs)]
+        _, of_args, *of_xs = _cut(needed, lengths)
         totals: list[Tensor | None] = [None] * len(of_args)
         by_step, rates = list[list[Tensor | None]](), list[_Rates]()
         for t in reversed(range(len(xs))):
             x = xs[t]
             if not rates or x[0] is not None:
-                rates = _rates(start[0], args, x, _Faults())
+                rates = _rates(start[0], args, x, Faults())
             for i in self.moved[t]:
                 params[i] = params[i] + _move(buffers[i], rates[i]).to(torch.int64)
             carry = self.carry(params, buffers, start, t)
@@ -293,17 +283,17 @@ class _Loop:
                 _, _, impulses = self.impulses(self.step.objective, carry, args, x, rates)
             for i in self.moved[t]:
                 quotient = buffers[i] - impulses[i].to(torch.int64)
-                first, count = _dividends(quotient, rates[i].numerator)
+                first, count = dividends(quotient, rates[i].numerator)
                 buffers[i] = first + tapes[i].pop(count)
             carry = self.carry(params, buffers, start, t)
             with self.noise[t].restored():
                 wanted = [*self.varies, *of_args, *of_xs[t]]
                 grads = self.gradients((carry, args, x), wanted, [*cotangents, *later[t]])
             lengths = [len(self.varies), len(of_args), len(of_xs[t])]
-            cotangents, parts, own = _pieces(grads, lengths)
+            cotangents, parts, own = _cut(grads, lengths)
             totals = [_sum(total, part) for total, part in zip(totals, parts, strict=True)]
             by_step.append(own)
-        _check_return(self.integers(start, _Faults()), (params, buffers))
+        _check_return(self.integers(start, Faults()), (params, buffers))
         grads = [*cotangents, *totals, *(grad for own in reversed(by_step) for grad in own)]
         return tuple(
             torch.zeros_like(x) if grad is None else grad
@@ -311,7 +301,7 @@ class _Loop:
             if need
         )
 
-    def integers(self, carry: Tree, faults: _Faults) -> tuple[list[Tensor], list[Tensor]]:
+    def integers(self, carry: Tree, faults: Faults) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters and momentum buffers in units of 2^-bits."""
         params, state, _ = carry
         trees = map(_tree.leaves, (params, state.momentum_buffer))
@@ -374,24 +364,6 @@ class _Loop:
         return functions.vjp(outputs, tensors, needed, vectors)
 
 
-def _watched(objective: Objective) -> Objective:
-    """The same, which raises where it closes over a tensor that needs a gradient.
-
-    That is seen under autograd, but not within a torch.func transform.
-    """
-
-    def watched(params: Tree, inputs: Tree) -> tuple[Tensor, Any]:
-        with functions.noticed() as aliases:
-            result = objective(params, inputs)
-        if not _modes.transformed():
-            known = {*aliases, *map(id, graph_leaves((params, inputs)))}
-            if any(id(leaf) not in known for leaf in graph_leaves(result)):
-                refuse_closed_over("the loss", objective, params, inputs)
-        return result
-
-    return watched
-
-
 class _Rates(NamedTuple):
     """The hyperparameters of one leaf."""
 
@@ -402,7 +374,7 @@ class _Rates(NamedTuple):
     most: int  # how many integers can have the same quotient
 
 
-def _rates(params: Tree, args: Tree, x: Any, faults: _Faults) -> list[_Rates]:
+def _rates(params: Tree, args: Tree, x: Any, faults: Faults) -> list[_Rates]:
     record = args[0] if x[0] is None else x[0]
     leaves, spec = _tree.flatten(params)
     covered = {c.name: c for c in hyper.broadcast(record, spec, params)}
@@ -410,7 +382,7 @@ def _rates(params: Tree, args: Tree, x: Any, faults: _Faults) -> list[_Rates]:
     for i, leaf in enumerate(leaves):
         values = {name: _exact_number(c.at(i), leaf) for name, c in covered.items()}
         numerator, least = _integral_numerator(values.pop("momentum"), faults)
-        rates.append(_Rates(**values, numerator=numerator, most=-(-_DENOMINATOR // least)))
+        rates.append(_Rates(**values, numerator=numerator, most=-(-DENOMINATOR // least)))
     return rates
 
 
@@ -431,10 +403,10 @@ def _fractional(hparams: MomentumHParams) -> MomentumHParams:
     def rounded(momentum: Any) -> Any:
         numerator = _numerator(momentum)
         if isinstance(momentum, Tensor):
-            return (numerator / _DENOMINATOR).to(momentum.dtype)
+            return (numerator / DENOMINATOR).to(momentum.dtype)
         if not _fits(numerator):
             raise ValueError(_MOMENTUM.format(momentum))
-        return numerator / _DENOMINATOR
+        return numerator / DENOMINATOR
 
     return replace(hparams, momentum=_tree.map(rounded, hparams.momentum))
 
@@ -442,15 +414,15 @@ def _fractional(hparams: MomentumHParams) -> MomentumHParams:
 def _numerator(momentum: Any) -> Any:
     """The n of momentum = n / 2^30."""
     if isinstance(momentum, Tensor):
-        return (exact(momentum) * _DENOMINATOR).round()
-    return round(min(momentum, 2.0) * _DENOMINATOR)
+        return (exact(momentum) * DENOMINATOR).round()
+    return round(min(momentum, 2.0) * DENOMINATOR)
 
 
 def _fits(numerator: Any) -> Any:
-    return (numerator >= 1) & (numerator <= _DENOMINATOR)
+    return (numerator >= 1) & (numerator <= DENOMINATOR)
 
 
-def _integral_numerator(momentum: Any, faults: _Faults) -> tuple[Any, int]:
+def _integral_numerator(momentum: Any, faults: Faults) -> tuple[Any, int]:
     """The n of momentum = n / 2^30; and the least, where there is one for every weight."""
     numerator = _numerator(momentum)
     if not isinstance(numerator, Tensor):
@@ -462,91 +434,9 @@ def _integral_numerator(momentum: Any, faults: _Faults) -> tuple[Any, int]:
     return numerator, 1 if values is None or not values.numel() else int(values.min())
 
 
-# Integers c of 64 bits and fractions n / d with d = 2^30, so written that no product overflows.
-
-
-def _divide(c: Tensor, n: Any) -> Tensor:
-    """floor(c n / d)."""
-    return (c >> _SHIFT) * n + ((c & (_DENOMINATOR - 1)) * n >> _SHIFT)
-
-
-def _dividends(quotient: Tensor, n: Any) -> tuple[Tensor, Tensor]:
-    """The first of the integers c with this floor(c n / d), and how many there are."""
-    whole = torch.div(quotient, n, rounding_mode="floor")
-    part = quotient - whole * n
-
-    def least(part: Tensor) -> Tensor:  # ceil(part d / n)
-        return torch.div(part * _DENOMINATOR + (n - 1), n, rounding_mode="floor")
-
-    first = least(part)
-    return whole * _DENOMINATOR + first, least(part + 1) - first
-
-
 def _move(buffer: Tensor, rate: _Rates) -> Tensor:
     """[lr b], as floating-point numbers."""
     return (rate.lr * exact(buffer)).round()
-
-
-class _Tape:
-    """A stack of digits in bases of their own, for every weight: an integer of any length.
-
-    Attributes:
-        top: its lowest 63 bits, to which the next digits go.
-        words: the others.
-        sizes: how many digits had been pushed when each of them was full.
-    """
-
-    def __init__(self, top: Tensor, words: list[Tensor], sizes: list[int], count: int = 0) -> None:
-        self.top, self.words, self.sizes, self.count = top, words, sizes, count
-        self.bound = 1  # top is less
-
-    def push(self, digit: Tensor, base: Tensor, most: int) -> None:
-        """Add digits with 0 <= digit < base <= most."""
-        if self.bound * most > _WORD:
-            values = _modes.concrete(self.top)
-            if values is not None and values.numel():
-                self.bound = int(values.max()) + 1
-        if self.bound * most > _WORD:
-            self.words.append(self.top)
-            self.sizes.append(self.count)
-            self.top, self.bound = torch.zeros_like(self.top), 1
-        self.top = self.top * base + digit
-        self.bound *= most
-        self.count += 1
-
-    def pop(self, base: Tensor) -> Tensor:
-        """Take away the digits that were pushed last."""
-        whole = torch.div(self.top, base, rounding_mode="floor")
-        digit, self.top = self.top - whole * base, whole
-        self.count -= 1
-        if self.sizes and self.sizes[-1] == self.count:
-            self.sizes.pop()
-            self.top = self.words.pop()
-        return digit
-
-
-class _Faults:
-    """What is wrong with the values of tensors, gathered so that not every step waits for them."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, torch.device], Tensor] = {}
-
-    def note(self, message: str, condition: Tensor | None) -> None:
-        if condition is not None:
-            key = message, condition.device
-            self.found[key] = self.found[key] | condition if key in self.found else condition
-
-    def add(self, integers: Tensor, number: Tensor) -> Tensor:
-        """Their sum, the number rounded."""
-        fits = (exact(integers) + number).abs() < _LIMIT
-        self.note(_OUT_OF_RANGE, ~fits.all())
-        return integers + torch.where(fits, number, 0).round().to(torch.int64)
-
-    def check(self) -> None:
-        for (message, _), condition in self.found.items():
-            values = _modes.concrete(condition)
-            if values is not None and bool(values.any()):
-                raise ValueError(message)
 
 
 def _differ(old: Tree, new: Tree) -> Tensor | None:
@@ -582,20 +472,12 @@ def _check_return(start: tuple[list[Tensor], ...], found: tuple[list[Tensor], ..
                 )
 
 
-def _distinct(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Each result a tensor of its own, as autograd wants it."""
-    seen = {id(x) for x in inputs}
-    distinct: list[Tensor] = []
-    for x in results:
-        distinct.append(x.clone() if id(x) in seen else x)
-        seen.add(id(x))
-    return tuple(distinct)
-
-
-def _pieces(values: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+def _cut(values: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    """The values in lists of these lengths."""
     rest = iter(values)
-    return [[next(rest) for _ in range(length)] for length in lengths]
+    return [list(itertools.islice(rest, length)) for length in lengths]
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return x + y if x is not None and y is not None else y if x is None else x
+    """The sum of two cotangents, of which None stands for zeros."""
+    return x if y is None else y if x is None else x + y

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffopt import _modes, _tree
+from diffopt._arguments import check_integer
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 
@@ -26,7 +27,7 @@ class Truncated(Adjoint):
         k: number of steps, >= 0.
 
     Raises:
-        ValueError: `k` is negative or no integer.
+        ValueError: `k` is not an integer >= 0.
 
     Example:
         >>> import torch, diffopt
@@ -45,8 +46,7 @@ class Truncated(Adjoint):
     k: int
 
     def __post_init__(self) -> None:
-        if type(self.k) is not int or self.k < 0:
-            raise ValueError(f"k is {self.k!r}, but must be an integer >= 0")
+        check_integer(self.k, "k", 0)
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         outputs: list[Any] = []

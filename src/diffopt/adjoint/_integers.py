@@ -1,0 +1,105 @@
+"""Fixed-point numbers: integers of 64 bits, multiplied by fractions so that it can be undone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes
+from diffopt._modes import exact
+
+_SHIFT = 30
+DENOMINATOR = 1 << _SHIFT
+_LIMIT = 2.0**62
+_WORD = 1 << 63
+_OUT_OF_RANGE = (
+    "params or state.momentum_buffer are not finite, or too large for so many fractional bits: "
+    "Reversible(bits=...) holds numbers below 2^(62 - bits)"
+)
+
+
+# c and quotients are integers below 2^62, n is an integer from 1 to d = 2^30, the denominator. All
+# is written so that no product exceeds 64 bits.
+
+
+def divide(c: Tensor, n: Any) -> Tensor:
+    """floor(c n / d)."""
+    return (c >> _SHIFT) * n + ((c & (DENOMINATOR - 1)) * n >> _SHIFT)
+
+
+def dividends(quotient: Tensor, n: Any) -> tuple[Tensor, Tensor]:
+    """The first integer c for which floor(c n / d) is the quotient, and how many there are."""
+    whole = torch.div(quotient, n, rounding_mode="floor")
+    part = quotient - whole * n
+
+    def least(part: Tensor) -> Tensor:  # ceil(part d / n)
+        return torch.div(part * DENOMINATOR + (n - 1), n, rounding_mode="floor")
+
+    first = least(part)
+    return whole * DENOMINATOR + first, least(part + 1) - first
+
+
+class Tape:
+    """A stack of digits, each with a base of its own, for every weight: an integer of any length.
+
+    Attributes:
+        top: its lowest 63 bits, to which the next digits go.
+        words: the rest, the last word next to the top.
+        sizes: how many digits had been pushed when each word was full.
+        count: how many digits have been pushed.
+        bound: every entry of the top is less.
+    """
+
+    def __init__(self, top: Tensor, words: list[Tensor], sizes: list[int], count: int = 0) -> None:
+        self.top, self.words, self.sizes, self.count = top, words, sizes, count
+        self.bound = 1
+
+    def push(self, digit: Tensor, base: Tensor, most: int) -> None:
+        """Add digits with 0 <= digit < base <= most."""
+        if self.bound * most > _WORD:
+            values = _modes.concrete(self.top)
+            if values is not None and values.numel():
+                self.bound = int(values.max()) + 1
+        if self.bound * most > _WORD:
+            self.words.append(self.top)
+            self.sizes.append(self.count)
+            self.top, self.bound = torch.zeros_like(self.top), 1
+        self.top = self.top * base + digit
+        self.bound *= most
+        self.count += 1
+
+    def pop(self, base: Tensor) -> Tensor:
+        """Remove and return the digits that were pushed last, with this base."""
+        whole = torch.div(self.top, base, rounding_mode="floor")
+        digit, self.top = self.top - whole * base, whole
+        self.count -= 1
+        if self.sizes and self.sizes[-1] == self.count:
+            self.sizes.pop()
+            self.top = self.words.pop()
+        return digit
+
+
+class Faults:
+    """What is wrong with values of tensors, gathered so that a step need not wait for a GPU."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, torch.device], Tensor] = {}
+
+    def note(self, message: str, condition: Tensor | None) -> None:
+        if condition is not None:
+            key = message, condition.device
+            self.found[key] = self.found[key] | condition if key in self.found else condition
+
+    def add(self, integers: Tensor, number: Tensor) -> Tensor:
+        """Their sum, the number rounded."""
+        fits = (exact(integers) + number).abs() < _LIMIT
+        self.note(_OUT_OF_RANGE, ~fits.all())
+        return integers + torch.where(fits, number, 0).round().to(torch.int64)
+
+    def check(self) -> None:
+        for (message, _), condition in self.found.items():
+            values = _modes.concrete(condition)
+            if values is not None and bool(values.any()):
+                raise ValueError(message)
