@@ -117,7 +117,7 @@ def test_an_optimizer_that_decays_is_refused_where_the_params_are_zero():
 
 
 def test_a_diverged_loop_is_no_minimum():
-    with pytest.warns(ConvergenceWarning, match="x is no solution: it isn't finite"):
+    with pytest.warns(ConvergenceWarning, match="x is not a solution: it isn't finite"):
         solve(*inputs(), lr=10.0)
 
 
@@ -166,7 +166,7 @@ def test_wrong_arguments_are_refused_at_once(argument, error):
 def test_an_end_that_is_no_minimum_warns_or_raises():
     with pytest.warns(ConvergenceWarning, match=r"above root_tolerance=0\.001"):
         solve(*inputs(), steps=3)
-    with pytest.raises(ConvergenceError, match="x is no solution"):
+    with pytest.raises(ConvergenceError, match="x is not a solution"):
         solve(*inputs(), Implicit(on_failure="raise"), steps=3)
 
 
@@ -266,7 +266,7 @@ def test_flat_or_negative_curvature_is_not_taken_for_a_minimum():
     opt = diffopt.sgd()
     scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     for loss in (lambda w, s: 1e-4 * s * w, lambda w, s: -1e-4 * s * (w - 2).square()):
-        with pytest.warns(ConvergenceWarning, match="x is no solution"):
+        with pytest.warns(ConvergenceWarning, match="x is not a solution"):
             diffopt.minimize(
                 loss, torch.ones((), dtype=torch.float64), scale, optimizer=opt,
                 hparams=opt.hparams(lr=0.0), steps=1, adjoint=Implicit(),

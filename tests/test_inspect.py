@@ -547,7 +547,7 @@ def test_every_reason_for_none_is_found():
         "constant": "does not require a gradient",
         "unused": "no path from outer: not used, or cut",
         "hidden": "it was detached",
-        "middle": "no leaf",
+        "middle": "not a leaf",
         "used": "was backward",
     }
     for name, reason in reasons.items():

@@ -368,7 +368,7 @@ def test_solvers_refuse(make, message):
         (lambda s: s.solve(lambda v: v, {"a": 1.0}), TypeError, r"b\['a'\] is 1.0 of type float"),
         (lambda s: s.solve(lambda v: v, B.long()), TypeError, r"b has dtype torch.int64"),
         (lambda s: s.solve(lambda v: v, B + 0j), TypeError, r"dtype torch.complex128, .* real"),
-        (lambda s: s.solve(lambda v: v, ()), ValueError, r"b holds no tensor"),
+        (lambda s: s.solve(lambda v: v, ()), ValueError, r"b holds no tensors"),
         (lambda s: s.solve(GENERAL, B), TypeError, r"operator is a tensor of .*, not a function"),
         (lambda s: s.solve(abs, B, transpose=3), TypeError, r"transpose is 3 .*, not a function"),
         (lambda s: GMRES(preconditioner=3), TypeError, r"preconditioner is 3 .*, not a function"),

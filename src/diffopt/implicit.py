@@ -36,8 +36,8 @@ from diffopt.linear.krylov import GMRES
 OnFailure = Literal["warn", "raise"]
 
 _UNDER_TRANSFORMS = (
-    "This happened inside of `solve`, under transforms of torch.func. Tensors that were made "
-    "inside of the transformed function, or are batched, must be among its arguments. Under vmap, "
+    "This happened inside `solve`, under transforms of torch.func. Tensors that were made "
+    "inside the transformed function, or are batched, must be among its arguments. Under vmap, "
     "a solver that leaves torch, or branches on values, is called for each sample with "
     "sequential=True."
 )
@@ -67,7 +67,7 @@ def implicit_root(
     Args:
         residual: `residual(x, *args)`, a tree like x that is zero at a solution. It is
             differentiated by torch.func: where it needs a gradient itself, use torch.func.grad.
-            Tensors it closes over are constants; one that is made inside of a function under
+            Tensors it closes over are constants; one that is made inside a function under
             transforms of torch.func must be an argument where they nest forward mode.
         solve: `solve(init, *args)` returns x, a tree of real floating-point tensors. It is called
             without a graph, under torch.no_grad: one that needs gradients enables them. Unless a
@@ -96,13 +96,13 @@ def implicit_root(
         on where the search began (torch.func gives zeros, autograd None).
 
     Raises:
-        TypeError: solver is no `LinearSolver`; residual, solve, `on_solve` or `warm_start` is no
-            function; from the returned function, a leaf of x is no real floating-point tensor, or
-            with sequential aux holds what cannot be stacked.
-        ValueError: `on_failure` or `root_tolerance` is not what it may be; residual's output is no
-            tree like x; residual computes with a tensor that needs a gradient, or is batched by
+        TypeError: solver is not a `LinearSolver`; residual, solve, `on_solve` or `warm_start` is
+            not a function; from the returned function, a leaf of x is not a real floating-point
+            tensor, or with sequential aux holds what cannot be stacked.
+        ValueError: `on_failure` or `root_tolerance` is not what it may be; residual's output is not
+            a tree like x; residual computes with a tensor that needs a gradient, or is batched by
             vmap, and is not among its arguments: pass it as one. That is found by a call of
-            residual on constants, and not where gradients are disabled inside of it.
+            residual on constants, and not where it disables gradients itself.
         ConvergenceError: with `on_failure="raise"`, here or in `solver`.
         RuntimeError: torch.compile is tracing.
 
@@ -166,8 +166,8 @@ def implicit_fixed_point(
 ) -> Callable[..., Any]:
     """Make a solver of x = step(x, *args) differentiable, such as a deep equilibrium model's.
 
-    It is `implicit_root` of x - step(x, *args), whose derivative to x is I - d_x step: with
-    `solver=Neumann(k)` the derivative is that of the last k of many steps.
+    It is `implicit_root` of x - step(x, *args), whose derivative with respect to x is I - d_x step:
+    with `solver=Neumann(k)` the derivative is that of the last k of many steps.
 
     Args:
         step: `step(x, *args)`, a tree like x.
@@ -244,7 +244,7 @@ def fixed_point_iteration(
 
     Raises:
         ValueError: a number is out of its range.
-        TypeError: step is no function.
+        TypeError: step is not a function.
 
     Example:
         >>> import torch, diffopt
@@ -297,7 +297,7 @@ def attach_root(
     on_solve: Callable[[LinearSolution], object] | None = None,
     warm_start: Callable[[], Tree] | None = None,
 ) -> Tree:
-    """A solution x of residual(x, *args) = 0 that is known, with its derivative to the args.
+    """A known solution x of residual(x, *args) = 0, with its derivative with respect to args.
 
     Whatever derivative x came with is dropped. See `implicit_root` for the arguments; with
     `distance`, for a symmetric d_x residual, `root_tolerance` is for how far x is from a solution,
@@ -339,7 +339,7 @@ def attach_minimum(
     on_solve: Callable[[LinearSolution], object] | None = None,
     warm_start: Callable[[], Tree] | None = None,
 ) -> Tree:
-    """A stationary point x of loss(x, *args) that is known, with its derivative to the args.
+    """A known stationary point x of loss(x, *args), with its derivative with respect to args.
 
     Its equation is that the gradient is zero, so that the linear systems are those of the Hessian.
     `root_tolerance` is for the distance to the stationary point, as a share of max(1, |x|).
@@ -361,7 +361,7 @@ def attach_minimum(
 def check_arguments(
     solver: Any, root_tolerance: Any, on_failure: Any, on_solve: Any, warm_start: Any
 ) -> None:
-    """What every implicit derivative is told."""
+    """Raise where an argument of an implicit derivative is not what it may be."""
     if not isinstance(solver, LinearSolver):
         raise TypeError(f"solver is {solver!r}, not one of diffopt.linear such as GMRES()")
     if root_tolerance != math.inf:
@@ -381,7 +381,7 @@ def _check_root(
 ) -> None:
     """Warn or raise if x is not a solution."""
     if anywhere(~torch.isfinite(x).all()):
-        fail("x is no solution: it isn't finite", on_failure)
+        fail("x is not a solution: it isn't finite", on_failure)
     elif tolerance < math.inf:
         measure, what = (
             (_distance, "its distance from one, in units of max(1, |x|), is estimated to be")
@@ -391,7 +391,7 @@ def _check_root(
         size: Tensor = isolated(lambda x, *inputs: measure(residual, x, inputs), x, *inputs)
         if anywhere(~(size <= tolerance)):
             fail(
-                f"x is no solution: {what} {greatest(size):.2g}, above "
+                f"x is not a solution: {what} {greatest(size):.2g}, above "
                 f"root_tolerance={tolerance:.2g}, so that its derivative would be wrong",
                 on_failure,
             )

@@ -1,4 +1,4 @@
-"""The contract of every optimizer: four pure pieces over pytrees."""
+"""The contract of every optimizer: `hparams`, `init`, `update`, and `update_` in place."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Derivatives of our own making: custom functions, gradients and captured tensors."""
+"""Derivatives of our own making: custom functions, gradients, captured tensors, constants."""

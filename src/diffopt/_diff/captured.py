@@ -1,4 +1,4 @@
-"""What a step depends on beside its arguments, and which of its carry never varies."""
+"""What a step depends on besides its arguments, and which parts of its carry are constant."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from diffopt._tree import Tree
 def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree) -> list[Tensor]:
     """The tensors of `function(*arguments)` as constants, if it depends on nothing else.
 
-    Raises where the result depends on a tensor that needs a gradient and is no argument. Such a
-    tensor is a leaf of the graph of what `function` makes of detached arguments. So are tensors
+    Raises where the result depends on a tensor that needs a gradient and is not an argument. Such
+    a tensor is a leaf of the graph of what `function` makes of detached arguments. So are tensors
     that `function` makes itself, but they are others in a second run.
     """
     found: dict[int, Tensor] = {}
@@ -66,7 +66,7 @@ def varying(
     that it leaves alone may belong to a parameter that a later step uses, and so counts as varying.
 
     Raises:
-        ValueError: the first step returns other numbers than `results` when it is run again.
+        ValueError: the first step returns other values than `results` when it is run again.
     """
     tensors, join = _tree.split((carry, args, xs[0]))
     everything = [functions.has_derivative(tensor) for tensor in tensors]
@@ -133,7 +133,7 @@ def refuse_varying(outputs: Iterable[Tensor], varies: Iterable[bool]) -> None:
 
 
 def refuse_other(before: list[Tensor], after: list[Tensor]) -> None:
-    """Raise where a step run again gives other numbers, beyond what kernels in parallel round.
+    """Raise where a step that is run again gives other values, beyond rounding in parallel kernels.
 
     What should be zero, as the gradient of a bias before a batch normalisation, is all rounding.
     """

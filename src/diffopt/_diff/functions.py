@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -71,7 +70,7 @@ def recomputed(
 
 
 def independent(tree: Tree, others: Tree) -> Tree:
-    """The tree, with derivatives of zero by what it does not depend on."""
+    """The tree, with derivatives of zero with respect to `others`, on which it does not depend."""
     if _modes.forward_differentiated() or _modes.compiling():
         return tree
     count = _tree.count(tree)
@@ -91,7 +90,7 @@ def vjp(
     needed: Sequence[bool],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The vector-Jacobian product of `function(*inputs)`; None is as good as zeros."""
+    """The vector-Jacobian product of `function(*inputs)`; None stands for zeros."""
     create_graph = torch.is_grad_enabled()
     chosen = [i for i, need in enumerate(needed) if need]
 
@@ -150,7 +149,7 @@ def distinct(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
 
 
 def alias(tensor: Tensor, attached: bool) -> Tensor:
-    """The same values as an input of its own, so that a derivative by it is partial."""
+    """The same values as an input of its own, so that its derivatives are partial."""
     result = tensor.view_as(tensor) if attached else tensor.detach()
     if not result.requires_grad:
         result.requires_grad_()
@@ -214,7 +213,7 @@ _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
 
 
 class Surroundings:
-    """What a function depends on beside its arguments: random numbers, autocasting and kernels.
+    """The ambient state a function depends on: random numbers, autocasting and kernels.
 
     Args:
         inputs: the function's arguments. The generators among them are taken care of as well.
@@ -233,12 +232,6 @@ class Surroundings:
             for kind in {"cpu", *(device.type for device in devices)}
         ]
         self.kernels = [enabled() for enabled, _ in _KERNELS]
-
-    def now(self) -> Surroundings:
-        """The same with the random numbers where they are now."""
-        result = copy.copy(self)
-        result.states = [generator.get_state() for generator in self.generators]
-        return result
 
     def restore(self) -> None:
         """Put the random number generators back to where they were."""

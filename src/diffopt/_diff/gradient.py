@@ -1,4 +1,4 @@
-"""The gradient of a loss, by autograd or by torch.func, whichever the surroundings allow."""
+"""The gradient of a loss, by autograd, or by torch.func where one of its transforms is active."""
 
 from __future__ import annotations
 
@@ -182,11 +182,11 @@ def _hvp(
     vectors: Sequence[Tensor],
     cotangents: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """The derivative by xs of `<vectors, grad> + <cotangents, outputs>`.
+    """The derivative with respect to xs of `<vectors, grad> + <cotangents, outputs>`.
 
-    `outputs = function(xs)`, of which the first is the value whose gradient by the first of the xs
-    is `grad`. By symmetry it is the derivative at e = 0 of the gradient by all xs of
-    `value(xs + e vectors) + e <cotangents, outputs>`.
+    `outputs = function(xs)`, of which the first is the value whose gradient with respect to the
+    first of the xs is `grad`. By symmetry it is the derivative at e = 0 of the gradient of
+    `value(xs + e vectors) + e <cotangents, outputs>` with respect to all xs.
     """
     count = len(vectors)
     chosen = [*range(count), *(i for i in range(count, len(xs)) if needed[i])]
@@ -214,7 +214,7 @@ def _hvp(
         if complaint is None:
             raise
         raise NotImplementedError(
-            f"the loss cannot be differentiated by hvp='forward-over-reverse' ({complaint}): "
+            f"the loss cannot be differentiated with hvp='forward-over-reverse' ({complaint}): "
             + (remedy(error) or "give hvp='reverse-over-reverse'")
         ) from error
     products: list[Tensor | None] = [None] * len(xs)
@@ -239,11 +239,11 @@ def lacks_forward(error: RuntimeError) -> str | None:
     return "".join(names[-1:]) + str(error).splitlines()[0]
 
 
-# The derivative of the gradient of `function(e, *xs)` by its xs, along tangents of its first
-# arguments. All others get zeros, the cotangent that starts the backward pass among them: without a
-# tangent they turn into tensors of a kind whose shapes torch computes in Python, which took longer
-# than all the rest of a small step. Gradients are recorded (`create_graph`), as some of torch's
-# backward formulas compute with constants elsewhere (logdet), or with what has no forward
+# The derivative of the gradient of `function(e, *xs)` with respect to its xs, along tangents of
+# its first arguments. All others get zeros, the cotangent that starts the backward pass among them:
+# without a tangent they turn into tensors of a kind whose shapes torch computes in Python, which
+# took longer than all the rest of a small step. Gradients are recorded (`create_graph`), as some of
+# torch's backward formulas compute with constants elsewhere (logdet), or with what has no forward
 # derivative (silu, group_norm).
 
 

@@ -106,7 +106,7 @@ def batched(tensor: Any, dim: int, others: Sequence[Tensor]) -> Any:
 
 
 def refuse_captured(function: Callable[..., Tree], name: str, *trees: Tree) -> None:
-    """Raise if `function` computes with a tensor of a derivative or batch that is no argument.
+    """Raise if `function` computes with a tensor of a derivative or batch that is not an argument.
 
     Such a tensor cannot be differentiated by an implicit rule, and its batch is gone when the
     rule runs. Not seen are tensors which are used where gradients are disabled.

@@ -54,8 +54,8 @@ class Adjoint(ABC):
         Args:
             step: a pure function.
             carry: a pytree of tensors.
-            args: what is the same at every step. Whatever is differentiated and is no carry is
-                here or in `xs`.
+            args: what is the same at every step. Whatever is differentiated and is not in the
+                carry is here or in `xs`.
             xs: one tree per step; read once, in order.
 
         Returns:

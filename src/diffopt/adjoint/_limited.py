@@ -14,10 +14,11 @@ from diffopt._tree import Tree
 
 
 def first_order(tree: Tree, message: str) -> Tree:
-    """The same values and first derivatives, of which a further derivative raises `message`.
+    """The same values and first derivatives; differentiating these again raises `message`.
 
     That is so in reverse and forward mode and any mixture of the two, but not for the derivative of
-    a vector-Jacobian product by its vector, which is right. Not noticed under torch.compile.
+    a vector-Jacobian product with respect to its vector, which is right. torch.compile does not
+    notice.
     """
     if _modes.compiling():
         return tree
@@ -30,7 +31,7 @@ def first_order(tree: Tree, message: str) -> Tree:
 
 
 def without_derivative(tree: Tree, sources: Tree, message: str) -> Tree:
-    """The same values, where a derivative by the sources is not zero but cannot be had.
+    """The same values, whose derivative with respect to the sources is nonzero but not available.
 
     Reverse mode raises `message`. Forward mode, which meets every result, gives tangents of NaN.
     """
@@ -53,7 +54,7 @@ def once(
 
 
 def constant_in(gradient: Tensor, inputs: Iterable[Tensor], message: str) -> Tensor:
-    """A gradient whose derivative by the inputs raises `message`."""
+    """A gradient whose derivative with respect to the inputs raises `message`."""
     zero = cast(Tensor, _Zero.apply(message, *filter(functions.has_derivative, inputs)))
     return gradient + zero.to(gradient.device, gradient.dtype)
 

@@ -23,7 +23,7 @@ def unroll(
     xs: Tree = None,
     adjoint: Adjoint = Unrolled(),  # noqa: B008 (frozen)
 ) -> tuple[Tree, Any]:
-    """Run a step function over and over; the result can be differentiated.
+    """Run a step function repeatedly; the result can be differentiated.
 
     Computes carry_{t+1}, output_t = step(carry_t, args, x_t) for t = 0, 1, ..., where x_t is
     `xs[t]`, or t itself without `xs`. A step may be anything that is pure: a learned optimizer's
@@ -45,7 +45,7 @@ def unroll(
     Raises:
         ValueError: neither `length` nor `xs` is given, they and the leaves of `xs` disagree, or
             `step` returns a carry of another structure.
-        TypeError: `adjoint` is no `Adjoint`, or `step` does not return a tuple of two.
+        TypeError: `adjoint` is not an `Adjoint`, or `step` does not return a tuple of two.
 
     Example:
         >>> import torch, diffopt

@@ -34,9 +34,9 @@ class Checkpointed(Adjoint):
     The loop of T steps is cut into `segments`, of which only the first carries are kept; with
     `levels` > 1 so is each of them when its turn comes to be run again, and so on. At any time
     about (levels + 1) T^(1/(levels + 1)) carries and the activations of one step are there. A step
-    is run levels + 2 times at most, the last time with its graph; random numbers repeat themselves.
-    `levels=1` keeps 2 sqrt(T) carries; more than log2(T) levels are no gain. `segments=T` keeps all
-    carries and so runs each step just twice.
+    is run levels + 2 times at most, the last time with its graph; random numbers are the same each
+    time. `levels=1` keeps 2 sqrt(T) carries; more than log2(T) levels are no gain. `segments=T`
+    keeps all carries and so runs each step just twice.
 
     Derivatives of any order reach the initial parameters, state and buffers, every tensor
     hyperparameter, the loss's arguments and the batches, but not tensors that the loss closes over:
@@ -52,7 +52,7 @@ class Checkpointed(Adjoint):
             a GPU; not under torch.func transforms.
         hvp: how the gradient in a step is differentiated. "reverse-over-reverse": by its own graph,
             that of one step at a time. "forward-over-reverse": its vector-Jacobian product is a
-            forward derivative of it, by the symmetry of second derivatives; no graph of it is made.
+            forward derivative of it, by the symmetry of second derivatives; it has no graph.
             That takes fewer floating-point operations and needs a forward derivative of every
             operation of the loss, which some lack, such as flash attention. In torch it has been
             the slower of the two so far, by much for small models.
@@ -113,7 +113,7 @@ class Checkpointed(Adjoint):
             return loop.by_pieces(self.levels, (carry, args, xs))
 
     def _offloaded(self, args: Tree, xs: list[Any]) -> contextlib.AbstractContextManager[Any]:
-        """Where what autograd saves on a GPU goes to the host, but for what is there anyway."""
+        """A context in which autograd saves GPU tensors on the host, but for args and xs."""
         if self.offload is None:
             return contextlib.nullcontext()
         if _modes.transformed():
@@ -179,7 +179,7 @@ class _Loop:
 
 
 def _root(number: int, degree: int) -> int:
-    """The smallest integer whose power is no less than the number."""
+    """The smallest integer whose power is at least the number."""
     root = 1
     while root**degree < number:
         root += 1

@@ -35,8 +35,8 @@ _SECOND_ORDER = (
 class ForwardMode(Adjoint):
     """Exact, in memory that does not grow with the number of steps, for few inputs.
 
-    With z_t the carry after t steps and u all numbers among the inputs that need a gradient, N of
-    them, the tangents are carried from step to step beside z_t:
+    With z_t the carry after t steps and u all N elements of the inputs that need a gradient, the
+    tangents are carried from step to step beside z_t:
 
         dz_{t+1}/du = (d step/dz) dz_t/du + d step/du
 
@@ -59,11 +59,11 @@ class ForwardMode(Adjoint):
     each with a run of the step. Random numbers are the same for values and all tangents.
 
     Args:
-        max_inputs: the greatest N allowed.
+        max_inputs: the largest N allowed.
 
     Raises:
-        ValueError: `max_inputs` is no integer >= 1; `run`, `iterate`: more numbers need a gradient,
-            or the step closes over a tensor that does.
+        ValueError: `max_inputs` is not an integer >= 1; `run`, `iterate`: more numbers need a
+            gradient, or the step closes over a tensor that does.
         NotImplementedError: the step has an operation without a forward derivative; in the backward
             pass, a second derivative is asked for.
 
@@ -105,11 +105,12 @@ class ForwardMode(Adjoint):
     ) -> Iterator[tuple[Tree, Any]]:
         """Run a loop that can be differentiated after every step, while it goes on.
 
-        Yields carry_{t+1}, output_t = step(carry_t, args, x_t), both with derivatives by the inputs
-        as they are now: `torch.autograd.grad(validation(carry), args)` is the hypergradient of all
-        steps so far. Before it asks for the next step, the caller may change `args` in place, as
-        `torch.optim` does: the next step takes the new values. The tangents stay, that is, the
-        derivative is by a shift of the values of all steps so far by the same amount.
+        Yields carry_{t+1}, output_t = step(carry_t, args, x_t), both with derivatives with
+        respect to the inputs as they are now: `torch.autograd.grad(validation(carry), args)` is the
+        hypergradient of all steps so far. Before it asks for the next step, the caller may change
+        `args` in place, as `torch.optim` does: the next step takes the new values. The tangents
+        stay, that is, the derivative is with respect to a shift of the values of all steps so far
+        by one amount.
 
         Args:
             step: a pure function, `step(carry, args, x)` returns the next carry and an output.
@@ -166,9 +167,9 @@ def _as_it_stands() -> bool:
 
 
 class _Inputs:
-    """The tensors that need a gradient, and which rows of a tangent are the derivatives by them.
+    """The tensors that need a gradient, and which rows of a tangent belong to each.
 
-    A tensor with n numbers has n rows, a complex one 2 n.
+    A tensor with n elements has n rows, a complex one 2 n.
     """
 
     def __init__(self, limit: int) -> None:
@@ -280,7 +281,7 @@ def _advance(
         else:
             empty = inputs.tensors and not inputs.count
             results = outputs(*primals)
-            tangents: list[Tensor | None] = [  # an input without numbers has no row, but is one
+            tangents: list[Tensor | None] = [  # an empty input has no row, but is one
                 y.new_zeros((0, *y.shape)) if empty and functions.has_derivative(y) else None
                 for y in results
             ]
@@ -410,7 +411,7 @@ def _directional(
 
 
 def _attach(inputs: _Inputs, tree: Tree, tangents: Sequence[Tensor | None]) -> Tree:
-    """The tree with derivatives by the inputs."""
+    """The tree with derivatives with respect to the inputs."""
     tensors, join = _tree.split(tree)
     pairs = [(i, t) for i, t in enumerate(tangents) if t is not None]
     if pairs:

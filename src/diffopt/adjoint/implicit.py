@@ -1,4 +1,4 @@
-"""The derivative of a minimum by the equation it solves, whatever led to it."""
+"""The derivative of a minimum from the equation it solves, whatever led to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from diffopt.optimizer import Optimizer
 class Implicit(Adjoint):
     """The implicit function theorem where the loss is stationary.
 
-    With g(x, args) the gradient of the loss by the params, g(x, args) = 0 gives
+    With g(x, args) the gradient of the loss with respect to params, g(x, args) = 0 gives
     dx = -(d_x g)^-1 (d_args g) dargs: a linear system with the Hessian, of which `solver` needs
     products only. The loop builds no graph, so memory does not depend on the number of steps, and
     it may end as you like (`tol=`).
@@ -58,8 +58,8 @@ class Implicit(Adjoint):
         ValueError: `root_tolerance` or `on_failure` is not what it may be; `run`: the
             optimizer moves params where the gradient is zero (weight decay: put that into the
             loss); the loss closes over a tensor that needs a gradient.
-        TypeError: the solver is no `LinearSolver`, `on_solve` or `warm_start` no function; `run`:
-            the step is not that of `minimize`; use `diffopt.implicit_fixed_point`.
+        TypeError: the solver is not a `LinearSolver`, or `on_solve` or `warm_start` not a function;
+            `run`: the step is not that of `minimize`; use `diffopt.implicit_fixed_point`.
         ConvergenceError: with `on_failure="raise"`.
 
     Example:

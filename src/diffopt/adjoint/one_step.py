@@ -1,4 +1,4 @@
-"""The derivative of the last step, for that of a solution."""
+"""The derivative of the last step in place of that of the solution."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class OneStep(Adjoint):
 
     It is differentiable once, in reverse or forward mode: the derivative of the derivative of one
     step is far from a second derivative of the solution even where the first is exact, and raises
-    (but for torch.compile, which does not notice). The derivative of a vector-Jacobian product by
-    its vector does not.
+    (but for torch.compile, which does not notice). The derivative of a vector-Jacobian
+    product with respect to its vector does not.
 
     Raises:
         NotImplementedError: when a second derivative is asked for.

@@ -18,7 +18,7 @@ from diffopt._diff.captured import refuse_closed_over, watched
 from diffopt._diff.functions import Surroundings
 from diffopt._diff.gradient import HVP, Objective, check_hvp, value_and_grad
 from diffopt._modes import exact
-from diffopt._rule import checks, hyper
+from diffopt._rule import checks, hyper, running
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._integers import DENOMINATOR, Faults, Tape, divide, dividends
@@ -92,7 +92,7 @@ class Reversible(Adjoint):
     Source: Maclaurin, Duvenaud and Adams, "Gradient-based hyperparameter optimization through
     reversible learning", 2015. There the low digits of the product in Algorithm 3 are those of the
     information buffer; here the product is rounded down, so that a finer fraction costs no
-    precision, and the buffer is no part of the loop without derivatives.
+    precision, and a loop without derivatives has no such buffer.
     """
 
     bits: int = 40
@@ -242,7 +242,7 @@ class _Loop:
                     first, count = dividends(quotient, rate.numerator)
                     tapes[i].push(buffers[i] - first, count, rate.most)
                 buffers[i] = faults.add(quotient, impulse)
-                params[i] = faults.add(params[i], -_move(buffers[i], rate))
+                params[i] = faults.add(params[i], self.move(buffers[i], rate))
             if t % _PATIENCE == 0 or t == len(xs) - 1:
                 faults.check()
         carry = self.carry(params, buffers, start, len(xs))
@@ -277,7 +277,7 @@ class _Loop:
             if not rates or x[0] is not None:
                 rates = _rates(start[0], args, x, Faults())
             for i in self.moved[t]:
-                params[i] = params[i] + _move(buffers[i], rates[i]).to(torch.int64)
+                params[i] = params[i] - self.move(buffers[i], rates[i]).to(torch.int64)
             carry = self.carry(params, buffers, start, t)
             with self.noise[t].restored():
                 _, _, impulses = self.impulses(self.step.objective, carry, args, x, rates)
@@ -334,18 +334,31 @@ class _Loop:
         (params, state, buffers), (_, inputs), (_, batch) = carry, args, x
         arguments = (buffers, inputs, batch)
         value, aux, grads = value_and_grad(objective, params, arguments)
-        optimizer: Any = self.step.optimizer
-        sign = -1 if optimizer.maximize else 1
         impulses: dict[int, Tensor] = {}
-        # Not by optimizer.update, whose roundings depend on who calls: they must come again.
         for i, (p, g) in enumerate(zip(_tree.leaves(params), _tree.leaves(grads), strict=True)):
-            if g is None:
-                continue
-            rate = rates[i]
-            g = sign * exact(g) + rate.weight_decay * exact(p)
-            undampened = 1 - rate.dampening * (exact(state.step) > 0)
-            impulses[i] = (undampened * g * self.scale).round()
+            if g is not None:
+                p, g, t = exact(p), exact(g), exact(state.step) + 1
+                _, impulse = self.by_rule(rates[i], t, p, g, torch.zeros_like(p))
+                impulses[i] = (impulse * self.scale).round()
         return value, aux, impulses
+
+    def move(self, buffer: Tensor, rate: _Rates) -> Tensor:
+        """-[lr b], as floating-point numbers."""
+        b = exact(buffer)
+        zero = torch.zeros_like(b)
+        return self.by_rule(rate, 1, zero, zero, b)[0].round()
+
+    def by_rule(self, rate: _Rates, t: Any, *tensors: Tensor) -> list[Tensor]:
+        """`(p, g, b) -> (p, b)`, by the optimizer's own rule at step t with a momentum of 1.
+
+        Of zeros and one tensor it makes what that adds to the others, so that this can be rounded
+        before it is added. Roundings must come again on the way back: so the arguments are float64
+        and not 0-d, which `update` treats in one way or another, whoever calls.
+        """
+        optimizer: Any = self.step.optimizer
+        row = [torch.atleast_1d(x) for x in tensors]
+        numbers = running.numbers_at(optimizer, t, rate.values, row[0])
+        return [x.reshape(tensors[0].shape) for x in running.run(optimizer, numbers, row)]
 
     def gradients(
         self, inputs: Tree, needed: Sequence[bool], cotangents: Sequence[Tensor | None]
@@ -367,9 +380,7 @@ class _Loop:
 class _Rates(NamedTuple):
     """The hyperparameters of one leaf."""
 
-    lr: Any
-    weight_decay: Any
-    dampening: Any
+    values: list[Any]  # in the order of their record, with 1 in place of the momentum
     numerator: Any  # of the momentum
     most: int  # how many integers can have the same quotient
 
@@ -377,12 +388,14 @@ class _Rates(NamedTuple):
 def _rates(params: Tree, args: Tree, x: Any, faults: Faults) -> list[_Rates]:
     record = args[0] if x[0] is None else x[0]
     leaves, spec = _tree.flatten(params)
-    covered = {c.name: c for c in hyper.broadcast(record, spec, params)}
+    covered = hyper.broadcast(record, spec, params)
     rates: list[_Rates] = []
     for i, leaf in enumerate(leaves):
-        values = {name: _exact_number(c.at(i), leaf) for name, c in covered.items()}
-        numerator, least = _integral_numerator(values.pop("momentum"), faults)
-        rates.append(_Rates(**values, numerator=numerator, most=-(-DENOMINATOR // least)))
+        values = {c.name: _exact_number(c.at(i), leaf) for c in covered}
+        numerator, least = _integral_numerator(values["momentum"], faults)
+        values["momentum"] = 1.0
+        row = [torch.atleast_1d(x) if isinstance(x, Tensor) else x for x in values.values()]
+        rates.append(_Rates(row, numerator, most=-(-DENOMINATOR // least)))
     return rates
 
 
@@ -432,11 +445,6 @@ def _integral_numerator(momentum: Any, faults: Faults) -> tuple[Any, int]:
     numerator = torch.where(fits, numerator, 1).to(torch.int64)
     values = _modes.concrete(numerator)
     return numerator, 1 if values is None or not values.numel() else int(values.min())
-
-
-def _move(buffer: Tensor, rate: _Rates) -> Tensor:
-    """[lr b], as floating-point numbers."""
-    return (rate.lr * exact(buffer)).round()
 
 
 def _differ(old: Tree, new: Tree) -> Tensor | None:

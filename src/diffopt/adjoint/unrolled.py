@@ -63,5 +63,5 @@ class FirstOrder(Unrolled):
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if not isinstance(step, GradientStep):
-            raise TypeError("FirstOrder is for minimize: another step has no gradient to hold fast")
+            raise TypeError("FirstOrder is for minimize: another step has no gradient to hold")
         return super().run(replace(step, second_order=False), carry, args, xs)

@@ -95,7 +95,8 @@ def explain(
     Args:
         meta_grads: a tree like `inputs`, or the tuple `torch.autograd.grad(outer, leaves)` returns;
             give that `allow_unused=True`, or it raises where an input has none.
-        inputs: a pytree of what was differentiated by, such as `{"lr": lr, "params": params}`.
+        inputs: a pytree of what the derivative is with respect to, such as
+            `{"lr": lr, "params": params}`.
         outer: what was differentiated. With it the graph is searched for every input.
         trace: what the loop was run with. With it the step is told at which things went wrong.
 
@@ -104,7 +105,7 @@ def explain(
 
     Raises:
         ValueError: `meta_grads` does not match `inputs`, be it in structure or in a shape.
-        TypeError: `outer` is no tensor or `trace` no `Trace`.
+        TypeError: `outer` is not a tensor or `trace` not a `Trace`.
 
     Example:
         >>> import torch, diffopt
@@ -207,7 +208,7 @@ class _Search:
             return self._unreached(leaf)
         asked = "was backward() called, and with it as input?"
         if not leaf.is_leaf:
-            asked = ".grad stays None as it is no leaf: autograd.grad() or retain_grad()"
+            asked = ".grad stays None as it is not a leaf: autograd.grad() or retain_grad()"
         if self._acts_within():
             return None, f"the loop gave it none: {_UNUSED}; else {asked}"
         reason = f"it is in the graph of outer: {asked}"

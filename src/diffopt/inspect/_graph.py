@@ -59,7 +59,7 @@ class Graph:
     leaves: tuple[Tensor, ...]
 
     def feeds(self, name: str) -> list[Node]:
-        """The steps, inputs and outer loss that are computed from an input at first hand.
+        """The steps, inputs and outer loss that are computed directly from an input.
 
         Args:
             name: the input's name. An input that feeds nothing has no meta-gradient.
@@ -97,7 +97,7 @@ class Graph:
 
     @property
     def dot(self) -> str:
-        """The picture in the language of Graphviz."""
+        """The picture in the DOT language of Graphviz."""
         ids = {node: f"n{i}" for i, node in enumerate((*self.inputs, *self.steps, OUTER))}
         lines = ["digraph {", "  rankdir=LR;"]
         for node, identity in ids.items():
@@ -189,14 +189,15 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
 
     Args:
         outer: what is differentiated, a tensor.
-        inputs: a pytree of what it is differentiated by, such as `{"lr": lr, "params": params}`.
+        inputs: a pytree of what it is differentiated with respect to, such as
+            `{"lr": lr, "params": params}`.
 
     Returns:
         A `Graph`: `print` it, `plot()` it, or give its `dot` to Graphviz. `merged()` has fewer
         boxes where there are many steps.
 
     Raises:
-        TypeError: `outer` is no tensor.
+        TypeError: `outer` is not a tensor.
         ValueError: `outer` does not require a gradient, so that there is no graph.
         RuntimeError: under a torch.func transform.
 

@@ -1,4 +1,4 @@
-"""Names of inputs."""
+"""Names of the inputs of `explain` and `graph`."""
 
 from __future__ import annotations
 

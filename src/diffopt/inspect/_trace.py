@@ -32,13 +32,13 @@ class Norms(NamedTuple):
 
     Of a loop of `unroll` only the adjoint is known, of the whole carry. `Unrolled` takes the step
     counter in the optimizer's state for a constant; an adjoint that runs steps again, such as
-    `Checkpointed`, has a derivative by it, which is part of `state_adjoint` there.
+    `Checkpointed`, has a derivative with respect to it, part of `state_adjoint` there.
 
     Attributes:
         losses: the loss before step t, shape [T].
         grads: norm of the inner gradient of step t, shape [T].
         updates: norm of params_{t+1} - params_t, shape [T].
-        adjoint: norm of the derivative of what was differentiated by params_t, shape [T + 1]:
+        adjoint: norm of the derivative of the outer loss with respect to params_t, shape [T + 1]:
             the first entry is that of the initial params, the last that of the final ones.
         state_adjoint: the same for the optimizer's state and the buffers, shape [T + 1].
     """
@@ -92,7 +92,7 @@ class Trace(Adjoint):
         adjoint: how the loop is differentiated.
 
     Raises:
-        TypeError: `adjoint` is no `Adjoint`, or a `Trace` itself.
+        TypeError: `adjoint` is not an `Adjoint`, or is itself a `Trace`.
         RuntimeError: nothing has been run yet; `run`: under torch.compile.
 
     Example:

@@ -135,16 +135,17 @@ class LinearSolver(ABC):
             operator: `operator(v, *operands)` is A v, linear in v: a tree like v.
             b: a tree of real floating-point tensors.
             x0: where to start, a tree like b: zeros where it is None. It has no derivative.
-            operands: trees of what A depends on and derivatives are wanted to.
+            operands: trees of what A depends on and derivatives are taken with respect to.
             transpose: `transpose(v, *operands)` is A^T v. Derived from `operator` where it is None.
 
         Returns:
             A `LinearSolution`. Where b isn't finite its value is NaN, and it has not converged.
 
         Raises:
-            TypeError: a leaf of b is no real floating-point tensor; `operator` is no function.
+            TypeError: a leaf of b is not a real floating-point tensor; `operator` is not a
+                function.
             ValueError: trees that must be alike differ; `operator` computes with a tensor that
-                needs a gradient but is none of its operands.
+                needs a gradient but is not among its operands.
             ConvergenceError: with `on_failure="raise"`.
             RuntimeError: torch.compile is tracing: the number of iterations depends on values.
         """
@@ -180,7 +181,7 @@ def method(
     report: Callable[[LinearSolution], object] | None = None,
     start: Callable[[Sequence[Tensor]], Tensor | None] | None = None,
 ) -> Method:
-    """A solver as the derivative wants it."""
+    """A solver as `Equation` takes it."""
     return Method(partial(_constant_solution, solver), unravel, report, start)
 
 

@@ -1,4 +1,4 @@
-"""The implicit function theorem as a differentiable rule: the one derivative that is written here.
+"""The implicit function theorem as a differentiable rule.
 
 Of x with r(x, y) = 0 it is dx = -(d_x r)^-1 (d_y r) dy. A linear solve A(y) u = b is the case
 r = A(y) u - b, so that the solves of a derivative are differentiated by the same rule.
@@ -83,7 +83,7 @@ class Equation:
 
     Attributes:
         residual: of `(x, *inputs)`, a vector like x.
-        jacobian: its derivative to x, at the point `(x, *inputs)`.
+        jacobian: its derivative with respect to x, at the point `(x, *inputs)`.
         method: for the linear systems with that operator.
     """
 
@@ -114,7 +114,7 @@ def solve(
 
 
 def attach(equation: Equation, x: Tensor, *inputs: Tensor) -> Tensor:
-    """A constant x that solves the equation, with its derivative to the inputs."""
+    """A constant x that solves the equation, with its derivative with respect to the inputs."""
     return _Attach.apply(equation, x, *inputs)  # pyright: ignore[reportReturnType]
 
 

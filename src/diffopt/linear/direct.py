@@ -49,7 +49,7 @@ class Nystrom(LinearSolver):
         rank: number of columns, >= 1; all of them where there are fewer.
         damping: added to A, > 0: nothing is inverted without it.
         seed: of the choice of columns.
-        rtol: see `LinearSolver`. The default of 1 accepts what is no worse than x = 0.
+        rtol: see `LinearSolver`. The default of 1 accepts whatever is not worse than x = 0.
         atol: see `LinearSolver`.
         on_failure: see `LinearSolver`.
 
@@ -81,7 +81,7 @@ class Nystrom(LinearSolver):
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
         n, b, damping = x0.numel(), system.b, self.damping
         rank = min(self.rank, n)
-        # Python's generator: torch's is not to be had under vmap.
+        # Python's generator: torch's cannot be used under vmap.
         indices = sorted(random.Random(self.seed).sample(range(n), rank))
         units = torch.eye(n, dtype=b.dtype, device=b.device)[indices]
         columns = _columns(system, indices) - damping * units
@@ -99,5 +99,5 @@ def _columns(system: LinearSystem, indices: range | list[int]) -> Tensor:
 
 def _solve(matrix: Tensor, b: Tensor) -> Tensor:
     """Without an error where the matrix is singular: the residual tells."""
-    wide = torch.promote_types(b.dtype, torch.float32)  # there is none in half precision
+    wide = torch.promote_types(b.dtype, torch.float32)  # solve_ex knows no half precision
     return torch.linalg.solve_ex(matrix.to(wide), b.to(wide))[0].to(b.dtype)
