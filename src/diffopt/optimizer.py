@@ -9,8 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
-from diffopt._rule import memory
+from diffopt import _memory, _modes, _tree
 from diffopt._tree import Tree
 
 S = TypeVar("S")
@@ -92,7 +91,7 @@ def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor
     for k, (leaf, value) in enumerate(pairs):
         if fault := _fault(leaf, value):
             raise ValueError(f"{path(k)} {fault}")
-    both = None if _modes.transformed() else memory.overlap([leaf for leaf, _ in pairs])
+    both = None if _modes.transformed() else _memory.overlap([leaf for leaf, _ in pairs])
     if both:
         first, second = map(path, both)
         raise ValueError(f"{second} and {first} share memory, which would be written twice")

@@ -52,7 +52,7 @@ assert_type(model.params, dict[str, Tensor])
 outputs, buffers = model(model.params, model.buffers, torch.ones(1, 3))
 assert_type(buffers, dict[str, Tensor])
 
-assert_type(diffopt.schedules.cosine(0.1, 100), Schedule)
+schedule: Schedule = diffopt.schedules.cosine(0.1, 100)
 
 clip = transforms.clip_by_global_norm()
 assert_type(clip.hparams(max_norm=1.0), MaxNorm)

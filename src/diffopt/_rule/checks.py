@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
-from diffopt._rule import hyper, memory
+from diffopt import _memory, _modes, _tree
+from diffopt._rule import hyper
 from diffopt._rule.rule import Shape
 from diffopt._tree import Tree
 
@@ -153,7 +153,7 @@ def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | Non
             )
     for name, column in columns.items():
         _precise(column, columns["params"], tree, name)
-    if (pair := memory.overlap(tensors)) is None:
+    if (pair := _memory.overlap(tensors)) is None:
         return
     first, second = map(path, pair)
     if first == second:

@@ -41,7 +41,7 @@ class RuleOptimizer(Checkpoints):
 
     def buffers(self, opt: Leafwise[Any, Any], param: Tensor) -> Sequence[str]:
         """The fields of the state, after the step, that this parameter has."""
-        return opt.buffers_of(param)
+        return list(opt.buffers_of(param))
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
