@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 from diffopt import optim
+from diffopt.optim import _plan
 from registry import PAIRS, REGISTRY
 
 BOTH = [optim, torch.optim]
@@ -58,6 +59,12 @@ OTHERS = {
     "centered": True,
     "decoupled_weight_decay": True,
 }
+
+
+@pytest.fixture(autouse=True, params=[True, pytest.param(False, marks=pytest.mark.slow)])
+def plans(request, monkeypatch):
+    """Everything holds bit by bit whether plans are kept or each step makes its own."""
+    monkeypatch.setattr(_plan, "KEPT", request.param)
 
 
 def rng(seed):

@@ -21,7 +21,7 @@ def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
         if not contiguous and _folds(x):
             return i, i
     starts, order = torch.tensor(list(map(Tensor.data_ptr, ordinary))).sort(stable=True)
-    spans = [x.nbytes if c else _span(x) for x, c in zip(ordinary, whole, strict=True)]
+    spans = [x.nbytes if c else span(x) for x, c in zip(ordinary, whole, strict=True)]
     ends = (starts + torch.tensor(spans)[order]).cummax(0).values
     meeting = (starts[1:] < ends[:-1]) & (starts[1:] != 0)
     for k in meeting.nonzero().flatten().tolist():
@@ -32,7 +32,7 @@ def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     return None
 
 
-def _span(tensor: Tensor) -> int:
+def span(tensor: Tensor) -> int:
     """The number of bytes from the first element to the end of the last one."""
     if not tensor.numel():
         return 0
@@ -55,7 +55,7 @@ def _folds(tensor: Tensor) -> bool:
 
 def _meet(a: Tensor, b: Tensor) -> bool:
     if a.device != b.device or not (
-        a.data_ptr() < b.data_ptr() + _span(b) and b.data_ptr() < a.data_ptr() + _span(a)
+        a.data_ptr() < b.data_ptr() + span(b) and b.data_ptr() < a.data_ptr() + span(a)
     ):
         return False
     if a.element_size() != b.element_size():

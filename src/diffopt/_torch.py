@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import _C as _core, Tensor  # pyright: ignore[reportPrivateUsage]
+from torch._C._dynamo import guards as _guards  # pyright: ignore[reportPrivateUsage]
 from torch._functorch.pyfunctorch import (
     temporarily_clear_interpreter_stack as outside_transforms,
 )
@@ -139,6 +140,20 @@ def refuse_capture(optimizer: Any) -> None:
     """Raise where a CUDA graph captures an optimizer that was not told so."""
     check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch >= 2.12
     (check or optimizer._cuda_graph_capture_health_check)()
+
+
+class TensorGuards:
+    """Tells whether tensors are still of the types, dtypes, devices, shapes, strides and layouts.
+
+    One call of C++ for thousands of tensors, none of which it keeps.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        free = dict.fromkeys(("dynamic_dims_sizes", "dynamic_dims_strides"))
+        self._check = _guards.TensorGuards(*tensors, **free).check
+
+    def hold(self, tensors: list[Tensor]) -> bool:
+        return self._check(*tensors)
 
 
 def mps_generator() -> torch.Generator:

@@ -94,7 +94,8 @@ def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     for row in _rows_of(columns):
         for old, new in zip(written(row), apply(rule, numbers, row), strict=True):
             if isinstance(old, Tensor) and new is not old:
-                old.copy_(new)
+                # Tensor.copy_ asks for the device, which a machine lacks where tensors are fake.
+                torch.ops.aten.copy_.default(old, new)
 
 
 def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:

@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffopt import _torch, _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._rule import hyper, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._checkpoints import Checkpoints
-from diffopt.optim._plan import Group, Plan, Row, Watch, same, values_of
+from diffopt.optim._options import Group, name_of, values_of
+from diffopt.optim._plan import Plan, trace_
+from diffopt.optim._state import State
 
 _SMALL = 1 << 14  # elements
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
@@ -30,10 +32,6 @@ class RuleOptimizer(Checkpoints):
     integer_steps: ClassVar[bool] = False
     foreach_unrolls: ClassVar[bool] = False
     """Whether torch accepts foreach=True together with differentiable=True."""
-
-    _plans: list[Any]
-    _rows: list[Any]
-    watch: Watch
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         """The pure optimizer of a parameter group."""
@@ -57,36 +55,132 @@ class RuleOptimizer(Checkpoints):
 
         return step
 
-    @_torch.disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step.
+
+        Where Ctrl-C stops it, some parameters may have been stepped and others not. The count of
+        each parameter agrees with it where they are stepped one by one; elsewhere the counts of
+        those that are stepped together may be one step away, if it comes in the moment between
+        these and the parameters, or, without a fused kernel, while the parameters are written.
 
         Args:
             closure: reevaluates the model and returns the loss.
 
         Returns:
             What the closure returned.
+
+        Raises:
+            TypeError, ValueError, KeyError, RuntimeError: a hyperparameter, parameter, gradient or
+                state of which no step can be made. Nothing has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        traced = _modes.compiling() and not self.integer_steps  # torch has such steps run eagerly
+        (self._traced_step if traced else self._eager_step)()
+        return loss
+
+    def _traced_step(self) -> None:
+        """Tensor by tensor, as operations of a graph."""
+        with torch.no_grad():
+            for group in self.param_groups:
+                opt = self.rule(group)
+                names = self._names(opt, group)
+                columns: list[list[Any]] = [[] for _ in ("param", "grad", *names)]
+                self._init_group(group, *columns)
+                values = values_of(opt, group)
+                for param, grad, *state in zip(*columns, strict=True):
+                    trace_(opt, values, param, grad, dict(zip(names, state, strict=True)))
+
+    def _fill(self, group: Group, *columns: list[Any]) -> None:
+        """Put a group's tensors into columns: params, gradients, and those of `_names`."""
+        params, index = group["params"], self.param_groups.index(group)
+        grads = [param.grad for param in params]
+        self._check(group, index, grads)
+        plan = Plan(self, group, grads)
+        self._refuse_trace(group, plan)
+        names = self._names(plan.opt, group)
+        for param, grad in zip(params, grads, strict=True):
+            if grad is not None:
+                row = self.state.get(param, {})
+                found = [param, grad, *(row.get(name) for name in names)]
+                for column, value in zip(columns, found, strict=True):
+                    column.append(value)
+
+    _init_group: Any = _fill  # under this name torch.compile runs it, and knows what it finds
+
+    def _refuse_trace(self, group: Group, plan: Plan) -> None:
+        reason = None
+        if group.get("differentiable"):
+            reason = "is differentiable: compile `update` of the pure optimizer"
+        elif getattr(self, "grad_scale", None) is not None or hasattr(self, "found_inf"):
+            reason = "is scaled by a GradScaler"
+        elif any(bucket.key.kind.layout == "sparse" for bucket in plan.buckets):
+            reason = "has sparse gradients"
+        elif group.get("dampening") and any(bucket.key.fresh for bucket in plan.buckets):
+            reason = "is the first one of a dampened momentum: take one step before"
+        if reason:
+            raise RuntimeError(
+                f"torch.compile cannot take a step of {type(self).__name__} that {reason}"
+            )
+
+    def _names(self, opt: Leafwise[Any, Any], group: Group) -> list[str]:
+        """What the state of some parameter has."""
+        buffers = (name for param in group["params"] for name in self.buffers(opt, param))
+        return list(dict.fromkeys([*self.scalar_state, *buffers]))
+
+    @_torch.disable_dynamo
+    def _eager_step(self) -> None:
         if "capturable" in self.defaults:
             _torch.refuse_capture(self)
         self.check_numbers()
-        with torch.no_grad():
-            taken = self._take()  # all checks come before any change
-        for group, plan, columns in zip(self.param_groups, self._plans, taken, strict=True):
+        groups = self.param_groups
+        grads = [[param.grad for param in group["params"]] for group in groups]
+        with torch.no_grad():  # all checks come before any change
+            values = [values_of(self.rule(group), group) for group in groups]
+            plans = self._planned(grads)
+        for group, plan, *rest in zip(groups, plans, values, grads, strict=True):
             with torch.set_grad_enabled(bool(group.get("differentiable"))):
-                plan.step_(self, group, columns)
-        return loss
+                plan.step_(self, group, *rest)
+
+    def _planned(self, grads: list[list[Any]]) -> list[Any]:
+        """How each group is stepped: as before where nothing has changed."""
+        groups = self.param_groups
+        kept: list[Any] = self.state.plans if type(self.state) is State else []
+        plans: list[Any] = [*kept] if len(kept) == len(groups) else [None] * len(groups)
+        stale: list[int] = []
+        for i, group in enumerate(groups):
+            if not (plans[i] and plans[i].holds(self, group, grads[i])):
+                plans[i] = None
+                stale.append(i)
+        if not stale:
+            return plans
+        kept.clear()
+        for i in stale:
+            self._check(groups[i], i, grads[i])
+        for i in stale:
+            plans[i] = Plan(self, groups[i], grads[i])
+        kept[:] = [plan if plan.lasting else None for plan in plans]
+        return plans
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state":
+            self._drop_plans()
+            if not value and "param_groups" not in self.__dict__:  # torch's, at construction
+                value = State()
+        super().__setattr__(name, value)
+
+    def _drop_plans(self) -> None:
+        state: Any = self.__dict__.get("state")
+        if type(state) is State:
+            state.plans.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._drop_plans()
         super().__setstate__(state)
-        self._plans, self._rows, self.watch = [], [], Watch()
-        for key, row in self.state.items():
-            if type(row) is dict:
-                self.state[key] = Row(self.watch, row)
+        if type(self.state) is not State:
+            self.state = State(self.state)
 
     def new_states(self, params: Sequence[Tensor], group: Group) -> list[dict[str, Any]]:
         """The state of parameters before their first step: torch's names, shapes and dtypes."""
@@ -126,24 +220,35 @@ class RuleOptimizer(Checkpoints):
         value = value.detach() if isinstance(value, Tensor) else value
         return torch.as_tensor(value, dtype=dtype, device=device).clone().reshape(())
 
-    def _take(self) -> list[Any]:
-        """What each group is to be stepped with; plans are kept where nothing has changed."""
-        if "watch" not in self.__dict__:
-            self._plans, self._rows, self.watch = [], [], Watch()
-        plans: list[Any] = self._plans
-        rows = list(self.state.values())
-        if len(plans) != len(self.param_groups) or not same(rows, self._rows):
-            plans = [None] * len(self.param_groups)
-        taken: list[Any] = []
-        for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
-            columns = plan and plan.take(self, group)
-            if columns is None:
-                plans[i] = Plan(self, group, i)
-                columns = plans[i].take(self, group)
-                rows = list(self.state.values())
-            taken.append(columns)
-        self._plans, self._rows, self.watch.changed = plans, rows, False
-        return taken
+    def _check(self, group: Group, index: int, grads: list[Any]) -> None:
+        """Raise for what cannot be stepped."""
+        opt = self.rule(group)
+        for i, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
+            if grad is None:
+                continue
+            name = name_of(group, index, i)
+            self.check_param(param, group, name)
+            row = self.state.get(param) or {}
+            _check_tensor(grad, param, param.shape, f"the gradient of {name}")
+            _check_written(param, name)
+            if not opt.elementwise:
+                _check_shards(param, name)
+            self._check_row(opt, row, param, name)
+
+    def _check_row(self, opt: Leafwise[Any, Any], row: Any, param: Tensor, name: str) -> None:
+        shapes, counted = self._shapes(opt, param), "step" in self.scalar_state
+        needed = [*self.scalar_state, *self.buffers(opt, param)] if row else []
+        for key in needed:
+            where, value = f"{key!r} in the state of {name}", row.get(key)
+            if key not in row and counted:
+                raise KeyError(f"the state of {name} has no {key!r}, only {sorted(row)}")
+            if key in self.scalar_state:
+                if not isinstance(value, (int, float)) and getattr(value, "numel", int)() != 1:
+                    raise TypeError(f"{where} is {_tree.describe(value)}, not a 0-d tensor")
+            elif value is not None or counted:
+                _check_tensor(value, param, shapes[key], where)
+            if isinstance(value, Tensor):
+                _check_written(value, where)
 
     def check_param(self, param: Tensor, group: Group, name: str) -> None:
         """Raise for a parameter that cannot be stepped, as torch does and when it does."""
@@ -185,26 +290,53 @@ class RuleOptimizer(Checkpoints):
                     f"{sorted(map(str, row))}, but no {key}"
                 )
             if key not in self.scalar_state:
-                _check_buffer(row[key], key, param, shapes[key], name)
+                where = f"loaded state dict: {key} of {name}"
+                _check_tensor(row[key], param, shapes[key], where)
 
 
-def _check_buffer(value: Any, key: str, param: Tensor, shape: torch.Size, name: str) -> None:
-    """Raise where a saved buffer cannot be that of this parameter."""
+def _check_tensor(value: Any, param: Tensor, shape: torch.Size, name: str) -> None:
+    """Raise where a gradient or a buffer does not fit its parameter."""
     if not isinstance(value, Tensor):
-        found = _tree.describe(value)
-        raise ValueError(f"loaded state dict: {key} of {name} is {found}, not a tensor")
+        raise ValueError(f"{name} is {_tree.describe(value)}, not a tensor")
     if value.shape != shape:
         raise ValueError(
-            f"loaded state dict does not match the parameters: {key} of {name} has shape "
-            f"{tuple(value.shape)}, but must have {tuple(shape)}, since {name} has "
-            f"shape {tuple(param.shape)}"
+            f"{name} has shape {tuple(value.shape)}, but must have {tuple(shape)}, since the "
+            f"parameter has shape {tuple(param.shape)}"
         )
+    if value.device != param.device:
+        raise ValueError(f"{name} is on {value.device}, but the parameter is on {param.device}")
     if value.is_complex() != param.is_complex() or not (
         value.is_floating_point() or value.is_complex()
     ):
         raise ValueError(
-            f"loaded state dict does not match the parameters: {key} of {name} has dtype "
-            f"{value.dtype}, but {name} has dtype {param.dtype}"
+            f"{name} has dtype {value.dtype}, but the parameter has dtype {param.dtype}"
+        )
+
+
+def _check_written(tensor: Tensor, name: str) -> None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was made in torch.inference_mode, outside of which it cannot be written: "
+            "clone it"
+        )
+
+
+def _check_shards(param: Tensor, name: str) -> None:
+    """Raise on all ranks for a DTensor that has no elements on one: torch cannot reduce those."""
+    mesh: Any = getattr(param, "device_mesh", None)
+    sizes = {dim: {n} for dim, n in enumerate(param.shape)}
+    for k, placement in enumerate(getattr(param, "placements", ())):
+        if placement.is_shard():
+            parts = {(n, -(-n // mesh.size(k))) for n in sizes[placement.dim]}
+            sizes[placement.dim] = {
+                max(min(most, n - most * rank), 0)
+                for n, most in parts
+                for rank in range(mesh.size(k))
+            }
+    if param.numel() and any(0 in of for of in sizes.values()):
+        raise ValueError(
+            f"{name} of shape {tuple(param.shape)} has no elements on some rank of its mesh, where "
+            "this optimizer cannot compute: shard it by another dimension, or replicate it"
         )
 
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
+from diffopt.optim import _state
 from diffopt.optim._groups import check_numbers, plain_number, with_betas
-from diffopt.optim._plan import Group, Row, name_of
+from diffopt.optim._options import Group, name_of
 
 
 class Checkpoints(torch.optim.Optimizer):
     """Makes and reads the checkpoints of torch.optim, which are copies here."""
 
+    state: Any
     scalar_state: ClassVar[tuple[str, ...]] = ("step",)
     """What torch keeps in one 0-d tensor for each parameter."""
     scalars_follow: ClassVar[bool] = False
@@ -93,6 +95,7 @@ class Checkpoints(torch.optim.Optimizer):
                 state[params[key][0]] = self._loaded(row, *params[key])
             else:
                 state[key] = copied(row)
+        _state.string([row for row in state.values() if isinstance(row, dict)], self.scalar_state)
         self.__setstate__({"state": state, "param_groups": groups})  # it knows older formats
         for group in self.param_groups:
             if missing := sorted(self.defaults.keys() - group.keys() - {"differentiable"}):
@@ -209,4 +212,4 @@ def _is_float(tensor: Tensor) -> bool:
 
 
 def _plain(row: Any) -> Any:
-    return dict(row) if isinstance(row, Row) else row
+    return dict(row) if isinstance(row, _state.Row) else row

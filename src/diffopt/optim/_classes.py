@@ -5,7 +5,6 @@ A class that torch.optim lacks takes its constructor from `OwnClass` and says wh
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,18 +13,7 @@ from torch import Tensor
 from diffopt import rules
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._adapter import RuleOptimizer
-from diffopt.optim._plan import Group
-
-_sgd, _adam, _adamw = map(functools.cache, (rules.sgd, rules.adam, rules.adamw))
-_adamax, _nadam, _radam = map(functools.cache, (rules.adamax, rules.nadam, rules.radam))
-_rmsprop, _adagrad = map(functools.cache, (rules.rmsprop, rules.adagrad))
-_adadelta, _asgd, _rprop = map(functools.cache, (rules.adadelta, rules.asgd, rules.rprop))
-_adafactor, _muon = map(functools.cache, (rules.adafactor, rules.muon))
-
-
-@functools.cache
-def _sparse_adam(*, maximize: bool) -> Leafwise[Any, Any]:
-    return rules.sparse_adam(maximize=maximize).entries
+from diffopt.optim._options import Group
 
 
 class SGD(RuleOptimizer, torch.optim.SGD):
@@ -36,7 +24,7 @@ class SGD(RuleOptimizer, torch.optim.SGD):
     foreach_unrolls = True
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _sgd(
+        return rules.sgd(
             momentum=bool(group["momentum"] != 0),
             nesterov=group["nesterov"],
             maximize=group["maximize"],
@@ -47,7 +35,7 @@ class Adam(RuleOptimizer, torch.optim.Adam):
     """`torch.optim.Adam`, stepped by `diffopt.adam` (or `adamw` where decay is decoupled)."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        make = _adamw if group["decoupled_weight_decay"] else _adam
+        make = rules.adamw if group["decoupled_weight_decay"] else rules.adam
         return make(amsgrad=group["amsgrad"], maximize=group["maximize"])
 
 
@@ -59,7 +47,7 @@ class Adamax(RuleOptimizer, torch.optim.Adamax):
     """`torch.optim.Adamax`, stepped by `diffopt.adamax`."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _adamax(maximize=group["maximize"])
+        return rules.adamax(maximize=group["maximize"])
 
 
 class NAdam(RuleOptimizer, torch.optim.NAdam):
@@ -68,7 +56,7 @@ class NAdam(RuleOptimizer, torch.optim.NAdam):
     scalar_state = ("step", "mu_product")
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _nadam(
+        return rules.nadam(
             decoupled_weight_decay=group["decoupled_weight_decay"], maximize=group["maximize"]
         )
 
@@ -77,7 +65,7 @@ class RAdam(RuleOptimizer, torch.optim.RAdam):
     """`torch.optim.RAdam`, stepped by `diffopt.radam`."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _radam(
+        return rules.radam(
             decoupled_weight_decay=group["decoupled_weight_decay"], maximize=group["maximize"]
         )
 
@@ -86,7 +74,7 @@ class RMSprop(RuleOptimizer, torch.optim.RMSprop):
     """`torch.optim.RMSprop`, stepped by `diffopt.rmsprop`."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _rmsprop(
+        return rules.rmsprop(
             centered=group["centered"],
             momentum=bool(group["momentum"] > 0),
             maximize=group["maximize"],
@@ -106,14 +94,14 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
             )
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _adagrad(maximize=group["maximize"])
+        return rules.adagrad(maximize=group["maximize"])
 
 
 class Adadelta(RuleOptimizer, torch.optim.Adadelta):
     """`torch.optim.Adadelta`, stepped by `diffopt.adadelta`."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _adadelta(maximize=group["maximize"])
+        return rules.adadelta(maximize=group["maximize"])
 
 
 class ASGD(RuleOptimizer, torch.optim.ASGD):
@@ -123,7 +111,7 @@ class ASGD(RuleOptimizer, torch.optim.ASGD):
     scalars_follow = True
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _asgd(maximize=group["maximize"])
+        return rules.asgd(maximize=group["maximize"])
 
 
 class Rprop(RuleOptimizer, torch.optim.Rprop):
@@ -135,14 +123,14 @@ class Rprop(RuleOptimizer, torch.optim.Rprop):
             group.setdefault("lr", self.defaults["lr"])
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _rprop(maximize=group["maximize"])
+        return rules.rprop(maximize=group["maximize"])
 
 
 class Adafactor(RuleOptimizer, torch.optim.Adafactor):
     """`torch.optim.Adafactor`, stepped by `diffopt.adafactor`."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _adafactor(eps1=True, maximize=group["maximize"])
+        return rules.adafactor(eps1=True, maximize=group["maximize"])
 
     def buffers(self, opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
         return ["row_var", "col_var"] if param.dim() > 1 else ["variance"]
@@ -159,7 +147,7 @@ class Muon(RuleOptimizer, torch.optim.Muon):
     scalar_state = ()
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _muon(
+        return rules.muon(
             nesterov=group["nesterov"],
             ns_steps=group["ns_steps"],
             adjust_lr_fn=group["adjust_lr_fn"],
@@ -189,7 +177,7 @@ class SparseAdam(RuleOptimizer, torch.optim.SparseAdam):
         return int(value)
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return _sparse_adam(maximize=group["maximize"])
+        return rules.sparse_adam(maximize=group["maximize"]).entries
 
     def check_param(self, param: Tensor, group: Group, name: str) -> None:
         super().check_param(param, group, name)

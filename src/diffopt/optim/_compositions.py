@@ -13,7 +13,7 @@ from diffopt import _torch, _tree
 from diffopt._tree import Tree
 from diffopt.optim._checkpoints import Checkpoints, check_scalar
 from diffopt.optim._groups import plain_number, records, short_names
-from diffopt.optim._plan import Group, name_of
+from diffopt.optim._options import Group, name_of
 from diffopt.optimizer import Optimizer
 
 Rows = list[dict[str, Any]]

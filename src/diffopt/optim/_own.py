@@ -14,7 +14,7 @@ from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._adapter import RuleOptimizer
 from diffopt.optim._groups import options
-from diffopt.optim._plan import Group, values_of
+from diffopt.optim._options import Group, values_of
 
 _WAYS: dict[str, Any] = {"foreach": None, "capturable": False, "differentiable": False}
 

@@ -17,8 +17,8 @@ from diffopt.optim._adapter import RuleOptimizer
 from diffopt.optim._checkpoints import copied
 from diffopt.optim._compositions import TreeOptimizer
 from diffopt.optim._groups import options, with_betas
+from diffopt.optim._options import Group, values_of
 from diffopt.optim._own import LeafwiseOptimizer
-from diffopt.optim._plan import Group, values_of
 from diffopt.optim.lbfgs import LBFGS
 from diffopt.optimizer import Optimizer
 from diffopt.rules.lbfgs import lbfgs

@@ -1,0 +1,55 @@
+"""Reading a parameter group of torch.optim: flags, numbers, names."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+
+from diffopt._rule import hyper
+from diffopt._rule.leafwise import Leafwise
+from diffopt.optim._groups import plain_number
+
+Group: TypeAlias = dict[str, Any]
+
+PAIRS = {
+    "beta1": ("betas", 0),
+    "beta2": ("betas", 1),
+    "etaminus": ("etas", 0),
+    "etaplus": ("etas", 1),
+    "step_size_min": ("step_sizes", 0),
+    "step_size_max": ("step_sizes", 1),
+    "eps1": ("eps", 0),
+    "eps2": ("eps", 1),
+    "ns_a": ("ns_coefficients", 0),
+    "ns_b": ("ns_coefficients", 1),
+    "ns_c": ("ns_coefficients", 2),
+}
+"""Hyperparameters that torch.optim keeps in a tuple."""
+
+
+def flags_of(group: Group) -> tuple[Any, ...]:
+    """What decides, beside the tensors, how a group is stepped."""
+    flags = map(group.get, ("foreach", "fused", "capturable", "differentiable"))
+    return (*flags, torch.is_inference_mode_enabled())
+
+
+def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
+    """The hyperparameters of a group in the order of the rule's record.
+
+    Raises:
+        TypeError: one of them is not a number.
+    """
+    values: list[Any] = []
+    for field in hyper.FIELDS[opt.hparams]:
+        key, k = (field.name, None) if field.name in group else PAIRS[field.name]
+        value = group[key] if k is None else group[key][k]
+        epsilon = field.name == "eps1" and value is None
+        values.append(value if epsilon else plain_number(value, f"group[{key!r}]"))
+    return values
+
+
+def name_of(group: Group, i: int, j: int) -> str:
+    """What to call a parameter in an error."""
+    names = group.get("param_names")
+    return names[j] if names else f"param_groups[{i}]['params'][{j}]"
