@@ -7,7 +7,7 @@ fails where another module reaches past this one. All of them are in torch 2.11 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -148,11 +148,11 @@ class TensorGuards:
     One call of C++ for thousands of tensors, none of which it keeps.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         free = dict.fromkeys(("dynamic_dims_sizes", "dynamic_dims_strides"))
         self._check = _guards.TensorGuards(*tensors, **free).check
 
-    def hold(self, tensors: list[Tensor]) -> bool:
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
         return self._check(*tensors)
 
 

@@ -135,21 +135,21 @@ class Bucket:
         return [params[i] for i in self.indices], [grads[i] for i in self.indices]
 
     def remember(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        """What `holds` compares with."""
-        columns: list[list[Any]] = [
-            *self.buffers.values(),
-            *(counts.tensors for counts in self.scalars.values()),
-        ]
-        self.kept = [x for column in columns for x in column]
-        self.guards = _torch.TensorGuards([*params, *self.kept, *grads])
-        self.addresses = list(map(Tensor.data_ptr, [*params, *self.kept]))
+        """What `holds` compares with; of counts, which have no strides, the address is enough."""
+        counts = [x for counts in self.scalars.values() for x in counts.tensors]
+        self.kept = tuple(x for column in self.buffers.values() for x in column)
+        self.placed = (*self.kept, *counts)
+        self.guards = _torch.TensorGuards([*params, *grads])
+        self.kept_guards = _torch.TensorGuards(self.kept)
+        self.addresses = _addresses(params), _addresses(self.placed)
 
     def holds(self, params: list[Tensor], grads: list[Any]) -> bool:
         """Whether all tensors are as they were."""
-        written = [*params, *self.kept]
         return (
-            self.guards.hold([*written, *grads])
-            and list(map(Tensor.data_ptr, written)) == self.addresses
+            self.guards.hold((*params, *grads))
+            and self.kept_guards.hold(self.kept)
+            and _addresses(params) == self.addresses[0]
+            and _addresses(self.placed) == self.addresses[1]
             and all(counts.equal() for counts in self.scalars.values())
         )
 
@@ -296,6 +296,10 @@ class Bucket:
                 if name:
                     row[name] = value.new if isinstance(value, Shared) else value
             param.copy_(new_param)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def filled(values: list[Any], param: Tensor) -> list[Any]:
