@@ -695,3 +695,60 @@ def test_a_step_is_traced_with_its_state_as_an_input(name, flags):
     torch.testing.assert_close(
         traced(*arguments(2.0)), advance(*arguments(2.0)), rtol=1e-5, atol=2e-6
     )
+
+
+# A state that nobody has read is not looked at
+
+READS = {
+    "item": lambda row: row["exp_avg"],
+    "get": lambda row: row.get("exp_avg"),
+    "values": lambda row: list(row.values())[1],
+    "items": lambda row: dict(row.items())["exp_avg"],
+    "dict": lambda row: dict(row)["exp_avg"],
+    "unpacked": lambda row: {**row}["exp_avg"],
+    "updated": lambda row: (lambda d: d.update(row) or d["exp_avg"])({}),
+    "copy": lambda row: row.copy()["exp_avg"],
+    "shallow copy": lambda row: copy.copy(row)["exp_avg"],
+    "or": lambda row: (row | {})["exp_avg"],
+    "ror": lambda row: ({} | row)["exp_avg"],
+    "setdefault": lambda row: row.setdefault("exp_avg", None),
+}
+
+
+def adam_after_two_steps():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(3, 3))
+    optimizer = optim.Adam([p], lr=0.1)
+    for _ in range(2):
+        p.grad = torch.arange(9.0).view(3, 3)
+        optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_has_been_read_is_looked_at(name):
+    ends = []
+    for kept in (True, False):
+        p, optimizer = adam_after_two_steps()
+        assert not optimizer.state.plans.lent
+        optimizer.state_dict()
+        assert not optimizer.state.plans.lent
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_plan, "KEPT", kept)
+            buffer = READS[name](optimizer.state[p])
+            optimizer.step()
+            buffer.data = buffer.data.t()
+            optimizer.step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
+def test_what_was_loaded_is_this_packages_own_and_what_was_put_in_is_not():
+    p, optimizer = adam_after_two_steps()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer.state.plans.lent
+    optimizer.state[p]["exp_avg"] = torch.zeros(3, 3)
+    assert optimizer.state.plans.lent
+    p, optimizer = adam_after_two_steps()
+    optimizer.__setstate__({"state": {p: dict(optimizer.state[p])}})
+    assert optimizer.state.plans.lent

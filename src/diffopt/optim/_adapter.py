@@ -16,6 +16,7 @@ from torch import Tensor
 from diffopt import _modes, _torch, _tree
 from diffopt._rule import hyper, ways
 from diffopt._rule.leafwise import Leafwise
+from diffopt.optim import _state
 from diffopt.optim._checkpoints import Checkpoints
 from diffopt.optim._options import Group, name_of, values_of
 from diffopt.optim._plan import Plan, trace_
@@ -157,10 +158,11 @@ class RuleOptimizer(Checkpoints):
         if not stale:
             return plans
         kept.clear()
-        for i in stale:
-            self._check(groups[i], i, grads[i])
-        for i in stale:
-            plans[i] = Plan(self, groups[i], grads[i])
+        with _state.unread(self.state):
+            for i in stale:
+                self._check(groups[i], i, grads[i])
+            for i in stale:
+                plans[i] = Plan(self, groups[i], grads[i])
         kept[:] = [plan if plan.lasting else None for plan in plans]
         return plans
 

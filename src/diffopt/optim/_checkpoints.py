@@ -47,7 +47,10 @@ class Checkpoints(torch.optim.Optimizer):
             params = [index[id(param)] for param in group["params"]]
             groups.append(copied({k: v for k, v in group.items() if k != "params"}))
             groups[-1]["params"] = params
-        state = {index.get(id(key), key): copied(_plain(row)) for key, row in self.state.items()}
+        with _state.unread(self.state):
+            state = {
+                index.get(id(key), key): copied(_plain(row)) for key, row in self.state.items()
+            }
         saved: dict[str, Any] = {"state": state, "param_groups": groups}
         for hook in _torch.hooks(self, "state_dict_post"):
             result = hook(self, saved)
@@ -106,6 +109,7 @@ class Checkpoints(torch.optim.Optimizer):
         self.check_numbers()
         for param, group, name in params.values():
             self.check_state(self.state.get(param, {}), param, group, name)
+        _state.made(self.state)
 
     def check_numbers(self) -> None:
         """Raise where a group has something else than a number for a number."""

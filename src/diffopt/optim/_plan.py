@@ -8,7 +8,8 @@ step that makes a new plan gives the same bits. One that is kept
 - is looked at before each step, and used only where the parameters are the same objects, flags,
   rule and missing gradients the same, every parameter, gradient and tensor of the state has the
   type, dtype, device, layout, shape and strides that it had, all but the gradients the address that
-  they had, and the step counts that were equal are equal, and no others.
+  they had, and the step counts that were equal are equal, and no others. The tensors of a state
+  that nobody has read, and that nobody has put in, are not looked at: nobody can change them.
 
 Whatever cannot be looked at like that is planned anew for every step: subclasses of tensors, sparse
 gradients, rows that are not ours, the first step of a momentum, steps that are recorded or traced.
@@ -41,8 +42,8 @@ class Plan:
         params = group["params"]
         self.opt: Leafwise[Any, Any] = optimizer.rule(group)
         self.flags, self.ids = flags_of(group), list(map(id, params))
-        self.absent = [grad is None for grad in grads]
-        live = [i for i, absent in enumerate(self.absent) if not absent]
+        self.absent = [i for i, grad in enumerate(grads) if grad is None]
+        live = [i for i, grad in enumerate(grads) if grad is not None]
         new = _begin(optimizer, group, self.opt, [params[i] for i in live])
         rows = {i: _row(optimizer, group, self.opt, params[i]) for i in live}
         entangled = set[int]() if self.flags[3] else _entangled(params, rows)
@@ -51,7 +52,7 @@ class Plan:
             fresh = "step" not in rows[i] and id(params[i]) in new
             key = _key(optimizer, group, self.opt, params[i], grads[i], rows[i], fresh)
             members.setdefault(key._replace(alone=i) if i in entangled else key, []).append(i)
-        whole = len(members) == 1 and not any(self.absent)
+        whole = len(members) == 1 and not self.absent
         self.buckets: list[Bucket] = []
         for key, indices in members.items():
             picked: list[Any] = [[column[i] for i in indices] for column in (params, grads, rows)]
@@ -73,11 +74,14 @@ class Plan:
         params = group["params"]
         return (
             list(map(id, params)) == self.ids
-            and [grad is None for grad in grads] == self.absent
+            and self.absent == [i for i, grad in enumerate(grads) if grad is None]
             and self.flags == flags_of(group)
             and self.opt == optimizer.rule(group)
             and not (_modes.transformed() or _modes.intercepted())
-            and all(bucket.holds(*bucket.of(params, grads)) for bucket in self.buckets)
+            and all(
+                bucket.holds(*bucket.of(params, grads), lent=optimizer.state.plans.lent)
+                for bucket in self.buckets
+            )
             and (len(self.buckets) == 1 or self._apart())
         )
 
@@ -143,12 +147,18 @@ class Bucket:
         self.kept_guards = _torch.TensorGuards(self.kept)
         self.addresses = _addresses(params), _addresses(self.placed)
 
-    def holds(self, params: list[Tensor], grads: list[Any]) -> bool:
+    def holds(self, params: list[Tensor], grads: list[Any], *, lent: bool) -> bool:
         """Whether all tensors are as they were."""
         return (
             self.guards.hold((*params, *grads))
-            and self.kept_guards.hold(self.kept)
             and _addresses(params) == self.addresses[0]
+            and (not lent or self._kept_hold())
+        )
+
+    def _kept_hold(self) -> bool:
+        """Whether those of the state are."""
+        return (
+            self.kept_guards.hold(self.kept)
             and _addresses(self.placed) == self.addresses[1]
             and all(counts.equal() for counts in self.scalars.values())
         )

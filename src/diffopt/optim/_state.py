@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,35 +25,64 @@ _CHANGES = (
 )
 
 
-def _drops_plans(cls: type[Any]) -> type[Any]:
-    """Make a mapping drop the plans that were made of it, before any change."""
-
-    def dropping(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def change(self: Any, *args: Any, **kwargs: Any) -> Any:
-            self.plans.clear()
-            return method(self, *args, **kwargs)
-
-        return change
-
-    for name in _CHANGES:
-        setattr(cls, name, dropping(getattr(cls, name)))
-    return cls
+_READS = ("__getitem__", "get", "items", "values", "copy", "__or__", "__ror__", "__reduce__")
 
 
-@_drops_plans
+class Plans(list[Any]):
+    """The plans of a state, and whether anybody else may hold one of its tensors.
+
+    `lent` is set when a user reads a tensor of the state, or puts one in, and stays so: from then
+    on its shape, strides, dtype or storage may change at any time, and a plan has to look.
+    """
+
+    lent = False
+
+
+def _hooked(names: Iterable[str], hook: Callable[[Any], None]) -> Callable[[Any], Any]:
+    """A decorator of mappings: the hook comes before these methods."""
+
+    def decorate(cls: Any) -> Any:
+        def hooked(method: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(method)
+            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+                hook(self)
+                return method(self, *args, **kwargs)
+
+            return call
+
+        for name in names:
+            setattr(cls, name, hooked(getattr(cls, name)))
+        return cls
+
+    return decorate
+
+
+def _drop(mapping: Any) -> None:
+    mapping.plans.clear()
+
+
+def _lend(row: Any) -> None:
+    row.plans.lent = True
+
+
+@_hooked(_CHANGES, _drop)
+@_hooked((*_READS, *_CHANGES), _lend)
 class Row(dict[str, Any]):
-    """The state of one parameter; a change drops the plans of the state it belongs to."""
+    """The state of one parameter: a change drops the plans of the state it belongs to."""
 
-    def __init__(self, plans: list[Any], values: Mapping[str, Any] | Iterable[Any] = ()) -> None:
+    def __init__(self, plans: Plans, values: Mapping[str, Any] | Iterable[Any] = ()) -> None:
         super().__init__(values)
         self.plans = plans
+
+    def __iter__(self) -> Iterator[str]:
+        """Of its own, or `dict(row)` would read past the methods here."""
+        return iter(self.keys())
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
 
 
-@_drops_plans
+@_hooked(_CHANGES, _drop)
 class State(defaultdict[Any, Any]):
     """The rows of all parameters, and the plans that hold until one of them is changed.
 
@@ -61,9 +91,10 @@ class State(defaultdict[Any, Any]):
 
     def __init__(self, rows: Mapping[Any, Any] | None = None) -> None:
         super().__init__(dict)
-        self.plans: list[Any] = []
+        self.plans = Plans()
         for key, row in (rows or {}).items():
             self[key] = Row(self.plans, row) if type(row) in (dict, Row) else row
+        self.plans.lent = bool(rows)
 
     def __missing__(self, key: Any) -> Row:
         row = self[key] = Row(self.plans)
@@ -80,6 +111,23 @@ class State(defaultdict[Any, Any]):
     def owns(self, rows: Iterable[Any]) -> bool:
         """Whether a change of any of these rows drops the plans."""
         return all(type(row) is Row and row.plans is self.plans for row in rows)
+
+
+@contextlib.contextmanager
+def unread(state: Any) -> Generator[None]:
+    """What is read and put in meanwhile stays within this package."""
+    plans = state.plans if type(state) is State else Plans()
+    lent = plans.lent
+    try:
+        yield
+    finally:
+        plans.lent = lent
+
+
+def made(state: Any) -> None:
+    """Say that all tensors of a state were made by this package, and nobody else holds one."""
+    if type(state) is State:
+        state.plans.lent = False
 
 
 def row_of(state: Any, param: Tensor) -> dict[str, Any]:
