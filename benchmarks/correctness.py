@@ -174,7 +174,7 @@ def main() -> None:
     for rule, coordinates, by in rows:
         dead = ", one gradient always 0" if coordinates == 3 else ""
         cells = [verdict(LIBRARIES[n][1], rule, coordinates, by) for n in names]
-        print(f"| {rule} by {by}{dead} | {' | '.join(cells)} |")
+        print(f"| {rule}, d/d {by}{dead} | {' | '.join(cells)} |")
     print(f"| adam, vmap over lr | {' | '.join(batched(LIBRARIES[n][1]) for n in names)} |")
 
 

@@ -53,7 +53,7 @@ def numbers_of(optimizer):
 
 def test_every_number_of_torchs_classes_is_a_hyperparameter():
     numbers, fields = defaultdict(set), defaultdict(set)
-    for case in REGISTRY.values():
+    for case in filter(lambda case: case.reference, REGISTRY.values()):
         optimizer = case.reference([torch.zeros(case.shapes[0])])
         numbers[type(optimizer)] |= numbers_of(optimizer)
         fields[type(optimizer)] |= {field.name for field in dataclasses.fields(case.record())}
