@@ -312,7 +312,7 @@ def test_wrong_gradients_are_refused_and_change_nothing():
         opt.update_(params, {"a": good}, state, opt.hparams())
     with pytest.raises(TypeError, match="state is a tuple"):
         opt.update_(params, {"a": good, "b": [good]}, tuple(state), opt.hparams())
-    with pytest.raises(ValueError, match=r"hparams.lr.* must be a prefix of params"):
+    with pytest.raises(ValueError, match=r"hparams.lr.* must be a prefix tree of params"):
         opt.update_(params, {"a": good, "b": [good]}, state, opt.hparams(lr={"c": 0.1}))
     asking = {"a": good.clone().requires_grad_(), "b": [good]}
     with pytest.raises(ValueError, match="requires a gradient"):

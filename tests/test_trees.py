@@ -131,7 +131,7 @@ def test_gradients_of_another_structure(grads, message):
 @pytest.mark.parametrize(
     ("lr", "message"),
     [
-        ({"x": 0.1}, r"hparams.lr must be a prefix of params: hparams.lr\['y'\] is missing"),
+        ({"x": 0.1}, r"hparams.lr must be a prefix tree of params: hparams.lr\['y'\] is missing"),
         ({"x": 0.1, "y": 0.1, "z": 1.0}, r"hparams.lr\['z'\] is not expected there"),
         ((0.1, 0.2), r"hparams.lr is a tuple, where a dict is expected"),
         ({"x": 0.1, "y": [0.1]}, r"lr\['y'\] is a list, where a tensor of shape \(\) is expected"),
@@ -280,7 +280,7 @@ def test_a_record_is_frozen_and_takes_keywords_only():
         record.lr = 1.0
     with pytest.raises(TypeError):
         diffopt.adam().hparams(0.1)
-    with pytest.raises(TypeError, match="has no hyperparameter 'betas': give beta1 and beta2"):
+    with pytest.raises(TypeError, match="has no hyperparameter 'betas': pass beta1 and beta2"):
         diffopt.adam().hparams(betas=(0.9, 0.99))
 
 
@@ -325,12 +325,12 @@ def test_numpy_numbers_count_as_numbers():
     ],
 )
 def test_flags_are_no_numbers(make):
-    with pytest.raises(TypeError, match=r"is .*, not a bool: numbers go to hparams"):
+    with pytest.raises(TypeError, match=r"is .*, not a bool: pass numbers to hparams"):
         make()
 
 
 def test_nesterov_needs_momentum():
-    with pytest.raises(ValueError, match="nesterov=True needs momentum=True"):
+    with pytest.raises(ValueError, match="nesterov=True requires momentum=True"):
         diffopt.sgd(nesterov=True, momentum=False)
     with pytest.raises(TypeError, match="momentum"):
         diffopt.sgd(momentum=False).hparams(momentum=0.9)

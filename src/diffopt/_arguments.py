@@ -9,7 +9,7 @@ from diffopt import _tree
 
 
 def check_number(value: Any, name: str, *, positive: bool = False) -> None:
-    """Raise unless it is a finite Python number >= 0, or > 0 where it must be positive."""
+    """Raise unless it is a finite Python number >= 0, or > 0 if it must be positive."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value < math.inf or (positive and value == 0):
         raise ValueError(f"{name} is {value!r}, but must be a number {'>' if positive else '>='} 0")
@@ -29,6 +29,6 @@ def check_choice(value: Any, name: str, *choices: str | None) -> None:
 
 
 def check_function(value: Any, name: str, *, optional: bool = False) -> None:
-    """Raise unless it can be called, or is None where it is optional."""
+    """Raise unless it is callable, or None if it is optional."""
     if not (callable(value) or (optional and value is None)):
         raise TypeError(f"{name} is {_tree.describe(value)}, not a function")

@@ -1,4 +1,4 @@
-"""Which tensors share memory: what is written in place must not be written twice."""
+"""Finding tensors that share memory, since aliased tensors cannot be updated in place."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor
 
 
 def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """The indices of two tensors that share an element, or of one whose own elements coincide.
+    """The indices of two tensors that share an element, or twice that of one that overlaps itself.
 
-    Tensors without an address of their own (DTensors, fake ones, those on the meta device) share
-    nothing.
+    Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """
     known = [i for i, x in enumerate(tensors) if type(x) in (Tensor, torch.nn.Parameter)]
     ordinary = [tensors[i] for i in known]
@@ -41,7 +40,7 @@ def span(tensor: Tensor) -> int:
 
 
 def _folds(tensor: Tensor) -> bool:
-    """Whether two elements of one tensor have the same address, as in an expanded one."""
+    """Whether two elements of one tensor have the same address, as in an expanded tensor."""
     sizes = sorted(
         (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -66,7 +65,7 @@ def _meet(a: Tensor, b: Tensor) -> bool:
 
 
 def _offsets(tensor: Tensor) -> Tensor:
-    """Where the elements are, counted from the first one."""
+    """The offsets of the elements from the first one."""
     offsets = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride

@@ -1,4 +1,4 @@
-"""Which of torch's ways of running code is active, and what a tensor is there."""
+"""Which transforms and modes of torch are active, and what they have wrapped in tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def compiling() -> bool:
 
 
 def transformed() -> bool:
-    """Whether the code runs under a torch.func transform, or is being traced as if it did."""
+    """Whether a torch.func transform is active, also in code that is being traced."""
     return compiling() or _torch.innermost_transform() is not None
 
 
@@ -33,12 +33,12 @@ def forward_differentiated() -> bool:
 
 
 def differentiable() -> bool:
-    """Whether what is computed may be differentiated in any mode."""
+    """Whether results may be differentiated in any mode."""
     return torch.is_grad_enabled() or forward_differentiated()
 
 
 def differentiated(tensors: Iterable[Tensor]) -> bool:
-    """Whether a derivative may be asked of what is computed from `tensors`."""
+    """Whether results computed from `tensors` may be differentiated."""
     if transformed() or forward_differentiated():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -49,12 +49,12 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 def exact(scalar: Tensor) -> Tensor:
-    """A 0-d tensor in float64: `beta ** step` in float32 costs parity in the sixth digit."""
+    """A 0-d tensor in float64: `beta ** step` in float32 would be wrong in the sixth digit."""
     return scalar.to(exact_dtype(scalar.device))
 
 
 def number_of(value: Any) -> Any:
-    """A number for a 0-d tensor, where that costs no wait and no derivative."""
+    """A number for a 0-d tensor, if that needs no synchronization and loses no derivative."""
     if not isinstance(value, Tensor) or value.dim() > 0 or value.device.type != "cpu":
         return value
     if differentiated([value]) or intercepted():
@@ -64,12 +64,12 @@ def number_of(value: Any) -> Any:
 
 def distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which every process holds a part."""
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has one who has not loaded it
+    module = sys.modules.get("torch.distributed.tensor")  # there are none if it is not loaded
     return module is not None and any(isinstance(x, module.DTensor) for x in levels(tensor))
 
 
 def levels(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor, and what torch.func's transforms have wrapped in it, from outside in."""
+    """The tensor, and the tensors that torch.func's transforms have wrapped in it, outside in."""
     yield tensor
     while _torch.is_wrapped(tensor):
         tensor = _torch.unwrapped(tensor)
@@ -77,7 +77,7 @@ def levels(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def needs_gradient(tensor: Tensor) -> bool:
-    """Whether autograd, or a torch.func transform at any level, may ask for its gradient."""
+    """Whether autograd, or a torch.func transform at any level, may need its gradient."""
     return any(level.requires_grad for level in levels(tensor))
 
 
@@ -87,7 +87,7 @@ def batches(tensor: Tensor) -> set[int]:
 
 
 def all_samples(tensor: Tensor) -> Tensor:
-    """What torch.func's wrappers hold: all samples of a batch, batch dimensions in front.
+    """The tensor inside torch.func's wrappers: all samples of a batch, batch dimensions in front.
 
     The outermost batch is the first dimension. `_diff.isolation.batched` is its inverse.
     """
@@ -99,7 +99,7 @@ def all_samples(tensor: Tensor) -> Tensor:
 
 
 def concrete(tensor: Tensor | None) -> Tensor | None:
-    """`all_samples` as a constant whose values can be read; None where a trace has no values."""
+    """`all_samples` as a constant whose values can be read; None if a trace has no values."""
     if tensor is None or compiling() or intercepted():
         return None
     return all_samples(tensor).detach()

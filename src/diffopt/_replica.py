@@ -1,4 +1,4 @@
-"""Replicas of modules: what is called in place of a module, with other tensors."""
+"""Replicas of modules, which are called in their place with other tensors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
     """A copy of the module `parts[0]` with `tensors[id(tensor)]` in place of each of its tensors.
 
     The parts are the module and all its submodules, which are copied too. Everything else is
-    shared, but for what refers to a part or a tensor: containers, bound methods, functions, and
-    objects (not those inside of them).
+    shared, except what refers to a part or a tensor: containers, bound methods, functions, and
+    objects (but not objects nested inside those).
     """
     known: dict[int, Any] = {**tensors, **{id(part): object.__new__(type(part)) for part in parts}}
     copies = _Copies(known, _Copies(known, None))
@@ -36,22 +36,22 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
 
 
 class _Copies:
-    """What stands for objects in a replica: `known` holds it by the object's identity.
+    """The replacements of objects in a replica; `known` holds them by the object's identity.
 
-    `inner` is the same inside an object, where no other object is looked into.
+    `inner` is used inside an object, where nested objects are not searched.
     """
 
     def __init__(self, known: Mapping[int, Any], inner: _Copies | None) -> None:
         self.known, self.inner = dict(known), inner
 
     def of(self, value: Any) -> Any:
-        """What stands for `value`: itself, if nothing in it has to be replaced."""
+        """The replacement of `value`: itself, if nothing in it has to be replaced."""
         kind: type = type(value)
         if kind in _ATOMS:
             return value
         key = id(value)
         if key not in self.known:
-            self.known[key] = value  # for what refers to itself
+            self.known[key] = value  # in case it refers to itself
             follow = next((f for known, f in _FOLLOW if issubclass(kind, known)), None)
             self.known[key] = follow(self, value) if follow else self.of_object(value)
         return self.known[key]
@@ -134,7 +134,7 @@ def _shared(copies: _Copies, value: Any) -> Any:
 
 
 _ATOMS = {bool, int, float, complex, str, bytes, type(None)}
-_DICTS = {dict, OrderedDict}  # most attributes of a module are empty ones, for hooks
+_DICTS = {dict, OrderedDict}  # most attributes of a module are empty dicts for hooks
 _TABLES = _torch.MODULE_TABLES
 _FOLLOW: list[tuple[type, Callable[[_Copies, Any], Any]]] = [
     (dict, _Copies.of_dict),

@@ -1,7 +1,7 @@
-"""The one window onto torch's private names: what each is for, and the torch it was last seen in.
+"""The only module that uses torch's private names; each line says what one is for.
 
-torch changes these without notice. A name that goes is replaced here, and nowhere else; a test
-fails where another module reaches past this one. All of them are in torch 2.11 to 2.15.
+torch changes these without notice. A name that disappears is replaced here, and nowhere else; a
+test fails if another module uses private names directly. All exist in torch 2.11 to 2.15.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 
 __all__ = [
     "outside_transforms",  # run code as if no transform of torch.func were active
-    "pytree",  # the registry of containers, and walks over trees
+    "pytree",  # the registry of containers, and traversal of trees
 ]
 
 _C: Any = _core
@@ -36,78 +36,78 @@ _forward_ad: Any = forward_ad
 
 # Trees.
 node_type: Callable[[Any], Any] = getattr(pytree, "_get_node_type")  # noqa: B009
-"""The key under which the registry knows a container."""
+"""The key of a container in the registry."""
 
 # Transforms of torch.func.
 TransformType: Any = _functorch.TransformType
 """The kinds of transforms: vmap, grad, jvp, functionalize."""
 interpreter_stack: Callable[[], list[Any] | None] = _functorch.get_interpreter_stack
-"""The transforms in progress, outermost first; None where there are none."""
+"""The active transforms, outermost first; None if there are none."""
 innermost_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
-"""The innermost transform in progress, or None: cheaper than the whole stack."""
+"""The innermost active transform, or None: cheaper than the whole stack."""
 is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
-"""Whether a tensor is one that a transform has wrapped."""
+"""Whether a tensor is wrapped by a transform."""
 is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
 """Whether the outermost wrapper of a tensor is that of vmap."""
 unwrapped: Callable[[Tensor], Tensor] = _functorch.get_unwrapped
-"""What a wrapped tensor holds."""
+"""The tensor inside a wrapped tensor."""
 batch_dim: Callable[[Tensor], int] = _functorch.maybe_get_bdim
-"""The batched dimension of what a batched tensor holds."""
+"""The batch dimension of the tensor inside a batched tensor."""
 level_of: Callable[[Tensor], int] = _functorch.maybe_get_level
 """The level of the transform that wrapped a tensor."""
 add_batch_dim: Callable[[Tensor, int, int], Tensor] = _functorch._add_batch_dim
 """A batched tensor: `(tensor, dimension, level)`."""
 unwrap_for_grad: Callable[[Tensor, int], Tensor] = _functorch._unwrap_for_grad
-"""The inside of a tensor at a level of grad."""
+"""The tensor inside the wrapper of a level of grad."""
 unwrap_if_dead: Callable[[Tensor], Tensor] = _functorch.unwrap_if_dead
 """The tensor without the wrapper of a transform that has ended."""
 
 # Forward mode.
 forward_enabled: Callable[[bool], AbstractContextManager[Any]] = _forward_ad._set_fwd_grad_enabled
-"""A context that switches forward derivatives on or off."""
+"""A context that enables or disables forward derivatives."""
 set_forward_enabled: Callable[[bool], None] = _C._set_fwd_grad_enabled
 """The same as a plain call."""
 set_grad_enabled: Callable[[bool], None] = _C._set_grad_enabled
-"""What `torch.no_grad` and its like call: a mode recognizes it."""
+"""What `torch.no_grad` and similar contexts call: a mode recognizes it."""
 
 
 def forward_level() -> int:
-    """The level of `torch.autograd.forward_ad` in progress, or -1."""
+    """The active level of `torch.autograd.forward_ad`, or -1."""
     return _forward_ad._current_level
 
 
 # Dispatch.
 dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
-"""How many modes, such as FakeTensorMode, see every operation."""
+"""The number of modes, such as FakeTensorMode, that see every operation."""
 DispatchKeySet: Any = _C.DispatchKeySet
 """A set of dispatch keys, for `without_dispatch_keys`."""
 dispatch_key: Callable[[str], Any] = _C._parse_dispatch_key
 """The dispatch key of a name."""
 without_dispatch_keys: Callable[[Any], AbstractContextManager[Any]] = _C._ExcludeDispatchKeyGuard
-"""A context in which operations pass these keys by."""
+"""A context in which operations skip these keys."""
 below_autograd: Callable[[], AbstractContextManager[Any]] = _C._AutoDispatchBelowAutograd
 """A context in which operations skip autograd: a tenth of the time for many small tensors."""
 
 # Autograd.
 AccumulateGrad: Any = _C._functions.AccumulateGrad
-"""The kind of node in autograd's graph that stands for a leaf."""
+"""The type of the nodes of autograd's graph that represent leaves."""
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
-"""How often a tensor, or a view of the same memory, has been written to."""
+"""The number of writes to a tensor or to views of its memory."""
 
 
 def function_class(node: Any) -> type | None:
-    """The torch.autograd.Function of a node in autograd's graph; None where it has none."""
+    """The torch.autograd.Function of a node in autograd's graph; None if it has none."""
     return getattr(node, "_forward_cls", None)
 
 
 next_node: Callable[[], int] = _C._autograd._get_sequence_nr
-"""The number that the next node of autograd's graph gets in this thread."""
+"""The number that the next node of autograd's graph in this thread gets."""
 weight_norm: Callable[..., Tensor] = _torch._weight_norm
 """What `torch.nn.utils.weight_norm` and its parametrization call."""
 
 # torch.optim.
 disable_dynamo: Callable[..., Any] = _torch._disable_dynamo
-"""A decorator that keeps torch.compile out of a function, without importing it beforehand."""
+"""A decorator that disables torch.compile in a function, without importing it beforehand."""
 
 
 def node_number(node: Any) -> int:
@@ -116,7 +116,7 @@ def node_number(node: Any) -> int:
 
 
 def weight_norm_inputs(node: Any) -> tuple[Tensor, Tensor, int]:
-    """What the node of a weight normalisation has saved: direction, norms and dimension."""
+    """What the node of a weight normalization has saved: direction, norms and dimension."""
     return node._saved_v, node._saved_g, node._saved_dim
 
 
@@ -137,15 +137,15 @@ def hooks(optimizer: Any, when: str) -> list[Callable[..., Any]]:
 
 
 def refuse_capture(optimizer: Any) -> None:
-    """Raise where a CUDA graph captures an optimizer that was not told so."""
+    """Raise if a CUDA graph captures an optimizer without `capturable=True`."""
     check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch >= 2.12
     (check or optimizer._cuda_graph_capture_health_check)()
 
 
 class TensorGuards:
-    """Tells whether tensors are still of the types, dtypes, devices, shapes, strides and layouts.
+    """Checks whether tensors still have the same types, dtypes, devices, shapes and strides.
 
-    One call of C++ for thousands of tensors, none of which it keeps.
+    A single C++ call checks thousands of tensors; it keeps none of them alive.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -169,7 +169,7 @@ MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _kernel(name: str) -> Callable[..., Any]:
-    """`torch.name`, looked up when it is called: whoever replaces it there is heard."""
+    """`torch.name`, looked up at every call, so that it can be replaced there."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         return getattr(torch, name)(*args, **kwargs)

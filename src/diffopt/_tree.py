@@ -10,7 +10,7 @@ from torch import Tensor
 from diffopt import _modes, _torch
 
 Tree: TypeAlias = Any
-"""A tensor, or a container of trees that torch's pytree registry knows."""
+"""A tensor, or a container of trees that is registered with torch's pytree."""
 
 pytree = _torch.pytree
 
@@ -22,9 +22,9 @@ register_node = pytree.register_pytree_node
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> tuple[list[Any], Spec]:
-    """The leaves and the structure, much faster than torch's where the structure came before.
+    """The leaves and the structure; much faster than torch's for structures seen before.
 
-    `is_leaf` says which containers to leave whole.
+    `is_leaf` says which containers to treat as leaves.
     """
     if is_leaf is not None or _modes.compiling():
         return pytree.tree_flatten(tree, is_leaf)
@@ -62,7 +62,7 @@ def map(
     *others: Tree,
     is_leaf: Callable[[Tree], bool] | None = None,
 ) -> Tree:
-    """The tree of `function(leaf, *leaves)`, for trees of one structure."""
+    """The tree of `function(leaf, *leaves)`, for trees of the same structure."""
     if others:
         return pytree.tree_map(function, tree, *others, is_leaf=is_leaf)
     values, spec = flatten(tree, is_leaf)
@@ -70,12 +70,12 @@ def map(
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
-    """The tree of `function(leaf)` for every tensor; other leaves stay as they are."""
+    """The tree of `function(leaf)` for every tensor; other leaves are unchanged."""
     return map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 class _Node(NamedTuple):
-    """A structure in a form that is walked along quickly."""
+    """A structure in a form that can be traversed quickly."""
 
     spec: Spec
     kind: Any  # None for a leaf
@@ -86,11 +86,11 @@ class _Node(NamedTuple):
 _LEAF = _Node(pytree.tree_structure(0), None, None, ())
 _REMEMBERED = 4
 _KNOWN: dict[tuple[type, int], tuple[_Node, ...]] = {}  # by type and length of the root
-_NODES: dict[int, _Node] = {}  # those of `_KNOWN` by identity of their specs
+_NODES: dict[int, _Node] = {}  # those of `_KNOWN` by the id of their specs
 
 
 def _node(spec: Spec) -> _Node | None:
-    """None where a node of another kind than those of Python and of this package is in it."""
+    """The structure; None if it contains nodes of other types than Python's and this package's."""
     kind: Any = spec.type
     if kind is None:
         return _LEAF
@@ -120,7 +120,7 @@ def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
         mine = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)[0] if same else ()
     if not same or len(mine) != len(children):
         return False
-    for child, structure in zip(mine, children):  # noqa: B905 (`strict` takes its time)
+    for child, structure in zip(mine, children):  # noqa: B905 (`strict` is slower)
         if structure is _LEAF and isinstance(child, Tensor):
             values.append(child)
         elif not _collect(child, structure, values):
@@ -129,7 +129,7 @@ def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
 
 
 def _build(node: _Node, values: Iterator[Any]) -> Tree:
-    """The tree of this structure of the next values."""
+    """The tree of this structure with the next values."""
     _, kind, context, nodes = node
     if kind is None:
         return next(values)
@@ -140,9 +140,9 @@ def _build(node: _Node, values: Iterator[Any]) -> Tree:
 
 
 def split(tree: Tree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Tree]]:
-    """The tensors of a tree, and the function that puts as many others in their places.
+    """The tensors of a tree, and a function that builds the tree with others in their place.
 
-    That function holds none of the tensors, so that whoever keeps it keeps no memory alive.
+    That function holds none of the tensors, so it keeps no memory alive.
     """
     values, spec = flatten(tree)
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
@@ -177,8 +177,8 @@ def paths(tree: Tree, name: str) -> list[str]:
 def leaves_like(tree: Tree, spec: Spec, like: Tree, names: tuple[str, str]) -> list[Any]:
     """The leaves of `tree` in the order of `spec`, the structure of `like`.
 
-    Dictionaries match by key, whatever the order of insertion. Raises `ValueError` with the path
-    of the first difference; `names` are those of `tree` and `like`.
+    Dictionaries match by key, in any order. Raises `ValueError` with the path of the first
+    difference; `names` are those of `tree` and `like`.
     """
     found, structure = flatten(tree)
     if structure == spec:
@@ -194,8 +194,8 @@ def broadcast_prefix(
 ) -> tuple[list[Any], Sequence[int]]:
     """The leaves of `prefix`, and for each leaf of `like` the index of the one that covers it.
 
-    `prefix` is a tree whose leaves stand where `like`, of structure `spec`, has whole subtrees. The
-    names of a module's parameters count as such: "body" covers "body.0.weight" and "body.0.bias".
+    `prefix` is a tree with leaves where `like`, of structure `spec`, has whole subtrees. Dotted
+    names of a module's parameters count as nested: "body" covers "body.0.weight" and "body.0.bias".
     Raises `ValueError` with the path of the first difference.
     """
     if is_leaf(prefix):
@@ -205,7 +205,7 @@ def broadcast_prefix(
         return values, range(len(values))
     difference = _difference(_spelled_out(prefix, like, names[0]), like, names[0], prefix=True)
     if difference:
-        raise ValueError(f"{names[0]} must be a prefix of {names[1]}: {difference}")
+        raise ValueError(f"{names[0]} must be a prefix tree of {names[1]}: {difference}")
     numbered = unflatten(range(len(values)), structure)
     indices, structure = flatten(_spelled_out(numbered, like, names[0]))
     cover = [0] * spec.num_leaves
@@ -218,7 +218,7 @@ def broadcast_prefix(
 
 
 def _spelled_out(prefix: Tree, like: Tree, path: str) -> Tree:
-    """The prefix with each dotted name of `like` in place of one that it begins with."""
+    """The prefix with its keys expanded to the dotted names of `like` that begin with them."""
     if not isinstance(prefix, dict) or not isinstance(like, dict) or like.keys() >= prefix.keys():
         return prefix
     given, used = cast(dict[Any, Any], prefix), set[Any]()
@@ -233,11 +233,11 @@ def _spelled_out(prefix: Tree, like: Tree, path: str) -> Tree:
 
 
 def detach(tree: Tree) -> Tree:
-    """Cut every tensor of `tree` from the autograd graph: `x.detach()` leaf by leaf.
+    """Detach every tensor of `tree` from the autograd graph: `x.detach()` leaf by leaf.
 
     Args:
         tree: any pytree: parameters, optimizer state, hyperparameters, a `Solution`, or a tuple of
-            them. Leaves that are not tensors stay as they are.
+            them. Leaves that are not tensors are unchanged.
 
     Returns:
         The same structure; each tensor shares its data with the old one and has no history.
@@ -266,7 +266,7 @@ def _children(node: Tree) -> list[tuple[str, Tree]]:
 
 
 def _difference(tree: Tree, like: Tree, path: str, *, prefix: bool) -> str | None:
-    """Says where `tree` first departs from (a prefix of) `like`; None where it does not."""
+    """Where `tree` first differs from `like` (or is not its prefix tree); None if it does not."""
     if is_leaf(tree):
         if prefix or is_leaf(like):
             return None
@@ -289,7 +289,7 @@ def _difference(tree: Tree, like: Tree, path: str, *, prefix: bool) -> str | Non
 
 
 def describe(leaf: object) -> str:
-    """A few words on a leaf for an error message."""
+    """A short description of a leaf for error messages."""
     if isinstance(leaf, Tensor):
         return f"a tensor of shape {tuple(leaf.shape)}"
     return "None" if leaf is None else f"{leaf!r} of type {type(leaf).__name__}"

@@ -1,4 +1,4 @@
-"""Values: frozen dataclasses that are equal, hashed and printed by their arguments."""
+"""Values: frozen dataclasses that are compared, hashed and printed by their arguments."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class Value:
     """The base of a frozen dataclass whose fields may hold tensors, trees and functions.
 
-    Two are equal where they are of one class and their fields are equal: trees by what they hold,
-    and a tensor only to itself, since no tensor is looked into. A subclass is declared with
+    Two are equal if they have the same class and equal fields: trees are compared by contents, and
+    tensors by identity, since their values are never read. Declare subclasses with
     `dataclass(frozen=True, eq=False, repr=False)`.
     """
 
@@ -31,19 +31,19 @@ class Value:
 
 
 class _Items(dict[Any, Any]):
-    """A dict with a hash, whatever the order of its keys."""
+    """A dict with a hash that does not depend on the order of its keys."""
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (a dict has none)
         return hash(frozenset(self.items()))
 
 
 def brief(value: Any) -> str:
-    """A repr of one line: of a tensor its shape, of a function its name, of long trees a part."""
+    """A one-line repr: shapes for tensors, names for functions, and long trees abbreviated."""
     return " ".join(_SHORT.repr(value).split())
 
 
 def _key(value: Any) -> Any:
-    """What is equal where two fields are, and hashable where their leaves are."""
+    """A key that is equal if two fields are, and hashable if their leaves are."""
     if isinstance(value, Tensor):
         return Tensor, id(value)
     if isinstance(value, Mapping):

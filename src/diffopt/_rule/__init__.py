@@ -1,1 +1,1 @@
-"""How one rule, the mathematics of one tensor, is run on trees and on parameter groups."""
+"""Running a rule, the mathematics of one tensor, on trees and on parameter groups."""

@@ -1,6 +1,6 @@
-"""What the arguments of an update must satisfy; an error names the first leaf at fault.
+"""Checks of the arguments of an update; an error names the first leaf at fault.
 
-Every function takes lists in the order of the leaves, and the tree of params for its paths.
+Functions take lists in the order of the leaves, and the tree of params for the paths in errors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HALF = (torch.float16, torch.bfloat16, torch.complex32)
 def params(
     tensors: list[Any], tree: Tree, refuse: Callable[[Tensor], str | None] | None = None
 ) -> None:
-    """Tensors, each at one path, which the rule does not refuse."""
+    """Raise unless all are tensors, each at one path only, and the rule accepts them."""
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             path = _tree.paths(tree, "params")[i]
@@ -41,20 +41,23 @@ def params(
 
 
 def grads(grads: list[Any], params: list[Tensor], tree: Tree, *, sparse: bool = False) -> None:
-    """None, or a tensor of the parameter's shape, dtype and device; dense, unless `sparse`."""
+    """Raise unless each is None or matches its parameter in shape, dtype, device (and is dense)."""
     for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
         if grad is None:
             continue
         _leaf(grad, param, tree, i, "grads", ("shape", "dtype", "device"))
         if not (param.is_floating_point() or param.is_complex()):
             path = _tree.paths(tree, "params")[i]
-            raise ValueError(f"{path} has dtype {param.dtype}, which cannot follow a gradient")
+            raise ValueError(
+                f"{path} has dtype {param.dtype}, but only floating-point and complex params can "
+                "be updated"
+            )
         if grad.layout is not torch.strided and not sparse:
             path = _tree.paths(tree, "grads")[i]
             raise ValueError(
-                f"{path} has layout {grad.layout}, but must be dense: make the embedding it comes "
-                "from with sparse=False, or update it by sparse_adam (transforms.partition gives "
-                "it one of its own)"
+                f"{path} has layout {grad.layout}, but must be dense: create the embedding it "
+                "comes from with sparse=False, or update that parameter with sparse_adam (see "
+                "transforms.partition)"
             )
 
 
@@ -66,7 +69,7 @@ def buffers(
     dtype: torch.dtype | None = None,
     shapes: Sequence[Shape] | None = None,
 ) -> None:
-    """Tensors of the parameter's device, of these shapes or the parameter's, of such a dtype."""
+    """Raise unless each has its parameter's device, a fitting dtype, and its shape or these."""
     attributes = ("device",) if shapes else ("shape", "device")
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
         _leaf(buffer, param, tree, i, name, attributes)
@@ -75,7 +78,8 @@ def buffers(
             if kinds[0] not in kinds[1:]:
                 path = _tree.paths(tree, name)[i]
                 raise ValueError(
-                    f"{path} has dtype {buffer.dtype}, but must be {kinds[1]}: make it by init()"
+                    f"{path} has dtype {buffer.dtype}, but must be {kinds[1]}: create the state "
+                    "with init()"
                 )
         if shapes and buffer.shape != shapes[i]:
             paths = [_tree.paths(tree, n)[i] for n in (name, "params")]
@@ -111,7 +115,7 @@ def _leaf(
 
 
 def step(step: Any, params: list[Tensor], tree: Tree) -> None:
-    """A 0-d tensor."""
+    """Raise unless it is a 0-d tensor."""
     if not isinstance(step, Tensor):
         raise TypeError(f"state.step is {_tree.describe(step)}, not a tensor")
     if step.dim() != 0:
@@ -121,16 +125,16 @@ def step(step: Any, params: list[Tensor], tree: Tree) -> None:
 
 
 def _reachable(scalar: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
-    """A 0-d tensor may be on another device, but not on the one where nothing has a value."""
+    """Raise for a meta tensor; a 0-d tensor may be on any other device."""
     if scalar.is_meta and not param.is_meta:
         path = _tree.paths(tree, "params")[i]
         raise ValueError(f"{name} has device meta, but {path} has device {param.device}")
 
 
 def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | None = None) -> None:
-    """Tensors that an update in place can write: each element once, and as precisely as it must.
+    """Raise for tensors that cannot be updated in place: overlapping, inference or too coarse.
 
-    `columns` are the params and the buffers by name, `step` is the count of the state.
+    `columns` are the params and the buffers by name, `step` is the step count in the state.
     """
     if _modes.transformed():
         return
@@ -139,7 +143,7 @@ def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | Non
     if step is not None:
         names, tensors = [*names, ("state.step", -1)], [*tensors, step]
         if step.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"state.step has dtype {step.dtype}, which cannot count")
+            raise ValueError(f"state.step has dtype {step.dtype}, which cannot count steps exactly")
 
     def path(k: int) -> str:
         name, i = names[k]
@@ -148,8 +152,8 @@ def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | Non
     for k, tensor in enumerate(tensors):
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
-                f"{path(k)} is an inference tensor, which can be written to in "
-                "torch.inference_mode() only: clone it"
+                f"{path(k)} is an inference tensor, which can only be written to inside "
+                "torch.inference_mode(): clone it"
             )
     for name, column in columns.items():
         _precise(column, columns["params"], tree, name)
@@ -159,23 +163,24 @@ def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | Non
     if first == second:
         raise ValueError(f"{first} is an expanded tensor, which cannot be written to: clone it")
     raise ValueError(
-        f"{second} and {first} share memory, which would be written twice: clone one of them"
+        f"{second} and {first} share memory, so one update would overwrite the other: clone one of "
+        "them"
     )
 
 
 def _precise(buffers: list[Tensor], params: list[Tensor], tree: Tree, name: str) -> None:
-    """No buffer in half precision for a wider parameter: a slow average would stand still in it."""
+    """Raise for half-precision buffers of wider params: a slow average would stop moving."""
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
         if buffer.dtype != param.dtype and buffer.dtype in _HALF and param.dtype not in _HALF:
             mine, theirs = (_tree.paths(tree, n)[i] for n in (name, "params"))
             raise ValueError(
                 f"{mine} has dtype {buffer.dtype}, too coarse for {theirs} of dtype {param.dtype}: "
-                f"convert it to {param.dtype}, or use update, which does"
+                f"convert it to {param.dtype}, or use update, which converts it"
             )
 
 
 def numbers(numbers: list[hyper.Covered], params: list[Tensor], tree: Tree) -> None:
-    """Tensors among hyperparameters are real and broadcast to their parameters."""
+    """Raise unless hyperparameters that are tensors are real and broadcast to their parameters."""
     for number in numbers:
         values = number.values if params and number.per_parameter else ()
         for k, value in enumerate(values):
@@ -194,9 +199,9 @@ def numbers(numbers: list[hyper.Covered], params: list[Tensor], tree: Tree) -> N
 
 
 def _misfit(value: Tensor, param: Tensor, per_weight: bool) -> str | None:
-    """What a hyperparameter has that does not fit its parameter, whose path is left open."""
+    """What does not fit, as a format string for the parameter's path; None where all does."""
     if not per_weight:
-        return f"shape {tuple(value.shape)}, but must be one number for the whole of {{}}"
+        return f"shape {tuple(value.shape)}, but must be a single number for all of {{}}"
     # A 0-d parameter becomes one-dimensional in the rule.
     shape = param.shape or torch.Size([1])
     fits = value.dim() <= len(shape) and all(
@@ -211,10 +216,10 @@ def _misfit(value: Tensor, param: Tensor, per_weight: bool) -> str | None:
 
 
 def undistributed(tree: Tree, name: str, who: str) -> None:
-    """Raise where a leaf is a DTensor."""
+    """Raise if a leaf is a DTensor."""
     for i, leaf in enumerate(_tree.leaves(tree)):
         if isinstance(leaf, Tensor) and _modes.distributed(leaf):
             raise ValueError(
                 f"{_tree.paths(tree, name)[i]} is a DTensor, which is not supported by {who}: "
-                "gather it by full_tensor()"
+                "gather it with full_tensor()"
             )

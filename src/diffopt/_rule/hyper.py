@@ -14,7 +14,7 @@ from torch import Tensor
 from diffopt import _tree
 
 Hyperparameter: TypeAlias = Any
-"""A Python number, a tensor, or a tree of such whose structure is a prefix of the parameters'."""
+"""A Python number, a tensor, or a prefix tree of the params with such leaves."""
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ FIELDS: dict[type, tuple[Field, ...]] = {}  # of every record class; dataclasses
 
 
 class Field(NamedTuple):
-    """What `number` declared."""
+    """A hyperparameter as declared by `number`."""
 
     name: str
     bounds: dict[str, float | None]
@@ -48,18 +48,18 @@ def number(
     per_parameter: bool = True,
     per_weight: bool = True,
 ) -> Any:
-    """A field of a record made by `hparams`.
+    """Declare a field of a record made by `hparams`.
 
     Args:
-        default: the value where none is given.
-        ge: the least value allowed.
-        gt: a value that must be exceeded.
-        le: the greatest value allowed.
-        lt: a value that must not be reached.
-        per_parameter: whether a tree given for it is a prefix of the parameters. False for what
-            belongs to no parameter, such as the weights of a learned optimizer.
-        per_weight: whether a tensor of the parameter's shape may be given for it. False where the
-            mathematics has one number for a whole tensor.
+        default: its default value.
+        ge: an inclusive lower bound.
+        gt: an exclusive lower bound.
+        le: an inclusive upper bound.
+        lt: an exclusive upper bound.
+        per_parameter: whether a tree given for it is a prefix tree of the params. False for what
+            belongs to no single parameter, such as the weights of a learned optimizer.
+        per_weight: whether it may be a tensor of the parameter's shape. False where the algorithm
+            needs one value for the whole tensor.
 
     Returns:
         A `dataclasses.field`.
@@ -71,12 +71,12 @@ def number(
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def hparams(cls: type[T]) -> type[T]:
-    """Make a class of annotated `number` fields a frozen record that is a pytree node.
+    """Turn a class of annotated `number` fields into a frozen record that is a pytree node.
 
-    Python numbers are checked against the field's range when the record is made; tensors are never
-    inspected, so that a record can be made inside `torch.vmap` and `torch.compile`.
+    Python numbers are checked against the field's range when a record is created; tensors are never
+    inspected, so records can be created inside `torch.vmap` and `torch.compile`.
 
-    Raises (when a record is made):
+    Raises (when a record is created):
         ValueError: a number is out of range; the message names field, value and range.
         TypeError: a leaf of a field is neither a number nor a tensor.
 
@@ -132,17 +132,17 @@ TORCH_PAIRS = {
     "step_sizes": ("step_size_min", "step_size_max"),
     "ns_coefficients": ("ns_a", "ns_b", "ns_c"),
 }
-"""What torch.optim keeps in a tuple, which is a tree, has one field for each number here."""
+"""Where torch.optim has a tuple, which is a tree here, each of its numbers is a field."""
 
 
 def _misnamed(record: str, names: list[str], args: tuple[Any, ...], values: dict[str, Any]) -> str:
-    """What is wrong with the arguments of a record, and what to give instead."""
+    """What is wrong with the arguments of a record, and what to pass instead."""
     if args:
-        return f"{record} takes keywords only, such as {names[0]}=..., but got {args[0]!r}"
+        return f"{record} takes only keyword arguments, such as {names[0]}=..., but got {args[0]!r}"
     wrong = next(name for name in values if name not in names)
-    hint = f": give {' and '.join(names) if len(names) < 3 else ', '.join(names)}"
+    hint = f": pass {' and '.join(names) if len(names) < 3 else ', '.join(names)}"
     if wrong in TORCH_PAIRS and TORCH_PAIRS[wrong][0] in names:
-        hint = f": give {' and '.join(TORCH_PAIRS[wrong])}"
+        hint = f": pass {' and '.join(TORCH_PAIRS[wrong])}"
     elif close := difflib.get_close_matches(wrong, names, 1):
         hint = f": did you mean {close[0]!r}? The hyperparameters are {', '.join(names)}"
     return f"{record} has no hyperparameter {wrong!r}{hint}"
@@ -152,11 +152,11 @@ def check_flags(**flags: object) -> None:
     """Raise `TypeError` for a flag that is not a bool, such as `sgd(momentum=0.9)`."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise TypeError(f"{name} is {flag!r}, not a bool: numbers go to hparams(...)")
+            raise TypeError(f"{name} is {flag!r}, not a bool: pass numbers to hparams(...)")
 
 
 def assemble(record: type[T], values: Iterable[Any]) -> T:
-    """A record of these values, unchecked: trees in transit hold placeholders in their leaves."""
+    """A record of these values, unchecked: pytree operations put placeholders in leaves."""
     node = object.__new__(record)
     for field, value in zip(FIELDS[record], values, strict=True):
         object.__setattr__(node, field.name, value)
@@ -164,7 +164,7 @@ def assemble(record: type[T], values: Iterable[Any]) -> T:
 
 
 class Covered(NamedTuple):
-    """One hyperparameter, its values and for each leaf of params the index of its value."""
+    """A hyperparameter, its values, and the index of the value that applies to each leaf."""
 
     name: str
     per_parameter: bool
@@ -174,7 +174,7 @@ class Covered(NamedTuple):
     tree: _tree.Tree
 
     def path(self, index: int) -> str:
-        """Where the value of this index was given."""
+        """The path of the value with this index."""
         return _tree.paths(self.tree, f"hparams.{self.name}")[index]
 
     def at(self, i: int) -> Any:
@@ -183,7 +183,7 @@ class Covered(NamedTuple):
 
 
 def broadcast(record: Any, spec: _tree.Spec, params: _tree.Tree) -> list[Covered]:
-    """Spread every field of a record over the leaves of params, whose structure is `spec`."""
+    """Broadcast every field of a record to the leaves of params, whose structure is `spec`."""
     covered: list[Covered] = []
     for field in FIELDS[type(record)]:
         value, per_parameter = getattr(record, field.name), field.per_parameter
@@ -214,12 +214,12 @@ def _check(record: Any) -> None:
 
 
 def _is_scalar(leaf: Any) -> bool:
-    """Whether it is an array, such as numpy's, of one number without dimensions."""
+    """Whether it is a scalar of another library, such as a 0-d numpy array."""
     return getattr(leaf, "shape", None) == () and isinstance(leaf, SupportsFloat)
 
 
 def _plain(leaf: Any) -> Any:
-    """A Python number in place of numpy's, whose comparisons torch does not take."""
+    """A Python number for numpy's, whose comparisons torch does not accept."""
     return leaf if isinstance(leaf, Tensor) else float(leaf)
 
 

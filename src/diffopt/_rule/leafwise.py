@@ -23,19 +23,19 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Leafwise(Rule[S, H], Optimizer[S, H]):
-    """An optimizer whose update of a tree is a rule for each of its tensors.
+    """An optimizer that updates each tensor of a tree by the same rule.
 
     A value: two with the same flags are equal. Subclass it as a frozen dataclass whose fields are
-    flags, bools above all, and write the methods of `Rule`; `leafwise` makes one from functions.
+    flags, mostly bools, and implement the methods of `Rule`; `leafwise` makes one from functions.
     Parameters in half precision are updated in float32 arithmetic, complex ones as pairs of reals.
 
     Attributes:
         maximize: ascend instead of descend.
-        execution: "leaf": tensor by tensor; "foreach": horizontally batched kernels, which carry
-            no derivative; "auto": the fastest that applies, see `diffopt._rule.ways`. "compiled":
-            `update_` runs one kernel that `torch.compile` makes of the rule for these shapes, which
-            takes seconds at the first step; `update` is "leaf", to be compiled with what surrounds
-            it.
+        execution: "leaf": tensor by tensor; "foreach": horizontally fused kernels, which are not
+            differentiable; "auto": the fastest way that applies, see `diffopt._rule.ways`.
+            "compiled": `update_` runs the rule compiled by `torch.compile` for these shapes, which
+            takes seconds at the first step; `update` runs as "leaf", to be compiled together with
+            the code around it.
 
     Example:
         >>> import dataclasses
@@ -103,7 +103,10 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         step = exact(state[0]) + 1
         differentiated = _modes.differentiated(work.tensors(step))
         if self.execution == "foreach" and differentiated:
-            raise ValueError('execution="foreach" carries no derivative, and one may be wanted')
+            raise ValueError(
+                'execution="foreach" is not differentiable, but a derivative may be needed here: '
+                "use update_, call it under torch.no_grad(), or use another execution"
+            )
         new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
         for indices in work.groups():
             values, columns = work.values(indices), work.columns(indices)
@@ -140,14 +143,14 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         return work
 
     def _leaf_by_leaf(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any]:
-        """New columns, out of place, tensor by tensor."""
+        """The new columns, out of place, computed tensor by tensor."""
         numbers = running.numbers_at(self, _modes.number_of(step), values, columns[0][0])
         rows = [[running.pick(column, k) for column in columns] for k in range(len(columns[0]))]
         new = [running.apply(self, numbers, row, widen=True) for row in rows]
         return list(map(list, zip(*new, strict=True)))
 
     def _updated(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any]:
-        """The same by the fastest way, where no derivative is wanted."""
+        """The same, computed in the fastest way; only where no derivative is needed."""
         values = [ops.coefficient(value) for value in values]
         way = self._way(step, values, columns)
         if way == "native" and columns[0][0].device.type == "cpu":
@@ -178,36 +181,37 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
     def _way(
         self, step: Tensor, values: list[Any], columns: list[Any], *, kernel: bool = True
     ) -> ways.Way:
-        """The way to go; without the native kernel where that has refused."""
+        """The way to run the rule; never "native" where that kernel has refused."""
         number = _modes.number_of(step)
-        # Kernels take the step in float32, exact for counts alone.
+        # Kernels take the step in float32, which is exact for whole numbers only.
         kernel = kernel and (isinstance(number, Tensor) or float(number).is_integer())
         wanted = "unfused" if self.execution == "auto" and not kernel else self.execution
         return ways.choose(self, ways.survey(columns), values, wanted)
 
     def _native_(self, step: Tensor, values: list[Any], columns: list[Any]) -> bool:
-        """The step by a native kernel; False, and nothing has changed, where it has none for it."""
+        """Run a native kernel; False, with nothing changed, where none applies."""
         number = _modes.number_of(step)
-        # A kernel that is told of the first step would ignore a buffer that was given for it.
+        # At the first step a kernel ignores the buffers; they may hold values that a user has set.
         first = None if isinstance(number, Tensor) or number == 1 else False
         steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
         return running.native_(self, steps, first, values, columns)
 
     def _gather(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
-        """The arguments as lists in the order of the leaves of params, or an error."""
+        """Check the arguments, and flatten them to lists in the order of the leaves of params."""
         tensors, spec = _tree.flatten(params)
         checks.params(tensors, params, self.refuse)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         checks.grads(gradients, tensors, params)
         if not isinstance(state, self.State):
             raise TypeError(
-                f"state is a {type(state).__name__}, not a {self.State.__name__}: make it by init()"
+                f"state is a {type(state).__name__}, not a {self.State.__name__}: create it with "
+                "init()"
             )
         checks.step(state[0], tensors, params)
         buffers = self._buffers(state, tensors, spec, params)
         if not isinstance(hparams, self.hparams):
             found, expected = type(hparams).__name__, self.hparams.__name__
-            raise TypeError(f"hparams is a {found}, not a {expected}: make it by hparams(...)")
+            raise TypeError(f"hparams is a {found}, not a {expected}: create it with hparams(...)")
         numbers = hyper.broadcast(hparams, spec, params)
         checks.numbers(numbers, tensors, params)
         return _Work(spec, tensors, gradients, buffers, numbers)
@@ -215,7 +219,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
     def _buffers(
         self, state: S, tensors: list[Tensor], spec: _tree.Spec, params: Tree
     ) -> list[Any]:
-        """For each field of the state after `step` a list of tensors, or of ()."""
+        """For each field of the state after `step`, a list of tensors or of ()."""
         if not tensors:
             return [[] for _ in self._fields()]
         columns: list[list[Any]] = []
@@ -226,7 +230,9 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             absent = dtype is None
             if absent != unused(field):
                 expected = "()" if absent else "a tree like params"
-                raise ValueError(f"{name} must be {expected}: make the state by this init()")
+                raise ValueError(
+                    f"{name} must be {expected}: create the state with this optimizer's init()"
+                )
             column: list[Any] = [()] * len(tensors)
             if dtype is not None:
                 column = _tree.leaves_like(field, spec, params, (name, "params"))
@@ -236,9 +242,9 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         return columns
 
     def buffers_of(self, p: Tensor) -> Mapping[str, torch.dtype]:
-        """The fields of the state, after `step`, that this configuration uses, and their dtypes.
+        """The fields of the state after `step` that this configuration uses, and their dtypes.
 
-        `p` is any tensor that the rule updates; the dtypes are those for it.
+        `p` is any tensor that the rule can update; the dtypes are those of its buffers.
         """
         if _modes.compiling():
             return _used(self.begin(p, p.new_zeros(())), self._fields())
@@ -259,11 +265,11 @@ def _packed(spec: _tree.Spec, column: list[Any]) -> Any:
 def _buffers_of(
     rule: Rule[Any, Any], shape: torch.Size, dtype: torch.dtype
 ) -> Mapping[str, torch.dtype]:
-    """For a parameter of this shape and dtype; the names depend on the flags alone."""
+    """The same for a parameter of this shape and dtype; the names depend on the flags only."""
     try:
         example = torch.empty(shape, dtype=dtype, device="meta")
         state = rule.begin(example, torch.empty((), device="meta"))
-    except Exception:  # a user's `begin` may look at values
+    except Exception:  # a user's `begin` may depend on values
         state = rule.begin(torch.zeros(shape, dtype=dtype), torch.zeros(()))
     return _used(state, rule.State._fields[1:])
 
@@ -292,11 +298,11 @@ class Functions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class FunctionRule(Leafwise[S, H]):
-    """What `leafwise` returns: a rule whose methods are the functions that it was given."""
+    """What `leafwise` returns: a rule whose methods are the functions passed to it."""
 
     functions: Functions
 
-    # What a class of rules says in its body stands in the functions here.
+    # What other rules define as class attributes comes from the functions here.
     State = property(lambda self: self.functions.state)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
     hparams = property(lambda self: self.functions.hparams)  # pyright: ignore[reportIncompatibleVariableOverride]
     native = property(lambda self: self.functions.native)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
@@ -305,7 +311,7 @@ class FunctionRule(Leafwise[S, H]):
     stackable = property(lambda self: self.functions.stackable)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
 
     def __repr__(self) -> str:
-        """The functions and classes by name, one line."""
+        """The functions and classes by name, on one line."""
         named = [f.__name__ for f in self.functions[:4]]
         flags = [f"{k}={v!r}" for k, v in self._inherited().items()]
         return f"leafwise({', '.join([*named, *flags])})"
@@ -346,44 +352,44 @@ def leafwise(
     stackable: bool = False,
     execution: Execution = "auto",
 ) -> FunctionRule[S, H]:
-    """Make an optimizer from functions on one tensor, for users in a hurry.
+    """Make an optimizer from functions on one tensor: quicker to write than a class.
 
-    `Leafwise` is the same as a class: its flags can be asked and compared, and it pickles.
+    A subclass of `Leafwise` does the same, with flags that can be read and compared; it pickles.
 
     Args:
-        state: a NamedTuple class whose first field is `step`. The same class holds trees in the
-            state of the optimizer, and tensors in what `init` and `rule` see. A field a
-            configuration does not need holds `()`.
+        state: a NamedTuple class whose first field is `step`. Its fields hold trees in the state of
+            the optimizer, and tensors in what `init` and `rule` see. A field that a configuration
+            does not need holds `()`.
         hparams: a record class made by `diffopt.rules.hparams`.
-        init: `(param, step) -> state` for one tensor; `zeros_like` makes its buffers.
-        rule: `(param, grad, state, hparams, scalars) -> (new_param, new_state)` for one tensor, in
-            out-of-place operations of `diffopt._rule.ops` and operators. `state.step` has been
-            incremented: it is 1 at the first step. `hparams` has a number or a tensor that
-            broadcasts in each field. It must not raise for some tensors only: `update_` checks
-            all arguments first, and then writes one result after the other.
-        scalars: `(step, hparams) -> anything`: what is computed once per step and not once per
+        init: `(param, step) -> state` for one tensor; create buffers with `zeros_like`.
+        rule: `(param, grad, state, hparams, scalars) -> (new_param, new_state)` for one tensor,
+            written with operators and the out-of-place operations of `diffopt.rules.ops`.
+            `state.step` has already been incremented: it is 1 at the first step. Each field of
+            `hparams` holds a number or a tensor that broadcasts. It must not raise for some tensors
+            only: `update_` checks all arguments first, and then writes one result after the other.
+        scalars: `(step, hparams) -> anything`: what is computed once per step instead of once per
             tensor, such as bias corrections.
-        initial: `hparams -> {field: value}`: what `init`, which knows no hyperparameters, could not
-            put into the state. The first step adds it to the field.
+        initial: `hparams -> {field: value}`: initial values that depend on hyperparameters, which
+            `init` does not know. The first step adds them to these fields.
         maximize: ascend instead of descend.
         native: `(params, grads, state, hparams, first, amp) -> bool`, the rule as one of torch's
             fused kernels, in place, on lists of contiguous tensors of one dtype on one CPU or CUDA
             device. Fields of the state are lists or `()`, `state.step` a list of 0-d tensors, and
-            hyperparameters numbers; `first` says whether this is step 1 (None: not known), and
-            `amp` holds keyword arguments for the kernel. It ascends where the optimizer does;
-            where the kernel does not compute the rule it returns False and has changed nothing.
-        elementwise: whether each element of the new tensors depends on the same element of the old
-            ones only. Then big tensors may be updated in pieces, and small ones together.
-        batchable: False where the rule computes with a tensor as a whole, as by a mean or a product
-            of matrices: then it sees one tensor at a time, never several as one.
+            hyperparameters numbers; `first` says whether this is step 1 (None: unknown), and `amp`
+            holds keyword arguments for the kernel. It must handle `maximize` itself; where the
+            kernel does not compute the rule it must return False and change nothing.
+        elementwise: whether each element of the new tensors depends only on the same element of the
+            old ones. Then big tensors may be updated in pieces, and small ones together.
+        batchable: False where the rule mixes the elements of a tensor, as a mean or a matrix
+            product does: then it is called with one tensor at a time, never with a list of several.
         shapes: `(shape of the param) -> shapes of its buffers`, one for each field of the state
-            after `step`, where they are not all that of the parameter. Such a rule must refuse
-            complex parameters.
+            after `step`, where they differ from the parameter's. Such a rule must refuse complex
+            parameters.
         refuse: `(param) -> reason or None`: why the rule cannot update it, such as "is complex".
-        stackable: whether small tensors of one shape may be updated as one batch, by `torch.vmap`
-            of the rule, and big ones in pieces, where all that the rule does beside elementwise
-            operations is `ops.total`. Either rounds sums in another order. It is for rules that
-            are not elementwise.
+        stackable: for rules that are not elementwise: whether small tensors of one shape may be
+            updated as one batch, by `torch.vmap` of the rule, and big ones in pieces if the rule
+            uses nothing but elementwise operations and `ops.total`. Both change the order in which
+            sums are rounded.
         execution: how it runs, see `Leafwise`.
 
     Returns:
@@ -406,7 +412,7 @@ def leafwise(
         >>> opt.update(p, g, opt.init(p), opt.hparams(lr=0.5))[0]
         tensor([-0.5000,  0.5000])
     """
-    if not _modes.compiling():  # then it does not trace
+    if not _modes.compiling():  # it cannot be traced
         torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
     functions = Functions(
         state,
@@ -442,7 +448,7 @@ class _Work:
                 yield leaf
 
     def groups(self) -> list[list[int]]:
-        """Leaves that share device, dtype and hyperparameters, hence the per-step scalars too."""
+        """Leaves that share device, dtype and hyperparameters, hence also the per-step scalars."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
             if grad is not None:

@@ -1,7 +1,8 @@
-"""The operations rules are written in, for a tensor or a TensorList.
+"""The operations that rules are written with, for a tensor or a TensorList.
 
-A coefficient is a number (then torch's fused form runs), a tensor (then plain arithmetic, which
-carries its gradient) or a TensorList. Every derivative is finite wherever the mathematics is.
+A coefficient is a number (computed by torch's fused operation), a tensor (by plain arithmetic,
+which is differentiable with respect to it) or a TensorList. Derivatives are finite where they are
+in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from diffopt._rule.recording import Recorded
 from diffopt._rule.tensorlist import TensorList
 
 Leaf: TypeAlias = Any
-"""A tensor or a TensorList, or what records operations on a tensor."""
+"""A tensor, a TensorList, or a `Recorded` that stands for a tensor."""
 
 _TENSORS = (Tensor, TensorList, Recorded)
 
 
 def is_zero(coefficient: Any) -> bool:
-    """Whether it is the plain number 0. A tensor is never looked into."""
+    """Whether it is the Python number 0; the values of a tensor are never read."""
     return isinstance(coefficient, (int, float)) and coefficient == 0
 
 
 def after_first(step: Any) -> Any:
-    """0 at step 1, else 1, in the step's own precision."""
+    """0 at step 1, else 1, in the precision of the step."""
     return (step > 1).to(step.dtype) if isinstance(step, Tensor) else float(step > 1)
 
 
 def coefficient(x: Any) -> Any:
-    """`x`; where it is 0-d, as exact as can be: a number, or float64."""
+    """`x`; if 0-d, in the best precision available: as a number or in float64."""
     if not isinstance(x, Tensor) or x.dim() > 0:
         return x
     return _modes.number_of(_modes.exact(x))
@@ -50,7 +51,7 @@ def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
 
 
 def add_decay(grad: Leaf, param: Leaf, weight_decay: Any) -> Leaf:
-    """`grad + weight_decay * param`; `grad` itself where the decay is the number 0."""
+    """`grad + weight_decay * param`; `grad` itself if the decay is the number 0."""
     return grad if is_zero(weight_decay) else add(grad, param, weight_decay)
 
 
@@ -58,7 +59,7 @@ def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
     """`x + weight * (y - x)`."""
     weight = _modes.number_of(weight)
     if isinstance(weight, (int, float)) and weight == 1:
-        return y if isinstance(y, Recorded) else y * 1  # a tensor of its own
+        return y if isinstance(y, Recorded) else y * 1  # a new tensor
     if isinstance(weight, _TENSORS):
         return x + weight * (y - x)
     if isinstance(x, TensorList):
@@ -102,9 +103,9 @@ def clamp(x: Leaf, least: Any, greatest: Any) -> Leaf:
 
 
 def total(x: Any) -> Any:
-    """The sum of all elements; a number where that costs no wait and no derivative."""
+    """The sum of all elements; a number where that needs no synchronization or derivative."""
     result = x.sum()
-    return _modes.number_of(result) if type(result) is Tensor else result  # DTensor has parts
+    return _modes.number_of(result) if type(result) is Tensor else result  # not for DTensor
 
 
 def at_least(x: Any, least: Any) -> Any:
@@ -122,9 +123,9 @@ def maximum(x: Leaf, y: Leaf) -> Leaf:
 def sqrt(x: Any) -> Any:
     """The square root, with derivative 0 at 0.
 
-    An optimizer meets sqrt(0) where a gradient has been zero throughout. There the root is
-    multiplied by such a gradient, so the right derivative is that of the other factor, and the
-    infinite one of torch.sqrt would turn it into NaN.
+    An optimizer computes sqrt(0) where a gradient has always been zero. There the result is
+    multiplied by that zero gradient, so the correct derivative is that of the other factor; the
+    infinite derivative of torch.sqrt would give NaN.
     """
     if isinstance(x, float):
         return math.sqrt(x)
@@ -139,7 +140,7 @@ def sqrt(x: Any) -> Any:
 
 
 class _Sqrt(torch.autograd.Function):
-    """What `sqrt` writes with torch.where, at the cost of torch.sqrt where autograd alone is on."""
+    """`sqrt` as a single node of autograd's graph, for use outside the transforms of torch.func."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""A rule as a program: its operations, recorded once a step and run on pieces of tensors in turn.
+"""A rule as a program: its operations, recorded once per step and run on one piece after another.
 
-Results go to memory that is there already: a new value over the old one, as soon as nothing needs
-that any more, and the others into registers. So nothing is allocated, and all that a piece needs
-stays in the cache. As the operations are elementwise, a result may overwrite its own operand.
+Results are written to existing memory: a new value over the old one, once that is no longer needed,
+and all others into registers. So nothing is allocated, and everything that a piece needs stays in
+the cache. Since the operations are elementwise, a result may overwrite its own operand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _ARITHMETIC = ("add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "sign", "reciprocal")
 _OTHERS = ("pow", "square", "clamp", "maximum", "minimum", "where", "addcmul", "addcdiv", "lerp")
 _FUNCTIONS = {name: getattr(torch, name) for name in (*_COMPARISONS, *_ARITHMETIC, *_OTHERS)}
-"""Elementwise functions that can write to given memory."""
+"""Elementwise functions that can write to existing memory (`out=`)."""
 
 _OF_THE_WHOLE = ("dim", "dtype", "numel")
 
@@ -26,11 +26,11 @@ _ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "negative
 
 
 class Unrecordable(Exception):
-    """The rule does something that is not in `_FUNCTIONS`."""
+    """The rule uses an operation that is not in `_FUNCTIONS`."""
 
 
 class Summed(Unrecordable):
-    """The rule does that only once it knows the sum of all elements of `terms`."""
+    """The rule needs the sum of all elements of `terms` before it can go on."""
 
     def __init__(self, terms: Recorded) -> None:
         super().__init__("sum")
@@ -38,7 +38,7 @@ class Summed(Unrecordable):
 
 
 class Operation(NamedTuple):
-    """`function(*arguments, **options)`, whose result has the number `result`."""
+    """`function(*arguments, **options)`; `result` is the index of its result."""
 
     function: Callable[..., Tensor]
     arguments: tuple[Any, ...]
@@ -47,12 +47,12 @@ class Operation(NamedTuple):
 
 
 class Tape:
-    """What is done to some tensors, in order.
+    """The operations on some tensors, in order.
 
     Args:
-        inputs: how many tensors.
-        whole: the tensor whose shape and dtype a rule sees; None where it must not ask.
-        sums: what `sum()` returns the first time, the second and so on; then it raises `Summed`.
+        inputs: the number of tensors.
+        whole: the tensor whose shape and dtype the rule sees; None where it must not ask for them.
+        sums: what the calls of `sum()` return in order; any further call raises `Summed`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Tape:
 
 
 class Recorded:
-    """Stands for a tensor; every operation on it is recorded and gives another."""
+    """Stands for a tensor; every operation on it is recorded and returns another `Recorded`."""
 
     __slots__ = ("boolean", "index", "tape")
 
@@ -87,7 +87,7 @@ class Recorded:
             isinstance(x, Tensor) and x.dim() > 0 for x in arguments
         ):
             raise Unrecordable("a tensor that is not cut into pieces")
-        if name == "where":  # which writes to given memory for tensors only
+        if name == "where":  # which takes `out=` for tensors only
             arguments = tuple(
                 torch.tensor(x) if isinstance(x, (int, float)) else x for x in arguments
             )
@@ -98,7 +98,7 @@ class Recorded:
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Recorded:
         one = next((x for x in args if isinstance(x, Recorded)), None)
-        if one is None:  # it is in a list, as for stack and cat
+        if one is None:  # they are in a list, as for stack and cat
             raise Unrecordable(function.__name__)
         return one.record(function.__name__, *args, **(kwargs or {}))
 
@@ -146,12 +146,12 @@ class Program:
     def __init__(self, tape: Tape, outputs: Sequence[Any]) -> None:
         inputs, operations = tape.inputs, tape.operations
         if not all(x is None or isinstance(x, Recorded) for x in outputs):
-            raise Unrecordable("a new value that does not come of an operation")
-        wanted: dict[int, int] = {}  # a value that is wanted twice is written to its first place
+            raise Unrecordable("a new value that is not the result of an operation")
+        wanted: dict[int, int] = {}  # a value that is used twice is written to its first place
         for k, x in enumerate(outputs):
             if x is not None:
                 wanted.setdefault(x.index, k)
-        last = dict.fromkeys(wanted, len(operations))  # the operation that needs a value last
+        last = dict.fromkeys(wanted, len(operations))  # the last operation that needs each value
         for i, operation in reversed([*enumerate(operations)]):
             if operation.result.index in last:
                 for x in operation.arguments:
@@ -160,12 +160,13 @@ class Program:
         made = {operation.result.index: i for i, operation in enumerate(operations)}
         place = {x.index: k for k, x in enumerate(inputs)}  # the register of each value
         self.inputs = len(inputs)
-        # Of each register: its kind, when its value is needed last, and when it must be free again.
+        # For each register: its kind, when its value is last needed, and when it must be free
+        # again.
         self.boolean = [False] * len(inputs)
         until = [last.get(x.index, -1) for x in inputs]
         due = [-1 if x is None else made.get(x.index, -1) for x in outputs]
         self.lines: list[tuple[Any, ...]] = []
-        self.constants: list[Any] = []  # they stand behind the registers
+        self.constants: list[Any] = []  # they are placed after the registers
         for i, (function, arguments, options, result) in enumerate(operations):
             if result.index not in last:
                 continue
@@ -184,7 +185,7 @@ class Program:
             if k is not None and until[k] <= i:
                 target = k
             elif free:
-                target = max(free, key=until.__getitem__)  # the latest in the cache
+                target = max(free, key=until.__getitem__)  # the most recently used
             else:
                 target = len(self.boolean)
                 self.boolean.append(result.boolean)
@@ -198,10 +199,10 @@ class Program:
             if x is not None and place[x.index] != k
         ]
         if {k for k, _ in self.copies} & {source for _, source in self.copies}:
-            raise Unrecordable("a new value is the old one of what is overwritten")
+            raise Unrecordable("a new value is the old value of an overwritten tensor")
 
     def registers(self, size: int, like: Tensor) -> list[Tensor]:
-        """Memory for all that is not an input, for pieces of up to `size` elements."""
+        """Memory for everything but the inputs, for pieces of up to `size` elements."""
         dtypes = (torch.bool if boolean else like.dtype for boolean in self.boolean[self.inputs :])
         return [torch.empty(size, dtype=dtype, device=like.device) for dtype in dtypes]
 

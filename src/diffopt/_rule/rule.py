@@ -1,4 +1,4 @@
-"""What an algorithm is made of: the mathematics of one tensor, and what may be assumed about it."""
+"""The parts of an algorithm: the mathematics of one tensor, and what may be assumed about it."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ WORKING_DTYPE = {
     torch.bfloat16: torch.float32,
     torch.complex32: torch.complex64,
 }
-"""The precision in which a parameter of half precision is updated."""
+"""The precision in which half-precision params are updated."""
 
 
 class Rule(ABC, Generic[S, H]):
-    """The mathematics of one tensor, written in out-of-place operations.
+    """The mathematics of one tensor, written with out-of-place operations.
 
-    `state` is a NamedTuple whose first field is `step`; the same class holds trees in the state of
-    an optimizer, and tensors in what the methods here see. A field that a configuration does not
-    need holds `()`. Tensors are real, at least float32 and at least one-dimensional.
+    `state` is a NamedTuple whose first field is `step`; its fields hold trees in the state of an
+    optimizer, and tensors in what the methods here see. A field that a configuration does not need
+    holds `()`. Tensors are real, at least float32 and at least one-dimensional.
 
     Attributes:
         State: the class of the state.
         hparams: the class of the record of hyperparameters, made by `diffopt.rules.hparams`.
-        elementwise: whether each element of the new tensors depends on the same element of the old
-            ones only. Then big tensors may be updated in pieces, and small ones together.
-        batchable: False where the rule computes with a tensor as a whole, as by a mean or a product
-            of matrices: then it sees one tensor at a time, never several as one.
-        stackable: whether small tensors of one shape may be updated as one batch, by `torch.vmap`
-            of the rule, and big ones in pieces, where all that the rule does beside elementwise
-            operations is `ops.total`. Either rounds sums in another order. It is for rules that are
-            not elementwise.
+        elementwise: whether each element of the new tensors depends only on the same element of the
+            old ones. Then big tensors may be updated in pieces, and small ones together.
+        batchable: False where the rule mixes the elements of a tensor, as a mean or a matrix
+            product does: then it is called with one tensor at a time, never with a list of several.
+        stackable: for rules that are not elementwise: whether small tensors of one shape may be
+            updated as one batch, by `torch.vmap` of the rule, and big ones in pieces if the rule
+            uses nothing but elementwise operations and `ops.total`. Both change the order in which
+            sums are rounded.
         native: the rule as one of torch's fused kernels, or None: see `native` of `leafwise`.
         maximize: ascend instead of descend.
     """
@@ -58,10 +58,10 @@ class Rule(ABC, Generic[S, H]):
 
     @abstractmethod
     def begin(self, p: Tensor, step: Tensor) -> S:
-        """The state of one tensor before its first step; `zeros_like` makes its buffers."""
+        """The state of one tensor before its first step; create buffers with `zeros_like`."""
 
     def scalars(self, t: Any, hp: H) -> Any:
-        """What is computed once per step and not once per tensor, such as bias corrections."""
+        """What is computed once per step instead of once per tensor, such as bias corrections."""
         return None
 
     @abstractmethod
@@ -71,9 +71,9 @@ class Rule(ABC, Generic[S, H]):
         Args:
             p: the parameter.
             g: its gradient, negated where the optimizer ascends.
-            s: its state. `s.step`, a number or a 0-d tensor, has been incremented: it is 1 at the
-                first step.
-            hp: a number or a tensor that broadcasts in each field.
+            s: its state. `s.step`, a number or a 0-d tensor, has already been incremented: it is 1
+                at the first step.
+            hp: the hyperparameters: each field holds a number or a tensor that broadcasts.
             c: what `scalars` returned.
 
         It must not raise for some tensors only: `update_` checks all arguments first, and then
@@ -81,16 +81,16 @@ class Rule(ABC, Generic[S, H]):
         """
 
     def initial(self, hp: H) -> dict[str, Any]:
-        """What `begin`, which knows no hyperparameters, could not put into the state.
+        """Initial values that depend on hyperparameters, which `begin` does not know.
 
-        The first step adds these values to the fields of their names.
+        The first step adds these values to the fields of these names.
         """
         return {}
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...] | None:
         """The shapes of the buffers of a parameter, one for each field of the state after `step`.
 
-        None where each has the shape of its parameter. A rule with others must refuse complex
+        None if all have the shape of their parameter; otherwise the rule must refuse complex
         parameters.
         """
         return None
@@ -107,5 +107,5 @@ def zeros_like(param: Tensor) -> Tensor:
 
 
 def unused(field: Any) -> bool:
-    """Whether a field of a state is the () of a configuration that does not need it."""
+    """Whether a field of a state is (): this configuration does not need it."""
     return isinstance(field, tuple) and not field

@@ -1,8 +1,8 @@
 """Running a rule on tensors: one by one, batched by foreach kernels, compiled, sparse or native.
 
-All take columns: the params, their gradients, and one column for each field of the state after the
-step. A column is a list of tensors, `()` for a field that is not used, or a `Shared`. Its tensors
-share device, dtype, step and hyperparameters, so that per-step scalars are computed once.
+All of them take columns: the params, their gradients, and one column for each field of the state
+after the step. A column is a list of tensors, `()` for a field that is not used, or a `Shared`. Its
+tensors share device, dtype, step and hyperparameters, so that per-step scalars are computed once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from diffopt._rule.tensorlist import TensorList
 AnyRule: TypeAlias = Rule[Any, Any]
 
 AS_IS = (torch.float32, torch.float64)
-"""The dtypes a rule computes in."""
+"""The dtypes that rules compute in."""
 
 _WIDE = (torch.float64, torch.complex128)
-_MOVING = ("weight_decay", "momentum")  # what moves a parameter whose gradient is zero
+_MOVING = ("weight_decay", "momentum")  # these move a parameter whose gradient is zero
 
 
 class Numbers(NamedTuple):
-    """The numbers of one step: its count, hyperparameters, and what is computed from them once."""
+    """The step count, the hyperparameters, and what is computed from them once per step."""
 
     t: Any
     hparams: Any
@@ -48,7 +48,7 @@ class Shared:
 
 
 def numbers_at(rule: AnyRule, step: Any, values: Sequence[Any], like: Tensor) -> Numbers:
-    """What the rule sees beside tensors, for tensors of the device and dtype of `like`."""
+    """What the rule sees besides columns, for tensors with the device and dtype of `like`."""
     t, *values = placed([step, *values], like)
     numbers = numbers_of(rule, t, values)
     first = 1 - ops.after_first(t)
@@ -59,7 +59,7 @@ def numbers_at(rule: AnyRule, step: Any, values: Sequence[Any], like: Tensor) ->
 
 
 def numbers_of(rule: AnyRule, t: Any, values: Sequence[Any]) -> Numbers:
-    """The same for numbers in their final form, where the state is past its initial values."""
+    """The same for values that are already placed, without initial values of the state."""
     hparams = hyper.assemble(rule.hparams, values)
     return Numbers(t, hparams, rule.scalars(t, hparams), {})
 
@@ -67,10 +67,10 @@ def numbers_of(rule: AnyRule, t: Any, values: Sequence[Any]) -> Numbers:
 def apply(
     rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, widen: bool = False
 ) -> list[Any]:
-    """New params and buffers, for columns of lists or for one row of them.
+    """The new params and buffers, for columns of lists or for one row of them.
 
-    A new tensor has the dtype of the old one; with `widen`, a buffer that is narrower than its
-    parameter gets the parameter's.
+    New tensors have the dtypes of the old ones; with `widen`, a buffer of a narrower dtype than its
+    parameter is converted to the parameter's.
     """
     dtype = _widest(columns)
     new = run(rule, numbers, [_enter(column, dtype) for column in columns])
@@ -79,7 +79,7 @@ def apply(
 
 
 def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
-    """The same for tensors as the rule sees them."""
+    """The same for tensors in the form that the rule sees."""
     p, g, *buffers = columns
     t, hparams, scalars, initial = numbers
     s = rule.State(t, *buffers)
@@ -99,17 +99,17 @@ def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
 
 def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    """In place, by horizontally batched kernels."""
+    """In place, by horizontally fused (foreach) kernels."""
     for old, new in zip(written(columns), apply(rule, numbers, columns), strict=True):
         if isinstance(old, list):
             _torch.foreach_copy_(old, new)
 
 
 def compiled_(rule: AnyRule, step: Tensor, values: Sequence[Any], columns: Sequence[Any]) -> None:
-    """In place, by one kernel that torch.compile makes of the rule for these shapes.
+    """In place, by the rule compiled by torch.compile for these shapes.
 
-    torch.compile has been seen to compute wrong values silently, so its first result is
-    compared with the eager one; where they differ, a warning says so and the rule stays eager.
+    torch.compile has been seen to silently compute wrong values, so its first result is compared
+    with the eager one; if they differ, a warning is issued and the rule stays eager.
     """
     # Compiled by torch 2.13, copy_ of a reshaped tensor to a 0-d one does nothing.
     columns = [[x.view(1) if x.dim() == 0 else x for x in c] if c else c for c in columns]
@@ -131,7 +131,7 @@ def compiled_(rule: AnyRule, step: Tensor, values: Sequence[Any], columns: Seque
         pairs = zip(old, new, strict=True) if isinstance(old, list) else ()
         if not all(torch.allclose(x, y, 1e-3, 1e-5, equal_nan=True) for x, y in pairs):
             warnings.warn(
-                "torch.compile computes something else than the rule, which stays eager",
+                "torch.compile computes wrong values for this rule, which therefore runs eagerly",
                 stacklevel=2,
             )
             _COMPILED[key] = eager
@@ -146,7 +146,7 @@ _COMPILED: dict[Any, Callable[..., None]] = {}
 
 
 def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    """In place, for sparse gradients: only their rows, where a zero gradient moves nothing."""
+    """In place, for sparse gradients: only their rows if zero gradients move nothing."""
     rowwise = all(ops.is_zero(getattr(numbers.hparams, name, 0)) for name in _MOVING)
     for i, grad in enumerate(columns[1]):
         row = [pick(column, i) for column in columns]
@@ -168,7 +168,7 @@ def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
 
 def _rows(x: Tensor, where: tuple[Tensor, ...]) -> Tensor:
-    """`x[where]`; for rows that takes several times longer than `index_select`."""
+    """`x[where]`, by `index_select` for rows, which is several times faster."""
     return x.index_select(0, where[0]) if len(where) == 1 else x[where]
 
 
@@ -180,10 +180,10 @@ def native_(
     columns: Sequence[Any],
     **amp: Tensor,
 ) -> bool:
-    """In place, by the rule's kernel; False, and nothing has changed, where it has none for this.
+    """In place, by the rule's native kernel; False, with nothing changed, where none applies.
 
-    `steps` are 0-d tensors, one for each param; `first` says whether this is step 1 (None: that is
-    not known without waiting for a device); `amp` may have `grad_scale` and `found_inf`.
+    `steps` are 0-d tensors, one for each param; `first` says whether this is step 1 (None: unknown
+    without synchronizing with the device); `amp` may have `grad_scale` and `found_inf`.
     """
     if rule.native is None:
         return False
@@ -191,7 +191,7 @@ def native_(
     state, hparams = rule.State(steps, *buffers), hyper.assemble(rule.hparams, values)
     with _torch.below_autograd():
         done = rule.native(params, grads, state, hparams, first, amp)
-    if done:  # torch's kernels don't tell autograd that what it may have saved is gone
+    if done:  # torch's kernels don't tell autograd that tensors it may have saved were modified
         torch.autograd.graph.increment_version(params)
     return done
 
@@ -201,20 +201,20 @@ def is_scalar(value: Any) -> bool:
 
 
 def pick(column: Any, batch: int | list[int]) -> Any:
-    """One element of a column, or the list of some."""
+    """One element of a column, or a list of some of them."""
     if isinstance(column, Shared) or unused(column):
         return column
     return column[batch] if isinstance(batch, int) else [column[i] for i in batch]
 
 
 def _rows_of(columns: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """One element of each column, tensor by tensor."""
+    """The columns as rows: one element of each, tensor by tensor."""
     lists = (c if isinstance(c, list) else itertools.repeat(c) for c in columns)
     return zip(*lists, strict=False)
 
 
 def written(columns: Sequence[Any]) -> list[Any]:
-    """All but the gradients."""
+    """All columns but the gradients."""
     return [columns[0], *columns[2:]]
 
 
@@ -223,7 +223,7 @@ def _first(column: Any) -> Tensor:
 
 
 # Tensors as a rule sees them: real, all of one dtype, at least one-dimensional (a 0-d float32
-# tensor would be promoted by a 0-d float64 hyperparameter, and then not match its neighbours).
+# tensor would be promoted by a 0-d float64 hyperparameter, and then not match its neighbors).
 
 
 def _widest(columns: Sequence[Any]) -> torch.dtype:
@@ -249,7 +249,7 @@ def _enter(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _leave(value: Any, old: Any, dtype: torch.dtype | None = None) -> Any:
-    """The value in the shape and dtype of the old one, or, where it is wider, in `dtype`."""
+    """The value in the shape and dtype of the old one, or in `dtype` if that is wider."""
     if isinstance(old, Shared):
         old.new = value
         return old
@@ -270,7 +270,7 @@ def _leave(value: Any, old: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
-    """Hyperparameters as the rule's arithmetic wants them, for tensors like this one."""
+    """Hyperparameters in the form that the rule's arithmetic needs, for tensors like this one."""
     device, dtype = like.device, like.dtype
     result: list[Any] = []
     for value in on_device(values, device):
@@ -279,7 +279,7 @@ def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
                 value = _modes.exact(value)
             else:
                 working = WORKING_DTYPE.get(dtype, dtype)
-                # torch.compile does not know `to_real`.
+                # torch.compile cannot trace `to_real`.
                 value = value.to(working.to_real() if working.is_complex else working)
                 value = value.unsqueeze(-1) if dtype.is_complex else value
         result.append(value)

@@ -1,4 +1,4 @@
-"""TensorList: a list of tensors that does arithmetic through torch._foreach_*."""
+"""TensorList: a list of tensors whose arithmetic runs as torch's foreach operations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from diffopt import _modes, _torch, _tree
 
 
 class TensorList:
-    """Stands where a rule expects one tensor; each operation runs on all of them at once.
+    """Takes the place of the tensor in a rule; each operation runs on all its tensors at once.
 
-    Every operator takes another TensorList of the same length, a Python number or a 0-d tensor.
-    What torch has no foreach kernel for, any other function or method of tensors, runs tensor by
-    tensor. The foreach kernels are neither batchable nor differentiable by a tensor hyperparameter:
-    the engine uses this class only where no derivative is wanted.
+    Operators take another TensorList of the same length, a Python number or a 0-d tensor. Functions
+    and methods without a foreach kernel run tensor by tensor. Foreach kernels cannot be batched by
+    vmap nor differentiated with respect to a tensor hyperparameter, so this class is used only
+    where no derivative is needed.
     """
 
     __slots__ = ("tensors",)
@@ -72,7 +72,7 @@ class TensorList:
     def __getattr__(self, name: str) -> Any:
         method = getattr(Tensor, name)
         if not callable(method):
-            raise AttributeError(f"a TensorList has no {name}: its tensors have many")
+            raise AttributeError(f"a TensorList has no {name}: it differs between its tensors")
         return functools.partial(_tensor_by_tensor(method), self)
 
 
@@ -88,5 +88,5 @@ for _name in ("abs", "pow", "rpow", "rtruediv", "lt", "le", "gt", "ge", "eq", "n
 
 
 def _operand(other: Any) -> Any:
-    """A number for a 0-d tensor on the CPU, which a foreach kernel on a device may refuse."""
+    """A number for a 0-d CPU tensor, which a foreach kernel on another device may refuse."""
     return other.tensors if isinstance(other, TensorList) else _modes.number_of(other)

@@ -1,4 +1,4 @@
-"""Running a rule on a CPU: big tensors in pieces that stay in its cache, small ones together."""
+"""Running a rule on a CPU: big tensors in pieces that fit its cache, small ones together."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from diffopt import _torch
 from diffopt._rule import recording
 from diffopt._rule.running import AS_IS, AnyRule, Numbers, Shared, apply, leaf_, pick, run, written
 
-_TILE = 1 << 18  # elements for each thread: less pays too much Python, more leaves the cache
-_USUAL = 6  # tensors in the cache at once, for which that is
-_SMALL, _FEW = 1 << 12, 8  # up to so many elements, from so many tensors on, stacks pay
+_TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
+_USUAL = 6  # the number of tensors in the cache at once that this assumes
+_SMALL, _FEW = 1 << 12, 8  # stacking pays for tensors of at most, and of at least so many
 
 
 def tiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    """In place, by pieces that stay in the cache of a CPU.
+    """In place, in pieces that fit the cache of a CPU.
 
-    They are slices of big tensors, and small tensors that are concatenated.
+    These are slices of big tensors, and small tensors concatenated.
     """
     lists = [c for c in columns if isinstance(c, list)]
     size, update_ = _prepared(rule, numbers, columns)
     flat = [[x if x.dim() == 1 else x.view(-1) for x in column] for column in lists]
     small: list[int] = []
-    length = torch.get_num_threads() * _TILE // 2  # of what is concatenated; more costs page faults
+    length = torch.get_num_threads() * _TILE // 2  # of a concatenation; more causes page faults
     for i, tensor in enumerate(flat[0]):
         if tensor.numel() < length // 2:
             small.append(i)
@@ -43,9 +43,9 @@ def tiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
 
 def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    """In place; small tensors of one shape by one call of the rule, which torch.vmap batches.
+    """In place; small tensors of one shape by one call of the rule under torch.vmap.
 
-    Long ones go by pieces, where the rule is made of elementwise operations and sums.
+    Big ones run in pieces, if the rule consists of elementwise operations and sums.
     """
     lists = [c for c in columns if isinstance(c, list)]
     alone: list[int] = []
@@ -74,7 +74,7 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
 
 def _alike(params: list[Tensor]) -> Iterator[list[int]]:
-    """Cut a list of tensors so that the small ones of one shape are together."""
+    """Indices of tensors in batches, with small tensors of the same shape together."""
     size = torch.get_num_threads() * _TILE
     lengths = list(map(Tensor.numel, params))
     alike: dict[Any, list[int]] = {}
@@ -85,10 +85,11 @@ def _alike(params: list[Tensor]) -> Iterator[list[int]]:
 
 
 def _pieced_(rule: AnyRule, numbers: Numbers, row: Sequence[Any]) -> bool:
-    """One tensor in place, by pieces that stay in the cache; False where that is impossible.
+    """One tensor in place, in pieces that fit the cache; False where that is impossible.
 
-    At each sum of all elements the rule is stopped, run up to there on every piece, which changes
-    nothing, and recorded once more with the sum known. So it reads the tensors once for each sum.
+    At each sum of all elements the rule is interrupted, run up to there on every piece without
+    changing anything, and recorded again with the sum known. So the tensors are read once more for
+    each sum.
     """
     p, size = row[0], torch.get_num_threads() * _TILE
     lists = [k for k, x in enumerate(row) if isinstance(x, Tensor) and x.numel()]
@@ -119,9 +120,9 @@ def _pieced_(rule: AnyRule, numbers: Numbers, row: Sequence[Any]) -> bool:
 def _up_to_a_sum(
     rule: AnyRule, numbers: Numbers, row: Sequence[Any], lists: list[int], sums: list[float]
 ) -> tuple[recording.Program, bool]:
-    """A program that writes the terms of the first sum that is not known yet, and True; else False.
+    """A program that computes the terms of the first unknown sum, and True; else False.
 
-    They go to one tensor more than the row has; without such a sum the row gets its new values.
+    The terms go to an extra tensor behind the row; without an unknown sum the row is updated.
     """
     tape = recording.Tape(len(lists) + 1, row[0], sums)
     inputs = list(row)
@@ -140,7 +141,7 @@ def _up_to_a_sum(
 def _prepared(
     rule: AnyRule, numbers: Numbers, columns: Sequence[Any]
 ) -> tuple[int, Callable[[Sequence[Tensor]], None]]:
-    """The size of pieces, and the rule in place, for one row of the columns that are lists."""
+    """The size of pieces, and a function that updates one piece of each column in place."""
     size = torch.get_num_threads() * _TILE
     lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
     like = columns[0][0]
@@ -174,7 +175,7 @@ def _prepared(
 
 
 def _batches(indices: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:
-    """Cut a list of tensors so that each part has about `size` elements."""
+    """Indices of tensors in batches of about `size` elements."""
     batch: list[int] = []
     total = 0
     for i in indices:

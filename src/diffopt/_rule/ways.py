@@ -1,4 +1,4 @@
-"""Which way a rule is run: one table, for trees and for parameter groups."""
+"""Choosing how a rule is run: one table, for trees and for parameter groups."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Kind(NamedTuple):
     """What the tensors of some columns have in common.
 
     Attributes:
-        device: the kind of device, such as "cpu".
+        device: the type of device, such as "cpu".
         dtype: the dtype of the params.
-        uniform: whether gradients and buffers have it too.
-        layout: "regular": ordinary tensors that are contiguous in one order of their axes;
-            "strided": ordinary ones that are not; "foreign": a subclass of tensors, or one that a
-            transform or a mode looks at; "sparse": the gradients are.
+        uniform: whether gradients and buffers have the same dtype.
+        layout: "regular": contiguous tensors; "strided": ordinary tensors that are not contiguous;
+            "foreign": tensor subclasses, or tensors seen by a transform or a mode; "sparse": the
+            gradients are sparse.
     """
 
     device: str
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 
 def survey(columns: Sequence[Any]) -> Kind:
-    """The kind of columns of lists, whose params share device and dtype."""
+    """The `Kind` of columns whose params share device and dtype."""
     lists = [column for column in columns if isinstance(column, list)]
     like = columns[0][0]
     uniform = all(x.dtype == like.dtype for column in lists for x in column)
@@ -60,12 +60,12 @@ def _all(lists: list[list[Tensor]]) -> Iterator[Tensor]:
 
 
 def ordinary(tensors: Iterable[Tensor]) -> bool:
-    """Whether code can walk through the memory of all these tensors."""
+    """Whether all are plain tensors, whose memory kernels can read directly."""
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 class _Asked(NamedTuple):
-    """What the table is asked: a rule, the tensors, the hyperparameters and the user's wish."""
+    """What the choice depends on: rule, tensors, hyperparameters and the user's wish."""
 
     rule: AnyRule
     kind: Kind
@@ -96,7 +96,7 @@ def _stacks(a: _Asked) -> bool:
 
 def _foreach(a: _Asked) -> bool:
     pays = a.wanted == "foreach" or a.kind.device != "cpu"
-    # DTensor has no rule for all foreach kernels, nor have the transforms of torch.func.
+    # Neither DTensor nor the transforms of torch.func support all foreach kernels.
     return a.rule.batchable and a.scalar and pays and a.kind.layout != "foreign"
 
 
@@ -109,15 +109,15 @@ _TABLE: tuple[tuple[Way, Callable[[_Asked], bool], tuple[Wanted, ...]], ...] = (
     ("foreach", _foreach, ("auto", "fused", "unfused", "foreach")),
     ("leaf", lambda a: True, ("auto", "fused", "unfused", "foreach", "leaf")),
 )
-"""Each way, what it computes, and the wishes that allow it: the first that fits is taken."""
+"""Each way, whether it applies, and the wishes that allow it; the first that fits is taken."""
 
 
 def choose(rule: AnyRule, kind: Kind, values: Sequence[Any], wanted: Wanted = "auto") -> Way:
-    """The way to run a rule in place where no derivative is wanted.
+    """The way to run a rule in place where no derivative is needed.
 
     Args:
-        rule: what is run.
-        kind: what it is run on.
+        rule: the rule to run.
+        kind: what its tensors have in common.
         values: its hyperparameters. Native kernels take Python numbers, tiles and foreach kernels
             0-d tensors as well.
         wanted: `execution` of a pure optimizer; or what the flags of a parameter group say: "fused"
@@ -135,13 +135,13 @@ RUN: dict[Way, Callable[[AnyRule, Numbers, Sequence[Any]], None]] = {
     "foreach": running.foreach_,
     "leaf": running.leaf_,
 }
-"""The ways that need nothing but numbers and columns."""
+"""The ways that need only numbers and columns."""
 
 
 def unscaled(columns: Sequence[Any], amp: dict[str, Tensor]) -> Sequence[Any] | None:
-    """The columns without a gradient scaler's scale; None where the step is to be skipped.
+    """The columns with a gradient scaler's scale removed; None if the step is to be skipped.
 
-    A native kernel takes `amp` itself; every other way takes the columns that this returns.
+    Native kernels take `amp` themselves; all other ways take the columns returned here.
     """
     if "found_inf" in amp and amp["found_inf"].item():
         return None

@@ -1,4 +1,4 @@
-"""The algorithms, one file per family, and what a new one is made of."""
+"""The algorithms, one file per family, and the parts for writing a new one."""
 
 from diffopt._rule import ops as ops
 from diffopt._rule.hyper import hparams as hparams, number as number

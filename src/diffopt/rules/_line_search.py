@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-DECREASE = 1e-4  # c1 of Nocedal and Wright: the share of the promised decrease that is enough
-CURVATURE = 0.9  # c2: the share of the slope that may be left
+DECREASE = 1e-4  # c1 of Nocedal and Wright: the fraction of the predicted decrease required
+CURVATURE = 0.9  # c2: the fraction of the initial slope that may remain
 
 
 class Point(NamedTuple):
-    """What is known at one step length along the line.
+    """The loss at one step length along the line.
 
     Attributes:
         t: the step length, a number or a 0-d tensor.
         value: the loss there, a number.
         slope: its derivative along the line, a 0-d tensor on the CPU.
-        grad: its gradient, which is only carried along.
+        grad: its gradient, which the search does not use.
     """
 
     t: Any
@@ -38,16 +38,16 @@ def strong_wolfe(
 ) -> Point:
     """A point of sufficient decrease and small slope, or the lowest found (algorithm 3.5).
 
-    The conventions are those of minFunc and torch: an interval that does not hold an acceptable
-    point is followed by one that is up to ten times as long.
+    The conventions are those of minFunc and torch: an interval without an acceptable point is
+    followed by one that is up to ten times as long.
 
     Args:
         evaluate: the point at a step length.
-        start: the one at length 0.
+        start: the point at length 0.
         t: the first length to try.
-        scale: the largest entry of the direction, in magnitude.
-        tolerance_change: where no entry changes by as much across an interval, it is not refined.
-        max_ls: how many lengths may be tried after the first.
+        scale: the largest magnitude among the entries of the direction.
+        tolerance_change: an interval across which no entry changes by this much is not refined.
+        max_ls: how many lengths are tried after the first.
     """
 
     def too_high(point: Point) -> bool:
@@ -57,7 +57,7 @@ def strong_wolfe(
         return bool(point.slope.abs() <= -CURVATURE * start.slope)
 
     def zoom(ends: list[Point], trials: int) -> Point:
-        """Shrink an interval that holds an acceptable point (algorithm 3.6)."""
+        """Shrink an interval that contains an acceptable point (algorithm 3.6)."""
         low, stalled = _lower(ends), False
         for _ in range(trials):
             left, right = min(end.t for end in ends), max(end.t for end in ends)
@@ -100,7 +100,7 @@ def strong_wolfe(
 
 
 def cubic_minimizer(a: Point, b: Point, least: Any, most: Any) -> Any:
-    """Where the cubic through two points is least, within bounds (Nocedal and Wright, 3.59)."""
+    """The minimizer of the cubic through two points, within bounds (Nocedal and Wright, 3.59)."""
     if a.t > b.t:
         a, b = b, a
     d1 = a.slope + b.slope - 3 * (a.value - b.value) / (a.t - b.t)

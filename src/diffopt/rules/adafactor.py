@@ -1,4 +1,4 @@
-"""Adafactor: Adam's second moment by rows and columns only (Shazeer and Stern 2018)."""
+"""Adafactor: Adam's second moment, factored into rows and columns (Shazeer and Stern 2018)."""
 
 from __future__ import annotations
 
@@ -90,16 +90,16 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
         return (*batch, rows, 1), (*batch, 1, columns), (0,)
 
     def refuse(self, p: Tensor) -> str | None:
-        return "is complex, which Adafactor does not take" if p.is_complex() else None
+        return "is complex, which Adafactor does not support" if p.is_complex() else None
 
 
 def adafactor(
     *, eps1: bool = False, maximize: bool = False, execution: Execution = "auto"
 ) -> Adafactor:
-    """Adafactor: Adam without momentum, with as many averages as a matrix has rows and columns.
+    """Adafactor: Adam without momentum, whose averages are kept per row and column of a matrix.
 
-    With beta_t = 1 - t^beta2_decay, rho_t = min(lr, 1 / sqrt(t)), RMS(x) the root of the mean of
-    x^2, and R_0 = C_0 = v_0 = 0,
+    With beta_t = 1 - t^beta2_decay, rho_t = min(lr, 1 / sqrt(t)), RMS(x) the root mean square of x,
+    and R_0 = C_0 = v_0 = 0,
 
         a_t = rho_t * max(eps2, RMS(p))
         p  <- p * (1 - lr * weight_decay)
@@ -109,24 +109,24 @@ def adafactor(
         u_t = grad_t / max(sqrt(v_t), eps1)
         p  <- p - a_t * u_t / max(1, RMS(u_t) / d)
 
-    A vector or a single number has v_t = beta_t * v_{t-1} + (1 - beta_t) * grad_t^2 instead; a
-    tensor of more than two dimensions is a batch of matrices, which share the two RMS.
+    Vectors and 0-d tensors use v_t = beta_t * v_{t-1} + (1 - beta_t) * grad_t^2 instead; a tensor
+    of more than two dimensions is a batch of matrices, which share the two RMS.
 
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2), the
-    greatest relative step; `beta2_decay` <= 0 (-0.8), one for each tensor; `eps2` >= 0 (1e-3),
-    `d` >= 1 (1), `weight_decay` >= 0 (0); where it is one, `eps1` >= 0 (float32's machine epsilon).
+    largest relative step; `beta2_decay` <= 0 (-0.8), one for each tensor; `eps2` >= 0 (1e-3), `d`
+    >= 1 (1), `weight_decay` >= 0 (0); with `eps1=True`, `eps1` >= 0 (float32's machine epsilon).
 
     Args:
-        eps1: make eps1 a hyperparameter. False takes the machine epsilon of the parameter's dtype,
-            float32's for half precision: that is torch's eps=(None, eps2).
+        eps1: make eps1 a hyperparameter. False takes the machine epsilon of the parameter's dtype
+            (float32's for half precision), which is torch's eps=(None, eps2).
         maximize: ascend instead of descend.
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
-        The optimizer. What a parameter does not need is a tensor without elements in its state:
-        `variance` of a matrix, `row_var` and `col_var` of others. RMS has derivative 0 at zeros.
-        Where the sides of a max or min are equal, the derivative is that of one of them: of which
-        is up to rounding at the first step of a vector with d = 1, where RMS(u_t) is 1.
+        The optimizer. Buffers that a parameter does not need are empty tensors: `variance` for a
+        matrix, `row_var` and `col_var` otherwise. RMS has derivative 0 at zero. Where the sides of
+        a max or min are equal, the derivative is that of one of them; which one depends on rounding
+        at the first step of a vector with d = 1, where RMS(u_t) is 1.
 
     Raises:
         TypeError: a flag is not a bool.

@@ -76,7 +76,7 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
 
 
 def adagrad(*, maximize: bool = False, execution: Execution = "auto") -> Adagrad:
-    """Adagrad: gradients divided by the root of the sum of their squares so far.
+    """Adagrad: gradients divided by the square root of the sum of their squares so far.
 
     With g_t = grad_t + weight_decay * p and G_0 = initial_accumulator_value,
 
@@ -92,8 +92,8 @@ def adagrad(*, maximize: bool = False, execution: Execution = "auto") -> Adagrad
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
-        The optimizer. `init` knows no hyperparameters, so `state.sum` starts at 0 and the first
-        step adds `initial_accumulator_value`; from then on it equals torch's.
+        The optimizer. `init` does not know the hyperparameters, so `state.sum` starts at 0 and the
+        first step adds `initial_accumulator_value`; from then on it equals torch's.
 
     Example:
         >>> import torch, diffopt

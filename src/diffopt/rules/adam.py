@@ -42,7 +42,7 @@ class AdamWHParams(AdamHParams):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Adam(Leafwise[AdamState, AdamHParams]):
-    """What `adam` returns, and but for the decay what `adamw` does."""
+    """What `adam` returns, and, apart from the decay, `adamw` too."""
 
     amsgrad: bool = False
 
@@ -91,7 +91,7 @@ class AdamW(Adam):
 
 
 def adam(*, amsgrad: bool = False, maximize: bool = False, execution: Execution = "auto") -> Adam:
-    """Adam: steps scaled by running averages of the gradient and of its square.
+    """Adam: running averages of the gradient and of its square.
 
     With g_t = grad_t + weight_decay * p and m_0 = v_0 = 0,
 
@@ -103,13 +103,13 @@ def adam(*, amsgrad: bool = False, maximize: bool = False, execution: Execution 
     `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0).
 
     Args:
-        amsgrad: divide by the root of the greatest v so far (AMSGrad).
+        amsgrad: divide by the square root of the largest v so far (AMSGrad).
         maximize: ascend instead of descend.
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
-        The optimizer. Where a gradient has been zero throughout, every derivative is finite and
-        that of the problem without the coordinate.
+        The optimizer. Where a gradient has always been zero, derivatives are finite: those of the
+        problem without that coordinate.
 
     Example:
         >>> import torch, diffopt
@@ -128,13 +128,13 @@ def adam(*, amsgrad: bool = False, maximize: bool = False, execution: Execution 
 
 
 def adamw(*, amsgrad: bool = False, maximize: bool = False, execution: Execution = "auto") -> AdamW:
-    """AdamW: `adam` with the weight decay taken out of the gradient.
+    """AdamW: `adam` with decoupled weight decay.
 
     The parameter is first scaled, p <- p * (1 - lr * weight_decay), and then takes the step of
     `adam` with g_t = grad_t. `weight_decay` is 1e-2 by default.
 
     Args:
-        amsgrad: divide by the root of the greatest v so far (AMSGrad).
+        amsgrad: divide by the square root of the largest v so far (AMSGrad).
         maximize: ascend instead of descend.
         execution: how it runs, see `diffopt.rules.Leafwise`.
 

@@ -55,7 +55,7 @@ class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
 
 
 def adamax(*, maximize: bool = False, execution: Execution = "auto") -> Adamax:
-    """Adamax: steps scaled by the greatest gradient so far, slowly forgotten.
+    """Adamax: steps scaled by a decaying maximum of past gradients.
 
     With g_t = grad_t + weight_decay * p and m_0 = u_0 = 0,
 
@@ -71,7 +71,8 @@ def adamax(*, maximize: bool = False, execution: Execution = "auto") -> Adamax:
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
-        The optimizer. Where the two sides of the maximum are equal they share its derivative.
+        The optimizer. Where the two sides of the maximum are equal, each gets half of the
+        derivative.
 
     Raises:
         TypeError: a flag is not a bool.

@@ -61,7 +61,7 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
 
 
 def asgd(*, maximize: bool = False, execution: Execution = "auto") -> ASGD:
-    """Gradient descent with a decaying rate, and the average of its iterates.
+    """Gradient descent with a decaying learning rate, and the average of its iterates.
 
     With g_t = grad_t + weight_decay * p, e_1 = lr, m_1 = 1 and a_0 = 0,
 
@@ -78,10 +78,10 @@ def asgd(*, maximize: bool = False, execution: Execution = "auto") -> ASGD:
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
-        The optimizer. The average a is `state.ax`: the iterates themselves until step `t0`. As in
-        torch the rate e and the weight m of a step, `state.eta` and `state.mu`, are made of the
-        hyperparameters of the step before. They have the shape of the parameter and start at 0,
-        where the first step puts `lr` and 1.
+        The optimizer. The average a is `state.ax`; until step `t0` it is the iterate itself. As in
+        torch, the rate e and the weight m of a step, `state.eta` and `state.mu`, are computed from
+        the hyperparameters of the step before. They have the shape of the parameter and start at 0;
+        the first step sets them to `lr` and 1.
 
     Raises:
         TypeError: a flag is not a bool.

@@ -1,4 +1,4 @@
-"""L-BFGS (Nocedal 1980): steps of Newton's method with curvature learned from past steps."""
+"""L-BFGS (Nocedal 1980): quasi-Newton steps with curvature estimated from past steps."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 from diffopt.rules._line_search import Point, strong_wolfe
 
-LEAST_CURVATURE = 1e-10  # as in torch: a pair with less of y.s is not remembered
+LEAST_CURVATURE = 1e-10  # as in torch: pairs with a smaller y.s are not kept
 
 
 class LBFGSState(NamedTuple):
-    """State of `lbfgs`: vectors of all n entries of the params, and rows of such.
+    """State of `lbfgs`: vectors of all n entries of the params, and matrices with such rows.
 
     Names are torch's; `prev_flat_step` is its `d * t`. The newest pair is the last row, and rows
-    that are not used yet hold zeros.
+    not used yet are zero.
     """
 
     step: Any
@@ -48,29 +48,29 @@ class LBFGSHParams:
 
 
 def lbfgs(*, history_size: int = 100) -> LimitedMemoryBFGS:
-    """L-BFGS: the direction of Newton's method, by an inverse Hessian from the last steps.
+    """L-BFGS: Newton's direction, with an inverse Hessian estimated from the last steps.
 
-    Of the params as one vector x, with g_t = grad_t, s = x_t - x_{t-1} and y = g_t - g_{t-1},
+    With the params as one vector x, g_t = grad_t, s = x_t - x_{t-1} and y = g_t - g_{t-1},
 
-        remember (s, y) if y.s > 1e-10, and forget all but the last history_size pairs
-        H_t = BFGS updates of (y.s / y.y) I by the remembered pairs, the newest last
+        keep (s, y) if y.s > 1e-10, and drop all but the last history_size pairs
+        H_t = BFGS updates of (y.s / y.y) I by the kept pairs, the newest last
         x  <- x - lr * H_t g_t                     (t = 1: x - lr * min(1, 1 / |g|_1) * g)
 
-    where no pair is remembered H_t = I, and H_t g_t is computed without H_t by two loops over the
-    pairs. Each step is one iteration of torch.optim.LBFGS without line search; for one with a line
-    search see `LimitedMemoryBFGS.search`.
+    where H_t = I as long as no pair is kept, and H_t g_t is computed without forming H_t by two
+    loops over the pairs. Each step is one iteration of torch.optim.LBFGS without line search; for
+    one with a line search see `LimitedMemoryBFGS.search`.
 
-    Hyperparameters: `lr` >= 0 (1), one number or 0-d tensor for all params.
+    Hyperparameters: `lr` >= 0 (1), a single number or 0-d tensor for all params.
 
     Args:
-        history_size: how many pairs are kept. State and work grow with it from the first step on:
-            both loops run over all rows, so that the step can be batched and compiled.
+        history_size: the number of pairs kept. State and work are proportional to it from the first
+            step on: both loops run over all rows, so that the step can be batched and compiled.
 
     Returns:
-        The optimizer. Which pairs are remembered is decided by a comparison, which has no
-        derivative; else every derivative is that of the formula, and finite where gradients or
-        steps are zero. A leaf without a gradient stands still and counts as a gradient of zero; its
-        last gradient and step are kept until it has one again.
+        The optimizer. Which pairs are kept is decided by a comparison, which has no derivative;
+        otherwise derivatives are those of the formula, and finite where gradients or steps are
+        zero. A leaf whose gradient is None does not move and counts as having a zero gradient; its
+        last gradient and step are kept until it has a gradient again.
 
     Raises:
         TypeError: history_size is not an integer.
@@ -113,8 +113,8 @@ def direction(
 ) -> tuple[Tensor, list[Tensor]]:
     """`H q`, and the weights of the first loop (Nocedal and Wright, algorithm 7.4).
 
-    Pairs (y, s) of `old_dirs` and `old_stps` stand oldest first; `ro` is 1 / y.s, and 0 makes a
-    pair count for nothing. `sub(x, y, c)` is x - c * y; it and `mul` may overwrite x, and so `q`.
+    Pairs (y, s) of `old_dirs` and `old_stps` are ordered oldest first; `ro` is 1 / y.s, and a pair
+    with 0 has no effect. `sub(x, y, c)` is x - c * y; it and `mul` may overwrite x, and so `q`.
     """
     pairs = list(zip(old_dirs, old_stps, ro, strict=True))
     al: list[Tensor] = []
@@ -128,17 +128,17 @@ def direction(
 
 
 def curvature(ys: Tensor, yy: Tensor) -> tuple[Tensor, Tensor]:
-    """What a pair tells of H: 1 / y.s, and the scale y.s / y.y."""
+    """What a pair contributes to H: 1 / y.s, and the scale y.s / y.y."""
     return 1 / ys, ys / yy
 
 
 def first_length(grad: Tensor) -> Tensor:
-    """The length of the first step, at which no curvature is known: `min(1, 1 / |grad|_1)`."""
+    """The length of the first step, when no curvature is known: `min(1, 1 / |grad|_1)`."""
     return 1 / grad.abs().sum().clamp(min=1)
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All entries as one vector of reals."""
+    """All entries as one real vector."""
     vectors = [real(tensor).reshape(-1) for tensor in tensors]
     return torch.cat(vectors) if vectors else torch.empty(0)
 
@@ -154,8 +154,8 @@ class _Problem(NamedTuple):
     Attributes:
         spec: the structure of the params.
         params: their leaves.
-        grads: those of the gradients.
-        grad: the gradients as one vector, with zeros where there is none.
+        grads: the leaves of the gradients.
+        grad: the gradients as one vector, with zeros for None.
         active: which of its entries have a gradient; None where all do.
     """
 
@@ -174,10 +174,10 @@ class _Problem(NamedTuple):
 class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
     """What `lbfgs` returns.
 
-    The arithmetic is in the widest dtype among the leaves, which must be on one device.
+    It computes in the widest dtype among the leaves, which must all be on one device.
 
     Attributes:
-        history_size: how many pairs are kept.
+        history_size: the number of pairs kept.
     """
 
     history_size: int
@@ -217,24 +217,25 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
     ) -> tuple[Tree, LBFGSState]:
         """`update` with a step length that satisfies the strong Wolfe conditions.
 
-        The length is found by comparing losses along the direction, so that it jumps as a function
-        of the arguments. Derivatives take it for the constant t it turned out to be: they are those
-        of x - t * H g in params, grads and state, and `lr`, which is only the first length tried,
-        has none. Where t minimizes the loss along the line, the loss at the new params has no other
-        derivative; the params themselves have one, which is left out.
+        The length is found by comparing losses along the direction, so it is a discontinuous
+        function of the arguments. Derivatives treat the length found, t, as a constant: they are
+        those of x - t * H g with respect to params, grads and state; `lr`, which is only the first
+        length tried, has none. Where t minimizes the loss along the line, this is the exact
+        derivative of the loss at the new params; of the params themselves, the part through t is
+        left out.
 
-        The search looks at values: it works under autograd and under derivatives of `torch.func`,
+        The search depends on values: it works under autograd and the derivatives of `torch.func`,
         but not inside `torch.vmap` or `torch.compile`.
 
         Args:
-            loss: `loss(params)` is a real 0-d tensor. It is evaluated once per length tried, with
-                its gradient, and leaves no graph.
+            loss: `loss(params)` returns a real 0-d tensor. It is evaluated with its gradient once
+                per length tried, and leaves no graph.
             params: a pytree of tensors.
             grads: the gradient of the loss at params.
             state: what `init` or the last step returned.
             hparams: what `self.hparams(...)` returned.
-            tolerance_change: lengths are not told apart where no entry would change by as much.
-            max_ls: how many lengths may be tried after the first; then the lowest point is taken.
+            tolerance_change: lengths count as equal if no entry would change by this much.
+            max_ls: how many lengths are tried after the first; then the lowest point is taken.
 
         Returns:
             The new params and the new state.
@@ -284,7 +285,7 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
     def _gather(
         self, params: Tree, grads: Tree, state: LBFGSState, hparams: LBFGSHParams
     ) -> _Problem:
-        """The arguments as vectors, or an error."""
+        """Check the arguments and flatten them to vectors."""
         tensors, spec = _tree.flatten(params)
         checks.params(tensors, params)
         checks.undistributed(params, "params", "lbfgs")
@@ -327,13 +328,13 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
             ):
                 if mine != expected and params:
                     raise ValueError(
-                        f"state.{name} has {attribute} {mine}, but {expected} is expected: "
-                        "make the state by this init() for these params"
+                        f"state.{name} has {attribute} {mine}, but {expected} is expected: create "
+                        "the state with this optimizer's init() for these params"
                     )
 
 
 def _direction(problem: _Problem, old: LBFGSState) -> tuple[Tensor, LBFGSState]:
-    """The direction, and the state with everything in it but the step along it."""
+    """The direction, and the new state without the step along it."""
     dtype = problem.grad.dtype
     ys, steps, ro, H_diag, prev_grad, prev_step = (field.to(dtype) for field in old[1:])
     y = problem.where_active(problem.grad - prev_grad, 0)
@@ -357,14 +358,14 @@ def _length(problem: _Problem, state: LBFGSState, hparams: LBFGSHParams) -> Tens
 
 
 def _constant(scalar: Tensor) -> Tensor:
-    """Its value: on the CPU, and cut from every derivative."""
+    """Its value on the CPU, detached from every derivative."""
     return torch.tensor(float(scalar), dtype=torch.float64)
 
 
 def _move(
     problem: _Problem, old: LBFGSState, new: LBFGSState, step: Tensor
 ) -> tuple[Tree, LBFGSState]:
-    """Params after a step, and the state that remembers it."""
+    """The params after a step, and the state with that step."""
     params = [
         p if g is None else q
         for p, g, q in zip(problem.params, problem.grads, _moved(problem, step), strict=True)
@@ -414,11 +415,11 @@ def _device(params: Sequence[Tensor], tree: Tree) -> torch.device:
 
 def _check_lr(hparams: Any) -> None:
     if not isinstance(hparams, LBFGSHParams):
-        raise TypeError(f"hparams is a {type(hparams).__name__}: make it by hparams(...)")
+        raise TypeError(f"hparams is a {type(hparams).__name__}: create it with hparams(...)")
     lr = hparams.lr
     if not isinstance(lr, (int, float, Tensor)):
         raise ValueError(
-            f"hparams.lr is a {type(lr).__name__}, but lbfgs has one lr for all params"
+            f"hparams.lr is a {type(lr).__name__}, but lbfgs takes one lr for all params"
         )
     if isinstance(lr, Tensor) and (lr.dim() != 0 or lr.is_complex()):
         raise ValueError(

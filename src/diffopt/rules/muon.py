@@ -72,8 +72,8 @@ class Muon(Leafwise[MuonState, MuonHParams]):
 
     def refuse(self, p: Tensor) -> str | None:
         if p.dim() != 2:
-            return f"has shape {tuple(p.shape)}, but Muon takes matrices only"
-        return "is complex, which Muon does not take" if p.is_complex() else None
+            return f"has shape {tuple(p.shape)}, but Muon updates only matrices"
+        return "is complex, which Muon does not support" if p.is_complex() else None
 
 
 def muon(
@@ -85,7 +85,7 @@ def muon(
     maximize: bool = False,
     execution: Execution = "auto",
 ) -> Muon:
-    """Muon: steps along the momentum of a matrix with its singular values brought near 1.
+    """Muon: steps along the momentum of a matrix, whose singular values are brought near 1.
 
     With B_0 = 0,
 
@@ -95,35 +95,36 @@ def muon(
         X_k = ns_a * X_{k-1} + (ns_b * A + ns_c * A^2) X_{k-1}, where A = X_{k-1} X_{k-1}^T
         p  <- p * (1 - lr * weight_decay) - lr * ratio * X_{ns_steps}
 
-    where ratio is sqrt(max(1, rows / columns)), where `adjust_lr_fn` is "match_rms_adamw"
-    0.2 * sqrt(max(rows, columns)), and where it is "spectral_unclamped" sqrt(rows / columns).
-    Matrices with more rows than columns are transposed for the iteration (Newton and Schulz's, with
-    a polynomial of degree 5).
+    where ratio is sqrt(max(1, rows / columns)), or 0.2 * sqrt(max(rows, columns)) if `adjust_lr_fn`
+    is "match_rms_adamw", or sqrt(rows / columns) if it is "spectral_unclamped". Matrices with more
+    rows than columns are transposed for the iteration (Newton-Schulz with a polynomial of degree
+    5).
 
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
-    `weight_decay` >= 0 (0.1), `momentum` >= 0 (0.95); and, one for each matrix, `ns_a`, `ns_b`,
-    `ns_c` (3.4445, -4.775, 2.0315), which are torch's `ns_coefficients`, and `eps` >= 0 (1e-7).
+    `weight_decay` >= 0 (0.1), `momentum` >= 0 (0.95); and, a single one for each matrix, `ns_a`,
+    `ns_b`, `ns_c` (3.4445, -4.775, 2.0315; torch's `ns_coefficients`) and `eps` >= 0 (1e-7).
 
     Args:
         nesterov: use Nesterov's momentum.
         ns_steps: the number of iterations.
-        adjust_lr_fn: what the step is multiplied by; None means "original".
-        precision: the dtype of the iteration. bfloat16, torch's choice, moves the step by some
+        adjust_lr_fn: how the learning rate is adjusted to the shape, see ratio; None means
+            "original".
+        precision: the dtype of the iteration. bfloat16, torch's choice, changes the step by a few
             percent and derivatives with respect to gradients by 5 to 30 percent; those with respect
-            to `ns_a`, `ns_b` and `ns_c` have no right digit. Where derivatives matter, use
-            torch.float32 (1e-5) or
-            None, the dtype of the parameter (float32 for half precision).
+            to `ns_a`, `ns_b` and `ns_c` have no correct digit. Where derivatives matter, use
+            torch.float32 (1e-5), or None for the dtype of the parameter (float32 for half
+            precision).
         maximize: ascend instead of descend.
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
-        The optimizer. Its parameters are matrices; others belong to another optimizer. A gradient
-        that is zero has the derivative of X_0 = N / eps.
+        The optimizer. Its parameters must be matrices; give others to another optimizer. At a zero
+        gradient the derivative is that of X_0 = N / eps.
 
     Raises:
         TypeError: a flag is not a bool, or `precision` is not a dtype.
-        ValueError: `ns_steps`, `adjust_lr_fn` or `precision` is not one of those allowed; from
-            `init` and `update`: a parameter is not a matrix.
+        ValueError: `ns_steps`, `adjust_lr_fn` or `precision` has a value that is not allowed; from
+            `init` and `update`: a parameter is not a real matrix.
 
     Example:
         >>> import torch, diffopt
@@ -137,7 +138,7 @@ def muon(
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; Liu et
     al., "Muon is scalable for LLM training", 2025, for "match_rms_adamw"; Bernstein, "Deriving
-    Muon", 2025, for "spectral_unclamped"; with torch's momentum, an average and not a sum.
+    Muon", 2025, for "spectral_unclamped"; with torch's momentum: an average instead of a sum.
     """
     return Muon(
         nesterov=nesterov,
@@ -150,7 +151,7 @@ def muon(
 
 
 def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:
-    """A matrix, no higher than wide, with its singular values brought near 1."""
+    """A matrix with rows <= columns, its singular values brought near 1."""
     x = x / _norm(x).clamp(min=hp.eps)
     for _ in range(steps):
         a = x @ x.mT

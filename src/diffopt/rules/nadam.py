@@ -100,7 +100,7 @@ def nadam(
 
     Returns:
         The optimizer. `state.mu_product` has the shape of the parameter, since each weight may have
-        a `beta1` of its own; it starts at 0, which stands for 1.
+        its own `beta1`; it starts at 0, which stands for 1.
 
     Raises:
         TypeError: a flag is not a bool.

@@ -50,7 +50,7 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
         r_inf = 2 / (1 - hp.beta2) - 1
         r = r_inf - 2 * t * hp.beta2**t / correction2
         rectified = r > 5
-        # Where it does not apply the square root is kept away from negative numbers.
+        # Where it does not apply, keep the square root away from negative numbers.
         r, r_inf = ops.where(rectified, r, 6.0), ops.where(rectified, r_inf, 6.0)
         rectification = ((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
         return correction1, correction2**0.5, rectified, rectification, shrinkage
@@ -73,7 +73,7 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
 def radam(
     *, decoupled_weight_decay: bool = False, maximize: bool = False, execution: Execution = "auto"
 ) -> RAdam:
-    """RAdam: plain momentum while the second moment is too uncertain, then a rectified Adam.
+    """RAdam: plain momentum while the second moment is too uncertain, then rectified Adam.
 
     With g_t = grad_t + weight_decay * p, m_0 = v_0 = 0 and r_inf = 2 / (1 - beta2) - 1,
 
@@ -94,7 +94,8 @@ def radam(
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
-        The optimizer. At a `beta2` where r_t passes 5 it jumps, and has no derivative.
+        The optimizer. As a function of `beta2` it jumps where r_t crosses 5, and has no derivative
+        there.
 
     Raises:
         TypeError: a flag is not a bool.

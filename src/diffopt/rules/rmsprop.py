@@ -78,7 +78,7 @@ def rmsprop(
     maximize: bool = False,
     execution: Execution = "auto",
 ) -> RMSprop:
-    """RMSprop: gradients divided by the root of a running average of their square.
+    """RMSprop: gradients divided by the square root of a running average of their squares.
 
     With g_t = grad_t + weight_decay * p and v_0 = a_0 = b_0 = 0,
 

@@ -59,7 +59,7 @@ class Rprop(Leafwise[RpropState, RpropHParams]):
 
 
 def rprop(*, maximize: bool = False, execution: Execution = "auto") -> Rprop:
-    """Rprop: each weight has a step size, which grows while the sign of its gradient stays.
+    """Rprop: each weight has a step size, which grows while the sign of its gradient is the same.
 
     With e_0 = lr and g_0 = 0, and s_t = sign(grad_t * g_{t-1}),
 
@@ -78,8 +78,8 @@ def rprop(*, maximize: bool = False, execution: Execution = "auto") -> Rprop:
 
     Returns:
         The optimizer. The derivative of a step with respect to the gradient is 0, and that with
-        respect to `lr` comes from the first step size only. `init` knows no hyperparameters:
-        `state.step_size` starts at 0, and the first step puts `lr` in its place.
+        respect to `lr` comes from the first step size only. `init` does not know the
+        hyperparameters: `state.step_size` starts at 0, and the first step sets it to `lr`.
 
     Raises:
         TypeError: a flag is not a bool.

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent: plain, with momentum (Polyak 1964), with Nesterov's."""
+"""Stochastic gradient descent: plain, with momentum (Polyak 1964) or Nesterov momentum."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov=True needs momentum=True")
+            raise ValueError("nesterov=True requires momentum=True")
 
     @property
     def hparams(self) -> type[MomentumHParams]:  # pyright: ignore[reportIncompatibleVariableOverride] (it depends on a flag)
@@ -78,9 +78,9 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
 
     def native(self, p: Any, g: Any, s: SGDState, hp: Any, first: bool | None, amp: Any) -> bool:
         if self.momentum and (ops.is_zero(hp.momentum) or (first is None and hp.dampening != 0)):
-            return False  # it would leave the buffer alone, or may dampen the first gradient
+            return False  # it would not update the buffer, or might dampen the first gradient
         if p[0].dtype in (torch.float16, torch.bfloat16) and p[0].device.type == "cpu":
-            return False  # it leaves most elements alone (pytorch#191763)
+            return False  # it does not update most elements (pytorch#191763)
         _torch.fused_sgd_(
             p,
             g,
@@ -112,18 +112,18 @@ def sgd(
         p  <- p - lr * b_t                       (nesterov: p - lr * (g_t + momentum * b_t))
 
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
-    `momentum` >= 0 (0), `dampening` (0), `weight_decay` >= 0 (0). Where `momentum` is the number 0,
-    dampening has no effect, as in torch; where it is a tensor, the formula holds at 0 too.
+    `momentum` >= 0 (0), `dampening` (0), `weight_decay` >= 0 (0). If `momentum` is the number 0,
+    dampening has no effect, as in torch; if it is a tensor, the formula holds at 0 too.
 
     Args:
         nesterov: use Nesterov's momentum.
-        momentum: False keeps no buffer and has no hyperparameters `momentum` and `dampening`.
+        momentum: False keeps no buffer, and removes the hyperparameters `momentum` and `dampening`.
         maximize: ascend instead of descend.
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Returns:
-        The optimizer. Unlike torch.optim.SGD's, whose first buffer is a detached gradient, its
-        first step carries derivatives.
+        The optimizer. Its first step is differentiable, unlike that of torch.optim.SGD, whose first
+        buffer is a detached gradient.
 
     Raises:
         TypeError: a flag is not a bool.
@@ -140,6 +140,6 @@ def sgd(
         (tensor(-0.),)
 
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning",
-    2013, with the velocity as in torch.optim.SGD: the learning rate outside the buffer.
+    2013, with the buffer as in torch.optim.SGD: without the learning rate.
     """
     return SGD(nesterov=nesterov, momentum=momentum, maximize=maximize, execution=execution)

@@ -1,4 +1,4 @@
-"""Adam for sparse gradients: what a gradient does not mention stays as it is."""
+"""Adam for sparse gradients: entries without a gradient are left unchanged."""
 
 from __future__ import annotations
 
@@ -54,30 +54,31 @@ def sparse_adam(
 ) -> Optimizer[SparseAdamState, SparseAdamHParams]:
     """Adam for gradients that are sparse tensors, such as those of `Embedding(sparse=True)`.
 
-    For each entry that the gradient g_t mentions, with m_0 = v_0 = 0,
+    For each entry that is specified in the gradient g_t, with m_0 = v_0 = 0,
 
         m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
         v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
         p  <- p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m_t / (sqrt(v_t) + eps)
 
-    and for all others nothing changes, neither p nor m nor v. The count t of steps is that of all.
+    and for all others neither p nor m nor v changes. t counts all steps.
 
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
     `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` > 0 (1e-8).
 
     Args:
-        masked: gradients are dense, and mention the entries where they are not 0. This works inside
-            `torch.vmap` and `torch.compile`, and has derivatives of every order. Otherwise a
-            gradient is a sparse COO tensor, need not be coalesced, and mentions the zeros it holds.
+        masked: gradients are dense, and their nonzero entries are the specified ones. This works
+            inside `torch.vmap` and `torch.compile`, and has derivatives of every order. Otherwise
+            gradients are sparse COO tensors, which need not be coalesced; explicit zeros are
+            specified entries.
         maximize: ascend instead of descend.
 
     Returns:
-        The optimizer. Every derivative is that of the formula for a fixed set of entries. But torch
-        differentiates the construction of a sparse tensor only once, and second derivatives
-        through it come out wrong. So a derivative with respect to what a sparse gradient was made
-        of raises where `create_graph` asks for more; nested transforms of `torch.func` hide this.
-        `masked` has all derivatives. Complex params, which torch.optim.SparseAdam refuses, are
-        pairs of reals.
+        The optimizer. Derivatives are those of the formula for a fixed set of entries. But torch
+        can differentiate the construction of a sparse tensor only once; second derivatives through
+        it are silently wrong. So with `create_graph=True`, a derivative through a sparse gradient
+        raises (nested transforms of `torch.func` are not detected); `masked=True` has all
+        derivatives. Complex params, which torch.optim.SparseAdam refuses, are updated as pairs of
+        reals.
 
     Raises:
         TypeError: a flag is not a bool.
@@ -103,7 +104,7 @@ def sparse_adam(
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EntriesAdam(Leafwise[SparseAdamState, SparseAdamHParams]):
-    """Adam as `sparse_adam` has it, for entries put together in dense tensors."""
+    """The arithmetic of `sparse_adam`, on entries gathered in dense tensors."""
 
     State = SparseAdamState
     hparams: ClassVar[type[SparseAdamHParams]] = SparseAdamHParams
@@ -126,7 +127,7 @@ class EntriesAdam(Leafwise[SparseAdamState, SparseAdamHParams]):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MaskedAdam(EntriesAdam):
-    """What `sparse_adam(masked=True)` returns: the same where a dense gradient is not 0."""
+    """What `sparse_adam(masked=True)` returns: the same where a dense gradient is nonzero."""
 
     def rule(
         self, p: Any, g: Any, s: SparseAdamState, hp: SparseAdamHParams, c: Any
@@ -138,12 +139,11 @@ class MaskedAdam(EntriesAdam):
 
 
 class _Entries(NamedTuple):
-    """The arguments of one update, of the entries that the gradients mention.
+    """The arguments of one update, restricted to the entries specified in the gradients.
 
     Attributes:
-        arguments: of the update of these entries. A leaf whose gradient mentions nothing stands
-            there whole.
-        where: the indices of the entries, for each leaf; None where there are none.
+        arguments: those of the update of these entries; whole leaves where a gradient has none.
+        where: the indices of the entries in each leaf; None where there are none.
         columns: the leaves of params and of the fields of the state, in the order of the params.
         spec: the structure of the params.
     """
@@ -164,7 +164,7 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
 
     @property
     def entries(self) -> EntriesAdam:
-        """Updates the entries that gradients mention, put together in dense tensors."""
+        """The optimizer for the specified entries, gathered in dense tensors."""
         return EntriesAdam(maximize=self.maximize)
 
     def init(self, params: Tree) -> SparseAdamState:
@@ -188,7 +188,7 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
         with torch.no_grad():
             arguments, where, columns, _ = self._gather(params, grads, state, hparams)
             checks.writable({"params": columns[0]}, params)
-            self.entries.update_(*arguments)  # writes to copies of entries, and to state.step
+            self.entries.update_(*arguments)  # writes to copies of the entries, and to state.step
             new_params, _, new_state, _ = arguments
             for old, new in zip(columns, (new_params, *new_state[1:]), strict=True):
                 for leaf, indices, entries in zip(old, where, new, strict=True):
@@ -198,12 +198,12 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
     def _gather(
         self, params: Tree, grads: Tree, state: SparseAdamState, hparams: SparseAdamHParams
     ) -> _Entries:
-        """What the gradients mention, or an error."""
+        """Check the arguments and gather the specified entries."""
         tensors, spec = _tree.flatten(params)
         checks.params(tensors, params)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         _check_grads(gradients, tensors, params)
-        # Without gradients nothing is done but to look at params, state and hparams.
+        # Without gradients this only checks params, state and hparams.
         self.entries.update(params, _tree.unflatten([None] * len(tensors), spec), state, hparams)
 
         coalesced = [None if grad is None else grad.coalesce() for grad in gradients]
@@ -224,7 +224,7 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
 
 
 def _check_grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
-    """None, or a sparse tensor of the parameter's shape, dtype and device."""
+    """Raise unless each is None or a sparse tensor of the parameter's shape, dtype and device."""
     filled = [param if grad is None else grad for grad, param in zip(grads, params, strict=True)]
     checks.buffers(filled, params, tree, "grads")
     for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
@@ -234,26 +234,26 @@ def _check_grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
         if grad is not None and grad.layout is not torch.sparse_coo:
             raise ValueError(
                 f"{_tree.paths(tree, 'grads')[i]} has layout {grad.layout}, but must be sparse "
-                "COO: for dense gradients there are adam() and sparse_adam(masked=True)"
+                "COO: use adam() or sparse_adam(masked=True) for dense gradients"
             )
 
 
 def _take(leaf: Tensor, where: tuple[Tensor, ...] | None) -> Tensor:
-    """Entries of a leaf, one row each; all of it is one row without sparse dimensions."""
+    """Entries of a leaf, one row each; without sparse dimensions the leaf is a single row."""
     if where is None:
         return leaf
     return leaf[where] if where else leaf.unsqueeze(0)
 
 
 def _put(leaf: Tensor, where: tuple[Tensor, ...] | None, entries: Tensor) -> Tensor:
-    """A leaf with other entries."""
+    """The leaf with these entries replaced."""
     if where is None:
         return leaf
     return leaf.index_put(where, entries) if where else entries.squeeze(0)
 
 
 def _pick(number: hyper.Covered, params: list[Tensor], where: list[Any]) -> Any:
-    """A hyperparameter of the entries."""
+    """A hyperparameter, restricted to the specified entries."""
     if len(number.values) == 1 and not _per_weight(number.values[0]):
         return number.values[0]
     picked: list[Any] = []
@@ -268,15 +268,15 @@ def _per_weight(value: Any) -> bool:
 
 
 def _values(grad: Tensor) -> Tensor:
-    """The values of a coalesced gradient, differentiable as often as torch does it right."""
+    """The values of a coalesced gradient, differentiable as often as torch is right."""
     return grad.values() if grad.is_leaf else _Once.apply(grad.values())
 
 
 class _Once(torch.autograd.Function):
-    """The identity; a derivative that may be differentiated again raises.
+    """The identity; raises in a backward pass that is recorded to be differentiated again.
 
-    The backward of torch.sparse_coo_tensor is not differentiable, and does not say so: second
-    derivatives through it are wrong without a word.
+    The backward of torch.sparse_coo_tensor is not differentiable, and does not raise: second
+    derivatives through it are silently wrong.
     """
 
     generate_vmap_rule = True
