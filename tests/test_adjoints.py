@@ -699,8 +699,8 @@ def test_unroll_differentiates_any_step_over_xs(adjoint):
         ({}, "length is None, but must be an integer >= 0 without xs"),
         ({"length": -1}, "length is -1"),
         ({"xs": {"a": torch.ones(3), "b": torch.ones(2)}}, r"xs\['b'\] has 2 entries.*3 steps"),
-        ({"xs": torch.ones(())}, "xs is a tensor of shape .*without a dimension of time"),
-        ({"xs": torch.ones(3), "length": 4}, "xs has 3 entries, where there are 4 steps"),
+        ({"xs": torch.ones(())}, "xs is a tensor of shape .*leading time dimension"),
+        ({"xs": torch.ones(3), "length": 4}, "xs has 3 entries, but there are 4 steps"),
     ],
 )
 def test_unroll_checks_its_arguments(arguments, message):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffopt
-from diffopt._diff.functions import Surroundings
+from diffopt._diff.functions import AmbientState
 from diffopt.adjoint import Checkpointed, ForwardMode, Truncated, Unrolled
 
 ADJOINTS = [Unrolled(), Checkpointed(), Checkpointed(hvp="forward-over-reverse"), ForwardMode()]
@@ -115,9 +115,9 @@ def test_recurrent_modules_under_vmap_raise_what_helps(kind, adjoint):
 
 def test_kernels_are_restored_and_left_as_they_were():
     with sdpa_kernel(SDPBackend.MATH):
-        surroundings = Surroundings(())
+        ambient = AmbientState(())
     before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
-    with surroundings.restored():
+    with ambient.restored():
         assert not torch.backends.cuda.flash_sdp_enabled()
         assert torch.backends.cuda.math_sdp_enabled()
     assert before == (

@@ -33,7 +33,7 @@ WEIGHT = nn.Parameter(torch.ones(2))
         ({"hparams": None}, TypeError, "hparams is None"),
         ({"hparams": {"lr": 0.1}}, TypeError, "hparams is {'lr': 0.1}"),
         ({"hparams": diffopt.sgd().hparams()}, TypeError, "hparams is SGDHParams|hparams is Mom"),
-        ({"hparams": OPT.hparams}, TypeError, "has to be called"),
+        ({"hparams": OPT.hparams}, TypeError, "must be called"),
         ({"hparams": lambda t: None}, TypeError, r"hparams\(0\) returned None"),
         ({"hparams": lambda t: diffopt.sgd().hparams()}, TypeError, r"hparams\(0\) returned"),
         ({"steps": True}, ValueError, "steps is True"),

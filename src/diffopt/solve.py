@@ -1,4 +1,4 @@
-"""minimize(): an inner loop, differentiated as its `adjoint` says."""
+"""minimize(): an inner loop on a loss, differentiated as its `adjoint` says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._diff.functions import Surroundings
+from diffopt._diff.functions import AmbientState
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
@@ -24,12 +24,11 @@ class Solution(NamedTuple):
 
     Attributes:
         params: the parameters after the last step.
-        state: the optimizer's state after the last step: give it to the next call to go on.
+        state: the optimizer's state after the last step; pass it to the next call to continue.
         losses: the loss before each step, shape [steps].
-        aux: what the loss returned besides its value, one entry per step; empty without `has_aux`.
-        buffers: what the loss returned as new buffers in the last step; `()` without
-            `buffers`.
-        steps: how many steps were taken, a 0-d integer tensor.
+        aux: the auxiliary outputs of the loss, one entry per step; empty without `has_aux`.
+        buffers: the buffers that the loss returned in the last step; `()` without `buffers`.
+        steps: the number of steps taken, a 0-d integer tensor.
     """
 
     params: Tree
@@ -54,15 +53,15 @@ def minimize(
     tol: float | None = None,
     adjoint: Adjoint | None = Unrolled(),  # noqa: B008 (frozen)
 ) -> Solution:
-    """Take optimizer steps on a loss; the result can be differentiated.
+    """Take optimizer steps on a loss; the result is differentiable.
 
     Computes params_{t+1}, state_{t+1} = optimizer.update(params_t, grad loss(params_t), state_t,
     hparams) for t = 0, ..., steps - 1. Works under autograd, under torch.func transforms in any
     nesting, and under torch.compile. Under torch.no_grad() no graph is built.
 
-    A parameter that the loss does not use in a step has the gradient None there: weight decay and
-    momentum leave it alone, and so does Adam. torch.compile cannot tell such a parameter from one
-    whose gradient is zero: under it the gradient is zeros.
+    A parameter that the loss does not use in a step has the gradient None there: neither weight
+    decay nor momentum nor Adam changes it. torch.compile cannot distinguish such a parameter from
+    one with a zero gradient: there the gradient is zero.
 
     Args:
         loss: `loss(params, *args, *batch)` returns a 0-d tensor, or `(value, aux)` with `has_aux`.
@@ -71,18 +70,18 @@ def minimize(
         params: a pytree of floating-point or complex tensors.
         *args: further arguments of the loss, the same at every step.
         optimizer: a pure optimizer.
-        hparams: its hyperparameters, from `optimizer.hparams(...)`; or a function of the step's
-            number 0, 1, ... that returns them, for schedules and rates learned for every step.
-        steps: the number of steps. With `batches`, that many of them are used.
-        batches: one entry per step. A tuple or a list holds several arguments of the loss; anything
-            else is one argument.
-        state: the optimizer's initial state; `optimizer.init(params)` where it is None.
-        buffers: state of the model that the loss hands on from step to step, such as the running
-            statistics of batch normalisation (to which torch's kernel gives no derivative).
-        has_aux: whether the loss returns something besides its value (and buffers).
+        hparams: its hyperparameters, from `optimizer.hparams(...)`; or a function of the step 0, 1,
+            ... that returns them, for schedules and learning rates learned per step.
+        steps: the number of steps. With `batches`, the number of batches used.
+        batches: an iterable with one entry per step. A tuple or list holds several arguments of the
+            loss; anything else is a single argument.
+        state: the optimizer's initial state; `optimizer.init(params)` if None.
+        buffers: state of the model that the loss passes on from step to step, such as the running
+            statistics of batch normalization (for which torch's kernel has no derivative).
+        has_aux: whether the loss also returns an auxiliary output.
         tol: stop as soon as the 2-norm of the gradient of all params is at most this. Under vmap
-            each example stops by itself, and under torch.compile, whose programs have no end that
-            depends on values, the remaining steps change nothing.
+            each example stops by itself; under torch.compile, which cannot stop early, the
+            remaining steps change nothing.
         adjoint: how the result is differentiated, see `diffopt.adjoint`. None builds no graph, for
             evaluation: memory does not grow with the number of steps.
 
@@ -92,11 +91,11 @@ def minimize(
     Raises:
         ValueError: neither `steps` nor `batches` is given, params has no leaves, there are fewer
             batches than steps, or none at all without `steps`, the loss is not scalar or does not
-            depend on params, or new buffers have another structure or shape; moreover what
+            depend on params, or new buffers have another structure or shape; also what
             `optimizer.update` raises.
-        TypeError: an argument is not of its kind: the loss or `batches` cannot be called or
-            iterated over, a leaf of params is not a tensor, `hparams` or `state` belongs to another
-            optimizer, and so on; or the loss does not return what `has_aux` and `buffers` announce.
+        TypeError: an argument has the wrong type: the loss is not callable, `batches` is not
+            iterable, a leaf of params is not a tensor, `hparams` or `state` belongs to another
+            optimizer, and so on; or the loss does not return what `has_aux` and `buffers` require.
 
     Example:
         >>> import torch, diffopt
@@ -155,12 +154,12 @@ def minimize(
 def _until_done(
     step: GradientStep, carry: Tree, args: Tree, xs: Iterable[Any]
 ) -> tuple[list[Any], int]:
-    """Of the xs those before the one where every gradient is within the tolerance, and how many.
+    """The xs before the first one where every gradient is within the tolerance; their number.
 
-    Where that is the first it comes alone: its step changes nothing, and tells an adjoint that does
-    not follow the steps (`Implicit`) what the loss is.
+    If that is the very first x, it is returned alone: its step changes nothing, but shows the loss
+    to adjoints that do not follow the steps (`Implicit`).
     """
-    surroundings = Surroundings((carry, args))
+    ambient = AmbientState((carry, args))
     used: list[Any] = []
     idle: list[Any] = []
     for x in xs:
@@ -171,7 +170,7 @@ def _until_done(
             idle = [x]
             break
         used.append(x)
-    surroundings.restore()
+    ambient.restore()
     return used or idle, len(used)
 
 
@@ -182,16 +181,19 @@ def _steps(outputs: list[Any]) -> Tensor:
 
 def _check_loop(steps: Any, batches: Any, tol: Any) -> None:
     if steps is None and batches is None:
-        raise ValueError("minimize needs steps= or batches=")
+        raise ValueError("minimize requires steps= or batches=")
     if steps is not None and (type(steps) is not int or steps < 0):
         raise ValueError(f"steps is {steps!r}, but must be an integer >= 0")
     if isinstance(batches, dict):
-        raise TypeError("batches is a dict, of which there would be a step for every key")
+        raise TypeError(
+            "batches is a dict, whose keys would be the batches: pass an iterable with one entry "
+            "for each step"
+        )
     scalar = isinstance(batches, Tensor) and batches.dim() == 0
     unordered = isinstance(batches, (str, bytes, set, frozenset))
     if batches is not None and (scalar or unordered or not isinstance(batches, Iterable)):
         described = _tree.describe(batches)
-        raise TypeError(f"batches is {described}: give an iterable with one entry for each step")
+        raise TypeError(f"batches is {described}: pass an iterable with one entry for each step")
     if tol is not None:
         _check_tol(tol)
 
@@ -214,11 +216,11 @@ def _check_optimizer(optimizer: Any) -> None:
     if issubclass(kind, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer is a {kind.__module__}.{kind.__name__}, which changes parameters in place: "
-            "give a pure one such as diffopt.sgd(), or take it apart by diffopt.optim.to_pure"
+            "pass a pure one such as diffopt.sgd(), or convert it with diffopt.optim.to_pure"
         )
     if callable(optimizer):
         raise TypeError(
-            f"optimizer is {optimizer!r}, not a diffopt optimizer: one is made by a call such as "
+            f"optimizer is {optimizer!r}, not a diffopt optimizer: create one by a call such as "
             "diffopt.adam()"
         )
     described = _tree.describe(optimizer)
@@ -231,14 +233,14 @@ def _check_loss(loss: Any, has_aux: Any, buffers: Any) -> None:
     if not isinstance(has_aux, bool):
         raise TypeError(f"has_aux is {has_aux!r}, not a bool")
     if isinstance(buffers, bool):
-        raise TypeError(f"buffers is {buffers}, not a tree of the tensors to begin with")
+        raise TypeError(f"buffers is {buffers}, not a tree of the initial tensors")
 
 
 def _check_params(params: Tree) -> None:
     if isinstance(params, torch.nn.Module):
         raise TypeError(
-            f"params is a module, {type(params).__name__}: make it functions of its parameters by "
-            "diffopt.nn.functionalize, and give the .params of that"
+            f"params is a module, {type(params).__name__}: turn it into a function with "
+            "diffopt.nn.functionalize, and pass the .params of that"
         )
     leaves = _tree.leaves(params)
     if not leaves:
@@ -247,22 +249,22 @@ def _check_params(params: Tree) -> None:
     for i, leaf in enumerate(leaves):
         if not (leaf.is_floating_point() or leaf.is_complex()):
             path = _tree.paths(params, "params")[i]
-            raise ValueError(f"{path} has dtype {leaf.dtype}: what has no gradient is no parameter")
+            raise ValueError(f"{path} has dtype {leaf.dtype}, not a floating-point or complex one")
 
 
 def _check_hparams(hparams: Any, maker: Any) -> None:
-    """A record of the optimizer, if that can be told, or a function that returns one."""
+    """Raise unless it is a record of the optimizer, as far as can be told, or a function."""
     if isinstance(hparams, type) or (type(hparams) is type(maker) and hparams == maker):
-        raise TypeError(f"hparams is {hparams!r}, which has to be called: optimizer.hparams(...)")
+        raise TypeError(f"hparams is {hparams!r}, which must be called: optimizer.hparams(...)")
     if not callable(hparams) and not _is_record(hparams, maker):
         raise TypeError(
-            f"hparams is {_tree.describe(hparams)}, not a record of this optimizer: make it by "
+            f"hparams is {_tree.describe(hparams)}, not a record of this optimizer: create it with "
             "optimizer.hparams(...)"
         )
 
 
 def _is_record(record: Any, maker: Any) -> bool:
-    if isinstance(maker, type) and maker in hyper.FIELDS:  # else it is some function
+    if isinstance(maker, type) and maker in hyper.FIELDS:  # otherwise it is a function
         return isinstance(record, maker)
     return record is not None
 
@@ -272,7 +274,7 @@ def _check_state(state: Any, optimizer: Optimizer[Any, Any], params: Tree) -> No
         expected = type(optimizer.init(params)).__name__
     if type(state).__name__ != expected:
         raise TypeError(
-            f"state has type {type(state).__name__}, but must have type {expected}: give what "
+            f"state has type {type(state).__name__}, but must have type {expected}: pass what "
             "optimizer.init(params) or an earlier minimize returned, or None"
         )
 
@@ -280,30 +282,30 @@ def _check_state(state: Any, optimizer: Optimizer[Any, Any], params: Tree) -> No
 def _xs(
     steps: int | None, batches: Iterable[Any] | None, hparams: Callable[[int], Any] | None
 ) -> Iterator[Any]:
-    """For each step its own hyperparameters, or None, and the arguments of the loss it brings."""
+    """For each step, its own hyperparameters (or None) and its batch as arguments of the loss."""
     count = 0
     for batch in itertools.islice(itertools.repeat(()) if batches is None else batches, steps):
         batch = tuple(cast(list[Any], batch)) if isinstance(batch, (tuple, list)) else (batch,)
         yield None if hparams is None else hparams(count), batch
         count += 1
     if steps is None and count == 0:
-        raise ValueError("batches has no entries: if it is an iterator, it is used up")
+        raise ValueError("batches has no entries: if it is an iterator, it has been used up")
     if steps is not None and count < steps:
         raise ValueError(f"batches has {count} entries, but steps is {steps}")
 
 
 def _own(record: Any, number: int, maker: Any) -> Any:
-    """What `hparams` returned for this step, if it can be a record of the optimizer."""
+    """What `hparams` returned for this step, checked to be a record of the optimizer."""
     if not _is_record(record, maker):
         raise TypeError(
-            f"hparams({number}) returned {_tree.describe(record)}, "
-            "but must return what optimizer.hparams(...) makes"
+            f"hparams({number}) returned {_tree.describe(record)}, but must return "
+            "optimizer.hparams(...)"
         )
     return record
 
 
 def _like_buffers(new: Tree, old: Tree) -> Tree:
-    """The new buffers, if their structure and shapes are those of the old ones."""
+    """The new buffers; raises unless their structure and shapes are those of the old ones."""
     names = "the new buffers", "buffers"
     new = like(new, old, names)
     for i, (mine, theirs) in enumerate(zip(_tree.leaves(new), _tree.leaves(old), strict=True)):

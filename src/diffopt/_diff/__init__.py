@@ -1,1 +1,1 @@
-"""Derivatives of our own making: custom functions, gradients, captured tensors, constants."""
+"""Custom derivatives: autograd functions, gradients of losses, captured tensors, constants."""

@@ -1,4 +1,4 @@
-"""What a step depends on besides its arguments, and which parts of its carry are constant."""
+"""Tensors that a step captures besides its arguments, and parts of its carry that are constant."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from diffopt._tree import Tree
 
 
 def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree) -> list[Tensor]:
-    """The tensors of `function(*arguments)` as constants, if it depends on nothing else.
+    """The tensors of `function(*arguments)` as constants, if it captures none that need a gradient.
 
-    Raises where the result depends on a tensor that needs a gradient and is not an argument. Such
-    a tensor is a leaf of the graph of what `function` makes of detached arguments. So are tensors
-    that `function` makes itself, but they are others in a second run.
+    Raises if the result depends on a tensor that needs a gradient and is not an argument. Such a
+    tensor is a leaf of the graph of the result at detached arguments. So are tensors that
+    `function` creates itself, but those are different ones in a second run.
     """
     found: dict[int, Tensor] = {}
     outputs: Tree = None
     for run in range(2):
-        with functions.Surroundings(arguments).restored(), functions.noticed() as aliases:
+        with functions.AmbientState(arguments).restored(), functions.noticed() as aliases:
             with torch.enable_grad():
                 outputs = function(*_tree.detach(arguments))
             leaves = {id(x): x for x in graph_leaves(outputs) if id(x) not in aliases}
@@ -33,14 +33,14 @@ def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree
     leaf = next(iter(found.values()))
     raise ValueError(
         f"{name} closes over a tensor of shape {tuple(leaf.shape)} that requires a gradient (or "
-        "over what was computed from it), which cannot arrive there: pass it as an argument"
+        "was computed from one that does), which would be lost: pass it as an argument"
     )
 
 
 def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which raises as `refuse_closed_over` does where that costs little.
+    """The function, which raises like `refuse_closed_over` where that is cheap to check.
 
-    That is when autograd records what it does, and no transform of torch.func is in progress.
+    That is, when autograd records it and no transform of torch.func is active.
     """
 
     def run(*arguments: Tree) -> Any:
@@ -61,17 +61,17 @@ def varying(
 ) -> list[bool]:
     """Which tensors of the carry depend on what may be differentiated, after any number of steps.
 
-    Others, such as a count of steps and the running statistics of a batch normalisation, are
-    constants. The step is one of `minimize`; the first is run with a graph, twice as a rule. State
-    that it leaves alone may belong to a parameter that a later step uses, and so counts as varying.
+    Others, such as step counts and the running statistics of batch normalization, are constants.
+    The step is one of `minimize`; the first is run with a graph, usually twice. State that it does
+    not change may belong to a parameter that a later step uses, so it counts as varying.
 
     Raises:
-        ValueError: the first step returns other values than `results` when it is run again.
+        ValueError: run again, the first step returns values other than `results`.
     """
     tensors, join = _tree.split((carry, args, xs[0]))
     everything = [functions.has_derivative(tensor) for tensor in tensors]
     starts = _tree.split(carry)[0]
-    if len({_tree.count(x) for x in xs}) > 1:  # later steps may depend on something new
+    if len({_tree.count(x) for x in xs}) > 1:  # later steps may depend on other tensors
         return everything[: len(starts)]
     varies = list(everything)
     params, state = map(_tree.count, carry[:2])
@@ -94,7 +94,7 @@ def varying(
 
     while True:
         chosen = [x.detach() for x, varied in zip(tensors, varies, strict=True) if varied]
-        with functions.Surroundings((carry, args, xs[0])).restored(), torch.enable_grad():
+        with functions.AmbientState((carry, args, xs[0])).restored(), torch.enable_grad():
             if _modes.transformed():
                 torch.func.vjp(run, *chosen)
             else:
@@ -110,9 +110,9 @@ def varying(
 def detach_constants(
     buffers: Tree, step: Callable[..., Any], carry: Tree, args: Tree, xs: list[Any]
 ) -> Tree:
-    """The buffers after a loop of `minimize`, without a graph where they are constants in it.
+    """The buffers after a loop of `minimize`, detached where they are constants in it.
 
-    A module may not take them otherwise: torch's batch_norm has no derivative for its statistics.
+    Otherwise a module may reject them: torch's batch_norm has no derivative for its statistics.
     """
     tensors, join = _tree.split(buffers)
     if not tensors:
@@ -122,20 +122,20 @@ def detach_constants(
 
 
 def refuse_varying(outputs: Iterable[Tensor], varies: Iterable[bool]) -> None:
-    """Raise where one depends on what is differentiated that was found to be a constant."""
+    """Raise if an output found to be constant depends on what is differentiated after all."""
     for output, varied in zip(outputs, varies, strict=False):
         if not varied and output.requires_grad and functions.has_derivative(output):
             raise ValueError(
                 f"a tensor of shape {tuple(output.shape)} of the optimizer's state or the buffers "
                 "depends on what is differentiated in some steps, but not in the first: "
-                "Checkpointed cannot differentiate that, Unrolled can"
+                "Checkpointed cannot differentiate that, use Unrolled()"
             )
 
 
 def refuse_other(before: list[Tensor], after: list[Tensor]) -> None:
-    """Raise where a step that is run again gives other values, beyond rounding in parallel kernels.
+    """Raise if a step that is run again gives other values, beyond rounding in parallel kernels.
 
-    What should be zero, as the gradient of a bias before a batch normalisation, is all rounding.
+    What should be zero, like the gradient of a bias before batch normalization, is pure rounding.
     """
     sizes = [0.0 if x is None else _magnitude(x) for x in map(_values, before)]
     for old, new, size in zip(before, after, sizes, strict=False):
@@ -147,25 +147,25 @@ def refuse_other(before: list[Tensor], after: list[Tensor]) -> None:
         wide = a.to(torch.complex128), b.to(torch.complex128)
         if _magnitude(wide[0] - wide[1]) > tolerance or not torch.equal(a.isnan(), b.isnan()):
             raise ValueError(
-                "the loss is random in a way that cannot be repeated: pass the generator it draws "
-                "from as an argument"
+                "the loss draws random numbers that cannot be repeated: pass the generator it "
+                "draws from as an argument"
             )
 
 
 def _values(tensor: Tensor) -> Any:
-    """Those that this process holds."""
+    """Its values, of a DTensor those that this process holds."""
     values: Any = _modes.concrete(tensor)
     return values.to_local() if values is not None and _modes.distributed(values) else values
 
 
 def _magnitude(tensor: Tensor) -> float:
-    """The largest entry in magnitude, of those that are not NaN."""
+    """The largest magnitude among the entries that are not NaN."""
     wide = tensor.to(torch.complex128).abs().nan_to_num(0.0)
     return wide.max().item() if wide.numel() else 0.0
 
 
 def graph_leaves(tree: Tree) -> Iterator[Tensor]:
-    """Tensors on which those of a tree depend, by autograd and at every level of torch.func."""
+    """Leaves of the graphs of a tree's tensors, of autograd's and at every level of torch.func."""
     nodes: list[Any] = []
     for tensor in _tree.split(tree)[0]:
         for level in _modes.levels(tensor):

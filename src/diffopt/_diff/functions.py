@@ -1,4 +1,4 @@
-"""Functions with a derivative of their own, such as those that are run again for it."""
+"""Functions with custom derivatives, such as recomputed ones, and their ambient state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffopt._tree import Tree
 Pullback: TypeAlias = Callable[
     [Sequence[Tensor], Sequence[bool], Sequence[Any]], Sequence[Tensor | None]
 ]
-"""`(inputs, which of them need a gradient, cotangents) -> gradients`, all flat lists of tensors."""
+"""`(inputs, which of them need a gradient, cotangents) -> gradients`, all as flat lists."""
 
 
 def custom(
@@ -28,12 +28,12 @@ def custom(
     sparse: bool = False,
     varies: Sequence[bool] = (),
 ) -> Tree:
-    """`function(inputs)`, of which autograd keeps nothing but the tensors among the inputs.
+    """`function(inputs)`, for which autograd keeps only the tensors among the inputs.
 
-    Its vector-Jacobian product is `pullback`, which is differentiated in turn, and so must compute
-    with its arguments only; where it is `sparse` it takes None for cotangents of zeros. `function`
-    must not hold tensors either, or they outlive their use. `varies` is False for the first outputs
-    that are constants.
+    Its vector-Jacobian product is `pullback`, which may itself be differentiated, and so must
+    compute with its arguments only; if `sparse`, it is passed None for zero cotangents. `function`
+    must not hold tensors either, or they are kept alive too long. `varies`, for the first outputs,
+    is False for those that are constants.
     """
     tensors, join = _tree.split(inputs)
     return _Call(function, join, pullback, sparse, varies).apply(tensors)
@@ -42,14 +42,14 @@ def custom(
 def recomputed(
     function: Callable[[Tree], Tree], inputs: Tree, *, varies: Sequence[bool] = ()
 ) -> Tree:
-    """`function(inputs)`, run again from the inputs when its derivative is wanted.
+    """`function(inputs)`, recomputed from the inputs when its derivative is needed.
 
-    See `custom` for what `function` must not do, and for `varies`.
+    See `custom` for the restrictions on `function`, and for `varies`.
     """
-    # torch.func enables gradients in its transforms, but not in what an autograd.Function computes.
+    # torch.func enables gradients in its transforms, but not inside an autograd.Function.
     if not torch.is_grad_enabled():
         return function(inputs)
-    surroundings = Surroundings(inputs)
+    ambient = AmbientState(inputs)
     leaves, join = _tree.split(inputs)
 
     def tensors(*xs: Tensor) -> list[Tensor]:
@@ -59,18 +59,18 @@ def recomputed(
         inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         def product(arguments: Tree) -> list[Tensor | None]:
-            with surroundings.restored():
+            with ambient.restored():
                 return vjp(tensors, arguments[0], needed, arguments[1])
 
         arguments = list(inputs), list(cotangents)
-        # Where the product is differentiated in turn, no more is kept of it than of the function.
+        # If the product is itself differentiated, it keeps only its inputs too.
         return recomputed(product, arguments)
 
     return _Call(function, join, pullback, sparse=True, varies=varies).apply(leaves)
 
 
 def independent(tree: Tree, others: Tree) -> Tree:
-    """The tree, with derivatives of zero with respect to `others`, on which it does not depend."""
+    """The tree, connected by zero derivatives to `others`, on which it does not depend."""
     if _modes.forward_differentiated() or _modes.compiling():
         return tree
     count = _tree.count(tree)
@@ -124,10 +124,10 @@ def vjp(
 
 
 def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of a function, batched where an input is.
+    """The outputs of a function, batched if an input is.
 
-    An output that is one for a whole batch has one cotangent, which the rule that torch.vmap
-    derives for an autograd.Function would count once for every example.
+    An unbatched output has a single cotangent, which the rule that torch.vmap derives for an
+    autograd.Function would count once per example.
     """
     representatives = {frozenset(_modes.batches(x)): x for x in inputs}
     result = list(outputs)
@@ -139,7 +139,7 @@ def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Te
 
 
 def distinct(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs, each a tensor of its own and none an input, as autograd.Function wants them."""
+    """The outputs as distinct tensors, none of them an input, as autograd.Function requires."""
     seen = {id(x) for x in inputs}
     result: list[Tensor] = []
     for output in outputs:
@@ -149,11 +149,11 @@ def distinct(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
 
 
 def alias(tensor: Tensor, attached: bool) -> Tensor:
-    """The same values as an input of its own, so that its derivatives are partial."""
+    """The same values as a separate input, so that derivatives with respect to it are partial."""
     result = tensor.view_as(tensor) if attached else tensor.detach()
     if not result.requires_grad:
         result.requires_grad_()
-        for aliases in list(_NOTICED.values()):  # another thread may add to it
+        for aliases in list(_NOTICED.values()):  # a copy, since another thread may add to it
             aliases[id(result)] = result
     return result
 
@@ -163,7 +163,7 @@ _NOTICED: dict[int, dict[int, Tensor]] = {}
 
 @contextlib.contextmanager
 def noticed() -> Generator[dict[int, Tensor]]:
-    """The leaves of autograd's graph that `alias` makes meanwhile, by identity."""
+    """Collects the leaves of autograd's graph that `alias` creates meanwhile, by id."""
     aliases: dict[int, Tensor] = {}
     _NOTICED[id(aliases)] = aliases
     try:
@@ -177,14 +177,14 @@ _LEVELS = threading.RLock()
 
 @contextlib.contextmanager
 def forward_level() -> Generator[None]:
-    """Held by one thread at a time: torch's levels of forward mode are those of the process.
+    """Held by one thread at a time: torch's forward-mode levels are global to the process.
 
-    A thread of autograd's may wait here while the holder waits for that thread, so it gives up.
+    An autograd thread may wait here while the holder waits for that thread, hence the timeout.
     """
     if not _LEVELS.acquire(timeout=60):
         raise RuntimeError(
-            "another thread has been computing in forward mode for a minute, and torch has but one "
-            "level of forward mode for all threads: run these loops one after the other"
+            "another thread has been computing in forward mode for a minute, and torch has only "
+            "one forward-mode level for all threads: run these loops one after the other"
         )
     try:
         yield
@@ -193,7 +193,7 @@ def forward_level() -> Generator[None]:
 
 
 def has_derivative(tensor: Tensor) -> bool:
-    """Whether its dtype can carry one. That it needs one, `_modes.needs_gradient` says."""
+    """Whether its dtype allows a gradient; whether one is needed, `_modes.needs_gradient` tells."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -209,14 +209,14 @@ _KERNELS: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
     (lambda: torch.backends.cudnn.enabled, _enable_cudnn),
 ]
-"""Which kernels torch may choose: for attention, for encoders in eval mode, of cuDNN."""
+"""Flags for the kernels torch may choose: for attention, encoders in eval mode, and cuDNN."""
 
 
-class Surroundings:
-    """The ambient state a function depends on: random numbers, autocasting and kernels.
+class AmbientState:
+    """The ambient state that a function depends on: random numbers, autocast and kernel flags.
 
     Args:
-        inputs: the function's arguments. The generators among them are taken care of as well.
+        inputs: the function's arguments. The generators among them are included.
     """
 
     def __init__(self, inputs: Tree) -> None:
@@ -234,19 +234,19 @@ class Surroundings:
         self.kernels = [enabled() for enabled, _ in _KERNELS]
 
     def restore(self) -> None:
-        """Put the random number generators back to where they were."""
+        """Reset the random number generators to their states then."""
         for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_state(state)
 
     @contextlib.contextmanager
     def restored(self) -> Generator[None]:
-        """All of it as it was then; afterwards as it is now."""
+        """Run code in this ambient state; afterwards the present one is back."""
         now = [generator.get_state() for generator in self.generators]
         with contextlib.ExitStack() as stack:
             for kind, dtype, enabled in self.autocasts:
                 stack.enter_context(torch.autocast(kind, dtype, enabled))
             for (enabled, enable), then in zip(_KERNELS, self.kernels, strict=True):
-                if enabled() != then:  # a flag of the process, which is left alone if it can be
+                if enabled() != then:  # a flag of the process: set it only if necessary
                     stack.callback(enable, not then)
                     enable(then)
             self.restore()
@@ -276,12 +276,12 @@ class _Call:
         varies: Sequence[bool] = (),
     ) -> None:
         self.function, self.join, self.pullback, self.varies = function, join, pullback, varies
-        self.sparse = sparse and not _modes.transformed()  # vmap's rule wants tensors
+        self.sparse = sparse and not _modes.transformed()  # vmap's rule requires tensors
         self.join_outputs: Callable[..., Tree] = join
 
     def apply(self, tensors: Sequence[Tensor]) -> Tree:
         outputs: Any = _Custom.apply(self, *tensors)
-        # Under vmap torch does not heed that an output is marked as a constant.
+        # Under vmap torch ignores that an output is marked as a constant.
         return self.join_outputs(x if v else x.detach() for x, v in self.differentiable(outputs))
 
     def differentiable(self, outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
@@ -310,7 +310,7 @@ class _Custom(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        # What was saved in a torch.func transform that has ended carries its wrapper still.
+        # Tensors saved in a torch.func transform that has ended still have its wrapper.
         inputs = [_torch.unwrap_if_dead(x) for x in ctx.saved_tensors]
         grads = ctx.call.pullback(inputs, ctx.needs_input_grad[1:], cotangents)
         return (None, *grads)

@@ -1,4 +1,4 @@
-"""The gradient of a loss, by autograd, or by torch.func where one of its transforms is active."""
+"""The gradient of a loss, by autograd, or by torch.func if one of its transforms is active."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffopt._diff.lacking import explained, remedy
 from diffopt._tree import Tree
 
 HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
-"""How the derivative of a gradient, a Hessian-vector product, is computed."""
+"""How the derivative of a gradient (a Hessian-vector product) is computed."""
 
 Objective: TypeAlias = Callable[[Tree, Tree], tuple[Tensor, Any]]
 """`(params, inputs) -> (value, aux)`"""
@@ -43,13 +43,13 @@ def value_and_grad(
 ) -> tuple[Tensor, Any, Tree]:
     """Value, auxiliary output and gradient with respect to params of `function(params, inputs)`.
 
-    All three carry derivatives where autograd records, unless `second_order` is False: then they
-    are constants. A leaf that the value does not depend on has the gradient None. torch.compile
-    does not show which those are: there it has a gradient of zeros.
+    All three are differentiable where autograd records, unless `second_order` is False: then they
+    are constants. A leaf that the value does not depend on has the gradient None, or zeros under
+    torch.compile, which does not show which those are.
 
-    Forward-over-reverse keeps nothing but params and inputs for those derivatives, none of the
-    loss's activations; they are exact by the symmetry of second derivatives, for what is among
-    params and inputs. There `varies` is False for the first auxiliary tensors that are constants.
+    Forward-over-reverse keeps only params and inputs for those derivatives, none of the loss's
+    activations; by the symmetry of second derivatives they are exact with respect to params and
+    inputs. It needs `varies`, False for those of the first auxiliary tensors that are constants.
     """
     with contextlib.nullcontext() if _modes.compiling() else explained():
         return _value_and_grad(function, params, inputs, second_order, hvp, varies)
@@ -74,15 +74,15 @@ def _value_and_grad(
         )
     if not second_order:
         return _tree.detach((value, aux, grads))
-    if forward and not recording:  # tangents without a graph, which `detach` would drop
+    if forward and not recording:  # there are tangents without a graph, which `detach` would drop
         tensors, join = _tree.split((value, aux, grads))
         return join([x.clone() for x in tensors])
     return value, aux, grads
 
 
 def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor, Any, Tree]:
-    joins: list[Any] = []  # torch.func takes nothing but tensors as auxiliary output
-    arrived: set[int] = set()  # torch.func fills in zeros for gradients that do not
+    joins: list[Any] = []  # torch.func takes only tensors as auxiliary output
+    arrived: set[int] = set()  # leaves with a gradient; for others torch.func returns zeros
 
     def tensors(params: Tree) -> tuple[Tensor, list[Tensor]]:
         if not _modes.compiling():
@@ -105,10 +105,10 @@ def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor,
 def _autograd(
     function: Objective, params: Tree, inputs: Tree, create_graph: bool
 ) -> tuple[Tensor, Any, Tree]:
-    """Cheaper than torch.func.grad in eager mode, with far less memory in long loops."""
+    """By autograd: faster in eager mode than torch.func, and with far less memory in long loops."""
     leaves, spec = _tree.flatten(params)
     with torch.enable_grad():
-        # Aliases, so that the gradient is partial: not through params that depend on each other,
+        # Aliases, so that the gradient is partial: not through params that depend on one another,
         # nor through arguments of the loss that depend on params.
         aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
         first = _torch.next_node()
@@ -116,7 +116,9 @@ def _autograd(
             value, aux = function(_tree.unflatten(aliases, spec), inputs)
         if not value.requires_grad:
             if torch.is_inference_mode_enabled():
-                raise RuntimeError("in torch.inference_mode there are no gradients: use no_grad")
+                raise RuntimeError(
+                    "gradients cannot be computed in torch.inference_mode: use torch.no_grad"
+                )
             raise ValueError(_INDEPENDENT)
         repairs.mend_graph(value, first)
         found: Any = torch.autograd.grad(
@@ -128,19 +130,19 @@ def _autograd(
 
 
 def _dependent(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients, of which there must be one."""
+    """The gradients; raises if all are None."""
     if all(grad is None for grad in grads):
         raise ValueError(_INDEPENDENT)
     return grads
 
 
-_INDEPENDENT = "loss does not depend on params: it must compute with its argument"
+_INDEPENDENT = "loss does not depend on params: it must compute with its first argument"
 
 
 def _forward_over_reverse(
     function: Objective, params: Tree, inputs: Tree, varies: Sequence[bool]
 ) -> tuple[Tensor, Any, Tree]:
-    surroundings = functions.Surroundings((params, inputs))
+    ambient = functions.AmbientState((params, inputs))
     _, join = _tree.split((params, inputs))
     used: list[bool] = []  # which params have a gradient
 
@@ -156,8 +158,8 @@ def _forward_over_reverse(
     def pullback(
         xs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        with surroundings.restored():
-            # The derivative of torch's forward derivatives is wrong for some operations (2.13:
+        with ambient.restored():
+            # Reverse mode through torch's forward derivatives is wrong for some operations (2.13:
             # layer_norm, batch_norm) and raises for others (log_softmax).
             if torch.is_grad_enabled():
                 return functions.vjp(results, xs, needed, cotangents)
@@ -184,7 +186,7 @@ def _hvp(
 ) -> list[Tensor | None]:
     """The derivative with respect to xs of `<vectors, grad> + <cotangents, outputs>`.
 
-    `outputs = function(xs)`, of which the first is the value whose gradient with respect to the
+    `outputs = function(xs)`, where the first output is the value whose gradient with respect to the
     first of the xs is `grad`. By symmetry it is the derivative at e = 0 of the gradient of
     `value(xs + e vectors) + e <cotangents, outputs>` with respect to all xs.
     """
@@ -224,27 +226,27 @@ def _hvp(
 
 
 def lacks_forward(error: RuntimeError) -> str | None:
-    """What torch says of an operation without forward derivative; None for any other error.
+    """Torch's message about an operation without a forward derivative; None for any other error.
 
-    It names the operation, but for a torch.autograd.Function, whose name is put in front.
+    It names the operation; for a torch.autograd.Function its name is prepended.
     """
-    if isinstance(error.__cause__, RuntimeError):  # with advice on it, by `explained`
+    if isinstance(error.__cause__, RuntimeError):  # chained to one with advice, by `explained`
         error = error.__cause__
     if not re.search("forward (AD|mode)", str(error)):
         return None
-    # The frame where its missing `jvp` is called; the node of the graph knows the class.
+    # In the frame where the missing `jvp` is called, the node of the graph knows the class.
     frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
     classes = [_torch.function_class(frame.get("self")) for frame in frames]
     names = [f"{kind.__name__}: " for kind in classes if kind]
     return "".join(names[-1:]) + str(error).splitlines()[0]
 
 
-# The derivative of the gradient of `function(e, *xs)` with respect to its xs, along tangents of
-# its first arguments. All others get zeros, the cotangent that starts the backward pass among them:
-# without a tangent they turn into tensors of a kind whose shapes torch computes in Python, which
-# took longer than all the rest of a small step. Gradients are recorded (`create_graph`), as some of
-# torch's backward formulas compute with constants elsewhere (logdet), or with what has no forward
-# derivative (silu, group_norm).
+# The derivative of the gradient of `function(e, *xs)` with respect to its xs, along tangents of its
+# first arguments. All others get zero tangents, including the cotangent that starts the backward
+# pass: otherwise torch represents their tangents by a kind of tensor whose shapes are computed in
+# Python, which took longer than all the rest of a small step. Gradients are recorded
+# (`create_graph`), since otherwise some of torch's backward formulas compute with constants
+# (logdet), or with operations that have no forward derivative (silu, group_norm).
 
 
 def _functorch_jvp(
@@ -265,7 +267,7 @@ def _autograd_jvp(
 ) -> Sequence[Tensor | None]:
     one, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[0])
     rest = map(torch.zeros_like, inputs[len(tangents) :])
-    # Within a torch.autograd.Function forward mode is off as well.
+    # Inside a torch.autograd.Function forward mode is disabled as well.
     with torch.enable_grad(), _torch.forward_enabled(True), forward_ad.dual_level():
         aliases = [functions.alias(x, attached=False) for x in inputs]
         one, e, *xs = map(forward_ad.make_dual, (one, *aliases), (zero, *tangents, *rest))

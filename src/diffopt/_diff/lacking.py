@@ -1,4 +1,4 @@
-"""What torch cannot differentiate or batch, and what helps."""
+"""Operations that torch cannot differentiate or batch, and advice to add to its errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from diffopt import _modes
 
-_REMEDIES = {  # by the names of operations, or of nodes in autograd's graph
+_REMEDIES = {  # by names of operations, or of nodes in autograd's graph
     r"scaled_dot_product|ScaledDotProduct": (
         "compute the loss under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
     ),
     r"_transformer_encoder_layer_fwd|_native_multi_head_attention": (
-        "put the module in training mode by train(), or switch the fast path off by "
+        "put the module in training mode with train(), or disable the fast path with "
         "torch.backends.mha.set_fastpath_enabled(False)"
     ),
     r"mkldnn_rnn": "compute the loss under torch.backends.mkldnn.flags(enabled=False)",
@@ -29,13 +29,13 @@ _MODULES = {  # by the module of torch whose code raised
         "torch.vmap cannot batch the kernels of nn.RNN, nn.LSTM, nn.GRU and their cells: write the "
         "recurrence with torch.nn.functional.linear, or loop over the tasks instead of torch.vmap"
     ),
-    r"torch\.nn\.parallel": "functionalize the module inside of the DataParallel, its `.module`",
+    r"torch\.nn\.parallel": "functionalize the module inside the DataParallel, its `.module`",
 }
-_ONCE = re.compile("ScaledDotProduct|CudnnRnn")  # fused kernels whose derivative has none
+_ONCE = re.compile("ScaledDotProduct|CudnnRnn")  # fused kernels that are differentiable only once
 
 
 def remedy(error: BaseException) -> str | None:
-    """What to do about an error of torch; None where nothing is known."""
+    """What to do about an error of torch; None if nothing is known."""
     for pattern, advice in _REMEDIES.items():
         if re.search(pattern, str(error)):
             return advice
@@ -50,7 +50,7 @@ def remedy(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def explained() -> Generator[None]:
-    """Errors of torch about what it lacks say what helps."""
+    """Add advice to errors of torch about missing support."""
     try:
         yield
     except RuntimeError as error:
@@ -61,13 +61,13 @@ def explained() -> Generator[None]:
 
 
 def explain_second_derivative(node: Any) -> None:
-    """Make a kernel in autograd's graph, whose gradient has no derivative, say what helps."""
+    """Make kernels in autograd's graph that are differentiable only once raise with advice."""
     if _ONCE.search(node.name()):
         node.register_hook(functools.partial(_mark, node.name()))
 
 
 def _mark(name: str, gradients: Iterable[Tensor | None], _: Any) -> None:
-    """The nodes that raise stand where the derivative of the gradients would."""
+    """Insert nodes that raise where the gradients would be differentiated."""
     for gradient in gradients:
         if gradient is not None and gradient.grad_fn is not None:
             gradient.grad_fn.register_prehook(functools.partial(_refuse, name))

@@ -1,7 +1,7 @@
-"""What torch gets wrong in derivatives of a loss, mended.
+"""Fixes for what torch gets wrong in derivatives of a loss.
 
-Each repair names the torch it was seen in. In tests/test_repairs.py a test of torch alone fails for
-each as soon as torch is right: then the repair can go.
+Each fix names the versions of torch that need it. For each, a test of torch alone in
+tests/test_repairs.py fails as soon as torch is right: then the fix can be removed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from diffopt._diff.lacking import explain_second_derivative
 
 
 def mended() -> contextlib.AbstractContextManager[Any]:
-    """A context in which a loss is right to differentiate by the transforms that are active.
+    """A context in which the active transforms differentiate a loss correctly.
 
-    What plain autograd gets wrong is left to `mend_graph`: torch.compile would trace into a mode.
+    What plain autograd gets wrong is left to `mend_graph`, since torch.compile would trace a mode.
     """
     forward = _modes.forward_differentiated()
     if _modes.compiling() or not (forward or _modes.transformed()):
@@ -34,11 +34,11 @@ def mended() -> contextlib.AbstractContextManager[Any]:
 
 
 def mend_graph(value: Tensor, first: int) -> None:
-    """Mend the backward pass of the nodes of autograd's graph that are numbered from `first` on.
+    """Fix the backward pass of the nodes of autograd's graph with numbers from `first` on.
 
     Raises:
         ValueError: a reentrant checkpoint is among them: `torch.autograd.grad` does not run its
-            backward pass, so that what it computes is a constant.
+            backward pass, which would make its result a constant.
     """
     nodes: list[Any] = [value.grad_fn]
     seen: set[Any] = set()
@@ -51,15 +51,15 @@ def mend_graph(value: Tensor, first: int) -> None:
         explain_second_derivative(node)
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
-                "the loss calls torch.utils.checkpoint with use_reentrant=True, through which no "
-                "gradient reaches params: call it with use_reentrant=False"
+                "the loss calls torch.utils.checkpoint with use_reentrant=True, which blocks the "
+                "gradient with respect to params: call it with use_reentrant=False"
             )
         if node.name() == "WeightNormInterfaceBackward0":
             node.register_hook(_weight_norm_gradient(node))
 
 
 class _Mended(TorchFunctionMode):
-    """Functions of torch replaced; with `stops`, `torch.no_grad` stops forward derivatives too."""
+    """Replaces functions of torch; with `stops`, `torch.no_grad` stops forward derivatives too."""
 
     def __init__(self, *, stops: bool) -> None:
         self.stops = stops
@@ -72,10 +72,10 @@ class _Mended(TorchFunctionMode):
 
 
 def _by_the_loss() -> bool:
-    """Whether it is the loss that switches gradients on or off.
+    """Whether gradients are enabled or disabled by the loss itself.
 
-    In torch (2.11 to 2.15) `torch.no_grad` leaves forward derivatives on, so that adjoints would
-    disagree. What checkpoints and this package do for their own ends is left alone.
+    In torch (2.11 to 2.15) `torch.no_grad` does not stop forward derivatives, so adjoints would
+    disagree. Its use by checkpoints and by this package is not affected.
     """
     frame: Any = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
     names: list[str] = []
@@ -91,14 +91,14 @@ def _by_the_loss() -> bool:
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Weight normalisation in parts: its own double backward is wrong (torch 2.11 to 2.15)."""
+    """Weight normalization in basic operations: torch's double backward is wrong (2.11 to 2.15)."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _weight_norm_gradient(node: Any) -> Callable[..., tuple[Tensor | None, ...]]:
-    """A hook that computes the gradient of weight normalisation so that it can be differentiated.
+    """A hook that computes the gradient of weight normalization in a differentiable way.
 
-    What it holds of the node must not lead back to it: the cycle would never be freed.
+    It must not hold a reference that leads back to the node: the cycle would never be freed.
     """
     v, g, dim = _torch.weight_norm_inputs(node)
 
@@ -118,11 +118,11 @@ def _weight_norm_gradient(node: Any) -> Callable[..., tuple[Tensor | None, ...]]
 
 
 def _scaled_afterwards(norm: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """A normalisation with its weights multiplied afterwards.
+    """A normalization whose weights are multiplied afterwards.
 
-    torch (2.11 to 2.15) takes second derivatives of layer_norm, batch_norm and instance_norm with
-    respect to their weights wrongly around torch.vmap: its rule for batches forgets that the mean
-    and the variance depend on the input.
+    When one differentiates around torch.vmap, torch (2.11 to 2.15) computes wrong second
+    derivatives of layer_norm, batch_norm and instance_norm with respect to their weights: its
+    batching rule ignores that the mean and the variance depend on the input.
     """
     given = _signature(norm).bind(*args, **kwargs).arguments
     weight, bias = given.pop("weight", None), given.pop("bias", None)

@@ -1,4 +1,4 @@
-"""Ways of differentiating an inner loop, one file for each; `unroll` for loops of any step."""
+"""Ways of differentiating an inner loop, one file each, and `unroll` for loops of any step."""
 
 from diffopt.adjoint._base import Adjoint as Adjoint, GradientStep as GradientStep
 from diffopt.adjoint._unroll import unroll as unroll

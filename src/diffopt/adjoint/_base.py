@@ -1,4 +1,4 @@
-"""What every way of differentiating a loop has in common."""
+"""The base class of all ways to differentiate a loop, and the step of `minimize` that they run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Step: TypeAlias = Callable[[Tree, Tree, Any], tuple[Tree, Any]]
 
 
 class Adjoint(ABC):
-    """How a loop of steps is run, so that it is differentiated in a certain way.
+    """How a loop of steps is run and differentiated.
 
-    One of your own is a class with a method `run`. It may call `step` as often as it likes, also
-    with other tensors in the same places: a step is pure. `minimize` gives a `GradientStep`, of
-    which the loss and the optimizer can be had; its carry is a tuple of trees.
+    To write your own, subclass it with a method `run`. That may call `step` any number of times,
+    also with other tensors in the same places: a step is pure. `minimize` passes a `GradientStep`,
+    which has the loss and the optimizer as attributes; its carry is a tuple of trees.
 
     Example:
         >>> import torch, diffopt
@@ -54,8 +54,8 @@ class Adjoint(ABC):
         Args:
             step: a pure function.
             carry: a pytree of tensors.
-            args: what is the same at every step. Whatever is differentiated and is not in the
-                carry is here or in `xs`.
+            args: what is the same at every step. Every tensor to be differentiated with respect to
+                is in the carry, here or in `xs`.
             xs: one tree per step; read once, in order.
 
         Returns:
@@ -65,20 +65,20 @@ class Adjoint(ABC):
 
 @dataclass(frozen=True)
 class GradientStep:
-    """A step of `minimize`: the gradient of a loss, and what an optimizer makes of it.
+    """A step of `minimize`: the gradient of a loss, and an optimizer's update with it.
 
-    A carry is `(params, state, buffers)`, `args` are `(hparams, further arguments of the loss)`, an
-    `x` is `(the step's own hparams or None, its batch as a tuple)`, an output `(value, aux, done)`,
-    where `done` is None without `tol`.
+    The carry is `(params, state, buffers)`, `args` is `(hparams, further arguments of the loss)`,
+    `x` is `(the step's own hparams or None, its batch as a tuple)`, and the output `(value, aux,
+    done)`, where `done` is None without `tol`.
 
     Attributes:
         objective: `objective(params, (buffers, args, batch))` returns `(value, (buffers, aux))`.
         optimizer: the optimizer.
-        tol: a step changes nothing where the norm of the gradient is at most this.
-        second_order: whether gradients carry their own derivatives. False drops the second
-            derivatives of the loss.
+        tol: a step changes nothing if the norm of the gradient is at most this.
+        second_order: whether gradients are differentiable. False drops the second derivatives of
+            the loss.
         hvp: how the derivative of a gradient is computed, see `Checkpointed`.
-        varies: False for each of the buffers' first tensors that is known to be a constant.
+        varies: for the first tensors of the buffers, False if one is known to be constant.
     """
 
     objective: Callable[[Tree, Any], tuple[Tensor, Any]]
@@ -112,6 +112,6 @@ class GradientStep:
 
 
 def _norm(tree: Tree) -> Tensor:
-    """The 2-norm of all leaves but None."""
+    """The 2-norm of all leaves, without None."""
     leaves = [leaf.detach() for leaf in _tree.leaves(tree) if leaf is not None]
     return torch.stack([torch.linalg.vector_norm(leaf).double() for leaf in leaves]).norm()

@@ -1,4 +1,4 @@
-"""Fixed-point numbers: integers of 64 bits, multiplied by fractions so that it can be undone."""
+"""Fixed-point numbers: 64-bit integers, which are multiplied by fractions in an invertible way."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DENOMINATOR = 1 << _SHIFT
 _LIMIT = 2.0**62
 _WORD = 1 << 63
 _OUT_OF_RANGE = (
-    "params or state.momentum_buffer are not finite, or too large for so many fractional bits: "
-    "Reversible(bits=...) holds numbers below 2^(62 - bits)"
+    "params or state.momentum_buffer are not finite, or too large for this number of fractional "
+    "bits: Reversible(bits=...) holds numbers below 2^(62 - bits)"
 )
 
 
-# c and quotients are integers below 2^62, n is an integer from 1 to d = 2^30, the denominator. All
-# is written so that no product exceeds 64 bits.
+# c and quotients are integers below 2^62; n is an integer from 1 to d = 2^30, the denominator.
+# Everything is written so that no product exceeds 64 bits.
 
 
 def divide(c: Tensor, n: Any) -> Tensor:
@@ -42,14 +42,14 @@ def dividends(quotient: Tensor, n: Any) -> tuple[Tensor, Tensor]:
 
 
 class Tape:
-    """A stack of digits, each with a base of its own, for every weight: an integer of any length.
+    """A stack of digits, each with its own base, for every weight: an integer of any length.
 
     Attributes:
         top: its lowest 63 bits, to which the next digits go.
-        words: the rest, the last word next to the top.
+        words: the higher bits; the last word follows the top.
         sizes: how many digits had been pushed when each word was full.
         count: how many digits have been pushed.
-        bound: every entry of the top is less.
+        bound: a strict upper bound on the entries of the top.
     """
 
     def __init__(self, top: Tensor, words: list[Tensor], sizes: list[int], count: int = 0) -> None:
@@ -82,7 +82,7 @@ class Tape:
 
 
 class Faults:
-    """What is wrong with values of tensors, gathered so that a step need not wait for a GPU."""
+    """What is wrong with values of tensors, collected so that steps need not synchronize a GPU."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, torch.device], Tensor] = {}
@@ -93,7 +93,7 @@ class Faults:
             self.found[key] = self.found[key] | condition if key in self.found else condition
 
     def add(self, integers: Tensor, number: Tensor) -> Tensor:
-        """Their sum, the number rounded."""
+        """The sum of the integers and the rounded number."""
         fits = (exact(integers) + number).abs() < _LIMIT
         self.note(_OUT_OF_RANGE, ~fits.all())
         return integers + torch.where(fits, number, 0).round().to(torch.int64)

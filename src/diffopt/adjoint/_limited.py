@@ -1,4 +1,4 @@
-"""Results that lack a derivative, which raise where one is asked for that would be wrong."""
+"""Results whose derivatives are limited: what would be wrong raises."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from diffopt._tree import Tree
 def first_order(tree: Tree, message: str) -> Tree:
     """The same values and first derivatives; differentiating these again raises `message`.
 
-    That is so in reverse and forward mode and any mixture of the two, but not for the derivative of
-    a vector-Jacobian product with respect to its vector, which is right. torch.compile does not
-    notice.
+    This holds in reverse and forward mode and any mixture of the two, but not for the derivative of
+    a vector-Jacobian product with respect to its vector, which is correct. torch.compile does not
+    raise.
     """
     if _modes.compiling():
         return tree
@@ -31,9 +31,9 @@ def first_order(tree: Tree, message: str) -> Tree:
 
 
 def without_derivative(tree: Tree, sources: Tree, message: str) -> Tree:
-    """The same values, whose derivative with respect to the sources is nonzero but not available.
+    """The same values, whose derivative with respect to the sources is nonzero but unavailable.
 
-    Reverse mode raises `message`. Forward mode, which meets every result, gives tangents of NaN.
+    Reverse mode raises `message`. Forward mode, which computes tangents of all results, gives NaN.
     """
     tensors, join = _tree.split(tree)
     chosen = [i for i, x in enumerate(tensors) if functions.has_derivative(x)]
@@ -49,7 +49,7 @@ def without_derivative(tree: Tree, sources: Tree, message: str) -> Tree:
 def once(
     message: str, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """`function(*inputs)`, a derivative of which raises `message`."""
+    """`function(*inputs)`, whose derivatives raise `message`."""
     return cast(Any, _Once.apply(message, function, *inputs))
 
 
@@ -83,7 +83,7 @@ class _FirstOrder(torch.autograd.Function):
 
 
 class _Raising(torch.autograd.Function):
-    """A function of a message and more, whose derivatives raise the message."""
+    """A function whose derivatives raise the message that is its first argument."""
 
     generate_vmap_rule = True
 
@@ -101,7 +101,7 @@ class _Raising(torch.autograd.Function):
 
 
 class _Zero(_Raising):
-    """A node of its own, so that it raises only where its derivative is asked for."""
+    """A separate node of the graph, so that it raises only if its derivative is computed."""
 
     @staticmethod
     def forward(message: str, *inputs: Tensor) -> Tensor:
@@ -124,12 +124,12 @@ class _Lost(_Raising):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.message, ctx.count = inputs[0], len(inputs)
-        ctx.save_for_backward(*output)  # torch's rule for vmap wants the same as below
+        ctx.save_for_backward(*output)  # torch's rule for vmap requires the same tensors as below
         ctx.save_for_forward(*output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
-        """Zeros ask for nothing: they come from a later loop that does not depend on this one."""
+        """Zero cotangents do not raise: they come from a later loop independent of this one."""
         for values in map(_modes.concrete, cotangents):
             if values is None or bool(values.any()):
                 raise NotImplementedError(ctx.message)

@@ -1,4 +1,4 @@
-"""Pairs of particles with opposite perturbations, of which evolution strategies are made."""
+"""Pairs of particles with opposite perturbations, the basis of evolution strategies."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from diffopt import _torch, _tree
 from diffopt._arguments import check_integer, check_number
-from diffopt._diff.functions import Surroundings
+from diffopt._diff.functions import AmbientState
 from diffopt._tree import Tree
 
 NO_SECOND = "an estimate by evolution strategies has no second derivative"
 
 
 class Pair(NamedTuple):
-    """Two particles whose perturbations have opposite signs.
+    """Two particles with perturbations of opposite signs.
 
     Attributes:
-        ahead: the carry of the one that is perturbed by +sigma eps.
-        behind: the carry of the one that is perturbed by -sigma eps.
-        total: the sum xi of all eps so far, for the number of each perturbed tensor.
+        ahead: the carry of the particle perturbed by +sigma eps.
+        behind: the carry of the particle perturbed by -sigma eps.
+        total: the sum xi of all eps so far, by the index of each perturbed tensor.
     """
 
     ahead: Tree
@@ -41,27 +41,27 @@ def advance(
     theta: Sequence[Tensor],
     fresh: dict[int, Tensor],
     sigma: float,
-    around: Tree,
+    inputs: Tree,
 ) -> tuple[Pair, Any, Any]:
     """A pair after a run at theta with fresh perturbations, and the outputs of both particles.
 
-    Both see the same random numbers; `around` holds the generators of those.
+    Both use the same random numbers, from the generators among `inputs` and torch's own.
     """
 
     def at(sign: int) -> list[Tensor]:
         moved = {i: (theta[i] + sign * sigma * eps).to(theta[i].dtype) for i, eps in fresh.items()}
         return [moved.get(i, x) for i, x in enumerate(theta)]
 
-    surroundings = Surroundings(around)
+    ambient = AmbientState(inputs)
     with torch.no_grad():
         ahead, up = _tree.detach(run(pair.ahead, at(1)))
-        surroundings.restore()
+        ambient.restore()
         behind, down = _tree.detach(run(pair.behind, at(-1)))
     return Pair(ahead, behind, plus(pair.total, fresh)), up, down
 
 
 def each(function: Callable[[Any], Tree], arguments: Sequence[Any]) -> list[Tree]:
-    """`function` of each of the arguments; of several at once, by vmap."""
+    """`function` of each of the arguments; by vmap if there are several."""
     if len(arguments) == 1:
         return [function(arguments[0])]
     _, join = _tree.split(arguments[0])
@@ -79,23 +79,23 @@ def each(function: Callable[[Any], Tree], arguments: Sequence[Any]) -> list[Tree
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The items in pieces of this size; the last may be shorter."""
+    """The items in pieces of this size; the last one may be shorter."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def plus(mine: dict[int, Tensor], others: dict[int, Tensor]) -> dict[int, Tensor]:
-    """The sum, where an entry that is missing is zero."""
+    """The sum; missing entries count as zero."""
     return mine | {i: mine[i] + x if i in mine else x for i, x in others.items()}
 
 
 def terms(pair: Pair, difference: Tensor, samples: int, sigma: float) -> dict[int, Tensor]:
-    """What a pair adds to the estimate: xi (L^+ - L^-) / (2 N sigma)."""
+    """The contribution of a pair to the estimate: xi (L^+ - L^-) / (2 N sigma)."""
     weight = difference / (2 * samples * sigma)
     return {i: (xi * weight).to(xi.dtype) for i, xi in pair.total.items()}
 
 
 class Normal:
-    """Standard normal noise: always the same from one seed, so that it need not be kept."""
+    """Standard normal noise, determined by a seed, so that it need not be stored."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -103,7 +103,7 @@ class Normal:
 
     def __call__(self, like: Tensor) -> Tensor:
         device = like.device
-        dtype = torch.promote_types(like.dtype, torch.float32)  # sums of many are made of them
+        dtype = torch.promote_types(like.dtype, torch.float32)  # many of them are summed
         if device not in self.generators:
             self.generators[device] = torch.Generator(device).manual_seed(self.seed)
         generator = self.generators[device]
@@ -114,21 +114,21 @@ class Normal:
 
 @contextlib.contextmanager
 def _outside_vmap() -> Generator[None]:
-    """Where random numbers can be drawn, that of torch.autograd.grad(is_grads_batched) included."""
+    """Outside every vmap, even that of is_grads_batched, so that random numbers can be drawn."""
     keys = _torch.DispatchKeySet(_torch.dispatch_key("VmapMode"))
     with _torch.outside_transforms(), _torch.without_dispatch_keys(keys):
         yield
 
 
 def seeds(count: int, generator: torch.Generator | None) -> list[int]:
-    """Seeds for `Normal`, drawn from a generator, or from torch's own."""
+    """Seeds for `Normal`, drawn from this generator or torch's default one."""
     device = "cpu" if generator is None else generator.device
     with _outside_vmap():
         return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
 
 
 def split_distinct(tree: Tree) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Tree]]:
-    """Like `_tree.split`, but a tensor that stands at several places is listed once."""
+    """Like `_tree.split`, but a tensor that occurs several times is listed once."""
     tensors, join = _tree.split(tree)
     distinct = {id(x): x for x in tensors}
     number = {key: i for i, key in enumerate(distinct)}
@@ -137,7 +137,7 @@ def split_distinct(tree: Tree) -> tuple[list[Tensor], Callable[[Sequence[Tensor]
 
 
 def check_sampling(samples: int, sigma: float, generator: Any, chunk_size: int) -> None:
-    """Raise where an argument that all evolution strategies share is out of its range."""
+    """Raise if an argument shared by all evolution strategies is out of range."""
     check_integer(samples, "samples", 1)
     check_integer(chunk_size, "chunk_size", 1)
     check_number(sigma, "sigma", positive=True)

@@ -1,4 +1,4 @@
-"""unroll(): any loop, differentiated as its `adjoint` says."""
+"""unroll(): a loop of any step function, differentiated as its `adjoint` says."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def unroll(
     xs: Tree = None,
     adjoint: Adjoint = Unrolled(),  # noqa: B008 (frozen)
 ) -> tuple[Tree, Any]:
-    """Run a step function repeatedly; the result can be differentiated.
+    """Run a step function repeatedly; the result is differentiable.
 
     Computes carry_{t+1}, output_t = step(carry_t, args, x_t) for t = 0, 1, ..., where x_t is
-    `xs[t]`, or t itself without `xs`. A step may be anything that is pure: a learned optimizer's
-    update, an update of a policy, a step of an ODE solver. `minimize` is for losses.
+    `xs[t]`, or t itself without `xs`. A step may be any pure function: a learned optimizer's
+    update, a policy update, a step of an ODE solver. To minimize a loss use `minimize`.
 
     Args:
         step: `step(carry, args, x)` returns the next carry, of the same structure, and an output.
         carry: a pytree of tensors.
-        args: a pytree; what the steps depend on. An adjoint that runs steps again does not reach
-            tensors that `step` closes over, and raises.
-        length: the number of steps; with `xs` the length of its leading dimension, if at all.
-        xs: a pytree of tensors with a leading dimension of time.
+        args: a pytree of what the steps depend on. Adjoints that recompute steps cannot
+            differentiate with respect to tensors that `step` closes over, and raise.
+        length: the number of steps; with `xs` it is optional and must equal the leading dimension.
+        xs: a pytree of tensors whose leading dimension is time.
         adjoint: how the result is differentiated, see `diffopt.adjoint`.
 
     Returns:
-        The last carry, and the outputs of all steps: a tree of tensors with a leading dimension of
-        time where `step` returns trees of tensors.
+        The last carry, and the outputs of all steps: stacked along a leading time dimension if
+        `step` returns trees of tensors, otherwise as a list.
 
     Raises:
         ValueError: neither `length` nor `xs` is given, they and the leaves of `xs` disagree, or
@@ -69,7 +69,7 @@ def unroll(
 
 
 def _checked(step: Step) -> Step:
-    """The same step, which raises where it does not return a carry like its own and an output."""
+    """The step, which raises unless it returns a carry of the same structure and an output."""
 
     def checked(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
         result: Any = step(carry, args, x)
@@ -83,7 +83,7 @@ def _checked(step: Step) -> Step:
 
 
 def like(new: Tree, old: Tree, names: tuple[str, str]) -> Tree:
-    """The new tree, with its dictionaries in the order of the old one; raises where it differs."""
+    """The new tree, with dictionaries in the order of the old one; raises if structures differ."""
     spec = _tree.flatten(old)[1]
     return _tree.unflatten(_tree.leaves_like(new, spec, old, names), spec)
 
@@ -96,16 +96,19 @@ def _elements(xs: Tree, length: int | None) -> list[Any]:
     leaves, spec = _tree.flatten(xs)
     for leaf, path in zip(leaves, _tree.paths(xs, "xs"), strict=True):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-            raise ValueError(f"{path} is {_tree.describe(leaf)}, without a dimension of time")
+            raise ValueError(
+                f"{path} is {_tree.describe(leaf)}, but must be a tensor with a leading time "
+                "dimension"
+            )
         length = len(leaf) if length is None else length
         if len(leaf) != length:
-            raise ValueError(f"{path} has {len(leaf)} entries, where there are {length} steps")
+            raise ValueError(f"{path} has {len(leaf)} entries, but there are {length} steps")
     columns = [leaf.unbind() for leaf in leaves]
     return [_tree.unflatten(row, spec) for row in zip(*columns, strict=True)]
 
 
 def _stack(outputs: list[Any]) -> Any:
-    """One tree with a leading dimension of time, where each output is a tree of tensors."""
+    """The outputs as one tree with a leading time dimension, if all are trees of tensors."""
     if not outputs or not all(isinstance(x, Tensor) for x in _tree.leaves(outputs)):
         return outputs
 

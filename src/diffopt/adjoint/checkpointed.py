@@ -1,4 +1,4 @@
-"""Reverse mode through the whole loop, with most of it computed again instead of kept."""
+"""Reverse mode through the whole loop, with most of it recomputed instead of stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffopt._diff.captured import (
     varying,
     watched,
 )
-from diffopt._diff.functions import Surroundings, has_derivative, recomputed
+from diffopt._diff.functions import AmbientState, has_derivative, recomputed
 from diffopt._diff.gradient import HVP, check_hvp
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
@@ -29,38 +29,38 @@ from diffopt.adjoint.unrolled import Unrolled
 
 @dataclass(frozen=True)
 class Checkpointed(Adjoint):
-    """Exact, in little memory: carries are kept at checkpoints, the steps between are run again.
+    """Exact, in little memory: carries are kept at checkpoints, steps in between are recomputed.
 
     The loop of T steps is cut into `segments`, of which only the first carries are kept; with
-    `levels` > 1 so is each of them when its turn comes to be run again, and so on. At any time
-    about (levels + 1) T^(1/(levels + 1)) carries and the activations of one step are there. A step
-    is run levels + 2 times at most, the last time with its graph; random numbers are the same each
-    time. `levels=1` keeps 2 sqrt(T) carries; more than log2(T) levels are no gain. `segments=T`
+    `levels` > 1 each segment is cut in the same way when it is recomputed, and so on. At any time
+    about (levels + 1) T^(1/(levels + 1)) carries and the activations of one step are in memory. A
+    step is run at most levels + 2 times, the last time with its graph, always with the same random
+    numbers. `levels=1` keeps 2 sqrt(T) carries; more than log2(T) levels gain nothing. `segments=T`
     keeps all carries and so runs each step just twice.
 
-    Derivatives of any order reach the initial parameters, state and buffers, every tensor
-    hyperparameter, the loss's arguments and the batches, but not tensors that the loss closes over:
-    that raises. The backward pass is run again in turn where it is differentiated, so that higher
-    orders take little memory as well, and torch.func.grad no more than autograd. In forward mode
-    (`torch.func.jvp`, `torch.autograd.forward_ad`) and under torch.compile the loop is run as it
-    stands, as `Unrolled` does.
+    There are derivatives of any order with respect to the initial params, state and buffers, every
+    tensor hyperparameter, the loss's arguments and the batches, but not tensors that the loss
+    closes over: those raise. The backward pass is itself recomputed when it is differentiated, so
+    higher orders take little memory too, and torch.func.grad no more than autograd. In forward mode
+    (`torch.func.jvp`, `torch.autograd.forward_ad`) and under torch.compile the loop is simply
+    unrolled, as by `Unrolled`.
 
     Args:
-        segments: the number of pieces on each level, T^(1/(levels + 1)) by default.
-        levels: how often pieces are cut into pieces.
-        offload: "cpu" keeps the carries of the first level in pinned host memory when they are on
-            a GPU; not under torch.func transforms.
-        hvp: how the gradient in a step is differentiated. "reverse-over-reverse": by its own graph,
-            that of one step at a time. "forward-over-reverse": its vector-Jacobian product is a
-            forward derivative of it, by the symmetry of second derivatives; it has no graph.
-            That takes fewer floating-point operations and needs a forward derivative of every
-            operation of the loss, which some lack, such as flash attention. In torch it has been
-            the slower of the two so far, by much for small models.
+        segments: the number of pieces at each level, T^(1/(levels + 1)) by default.
+        levels: the number of levels of nested segments.
+        offload: "cpu" keeps the carries of the first level in pinned host memory if they are on a
+            GPU; not supported under torch.func transforms.
+        hvp: how the gradient in a step is differentiated. "reverse-over-reverse": through its
+            graph, one step at a time. "forward-over-reverse": without a graph; by the symmetry of
+            second derivatives its vector-Jacobian product is a forward derivative. That takes fewer
+            floating-point operations, but every operation of the loss needs a forward derivative,
+            which some lack, such as flash attention. In torch it has been slower in every case
+            measured, much slower for small models.
 
     Raises:
-        ValueError: an argument is out of its range; `run`: the step closes over a tensor that needs
-            a gradient.
-        NotImplementedError: in the backward pass by "forward-over-reverse", an operation of the
+        ValueError: an argument is out of range; `run`: the step closes over a tensor that needs a
+            gradient.
+        NotImplementedError: in the backward pass with "forward-over-reverse": an operation of the
             loss has no forward derivative.
 
     Example:
@@ -105,7 +105,7 @@ class Checkpointed(Adjoint):
                 varies = varying(step, carry, args, xs, results)
         else:
             varies = [has_derivative(x) for x in _tree.split(carry)[0]]
-            with torch.no_grad(), Surroundings((carry, args, xs[0])).restored():
+            with torch.no_grad(), AmbientState((carry, args, xs[0])).restored():
                 refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
         loop = _Loop(step, self.segments or _root(len(xs), self.levels + 1), frugal, varies)
@@ -113,11 +113,11 @@ class Checkpointed(Adjoint):
             return loop.by_pieces(self.levels, (carry, args, xs))
 
     def _offloaded(self, args: Tree, xs: list[Any]) -> contextlib.AbstractContextManager[Any]:
-        """A context in which autograd saves GPU tensors on the host, but for args and xs."""
+        """A context in which autograd saves GPU tensors on the host, except args and xs."""
         if self.offload is None:
             return contextlib.nullcontext()
         if _modes.transformed():
-            raise ValueError("offload='cpu' does not work under torch.func transforms: give None")
+            raise ValueError("offload='cpu' does not work under torch.func transforms: use None")
         stay = {x.data_ptr() for x in _tree.split((args, xs))[0]}
 
         def pack(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
@@ -136,15 +136,15 @@ class Checkpointed(Adjoint):
 
 @dataclass(frozen=True)
 class _Loop:
-    """A step that is run many times.
+    """A loop over one step, in pieces.
 
-    A loop is made of pieces, and these of smaller pieces, down to single steps. Each is recomputed:
-    autograd keeps nothing but its arguments, and runs it again when its derivative is wanted.
+    A loop consists of pieces, and these of smaller pieces, down to single steps. Each is
+    recomputed: autograd keeps only its arguments, and runs it again when its derivative is needed.
 
     Attributes:
         step: the step.
-        pieces: into how many a run is cut.
-        frugal: whether the graph of a step keeps little more than carries.
+        pieces: the number of pieces that a run is cut into.
+        frugal: whether the graph of a step holds little more than carries.
         varies: which tensors of a carry depend on what may be differentiated.
     """
 
@@ -154,7 +154,7 @@ class _Loop:
     varies: list[bool]
 
     def by_pieces(self, level: int, inputs: Tree) -> tuple[Tree, list[Any]]:
-        """The steps in pieces, which are cut in turn on levels above 1; on level 0 one by one."""
+        """The steps in pieces, each cut again at levels above 1; at level 0 one by one."""
         carry, args, xs = inputs
         size = -(-len(xs) // self.pieces) if level else 1
         outputs: list[Any] = []
@@ -167,8 +167,8 @@ class _Loop:
         return carry, outputs
 
     def run(self, inputs: Tree) -> tuple[Tree, list[Any]]:
-        """The steps one after the other; raises where a derivative would be lost."""
-        # Of a frugal step the graph does not show the loss, which is looked at elsewhere.
+        """The steps one after another; raises if a derivative would be lost."""
+        # The graph of a frugal step does not show the loss, which is checked elsewhere.
         step = self.step if self.frugal else watched("the loss or step", self.step)
         carry, outputs = Unrolled().run(step, *inputs)
         starts, ends = (_tree.split(tree)[0] for tree in (inputs[0], carry))
@@ -179,7 +179,7 @@ class _Loop:
 
 
 def _root(number: int, degree: int) -> int:
-    """The smallest integer whose power is at least the number."""
+    """The smallest integer whose power of this degree is at least the number."""
     root = 1
     while root**degree < number:
         root += 1

@@ -1,4 +1,4 @@
-"""Derivatives of a loop from values alone, by evolution strategies: antithetic and persistent."""
+"""Derivatives of a loop estimated from values alone, by evolution strategies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffopt import _modes, _tree
 from diffopt._arguments import check_integer
 from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants, refuse_closed_over
-from diffopt._diff.functions import Surroundings
+from diffopt._diff.functions import AmbientState
 from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
@@ -37,53 +37,55 @@ from diffopt.adjoint.unrolled import Unrolled
 
 @dataclass(frozen=True)
 class Evolution(Adjoint):
-    """Evolution strategies: the derivative is estimated from loops at perturbed inputs.
+    """Evolution strategies: the derivative is estimated from loops with perturbed inputs.
 
-    For theta all inputs of the loop that need a gradient and f(theta) = <cotangents, outputs of
+    With theta all inputs of the loop that need a gradient, and f(theta) = <cotangents, outputs of
     the loop>, the vector-Jacobian product is the antithetic estimate
 
         1/(2 N sigma) sum_i eps_i (f(theta + sigma eps_i) - f(theta - sigma eps_i))
 
-    with N samples eps_i of a standard normal distribution. It is unbiased for the gradient of the
-    smoothed E f(theta + sigma eps), which is that of f itself where f is quadratic, and it exists
-    for steps that have no derivative: with rounding, an argmax, a simulator. Its variance grows
-    with the number of elements of theta; where the loop is chaotic it stays bounded as the outputs
-    do, and exact derivatives explode. The loop's values are those at theta. The backward pass runs
-    the loop 2 N times, without a graph; memory is that of the loops of `chunk_size` pairs.
+    with N standard normal samples eps_i. It is unbiased for the gradient of the smoothed function
+    E f(theta + sigma eps), which equals that of f if f is quadratic, and it exists for steps that
+    are not differentiable: with rounding, an argmax, a simulator. Its variance grows with the
+    number of elements of theta; for a chaotic loop it stays as bounded as the outputs, while exact
+    derivatives explode. The loop's values are those at theta. The backward pass runs the loop 2 N
+    times, without a graph; memory is that of the loops of `chunk_size` pairs.
 
     With `persistent=K` a loop of T steps is cut into truncations of K steps. Each of the N pairs of
-    particles keeps its carries from one truncation tau to the next and is perturbed afresh in each:
+    particles keeps its carries from one truncation tau to the next and gets a new perturbation in
+    each:
 
         1/(2 N sigma) sum_i sum_tau xi_{i,tau} (L_{i,tau}^+ - L_{i,tau}^-),
         xi_{i,tau} = sum_{tau' <= tau} eps_{i,tau'}
 
-    for losses L_tau that the outputs of truncation tau add to f. It is unbiased too; how the
-    variances compare depends on the loop. For an outer optimizer that acts after every truncation,
-    see `PersistentEvolution`.
+    where L_tau is the contribution to f of the outputs of truncation tau. It is unbiased too; how
+    the variances compare depends on the loop. For an outer optimizer that acts after every
+    truncation, see `PersistentEvolution`.
 
-    Estimates reach the initial parameters, state and buffers, every tensor hyperparameter, the
-    loss's arguments and the batches, each perturbed with the same sigma as it enters the loop; a
-    learning rate near 1e-3 wants another sigma than weights do: `smooth` perturbs what you give it,
-    before it becomes a learning rate. One tensor at several places has one perturbation. Tensors
-    that the loss closes over cannot be reached: that raises. All loops see the same random numbers,
-    and under vmap all examples the same perturbations. With `tol` they take no more steps than the
-    loop at theta does.
+    There are estimates with respect to the initial params, state and buffers, every tensor
+    hyperparameter, the loss's arguments and the batches, each perturbed with the same sigma as it
+    enters the loop. Since a learning rate near 1e-3 needs another sigma than weights do,
+    parametrize it (by its logarithm, say) and use `smooth`, which perturbs its own argument. A
+    tensor that occurs several times has a single perturbation. Tensors that need a gradient and
+    that the loss closes over raise. All loops use the same random numbers, and under vmap all
+    examples have the same perturbations. With `tol` they take no more steps than the loop at theta.
 
-    It works in reverse mode, and once: a second derivative of an estimate raises, but not that of a
-    vector-Jacobian product with respect to its vector. Forward mode and torch.compile raise.
+    It is differentiable once, in reverse mode: a second derivative of an estimate raises, but not
+    that of a vector-Jacobian product with respect to its vector. Forward mode and torch.compile
+    raise.
 
     Args:
         samples: the number N of antithetic pairs, >= 1.
         sigma: the standard deviation of perturbations, > 0.
-        persistent: the number K of steps in a truncation; None takes the whole loop as one.
-        generator: where perturbations come from, torch's default generator if None. Each loop
-            draws anew; calling backward twice on the same loop repeats the estimate.
-        chunk_size: how many pairs are run at once, by torch.func.vmap: faster, in that many times
+        persistent: the number K of steps in a truncation; None for a single truncation.
+        generator: the source of perturbations, torch's default generator if None. Each loop draws
+            new ones; calling backward twice on the same loop repeats the estimate.
+        chunk_size: how many pairs are run at once, by torch.func.vmap: faster, at that many times
             the memory, for steps that vmap can batch.
 
     Raises:
-        ValueError: an argument is out of its range; `run`: the step closes over a tensor that needs
-            a gradient.
+        ValueError: an argument is out of range; `run`: the step closes over a tensor that needs a
+            gradient.
         TypeError: `generator` is not a torch.Generator.
         NotImplementedError: in forward mode, under torch.compile, for a second derivative.
 
@@ -122,7 +124,9 @@ class Evolution(Adjoint):
         if not _modes.differentiable() or not xs:
             return Unrolled().run(step, carry, args, xs)
         if _modes.compiling() or _modes.forward_differentiated():
-            raise NotImplementedError("Evolution works neither in forward mode nor when compiled")
+            raise NotImplementedError(
+                "Evolution works neither in forward mode nor under torch.compile"
+            )
         for name, tree in (("carry", carry), ("args", args), ("xs", xs)):
             checks.undistributed(tree, name, "Evolution")
         refuse_closed_over("the loss or step", step, carry, args, xs[0])
@@ -131,9 +135,9 @@ class Evolution(Adjoint):
             step = replace(step, second_order=False)
         tensors, join = split_distinct((carry, args, xs))
         truncations = _truncations(tensors, carry, args, xs, self.persistent or len(xs))
-        loops = _Loops(self, step, join, truncations, Surroundings((carry, args, xs)), [])
+        loops = _Loops(self, step, join, truncations, AmbientState((carry, args, xs)), [])
         outputs, carry = functions.custom(loops.at, tensors, loops.pullback)
-        # Only now, so that the loop sees the random numbers that it sees under every adjoint.
+        # Only now, so that the loop uses the same random numbers as under every other adjoint.
         loops.seeds.extend(seeds(self.samples, self.generator))
         if isinstance(whole, GradientStep):
             carry = *carry[:2], detach_constants(carry[2], whole, start, args, xs)
@@ -141,7 +145,7 @@ class Evolution(Adjoint):
 
 
 class _Truncation(NamedTuple):
-    """Steps `start` to `stop - 1`, and the numbers of the tensors that enter there."""
+    """Steps `start` to `stop - 1`, and the indices of the tensors that enter there."""
 
     start: int
     stop: int
@@ -152,30 +156,30 @@ class _Truncation(NamedTuple):
 class _Loops:
     """The loop at theta, its tensors, and the pairs of loops at perturbed tensors.
 
-    It holds none of the tensors. `join` makes the carry, args and xs of them.
+    It does not hold the tensors; `join` builds the carry, args and xs from them.
     """
 
     settings: Evolution
     step: Step
     join: Callable[[Sequence[Tensor]], Tree]
     truncations: list[_Truncation]
-    surroundings: Surroundings
+    ambient: AmbientState
     seeds: list[int]  # of each pair's perturbations
 
     def at(self, theta: Sequence[Tensor]) -> tuple[list[Any], Tree]:
-        """The outputs and the last carry."""
+        """The outputs and the last carry at theta."""
         carry, outputs = Unrolled().run(self.step, *self.join(theta))
         return outputs, carry
 
     def pullback(
         self, inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """The estimate, which is linear in the cotangents and has that derivative alone."""
+        """The estimate, linear in the cotangents and differentiable with respect to them only."""
 
         def of_cotangents(trees: Tree) -> list[Tensor | None]:
             return self.estimate(trees[0], needed, trees[1])
 
-        with self.surroundings.restored():
+        with self.ambient.restored():
             frozen = _tree.detach(list(inputs))
             grads = functions.recomputed(of_cotangents, (frozen, list(cotangents)))
         return [g if g is None else constant_in(g, inputs, NO_SECOND) for g in grads]
@@ -200,13 +204,13 @@ class _Loops:
     def of_pair(
         self, noise: Iterable[dict[int, Tensor]], theta: list[Tensor], cotangents: list[Tensor]
     ) -> dict[int, Tensor]:
-        """What one pair adds to the estimate, given its perturbations in each truncation."""
-        self.surroundings.restore()
+        """One pair's contribution to the estimate, given its perturbations in each truncation."""
+        self.ambient.restore()
         settings, pair, gradient = self.settings, START, dict[int, Tensor]()
-        rest, around = iter(cotangents), self.join(theta)
+        rest, inputs = iter(cotangents), self.join(theta)
         for truncation, fresh in zip(self.truncations, noise, strict=True):
             run = functools.partial(self.run, truncation)
-            pair, ahead, behind = advance(run, pair, theta, fresh, settings.sigma, around)
+            pair, ahead, behind = advance(run, pair, theta, fresh, settings.sigma, inputs)
             vectors = [next(rest) for _ in ahead]
             difference = _product(vectors, ahead, behind)
             gradient = plus(gradient, terms(pair, difference, settings.samples, settings.sigma))
@@ -215,7 +219,7 @@ class _Loops:
     def run(
         self, truncation: _Truncation, carry: Tree, theta: Sequence[Tensor]
     ) -> tuple[Tree, list[Tensor]]:
-        """A carry after a truncation, and those of the loop's results that are made there."""
+        """The carry after a truncation, and the loop's results that are computed there."""
         first, args, xs = self.join(theta)
         start, stop, _ = truncation
         carry, outputs = Unrolled().run(self.step, carry if start else first, args, xs[start:stop])
@@ -225,7 +229,7 @@ class _Loops:
 def _truncations(
     tensors: Sequence[Tensor], carry: Tree, args: Tree, xs: list[Any], size: int
 ) -> list[_Truncation]:
-    """Arguments, and what its steps bring, enter every truncation, the initial carry the first."""
+    """The initial carry enters the first truncation; args and its own xs enter every truncation."""
     number = {id(x): i for i, x in enumerate(tensors)}
     result: list[_Truncation] = []
     for start in range(0, len(xs), size):
@@ -238,7 +242,7 @@ def _truncations(
 def _product(
     vectors: Sequence[Tensor], ahead: Sequence[Tensor], behind: Sequence[Tensor]
 ) -> Tensor:
-    """The scalar product of vectors and differences."""
+    """The inner product of the vectors with the differences of outputs."""
     terms = [
         _modes.exact((v.conj() * (a - b)).real.sum())
         for v, a, b in zip(vectors, ahead, behind, strict=True)

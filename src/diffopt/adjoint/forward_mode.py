@@ -1,4 +1,4 @@
-"""Forward mode: the derivatives of a loop are carried along with it."""
+"""Forward mode: the derivatives of a loop are computed along with it."""
 
 from __future__ import annotations
 
@@ -27,45 +27,46 @@ from diffopt.adjoint.unrolled import Unrolled
 
 _SECOND_ORDER = (
     "ForwardMode has no second derivatives in reverse mode: use Unrolled() or Checkpointed(), or "
-    "in a loop around it Checkpointed(hvp='forward-over-reverse')"
+    "use Checkpointed(hvp='forward-over-reverse') for a loop around it"
 )
 
 
 @dataclass(frozen=True)
 class ForwardMode(Adjoint):
-    """Exact, in memory that does not grow with the number of steps, for few inputs.
+    """Exact, for a few inputs; memory does not grow with the number of steps.
 
-    With z_t the carry after t steps and u all N elements of the inputs that need a gradient, the
-    tangents are carried from step to step beside z_t:
+    With z_t the carry after t steps and u all N elements of the inputs that need a gradient,
+    tangents are computed along with z_t:
 
         dz_{t+1}/du = (d step/dz) dz_t/du + d step/du
 
-    The loop takes the time and memory of N + 1 carries, whatever its length, and nothing of a step
-    is kept but the tangents of its output. The backward pass multiplies cotangents with tangents.
+    The loop takes N + 1 times the time and memory of a carry, whatever its length, and of each step
+    only the tangents of its output are kept. The backward pass multiplies cotangents by tangents.
 
-    Inputs are tensors among the initial carry (params, state, buffers), the arguments
+    Inputs are tensors in the initial carry (params, state, buffers), the arguments
     (hyperparameters, arguments of the loss) and the xs (batches, hyperparameters by step). Each
-    counts once, however often it is used; tensors that were computed separately for every step
-    count separately, so that the rates of a schedule are many inputs where its parameters, used
-    within the step (`unroll`), are few. Tensors that the step closes over raise. Results that do
-    not depend on an input, such as the running statistics of a batch normalisation, are constants.
+    counts once, however often it is used; tensors computed separately for every step count
+    separately, so the learning rates of a schedule are many inputs, while its parameters, used
+    within the step (`unroll`), are few. Tensors that need a gradient and that the step closes over
+    raise. Results that do not depend on an input, such as the running statistics of batch
+    normalization, are constants.
 
-    Derivatives are of first order: to differentiate the backward pass raises. Derivatives in
-    forward mode (`torch.func.jvp`, `torch.autograd.forward_ad`) are of any order; there and under
-    torch.compile the loop is run as it stands, as `Unrolled` does. Under other torch.func
-    transforms, such as `grad`, `jacrev` and `vmap`, N counts the inputs of one example, and
-    `torch.func.grad` within another reverse-mode transform raises where it would need a second
-    derivative. The tangents are carried all at once, but under `torch.vmap` one after the other,
-    each with a run of the step. Random numbers are the same for values and all tangents.
+    Derivatives are of first order: differentiating the backward pass raises. Derivatives in forward
+    mode (`torch.func.jvp`, `torch.autograd.forward_ad`) are of any order; there and under
+    torch.compile the loop is simply unrolled, as by `Unrolled`. Under other torch.func transforms,
+    such as `grad`, `jacrev` and `vmap`, N counts the inputs of one example, and `torch.func.grad`
+    inside another reverse-mode transform raises if it would need a second derivative. All tangents
+    are computed at once, but inside `torch.vmap` one after another, each by a run of the step.
+    Random numbers are the same for values and all tangents.
 
     Args:
         max_inputs: the largest N allowed.
 
     Raises:
-        ValueError: `max_inputs` is not an integer >= 1; `run`, `iterate`: more numbers need a
+        ValueError: `max_inputs` is not an integer >= 1; `run`, `iterate`: more elements need a
             gradient, or the step closes over a tensor that does.
         NotImplementedError: the step has an operation without a forward derivative; in the backward
-            pass, a second derivative is asked for.
+            pass: a second derivative is needed.
 
     Example:
         >>> import torch, diffopt
@@ -103,23 +104,22 @@ class ForwardMode(Adjoint):
     def iterate(
         self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any], *, discount: float = 1.0
     ) -> Iterator[tuple[Tree, Any]]:
-        """Run a loop that can be differentiated after every step, while it goes on.
+        """Run a loop that can be differentiated after every step, while it continues.
 
-        Yields carry_{t+1}, output_t = step(carry_t, args, x_t), both with derivatives with
-        respect to the inputs as they are now: `torch.autograd.grad(validation(carry), args)` is the
-        hypergradient of all steps so far. Before it asks for the next step, the caller may change
-        `args` in place, as `torch.optim` does: the next step takes the new values. The tangents
-        stay, that is, the derivative is with respect to a shift of the values of all steps so far
-        by one amount.
+        Yields carry_{t+1}, output_t = step(carry_t, args, x_t), both differentiable with respect to
+        the current inputs: `torch.autograd.grad(validation(carry), args)` is the hypergradient of
+        all steps so far. Before requesting the next step, the caller may change `args` in place, as
+        `torch.optim` does: the next step uses the new values. The tangents are kept, that is, the
+        derivative is with respect to a common shift of the values at all steps so far.
 
         Args:
             step: a pure function, `step(carry, args, x)` returns the next carry and an output.
             carry: a pytree of tensors.
             args: a pytree, read anew at every step.
-            xs: one tree per step; read one at a time, so that it may be endless.
-            discount: tangents are multiplied by it before every step but the first. 1 is exact;
-                0 forgets all steps but the last, which with the learning rate as `args` is
-                hypergradient descent (Baydin et al.); between them are Donini et al.
+            xs: one tree per step; read one at a time, so it may be infinite.
+            discount: tangents are multiplied by it before every step but the first. 1 is exact; 0
+                forgets all steps but the last: with the learning rate as `args` that is
+                hypergradient descent (Baydin et al.). Donini et al. use values in between.
 
         Returns:
             An iterator over pairs of a carry and an output.
@@ -161,7 +161,7 @@ class ForwardMode(Adjoint):
 
 
 def _as_it_stands() -> bool:
-    """Whether the loop needs no tangents of its own."""
+    """Whether to run the loop unrolled, without computing tangents here."""
     with contextlib.nullcontext() if _modes.compiling() else functions.forward_level():
         return _modes.compiling() or _modes.forward_differentiated() or not torch.is_grad_enabled()
 
@@ -178,7 +178,7 @@ class _Inputs:
         self.rows: dict[int, slice] = {}
 
     def meet(self, tree: Tree) -> None:
-        """Take in what needs a gradient, by autograd or at a level of torch.func."""
+        """Add the tensors that need a gradient, by autograd or at a level of torch.func."""
         for tensor in _tree.split(tree)[0]:
             if id(tensor) in self.rows or not _modes.needs_gradient(tensor):
                 continue
@@ -188,13 +188,13 @@ class _Inputs:
             self.count += size
         if self.count > self.limit:
             raise ValueError(
-                f"{self.count} numbers need a gradient, and ForwardMode carries a tangent like the "
-                f"carry for each: use Checkpointed() or another adjoint in reverse mode, or give "
-                f"max_inputs={self.count} or more (it is {self.limit})"
+                f"{self.count} numbers need a gradient, and for each of them ForwardMode computes "
+                "a tangent of the size of the carry: use Checkpointed() or another reverse-mode "
+                f"adjoint, or pass max_inputs={self.count} or more (it is {self.limit})"
             )
 
     def basis(self, tensor: Tensor) -> Tensor | None:
-        """The tangents of an input; None for another tensor."""
+        """The tangents of an input; None for other tensors."""
         rows = self.rows.get(id(tensor))
         if rows is None:
             return None
@@ -207,9 +207,9 @@ class _Inputs:
 
 
 class _Point(NamedTuple):
-    """The loop after a step, without derivatives, and the tangents of what it made.
+    """The results of the loop after a step, without derivatives, and their tangents.
 
-    A tangent is None where a tensor depends on no input; the first `size` are the carry's.
+    A tangent is None if a tensor depends on no input; the first `size` are the carry's.
     """
 
     carry: Tree
@@ -242,8 +242,8 @@ def _points(
 def _start(inputs: _Inputs, tensor: Tensor) -> Tensor | None:
     tangent = inputs.basis(tensor)
     if tangent is None and tensor.dim() == 0 and functions.has_derivative(tensor):
-        # What torch multiplies with constants goes through Python: a count of steps, with which
-        # every weight is scaled, has zeros, or a step of Adam takes 1.4 times as long.
+        # Without a tangent torch computes products of constants and tangents in Python: a step
+        # count, which scales every weight, gets zeros, or a step of Adam takes 1.4 times as long.
         return tensor.new_zeros((inputs.count,))
     return tangent
 
@@ -281,7 +281,7 @@ def _advance(
         else:
             empty = inputs.tensors and not inputs.count
             results = outputs(*primals)
-            tangents: list[Tensor | None] = [  # an empty input has no row, but is one
+            tangents: list[Tensor | None] = [  # an empty input has no rows, but is an input
                 y.new_zeros((0, *y.shape)) if empty and functions.has_derivative(y) else None
                 for y in results
             ]
@@ -292,7 +292,7 @@ def _advance(
 
 
 def _extended(tangent: Tensor, count: int) -> Tensor:
-    """With rows of zeros for inputs that were met since."""
+    """The tangent with rows of zeros for inputs added since."""
     missing = count - len(tangent)
     if not missing:
         return tangent
@@ -303,13 +303,13 @@ def _pushforward(
     function: Callable[..., list[Tensor]],
     primals: list[Tensor],
     directions: list[Any],
-    surroundings: Tree,
+    inputs: Tree,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The values of a function, and its derivatives along each row of the directions."""
     try:
         with functions.forward_level():
             if _vmapped():
-                return _one_by_one(function, primals, directions, surroundings)
+                return _one_by_one(function, primals, directions, inputs)
             if len(directions[0]) == 1 and not _modes.transformed():
                 return _dual(function, primals, directions)
             return _batched(function, primals, directions)
@@ -324,7 +324,7 @@ def _pushforward(
 
 
 def _vmapped() -> bool:
-    """Whether the code runs under torch.vmap."""
+    """Whether torch.vmap is active."""
     stack = _torch.interpreter_stack() or ()
     return any(level.key() == _torch.TransformType.Vmap for level in stack)
 
@@ -332,9 +332,9 @@ def _vmapped() -> bool:
 def _dual(
     function: Callable[..., list[Tensor]], primals: list[Tensor], directions: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """For one direction: cheaper than torch.func in eager mode."""
+    """For a single direction: faster than torch.func in eager mode."""
     values, tangents = list[Tensor](), list[Tensor | None]()
-    # Within a torch.autograd.Function forward mode is off, and so is it without a graph.
+    # Inside a torch.autograd.Function, and without a graph, forward mode is disabled.
     with torch.enable_grad(), _torch.forward_enabled(True), forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, d[0]) for x, d in zip(primals, directions, strict=True)]
         for result in function(*duals):
@@ -350,7 +350,7 @@ def _batched(
     """For all directions at once."""
     along, joined = _directional(function, primals)
     results = torch.vmap(along, randomness="same")(*directions)
-    # What does not depend on the direction is expanded along it: a view.
+    # Results that do not depend on the direction are expanded along it, as views.
     values, tangents = joined(*results)
     return [value[0] for value in values], tangents
 
@@ -359,15 +359,15 @@ def _one_by_one(
     function: Callable[..., list[Tensor]],
     primals: list[Tensor],
     directions: list[Tensor],
-    surroundings: Tree,
+    inputs: Tree,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """For one direction after the other.
+    """For one direction after another.
 
-    Under a torch.vmap a second one for the directions would be wrong: with torch 2.13
-    `torch.linalg.lu_solve` of batched factors and more right-hand sides is.
+    Inside torch.vmap, a nested one over the directions may be wrong: in torch 2.13 it is for
+    `torch.linalg.lu_solve` with batched factors and several right-hand sides.
     """
-    before = functions.Surroundings(surroundings)
-    # Clones, as torch takes no tangents of what is expanded along the batch.
+    before = functions.AmbientState(inputs)
+    # Clones, as torch does not support tangents of tensors expanded along the batch.
     along, joined = _directional(function, [x.clone() for x in primals])
     runs: list[tuple[list[Tensor], list[Tensor | None]]] = []
     for direction in zip(*directions, strict=True):
@@ -381,9 +381,9 @@ def _one_by_one(
 def _directional(
     function: Callable[..., list[Tensor]], primals: list[Tensor]
 ) -> tuple[Callable[..., Any], Callable[..., tuple[list[Tensor], list[Tensor | None]]]]:
-    """The derivative of a function along a direction, and what makes values and tangents of it.
+    """The derivative of a function along a direction, and a function that joins its results.
 
-    A tangent is None where a result does not depend on the primals.
+    The joined results are values and tangents; None where a value does not depend on the primals.
     """
     varies: list[bool] = []
 
@@ -424,7 +424,7 @@ def _attach(inputs: _Inputs, tree: Tree, tangents: Sequence[Tensor | None]) -> T
 
 
 class _Attached(torch.autograd.Function):
-    """`(rows, *inputs, *values, *tangents) -> values`, whose derivatives the tangents are."""
+    """`(rows, *inputs, *values, *tangents) -> values`, whose derivatives are the tangents."""
 
     generate_vmap_rule = True
 
@@ -458,7 +458,7 @@ def _contract(rows: list[slice], *tensors: Tensor) -> tuple[Tensor, ...]:
 def _gradient(x: Tensor, rows: slice, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     total = torch.zeros_like(x)
     for tangent, cotangent in pairs:
-        if len(tangent) < rows.stop:  # made before the input was met
+        if len(tangent) < rows.stop:  # computed before the input was added
             continue
         part = tangent[rows].reshape(rows.stop - rows.start, cotangent.numel())
         product = (part.conj() @ cotangent.reshape(-1)).real

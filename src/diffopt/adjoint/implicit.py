@@ -1,4 +1,4 @@
-"""The derivative of a minimum from the equation it solves, whatever led to it."""
+"""The derivative of a minimum, from its optimality condition instead of the loop."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ from diffopt.optimizer import Optimizer
 
 @dataclass(frozen=True)
 class Implicit(Adjoint):
-    """The implicit function theorem where the loss is stationary.
+    """The implicit function theorem at a stationary point of the loss.
 
     With g(x, args) the gradient of the loss with respect to params, g(x, args) = 0 gives
     dx = -(d_x g)^-1 (d_args g) dargs: a linear system with the Hessian, of which `solver` needs
-    products only. The loop builds no graph, so memory does not depend on the number of steps, and
-    it may end as you like (`tol=`).
+    only products with vectors. The loop builds no graph, so memory does not depend on the number of
+    steps, and it may stop early (`tol=`).
 
-    Derivatives of any order, backward and forward, reach the loss's arguments and the batches. The
-    minimum does not depend on where the search began nor on the rate: those derivatives are zero.
-    `sol.losses`, `sol.state`, `sol.aux` and `sol.buffers` have no derivative: asking for one
-    raises. With `batches` the loss is the mean over all different ones. Dropout and the like have
-    no stationary point. A parameter that the loss does not use stays where it began, with that
-    derivative; for `on_solve` and `warm_start` it has no elements, and a complex one is a pair of
-    reals.
+    There are derivatives of any order, in reverse and forward mode, with respect to the loss's
+    arguments and the batches. The minimum does not depend on the initial params nor on the learning
+    rate: those derivatives are zero. Differentiating `sol.losses`, `sol.state`, `sol.aux` or
+    `sol.buffers` raises. With `batches` the loss is the mean over the distinct ones. A random loss
+    (dropout) has no stationary point. A parameter that the loss does not use keeps its initial
+    value and the derivative of that; for `on_solve` and `warm_start` it has no elements, and a
+    complex parameter is a pair of reals.
 
     Args:
         solver: for the linear systems, one of `diffopt.linear`: `ConjugateGradient` where the
             Hessian is positive definite, `GMRES` elsewhere, `Direct` for small problems.
-        root_tolerance: how far from a stationary point the loop may end, as a share of
-            max(1, |params|): away from one the derivative is wrong. The distance is |H^-1 g|, with
-            the Hessian H and the gradient g of the loss; it is estimated, from below, by at most
-            ten iterations of conjugate gradients. Infinity makes no estimate.
-        on_failure: whether to "warn" or to "raise" where it is farther. What happens when a linear
-            system is not solved, the solver's own `on_failure` says.
+        root_tolerance: how far from a stationary point the loop may end, relative to max(1,
+            |params|): elsewhere the derivative is wrong. The distance is |H^-1 g|, with the Hessian
+            H and the gradient g of the loss; it is estimated, from below, by at most ten iterations
+            of conjugate gradients. Infinity skips the check.
+        on_failure: whether to "warn" or "raise" if it is farther away. For linear systems that are
+            not solved, see the solver's own `on_failure`.
         on_solve: called with the `LinearSolution` of each linear system: residual, iterations.
-        warm_start: called before the linear system of a backward pass; returns where that starts, a
-            tree like params, or None for zeros. In an outer loop, which changes the problem little,
-            the last solution is a good start: keep what `on_solve` is given.
+        warm_start: called before the linear system of a backward pass; returns its initial guess, a
+            tree like params, or None for zeros. The system changes little between outer steps, so
+            its last solution, which `on_solve` receives, is a good guess.
 
     Raises:
-        ValueError: `root_tolerance` or `on_failure` is not what it may be; `run`: the
-            optimizer moves params where the gradient is zero (weight decay: put that into the
-            loss); the loss closes over a tensor that needs a gradient.
-        TypeError: the solver is not a `LinearSolver`, or `on_solve` or `warm_start` not a function;
-            `run`: the step is not that of `minimize`; use `diffopt.implicit_fixed_point`.
+        ValueError: `root_tolerance` or `on_failure` is invalid; `run`: the optimizer moves params
+            whose gradient is zero (weight decay: put it into the loss instead); the loss closes
+            over a tensor that needs a gradient.
+        TypeError: the solver is not a `LinearSolver`, or `on_solve` or `warm_start` is not a
+            function; `run`: the step is not one of `minimize` (use `diffopt.implicit_fixed_point`).
         ConvergenceError: with `on_failure="raise"`.
 
     Example:
@@ -92,7 +92,7 @@ class Implicit(Adjoint):
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if not isinstance(step, GradientStep):
-            raise TypeError("Implicit is for minimize: for another step use implicit_fixed_point")
+            raise TypeError("Implicit requires minimize: use implicit_fixed_point for other steps")
         if not isinstance(self.solver, ConjugateGradient):
             who = f"Implicit with a {type(self.solver).__name__} (ConjugateGradient does)"
             checks.undistributed(carry[0], "params", who)
@@ -125,16 +125,16 @@ class Implicit(Adjoint):
 
 
 def _distinct(batches: Iterable[Any]) -> list[Any]:
-    """Each batch once."""
+    """The distinct batches."""
     return list({tuple(map(id, _tree.leaves(batch))): batch for batch in batches}.values())
 
 
 def _unknowns(
     loss: Callable[[Tree, Tree], Tensor], params: Tree, start: Tree, rest: Tree
 ) -> tuple[Tree, Callable[[Tree], Tree]]:
-    """A tree of the reals among params that the loss uses, and what makes params of such a tree.
+    """The params that the loss uses as a tree of reals, and a function from such a tree to params.
 
-    A parameter that the loss does not use is still where it started, and has no equation.
+    A parameter that the loss does not use still has its initial value, and has no equation.
     """
     grads = value_and_grad(lambda p, rest: (loss(p, rest), ()), params, rest, second_order=False)[2]
     used = [grad is not None for grad in _tree.leaves(grads)]
@@ -160,12 +160,12 @@ def _unknowns(
 
 
 def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) -> None:
-    """Raise where params move though the gradient is zero, or would for other tensor hparams."""
+    """Raise if params move although the gradient is zero, or would for other tensor hparams."""
 
     def other(leaf: Tensor) -> Tensor:
         return 0.05 + 0.9 * leaf
 
-    def movable(leaf: Tensor) -> Tensor:  # decay shows neither at zero nor at infinity
+    def movable(leaf: Tensor) -> Tensor:  # decay has no effect at zero or infinity
         return torch.where(torch.isfinite(leaf) & (leaf != 0), leaf, 1.0)
 
     with torch.no_grad():
@@ -177,6 +177,6 @@ def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) ->
         differs = _modes.concrete((before != after).any())
         if differs is not None and bool(differs.any()):
             raise ValueError(
-                "the optimizer moves params where their gradient is zero (by weight decay?), so "
-                "where it ends the loss is not stationary: put the decay into the loss"
+                "the optimizer moves params whose gradient is zero (by weight decay?), so it does "
+                "not end at a stationary point of the loss: put the decay into the loss"
             )

@@ -1,4 +1,4 @@
-"""The derivative of the last step in place of that of the solution."""
+"""The derivative of the last step, used in place of that of the solution."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from diffopt.adjoint.truncated import Truncated
 
 @dataclass(frozen=True)
 class OneStep(Adjoint):
-    """The derivative of the last step alone is taken for that of the solution.
+    """Biased, at the cost of one step: the derivative of the last step alone.
 
     A loop x_{t+1} = F(x_t, theta) that has converged has the derivative of its fixed point,
     (I - d_x F)^-1 d_theta F. OneStep gives d_theta F(x_{K-1}, theta), with x_{K-1} held fixed:
-    exact where steps converge superlinearly, as Newton's do; otherwise, with a contraction rate
-    rho = |d_x F| < 1, it lacks a share of at most rho of the derivative. Gradient descent at small
-    rates has a rho near 1. Time and memory of the derivative are those of one step.
+    exact if the steps converge superlinearly, as Newton's do; otherwise the relative error is up to
+    rho = |d_x F| < 1, the factor by which a step contracts the error (near 1 for gradient descent
+    with a small learning rate). The derivative takes the time and memory of one step.
 
-    Gradients reach hyperparameters, arguments and tensors that the loss closes over, and of what
-    differs from step to step that of the last one. The initial parameters, state and buffers
-    receive none, also if there is but one step or none at all, since a fixed point does not depend
-    on them. Where, under vmap, `tol` ends an example before others, the step is one more from its
-    solution. Values are those of the whole loop; of `losses` and `aux` those of the last step alone
-    have derivatives.
+    There are gradients with respect to hyperparameters, arguments and tensors that the loss closes
+    over, and those batches and hyperparameters that the last step uses. The initial params, state
+    and buffers receive none, even with a single step or none at all, since a fixed point does not
+    depend on them. If `tol` ends an example before others under vmap, the step is one more from its
+    solution. Values are those of the whole loop; of `losses` and `aux` only the last entry has a
+    derivative.
 
-    It is differentiable once, in reverse or forward mode: the derivative of the derivative of one
-    step is far from a second derivative of the solution even where the first is exact, and raises
-    (but for torch.compile, which does not notice). The derivative of a vector-Jacobian
-    product with respect to its vector does not.
+    It is differentiable once, in reverse or forward mode: the second derivative of one step is far
+    from that of the solution even where the first is exact, and raises (except under
+    torch.compile). The derivative of a vector-Jacobian product with respect to its vector does not
+    raise.
 
     Raises:
-        NotImplementedError: when a second derivative is asked for.
+        NotImplementedError: for a second derivative.
 
     Example:
         >>> import torch, diffopt
@@ -64,20 +64,20 @@ class OneStep(Adjoint):
 
 
 _NO_SECOND_DERIVATIVE = (
-    "OneStep has no second derivative: that of the last step is not that of a solution. Unrolled "
-    "and Checkpointed have one"
+    "OneStep has no second derivative, since that of the last step is not that of the solution: "
+    "use Unrolled() or Checkpointed()"
 )
 
 
 def _never_done(step: GradientStep) -> Step:
-    """The same values, with the derivative that the step has without its `tol`."""
+    """The step with the same values, but the derivative that it has without `tol`."""
 
     def run(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
-        surroundings = functions.Surroundings((carry, args, x))
+        ambient = functions.AmbientState((carry, args, x))
         kept, output = step(carry, args, x)
         if not _modes.differentiable():
             return kept, output
-        with surroundings.restored():
+        with ambient.restored():
             moved, _ = replace(step, tol=None)(carry, args, x)
 
         def derivative_of(moved: Any, kept: Any) -> Any:

@@ -14,7 +14,7 @@ from diffopt import _modes, _tree
 from diffopt._arguments import check_function
 from diffopt._diff import functions
 from diffopt._diff.captured import refuse_closed_over
-from diffopt._diff.functions import Surroundings
+from diffopt._diff.functions import AmbientState
 from diffopt._tree import Tree
 from diffopt.adjoint._limited import first_order
 from diffopt.adjoint._particles import (
@@ -36,33 +36,34 @@ from diffopt.adjoint._particles import (
 class PersistentEvolution:
     """Persistent evolution strategies: learn from a long loop truncation by truncation.
 
-    A truncation is a function `carry, loss = function(carry, theta, *args)`. This object is one as
-    well, `state, loss = pes(state, theta, *args)`, for N pairs of particles with carries of their
-    own: the loss is their mean, and its derivative with respect to theta is the estimate
+    A truncation is a function `carry, loss = function(carry, theta, *args)`. This object is such a
+    function too, `state, loss = pes(state, theta, *args)`, for N pairs of particles with their own
+    carries: the loss is their mean, and its derivative with respect to theta is the estimate
 
         1/(2 N sigma) sum_i xi_i (L_i^+ - L_i^-)
 
-    where xi_i is the sum of all the perturbations eps_i that pair i has seen since `init`, one for
-    each truncation. Summed over the truncations of a loop it is unbiased for the gradient of the
-    sum of their losses, smoothed, where the derivative of each truncation alone misses what
-    theta did through the carry it began with. An outer optimizer can act on theta after each
-    truncation, with the bias that any such online method has.
+    where xi_i is the sum of all perturbations eps_i of pair i since `init`, one per truncation.
+    Summed over the truncations of a loop it is unbiased for the gradient of the sum of their
+    smoothed losses, while the derivative of each truncation alone misses the effect of theta on the
+    carry it began with. An outer optimizer can update theta after each truncation, with the bias
+    that any such online method has.
 
     Args:
         function: `function(carry, theta, *args)` returns the next carry and a real 0-d tensor or a
-            number; it needs no derivative, and is called without a graph. All its calls for
-            one pair see the same random numbers.
+            number; it need not be differentiable, and is called without a graph. Both its calls for
+            a pair use the same random numbers.
         samples: the number N of antithetic pairs, >= 1.
         sigma: the standard deviation of perturbations, > 0.
-        generator: where perturbations come from, torch's default generator if None.
-        chunk_size: how many pairs are run at once, by torch.func.vmap, which `function` must allow.
+        generator: the source of perturbations, torch's default generator if None.
+        chunk_size: how many pairs are run at once, by torch.func.vmap, which `function` must
+            support.
 
     Raises:
-        ValueError: an argument is out of its range; when called: theta is not a tree of
-            floating-point or complex tensors, `state` is that of another number of samples, or
-            `function` depends on a tensor that needs a gradient and is not in theta.
-        TypeError: `function` is not a function, or `generator` not a torch.Generator; when called:
-            `function` does not return a carry and a real 0-d tensor or number.
+        ValueError: an argument is out of range; when called: theta is not a tree of floating-point
+            or complex tensors, `state` is for another number of samples, or `function` depends on a
+            tensor that needs a gradient and is not in theta.
+        TypeError: `function` is not a function, or `generator` is not a torch.Generator; when
+            called: `function` does not return a carry and a real 0-d tensor or number.
         NotImplementedError: for a second derivative.
 
     Example:
@@ -131,26 +132,26 @@ def mean_loss(
     generator: torch.Generator | None,
     chunk_size: int,
 ) -> Tensor:
-    """The mean loss of pairs of particles; `keep` takes each of them after its run.
+    """The mean loss of pairs of particles; `keep` receives each pair after its run.
 
     The arguments are those of `PersistentEvolution`.
     """
     if _modes.compiling():
-        raise NotImplementedError("evolution strategies cannot be compiled")
+        raise NotImplementedError("evolution strategies do not work under torch.compile")
     _check_theta(theta)
     tensors, join = split_distinct(theta)
-    frozen, around = _tree.detach(tensors), (pairs[0], theta, args)
-    surroundings, normal = Surroundings(around), Normal(*seeds(1, generator))
+    frozen, inputs = _tree.detach(tensors), (pairs[0], theta, args)
+    ambient, normal = AmbientState(inputs), Normal(*seeds(1, generator))
 
     def run(carry: Tree, tensors: Sequence[Tensor]) -> tuple[Tree, Tensor]:
         return _check_result(function(carry, join(tensors), *args))
 
     def of_pair(call: tuple[Pair, dict[int, Tensor]]) -> tuple[Pair, Tensor, Tensor]:
-        surroundings.restore()
-        return advance(run, call[0], frozen, call[1], sigma, around)
+        ambient.restore()
+        return advance(run, call[0], frozen, call[1], sigma, inputs)
 
     if torch.is_grad_enabled():
-        refuse_closed_over("function, at a theta held fixed,", run, pairs[0].ahead, frozen)
+        refuse_closed_over("function (with theta held fixed)", run, pairs[0].ahead, frozen)
     value, gradient = torch.zeros(()), dict[int, Tensor]()
     for chunk in chunks(pairs, chunk_size):
         calls = [(pair, {i: normal(x) for i, x in enumerate(frozen)}) for pair in chunk]

@@ -1,4 +1,4 @@
-"""Reverse mode through gradient descent with momentum that is run backwards, exactly."""
+"""Reverse mode through momentum SGD, which is run backwards exactly instead of stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_integer
 from diffopt._diff import functions
 from diffopt._diff.captured import refuse_closed_over, watched
-from diffopt._diff.functions import Surroundings
+from diffopt._diff.functions import AmbientState
 from diffopt._diff.gradient import HVP, Objective, check_hvp, value_and_grad
 from diffopt._modes import exact
 from diffopt._rule import checks, hyper, running
@@ -25,55 +25,55 @@ from diffopt.adjoint._integers import DENOMINATOR, Faults, Tape, divide, dividen
 from diffopt.adjoint._limited import once
 from diffopt.rules.sgd import SGD, MomentumHParams, SGDState
 
-_PATIENCE = 100  # steps between looks at what is wrong, for which a GPU must wait
+_PATIENCE = 100  # steps between checks for errors, which synchronize a GPU
 _SECOND_ORDER = "Reversible has no second derivatives: use Unrolled() or Checkpointed()"
 _MOMENTUM = (
-    "hparams.momentum is {}, but must be > 0 and <= 1 for Reversible: a step with momentum 0 loses "
-    "the momentum buffer and cannot be undone"
+    "hparams.momentum is {}, but must be > 0 and <= 1 for Reversible: a step with momentum 0 "
+    "discards the momentum buffer and cannot be undone"
 )
 _CHANGED = "the loss changes its buffers, which Reversible cannot undo: use Checkpointed()"
 
 
 @dataclass(frozen=True)
 class Reversible(Adjoint):
-    """Exact for its own arithmetic: the backward pass runs momentum SGD backwards to the start.
+    """Exact in its own arithmetic: the backward pass runs momentum SGD backwards to the start.
 
-    For `minimize` with `diffopt.sgd()`. Parameters p and momentum buffers b are integer multiples
-    of 2^-bits during the loop, and the momentum a fraction n / 2^30. With [x] for x rounded,
+    For `minimize` with `diffopt.sgd()`. During the loop, params p and momentum buffers b are
+    integer multiples of 2^-bits, and the momentum is a fraction n / 2^30. With [x] denoting x
+    rounded,
 
         b_t = floor(n b_{t-1} / 2^30) + [(1 - dampening) g_t],    p_t = p_{t-1} - [lr b_t]
 
-    where g_t is the gradient at p_{t-1} as floating-point numbers, with weight decay. Backwards,
-    p_{t-1} = p_t + [lr b_t], the same gradient gives the same integers to subtract, and what the
-    division by 2^30 lost, the place of b_{t-1} among the integers of equal quotient, was kept: as
-    digits of a long integer for each weight, 2 (1 - momentum) bits a step for a momentum of 0.5 or
-    more. That is a word of 64 bits for every 300 steps at 0.9, where `Unrolled` keeps several words
-    at every step. Nothing else is kept but the last carry, the outputs, and the state of the random
-    number generators before those steps that drew from them (5 KB each on a CPU).
+    where g_t is the gradient, with weight decay, at p_{t-1} as floating-point numbers. Backwards,
+    p_{t-1} = p_t + [lr b_t], and recomputing the gradient gives the same integers to subtract. What
+    the division by 2^30 loses, the position of b_{t-1} among the integers with the same quotient,
+    is kept as digits of a long integer for each weight: 2 (1 - momentum) bits per step for a
+    momentum of 0.5 or more. That is one 64-bit word per 300 steps at 0.9, where `Unrolled` keeps
+    several words per step. Besides this only the last carry, the outputs, and the states of random
+    number generators before steps that drew from them (5 KB each on a CPU) are kept.
 
-    Derivatives are those of the real-valued step at the recovered states, of first order, to
-    initial parameters, optimizer state and buffers, hyperparameters (by step as well), the loss's
-    arguments and the batches, under autograd and torch.func's `grad`, `vjp`, `jacrev` and `vmap`.
-    The backward pass ends with a check that the initial parameters and buffers came back bit for
-    bit. They are rounded to multiples of 2^-bits when the loop begins: in float32 those of
-    magnitude 2^(23 - bits) or more, 8e-6 by default, are such multiples.
+    Derivatives are those of the real-valued step at the recovered states, of first order, with
+    respect to the initial params, optimizer state and buffers, hyperparameters (per step too), the
+    loss's arguments and the batches, under autograd and torch.func's `grad`, `vjp`, `jacrev` and
+    `vmap`. The backward pass ends with a check that the initial params and buffers are recovered
+    bit for bit. They are rounded to multiples of 2^-bits when the loop begins; float32 numbers of
+    magnitude 2^(23 - bits) or more, 8e-6 by default, already are such multiples.
 
     Args:
-        bits: the number of fractional bits. Numbers of magnitude 2^(62 - bits), 4e6 by default, and
-            more are out of range.
+        bits: the number of fractional bits. Numbers of magnitude 2^(62 - bits) or more, 4e6 by
+            default, are out of range.
         hvp: how a step is differentiated, see `Checkpointed`.
 
     Raises:
-        ValueError: an argument is out of its range; `run`: `momentum` is not in (0, 1] (at 0 a step
-            loses all of the buffer, and cannot be undone), with `tol`, parameters are complex,
-            parameters or buffers leave the range or are not finite, the loss changes its `buffers`,
+        ValueError: an argument is out of range; `run`: `momentum` is not in (0, 1] (at 0 a step
+            discards the buffer, and cannot be undone), `tol` is given, params are complex, params
+            or momentum buffers leave the range or are not finite, or the loss changes its `buffers`
             or closes over a tensor that needs a gradient.
         TypeError: `run`: the step is not one of `minimize`, or its optimizer is not `sgd()` with
-            momentum, without nesterov.
-        NotImplementedError: in forward mode, under torch.compile, and where a second derivative is
-            asked for.
-        RuntimeError: in the backward pass, the initial parameters did not come back: the loss is
-            not deterministic.
+            momentum and without nesterov.
+        NotImplementedError: in forward mode, under torch.compile, and for a second derivative.
+        RuntimeError: in the backward pass: the initial params are not recovered, because the loss
+            is not deterministic.
 
     Example:
         >>> import torch, diffopt
@@ -90,9 +90,9 @@ class Reversible(Adjoint):
         (tensor(-2.),)
 
     Source: Maclaurin, Duvenaud and Adams, "Gradient-based hyperparameter optimization through
-    reversible learning", 2015. There the low digits of the product in Algorithm 3 are those of the
-    information buffer; here the product is rounded down, so that a finer fraction costs no
-    precision, and a loop without derivatives has no such buffer.
+    reversible learning", 2015. There, the information buffer supplies the low digits of the product
+    in Algorithm 3; here the product is rounded down, so a finer fraction costs no precision, and a
+    loop without derivatives needs no such buffer.
     """
 
     bits: int = 40
@@ -108,7 +108,7 @@ class Reversible(Adjoint):
                 "Reversible works neither in forward mode nor under torch.compile: use Unrolled()"
             )
         if not isinstance(step, GradientStep):
-            raise TypeError("Reversible is for minimize: another step cannot be run backwards")
+            raise TypeError("Reversible requires minimize: other steps cannot be run backwards")
         _check_step(step)
         carry, xs = _checked_carry(carry), list(xs)
         if not xs:
@@ -124,20 +124,20 @@ class Reversible(Adjoint):
 def _check_step(step: GradientStep) -> None:
     opt = step.optimizer
     if not isinstance(opt, SGD):
-        raise TypeError("Reversible is for diffopt.sgd(): no other optimizer can be run backwards")
+        raise TypeError("Reversible requires diffopt.sgd(): others cannot be run backwards")
     if not opt.momentum:
-        raise TypeError("Reversible needs sgd(momentum=True): a step without it cannot be undone")
+        raise TypeError("Reversible requires sgd(momentum=True): other steps cannot be undone")
     if opt.nesterov:
         raise TypeError(
-            "Reversible needs sgd(nesterov=False): to undo a step of Nesterov's takes the gradient "
-            "at the parameters that are sought"
+            "Reversible requires sgd(nesterov=False): to undo a Nesterov step one would need the "
+            "gradient at the params it started from"
         )
     if step.tol is not None:
-        raise ValueError("Reversible takes all steps: give no tol")
+        raise ValueError("Reversible does not support tol: leave it None")
 
 
 def _checked_carry(carry: Tree) -> Tree:
-    """With the momentum buffers in the order of the params."""
+    """Check the carry, and put its momentum buffers in the order of the params."""
     params, state, buffers = carry
     if not isinstance(state, SGDState):
         raise TypeError(f"state is a {type(state).__name__}, not a SGDState")
@@ -146,8 +146,8 @@ def _checked_carry(carry: Tree) -> Tree:
     for i, leaf in enumerate(leaves):
         if leaf.is_complex():
             raise ValueError(
-                f"{_tree.paths(params, 'params')[i]} is complex, which Reversible does not take: "
-                "give its real and imaginary parts"
+                f"{_tree.paths(params, 'params')[i]} is complex, which Reversible does not "
+                "support: pass its real and imaginary parts"
             )
     names = ("state.momentum_buffer", "params")
     momentum = _tree.leaves_like(state.momentum_buffer, spec, params, names)
@@ -155,7 +155,7 @@ def _checked_carry(carry: Tree) -> Tree:
 
 
 def _varying(carry: Tree) -> list[bool]:
-    """Which of its tensors depend on what is differentiated during the loop."""
+    """Which tensors of the carry depend on what is differentiated during the loop."""
     params, (step, momentum), buffers = carry
     parts = (params, True), (step, False), (momentum, True), (buffers, False)
     return [
@@ -166,7 +166,7 @@ def _varying(carry: Tree) -> list[bool]:
 
 
 class _Reversed(torch.autograd.Function):
-    """`(loop, *inputs) -> the loop's results, and behind them what the way back needs`."""
+    """`(loop, *inputs) -> the loop's results, followed by what the way back needs`."""
 
     generate_vmap_rule = True
 
@@ -179,7 +179,7 @@ class _Reversed(torch.autograd.Function):
         ctx.loop, *tensors = inputs
         ctx.save_for_backward(*tensors, *output[sum(ctx.loop.counts) :])
         varies = itertools.chain(ctx.loop.varies, itertools.repeat(True))
-        pairs = zip(output, varies)  # noqa: B905 (the second has no end)
+        pairs = zip(output, varies)  # noqa: B905 (the second is infinite)
         constants = [x for x, v in pairs if not (v and functions.has_derivative(x))]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
@@ -199,15 +199,15 @@ class _Reversed(torch.autograd.Function):
 class _Loop:
     """One run of the loop, forwards and backwards.
 
-    It holds no tensors but states of generators. What else the way back needs are results of the
-    way forth: the last parameters and momentum buffers as integers, and what is on the tapes.
+    It holds no tensors except states of generators. What else the way back needs is among the
+    results of the forward run: the last params and momentum buffers as integers, and the tapes.
     """
 
     def __init__(
         self, step: GradientStep, scale: float, join: Callable[..., Tree], varies: list[bool]
     ) -> None:
         self.step, self.scale, self.join, self.varies = step, scale, join, varies
-        self.noise: list[Surroundings] = []  # of each step
+        self.noise: list[AmbientState] = []  # of each step
         self.moved: list[list[int]] = []  # which params have a gradient, at each step
         self.counts: list[int] = []  # of tensors in the last carry, and in the output of each step
         self.sizes: list[list[int]] = []  # of the words on each tape
@@ -224,11 +224,11 @@ class _Loop:
         faults, outputs, rates = Faults(), list[Any](), list[_Rates]()
         params, buffers = self.integers(start, faults)
         tapes = [Tape(torch.zeros_like(b), [], []) for b in buffers]
-        quiet = Surroundings((start, args))
+        quiet = AmbientState((start, args))
         for t, x in enumerate(xs):
             if not rates or x[0] is not None:
                 rates = _rates(start[0], args, x, faults)
-            before = Surroundings((start, args, x))
+            before = AmbientState((start, args, x))
             carry = self.carry(params, buffers, start, t)
             value, (kept, aux), impulses = self.impulses(objective, carry, args, x, rates)
             outputs.append((value, aux, None))
@@ -256,7 +256,7 @@ class _Loop:
     def backward(
         self, needed: Sequence[bool], given: Sequence[bool], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """`(inputs, integers, tapes, cotangents that are given) -> gradients that are needed`."""
+        """`(inputs, integers, tapes, the cotangents given) -> the gradients needed`."""
         rest = iter(tensors)
         inputs = [next(rest) for _ in needed]
         start, args, xs = _with_fractions(*self.join(inputs))
@@ -302,7 +302,7 @@ class _Loop:
         )
 
     def integers(self, carry: Tree, faults: Faults) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters and momentum buffers in units of 2^-bits."""
+        """Params and momentum buffers as integers in units of 2^-bits."""
         params, state, _ = carry
         trees = map(_tree.leaves, (params, state.momentum_buffer))
         zero = torch.zeros((), dtype=torch.int64)
@@ -313,7 +313,7 @@ class _Loop:
         return params, buffers
 
     def carry(self, params: list[Tensor], buffers: list[Tensor], start: Tree, t: int) -> Tree:
-        """The same as floating-point numbers, before step t."""
+        """The carry before step t, converted back to floating-point numbers."""
 
         def image(integers: list[Tensor], like: Tree) -> Tree:
             leaves, spec = _tree.flatten(like)
@@ -327,9 +327,9 @@ class _Loop:
     def impulses(
         self, objective: Objective, carry: Tree, args: Tree, x: Any, rates: list[_Rates]
     ) -> tuple[Tensor, Any, dict[int, Tensor]]:
-        """Value and auxiliary output of the loss, and what is added to the momentum buffers.
+        """Value and auxiliary output of the loss, and the increments of the momentum buffers.
 
-        By the number of the leaf, for params that have a gradient.
+        The increments are by index of the leaf, for params that have a gradient.
         """
         (params, state, buffers), (_, inputs), (_, batch) = carry, args, x
         arguments = (buffers, inputs, batch)
@@ -351,9 +351,9 @@ class _Loop:
     def by_rule(self, rate: _Rates, t: Any, *tensors: Tensor) -> list[Tensor]:
         """`(p, g, b) -> (p, b)`, by the optimizer's own rule at step t with a momentum of 1.
 
-        Of zeros and one tensor it makes what that adds to the others, so that this can be rounded
-        before it is added. Roundings must come again on the way back: so the arguments are float64
-        and not 0-d, which `update` treats in one way or another, whoever calls.
+        With zeros for all but one tensor it gives the contribution of that tensor, which can be
+        rounded before it is added. Rounding must be the same on the way back, so the arguments are
+        float64 and at least one-dimensional, which rules treat alike in every context.
         """
         optimizer: Any = self.step.optimizer
         row = [torch.atleast_1d(x) for x in tensors]
@@ -380,9 +380,9 @@ class _Loop:
 class _Rates(NamedTuple):
     """The hyperparameters of one leaf."""
 
-    values: list[Any]  # in the order of their record, with 1 in place of the momentum
+    values: list[Any]  # in the order of the record, with 1 in place of the momentum
     numerator: Any  # of the momentum
-    most: int  # how many integers can have the same quotient
+    most: int  # the largest number of integers with the same quotient
 
 
 def _rates(params: Tree, args: Tree, x: Any, faults: Faults) -> list[_Rates]:
@@ -406,7 +406,7 @@ def _exact_number(value: Any, leaf: Tensor) -> Any:
 
 
 def _with_fractions(carry: Tree, args: Tree, xs: list[Any]) -> tuple[Tree, Tree, list[Any]]:
-    """The same with every momentum rounded to a multiple of 2^-30."""
+    """The arguments with every momentum rounded to a multiple of 2^-30."""
     hparams, inputs = args
     batches = [(own if own is None else _fractional(own), batch) for own, batch in xs]
     return carry, (_fractional(hparams) if hparams else hparams, inputs), batches
@@ -436,7 +436,7 @@ def _fits(numerator: Any) -> Any:
 
 
 def _integral_numerator(momentum: Any, faults: Faults) -> tuple[Any, int]:
-    """The n of momentum = n / 2^30; and the least, where there is one for every weight."""
+    """The n of momentum = n / 2^30, and its minimum if there is one per weight."""
     numerator = _numerator(momentum)
     if not isinstance(numerator, Tensor):
         return numerator, numerator
@@ -448,7 +448,7 @@ def _integral_numerator(momentum: Any, faults: Faults) -> tuple[Any, int]:
 
 
 def _differ(old: Tree, new: Tree) -> Tensor | None:
-    """Whether a tensor of one tree is not that of the other."""
+    """Whether any tensor of one tree differs from that of the other."""
     (before, spec), (after, new_spec) = _tree.flatten(old), _tree.flatten(new)
     if spec != new_spec:
         return torch.tensor(True)
@@ -462,8 +462,8 @@ def _differ(old: Tree, new: Tree) -> Tensor | None:
     return functools.reduce(torch.logical_or, unequal) if unequal else None
 
 
-def _drew(before: Surroundings) -> bool:
-    """Whether random numbers have been drawn since."""
+def _drew(before: AmbientState) -> bool:
+    """Whether random numbers have been drawn since then."""
     pairs = zip(before.generators, before.states, strict=True)
     return any(not torch.equal(generator.get_state(), state) for generator, state in pairs)
 
@@ -474,18 +474,18 @@ def _check_return(start: tuple[list[Tensor], ...], found: tuple[list[Tensor], ..
             differs = _modes.concrete((x != y).any())
             if differs is not None and bool(differs.any()):
                 raise RuntimeError(
-                    f"the loop run backwards did not come back to the initial {name}: the gradient "
-                    "of the loss is another when it is computed again, with the same random "
-                    "numbers; see torch.use_deterministic_algorithms"
+                    f"the loop run backwards did not recover the initial {name}: recomputed with "
+                    "the same random numbers, the gradient of the loss was different; see "
+                    "torch.use_deterministic_algorithms"
                 )
 
 
 def _cut(values: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
-    """The values in lists of these lengths."""
+    """The values, cut into lists of these lengths."""
     rest = iter(values)
     return [list(itertools.islice(rest, length)) for length in lengths]
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    """The sum of two cotangents, of which None stands for zeros."""
+    """The sum of two cotangents, where None stands for zeros."""
     return x if y is None else y if x is None else x + y

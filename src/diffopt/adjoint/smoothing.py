@@ -1,4 +1,4 @@
-"""smooth(): any function made differentiable by smoothing it with a normal distribution."""
+"""smooth(): make any function differentiable by smoothing it with a normal distribution."""
 
 from __future__ import annotations
 
@@ -25,34 +25,36 @@ def smooth(
     """Make any function differentiable, by smoothing it with a normal distribution.
 
     Computes the estimate 1/(2 N) sum_i f(theta + sigma eps_i) + f(theta - sigma eps_i) of the
-    smoothed E f(theta + sigma eps), with N samples eps_i of a standard normal distribution. Its
-    derivative is the antithetic estimate
+    smoothed E f(theta + sigma eps), with N standard normal samples eps_i. Its derivative is the
+    antithetic estimate
 
         1/(2 N sigma) sum_i eps_i (f(theta + sigma eps_i) - f(theta - sigma eps_i))
 
-    which is unbiased for the derivative of the smoothed function, whether f has one or not. Both
-    are made in one pass of 2 N calls without a graph, so that f may be an outer loss that has no
-    derivative, such as the accuracy after an inner loop, or a simulator that leaves torch.
+    which is unbiased for the derivative of the smoothed function, whether or not f is
+    differentiable. Both are computed by the same 2 N calls without a graph, so f may be an outer
+    loss without a derivative, such as the accuracy after an inner loop, or a simulator outside
+    torch.
 
     Args:
-        function: `function(theta)` returns a real 0-d tensor or a number. All its calls see the
+        function: `function(theta)` returns a real 0-d tensor or a number. All its calls use the
             same random numbers.
         samples: the number N of antithetic pairs, >= 1.
         sigma: the standard deviation of perturbations, > 0.
-        generator: where perturbations come from, torch's default generator if None.
-        chunk_size: how many pairs are run at once, by torch.func.vmap, which `function` must allow.
+        generator: the source of perturbations, torch's default generator if None.
+        chunk_size: how many pairs are run at once, by torch.func.vmap, which `function` must
+            support.
 
     Returns:
-        A function of theta, a tree of floating-point or complex tensors. It can be differentiated
-        once, in reverse and forward mode, under autograd and under torch.func transforms. Under
-        vmap all examples have the same perturbations.
+        A function of theta, a tree of floating-point or complex tensors. It is differentiable once,
+        in reverse and forward mode, under autograd and torch.func transforms. Under vmap all
+        examples have the same perturbations.
 
     Raises:
-        ValueError: an argument is out of its range; when called: theta is not a tree of
-            floating-point or complex tensors, or `function` closes over a tensor that needs a
-            gradient (which is not found where it disables gradients itself).
-        TypeError: `function` is not a function, or `generator` not a torch.Generator; when called:
-            `function` does not return a real 0-d tensor or a number.
+        ValueError: an argument is out of range; when called: theta is not a tree of floating-point
+            or complex tensors, or `function` closes over a tensor that needs a gradient (not
+            detected if it disables gradients itself).
+        TypeError: `function` is not a function, or `generator` is not a torch.Generator; when
+            called: `function` does not return a real 0-d tensor or a number.
         NotImplementedError: for a second derivative.
 
     Example:

@@ -1,4 +1,4 @@
-"""Reverse mode through the last steps only."""
+"""Reverse mode through the last k steps only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from diffopt.adjoint._base import Adjoint, GradientStep, Step
 
 @dataclass(frozen=True)
 class Truncated(Adjoint):
-    """The last `k` steps are differentiated exactly; those before build no graph.
+    """Biased: only the last `k` steps are differentiated; those before build no graph.
 
-    Memory is that of `k` steps. Gradients to hyperparameters, arguments and batches are those of
-    the last `k` steps, a biased estimate. The initial parameters, state and buffers receive none if
-    there are more than `k` steps. `Truncated(0)` builds no graph at all, as `adjoint=None` does.
+    Memory is that of `k` steps. Gradients with respect to hyperparameters, arguments and batches
+    are those of the last `k` steps, a biased estimate. The initial params, state and buffers
+    receive none if there are more than `k` steps. `Truncated(0)` builds no graph at all, like
+    `adjoint=None`.
 
     Args:
-        k: number of steps, >= 0.
+        k: the number of steps, >= 0.
 
     Raises:
         ValueError: `k` is not an integer >= 0.
@@ -51,7 +52,7 @@ class Truncated(Adjoint):
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         outputs: list[Any] = []
         last: deque[Any] = deque()
-        for x in xs:  # read k ahead: the number of steps may not be known
+        for x in xs:  # read k ahead: the number of steps may be unknown
             last.append(x)
             if len(last) > self.k:
                 with torch.no_grad():
@@ -66,10 +67,10 @@ class Truncated(Adjoint):
 
 
 def _refuse_steps_not_taken(output: Any) -> None:
-    """Raise where an example of a batch was done before the last of its steps."""
+    """Raise if an example of a batch was done before the last step of the loop."""
     done = None if output[2] is None else _modes.concrete(output[2])
     if done is not None and bool(done.any()):
         raise ValueError(
-            "under vmap, tol ends the examples after different numbers of steps, so that the last "
-            "steps of the loop, which Truncated differentiates, are not theirs"
+            "under vmap, tol ends the examples after different numbers of steps, so the last steps "
+            "of the loop, which Truncated differentiates, are not the last steps of each"
         )

@@ -14,8 +14,8 @@ from diffopt.adjoint._base import Adjoint, GradientStep, Step
 class Unrolled(Adjoint):
     """Exact: autograd keeps the graph of every step. Memory grows with the number of steps.
 
-    Derivatives of any order reach the initial parameters, state and buffers, every tensor
-    hyperparameter, the loss's arguments, the batches, and tensors the loss closes over.
+    There are derivatives of any order with respect to the initial params, state and buffers, every
+    tensor hyperparameter, the loss's arguments, the batches, and tensors that the loss closes over.
 
     Example:
         >>> import torch, diffopt
@@ -39,12 +39,12 @@ class Unrolled(Adjoint):
 
 @dataclass(frozen=True)
 class FirstOrder(Unrolled):
-    """The whole loop with the second derivatives of the loss dropped: first-order MAML.
+    """Biased: the whole loop without the second derivatives of the loss, as in first-order MAML.
 
-    A step's gradient is taken as a constant. Gradients to the initial parameters and state and to
-    the hyperparameters still arrive: for SGD the former is the gradient at the adapted parameters.
-    Nothing arrives at what acts through the loss alone (its arguments, the batches, tensors it
-    closes over), and `losses`, `aux` and `buffers` come back as constants.
+    A step's gradient is treated as a constant. There are still gradients with respect to the
+    initial params and state and the hyperparameters: for SGD the first is the gradient at the
+    adapted params. What acts only through the loss (its arguments, the batches, tensors it closes
+    over) gets no gradient, and `losses`, `aux` and `buffers` are constants.
 
     Example:
         >>> import torch, diffopt
@@ -63,5 +63,5 @@ class FirstOrder(Unrolled):
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if not isinstance(step, GradientStep):
-            raise TypeError("FirstOrder is for minimize: another step has no gradient to hold")
+            raise TypeError("FirstOrder requires minimize: other steps have no gradient")
         return super().run(replace(step, second_order=False), carry, args, xs)
