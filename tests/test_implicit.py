@@ -636,7 +636,7 @@ def test_what_is_no_root_is_reported():
         grad(lambda a: raising(None, a))(A)
     with pytest.raises(ConvergenceError, match="x is not a solution"):
         vmap(lambda a: raising(None, a))(A[None])
-    with pytest.warns(ConvergenceWarning, match="isn't finite"):
+    with pytest.warns(ConvergenceWarning, match="is not finite"):
         implicit_root(residual, lambda init, a: a * torch.nan)(None, A)
 
 
@@ -653,7 +653,7 @@ def test_an_iteration_that_does_not_end_is_reported():
 def test_an_iteration_that_leaves_the_numbers_is_reported(step):
     raising = fixed_point_iteration(step, on_failure="raise")
     for call in (raising, lambda x: vmap(raising)(torch.stack([x, 2 * x]))):
-        with pytest.raises(ConvergenceError, match="diverged: x isn't finite"):
+        with pytest.raises(ConvergenceError, match="diverged: x is not finite"):
             call(number(0.5))
     with pytest.warns(ConvergenceWarning, match="diverged"):
         fixed_point_iteration(step)(number(0.5))
@@ -768,7 +768,7 @@ def hidden(w):
 
 @pytest.mark.parametrize("call", CAPTURED)
 def test_a_residual_that_hides_what_needs_a_gradient_is_refused(call):
-    with pytest.raises(ValueError, match=r"residual computes with a tensor .* pass it as an arg"):
+    with pytest.raises(ValueError, match=r"residual closes over a tensor .* pass it as an arg"):
         call(A.clone(), number(2.0))
 
 

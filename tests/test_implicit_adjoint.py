@@ -117,7 +117,7 @@ def test_an_optimizer_that_decays_is_refused_where_the_params_are_zero():
 
 
 def test_a_diverged_loop_is_no_minimum():
-    with pytest.warns(ConvergenceWarning, match="x is not a solution: it isn't finite"):
+    with pytest.warns(ConvergenceWarning, match="x is not a solution: it is not finite"):
         solve(*inputs(), lr=10.0)
 
 
@@ -126,7 +126,7 @@ def test_an_outer_gradient_that_is_not_finite_stays_so(solver):
     leaves = inputs()
     params = solve(*leaves, Implicit(solver)).params
     for outer in (torch.sqrt((params - params).sum()), (1000 * params).exp().sum()):
-        with pytest.warns(ConvergenceWarning, match="b isn't finite"):
+        with pytest.warns(ConvergenceWarning, match="b is not finite"):
             grads = torch.autograd.grad(outer, leaves, retain_graph=True)
         assert all(grad.isnan().all() for grad in grads)
 

@@ -1,7 +1,7 @@
 """Implicit differentiation: the derivative of a solution from the equation it solves.
 
-Any solver will do, since its steps are not looked at: of x with residual(x, *args) = 0 the
-derivative is dx = -(d_x residual)^-1 (d_args residual) dargs.
+Any solver can be used, since its steps are not differentiated: if residual(x, *args) = 0, then
+dx = -(d_x residual)^-1 (d_args residual) dargs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from diffopt.linear.krylov import GMRES
 OnFailure = Literal["warn", "raise"]
 
 _UNDER_TRANSFORMS = (
-    "This happened inside `solve`, under transforms of torch.func. Tensors that were made "
-    "inside the transformed function, or are batched, must be among its arguments. Under vmap, "
-    "a solver that leaves torch, or branches on values, is called for each sample with "
+    "This happened inside `solve`, under transforms of torch.func. Tensors that were created "
+    "inside the transformed function, or are batched, must be among its arguments. Under vmap, a "
+    "solver that leaves torch or branches on values can be called for each sample with "
     "sequential=True."
 )
 
@@ -56,55 +56,53 @@ def implicit_root(
     on_solve: Callable[[LinearSolution], object] | None = None,
     warm_start: Callable[[], Tree] | None = None,
 ) -> Callable[..., Any]:
-    """Make a solver of residual(x, *args) = 0 differentiable, whatever it does inside.
+    """Make any solver of residual(x, *args) = 0 differentiable.
 
     The derivative comes from the equation: dx = -(d_x residual)^-1 (d_args residual) dargs. Reverse
-    mode solves (d_x residual)^T u = v with `solver`, from products alone, and gives
-    -(d_args residual)^T u to the args. It can be differentiated again, to any order, backward and
-    forward, under autograd and under torch.func transforms in any nesting. Memory does not grow
-    with the number of steps that `solve` takes.
+    mode solves (d_x residual)^T u = v with `solver`, from matrix-vector products, and returns
+    -(d_args residual)^T u for the args. It is differentiable to any order, in reverse and forward
+    mode, under autograd and torch.func transforms in any nesting. Memory does not grow with the
+    number of steps that `solve` takes.
 
     Args:
         residual: `residual(x, *args)`, a tree like x that is zero at a solution. It is
-            differentiated by torch.func: where it needs a gradient itself, use torch.func.grad.
-            Tensors it closes over are constants; one that is made inside a function under
-            transforms of torch.func must be an argument where they nest forward mode.
+            differentiated by torch.func: if it computes a gradient itself, use torch.func.grad.
+            Tensors it closes over are constants; under transforms of torch.func that nest forward
+            mode, tensors created inside the transformed function must be arguments.
         solve: `solve(init, *args)` returns x, a tree of real floating-point tensors. It is called
-            without a graph, under torch.no_grad: one that needs gradients enables them. Unless a
-            vmap is in progress it gets plain tensors, under torch.func.grad too, and may convert
-            them to numpy.
+            under torch.no_grad: if it needs gradients it must enable them. Except under vmap its
+            arguments are plain tensors, even under torch.func.grad, so it may convert them to
+            numpy.
         solver: for the linear systems, one of `diffopt.linear`. `ConjugateGradient` and `Nystrom`
-            take d_x residual for symmetric, as it is where the residual is a gradient.
-        symmetric: whether d_x residual is symmetric, which any solver can profit from.
+            assume that d_x residual is symmetric, as when the residual is a gradient.
+        symmetric: whether d_x residual is symmetric, which saves work with any solver.
         has_aux: whether `solve` returns `(x, aux)`; aux has no derivative.
-        sequential: under torch.func.vmap, call `solve` once for every sample, with plain tensors.
-            Otherwise it is called once and is batched as torch.func.vmap does it.
-        root_tolerance: the norm of the residual at x up to which x is taken for a solution: away
-            from one the derivative is wrong. Infinite by default: then only what isn't finite is
-            reported.
-        on_failure: whether to "warn" or to "raise" where the residual at x is larger.
-        on_solve: called with the `LinearSolution` of each linear system of a derivative. Under vmap
-            with those of all samples, batch dimensions in front.
-        warm_start: called before the linear system of a backward pass; returns where that starts, a
-            tree like x such as the last `LinearSolution`'s value, or None for zeros. Where the
-            problem changes little from one derivative to the next it saves iterations. Under vmap
-            it has the batch dimensions in front, as `on_solve` is given them, or none at all.
+        sequential: under torch.func.vmap, call `solve` once for each sample, with plain tensors.
+            Otherwise it is called once, and torch.func.vmap batches it.
+        root_tolerance: the largest residual norm at which x counts as a solution: elsewhere the
+            derivative is wrong. Infinite by default: then only nonfinite values are reported.
+        on_failure: whether to "warn" or "raise" if the residual at x is larger.
+        on_solve: called with the `LinearSolution` of each linear system of a derivative; under vmap
+            with those of all samples, with batch dimensions in front.
+        warm_start: called before the linear system of a backward pass; returns the initial guess, a
+            tree like x such as the last `LinearSolution`'s value, or None for zeros. It saves
+            iterations if the problem changes little from one derivative to the next. Under vmap it
+            has all batch dimensions in front, as for `on_solve`, or none.
 
     Returns:
-        A function `(init, *args) -> x`, or `-> (x, aux)` with `has_aux`. Derivatives reach the
-        tensors among the args, which are trees, and none reach init: the solution does not depend
-        on where the search began (torch.func gives zeros, autograd None).
+        A function `(init, *args) -> x`, or `-> (x, aux)` with `has_aux`. It is differentiable with
+        respect to the tensors in the args, which are trees, but not to init: the solution does not
+        depend on the initial guess (torch.func returns zeros, autograd None).
 
     Raises:
         TypeError: solver is not a `LinearSolver`; residual, solve, `on_solve` or `warm_start` is
             not a function; from the returned function, a leaf of x is not a real floating-point
-            tensor, or with sequential aux holds what cannot be stacked.
-        ValueError: `on_failure` or `root_tolerance` is not what it may be; residual's output is not
-            a tree like x; residual computes with a tensor that needs a gradient, or is batched by
-            vmap, and is not among its arguments: pass it as one. That is found by a call of
-            residual on constants, and not where it disables gradients itself.
+            tensor, or with `sequential` aux cannot be stacked.
+        ValueError: `on_failure` or `root_tolerance` is invalid; residual's output is not a tree
+            like x; residual closes over a tensor that needs a gradient or is batched by vmap: pass
+            it as an argument (not detected if residual disables gradients itself).
         ConvergenceError: with `on_failure="raise"`, here or in `solver`.
-        RuntimeError: torch.compile is tracing.
+        RuntimeError: under torch.compile.
 
     Example:
         >>> import torch, diffopt
@@ -167,11 +165,11 @@ def implicit_fixed_point(
     """Make a solver of x = step(x, *args) differentiable, such as a deep equilibrium model's.
 
     It is `implicit_root` of x - step(x, *args), whose derivative with respect to x is I - d_x step:
-    with `solver=Neumann(k)` the derivative is that of the last k of many steps.
+    with `solver=Neumann(k)` the derivative is that through the last k of many steps.
 
     Args:
         step: `step(x, *args)`, a tree like x.
-        solve: see `implicit_root`. Where it is None, `step` is repeated until it changes x no more
+        solve: see `implicit_root`. If None, `step` is repeated until x no longer changes
             (`fixed_point_iteration`).
         solver: see `implicit_root`.
         symmetric: whether d_x step is symmetric.
@@ -186,7 +184,7 @@ def implicit_fixed_point(
         A function `(init, *args) -> x`, or `-> (x, aux)` with `has_aux`, see `implicit_root`.
 
     Raises:
-        ValueError: as `implicit_root`.
+        ValueError: see `implicit_root`.
 
     Example:
         >>> import torch, diffopt
@@ -228,19 +226,19 @@ def fixed_point_iteration(
     max_steps: int = 1000,
     on_failure: OnFailure = "warn",
 ) -> Callable[..., Tree]:
-    """A solver of x = step(x, *args) by repetition; it builds no useful graph itself.
+    """A solver of x = step(x, *args) by fixed-point iteration; not differentiable by itself.
 
     Args:
         step: `step(x, *args)`, a tree like x.
-        rtol: it ends where a step changes x by a norm within `max(rtol * norm(x), atol)`; >= 0.
+        rtol: it stops when a step changes x by a norm of at most `max(rtol * norm(x), atol)`; >= 0.
             None is the dtype's machine epsilon to the power 3/4: 1.8e-12 in float64.
         atol: see rtol; >= 0.
-        max_steps: steps at most, >= 1.
-        on_failure: whether to "warn" or to "raise" where that is not enough, or x isn't finite.
+        max_steps: the maximum number of steps, >= 1.
+        on_failure: whether to "warn" or "raise" if that is not enough, or if x is not finite.
 
     Returns:
-        A function `(init, *args) -> x`, for `implicit_fixed_point`. Under torch.func.vmap every
-        sample ends by its own change.
+        A function `(init, *args) -> x`, for `implicit_fixed_point`. Under torch.func.vmap each
+        sample stops by its own change.
 
     Raises:
         ValueError: a number is out of its range.
@@ -265,7 +263,7 @@ def fixed_point_iteration(
         active = torch.ones((), dtype=torch.bool, device=x.device)
         for _ in range(max_steps):
             after = ravel_like(step(unravel(x), *args), init, ("the output of step", "init"))
-            unit = magnitude(after)  # in which no norm leaves the range of the dtype
+            unit = magnitude(after)  # scaled by it, norms stay in the range of the dtype
             change, size = norm((after - x) / unit), norm(after / unit)
             moved = change > torch.maximum(relative * size, atol / unit)
             x = torch.where(active, after, x)
@@ -274,12 +272,12 @@ def fixed_point_iteration(
                 break
         else:
             fail(
-                f"the fixed-point iteration still moved after max_steps={max_steps} steps; give "
-                "it more, or another solve",
+                f"the fixed-point iteration did not converge in max_steps={max_steps} steps: allow "
+                "more, or use another solve",
                 on_failure,
             )
         if anywhere(~torch.isfinite(x).all()):
-            fail("the fixed-point iteration diverged: x isn't finite", on_failure)
+            fail("the fixed-point iteration diverged: x is not finite", on_failure)
         return unravel(x)
 
     return solve
@@ -297,11 +295,11 @@ def attach_root(
     on_solve: Callable[[LinearSolution], object] | None = None,
     warm_start: Callable[[], Tree] | None = None,
 ) -> Tree:
-    """A known solution x of residual(x, *args) = 0, with its derivative with respect to args.
+    """A known solution x of residual(x, *args) = 0, made differentiable with respect to args.
 
-    Whatever derivative x came with is dropped. See `implicit_root` for the arguments; with
-    `distance`, for a symmetric d_x residual, `root_tolerance` is for how far x is from a solution,
-    as a share of max(1, |x|), and not for its residual.
+    Any derivative that x already had is dropped. See `implicit_root` for the arguments; with
+    `distance`, for a symmetric d_x residual, `root_tolerance` bounds the distance of x from a
+    solution, relative to max(1, |x|), instead of the residual.
     """
     check_arguments(solver, root_tolerance, on_failure, on_solve, warm_start)
     x = isolated(lambda x: x, x)
@@ -339,10 +337,10 @@ def attach_minimum(
     on_solve: Callable[[LinearSolution], object] | None = None,
     warm_start: Callable[[], Tree] | None = None,
 ) -> Tree:
-    """A known stationary point x of loss(x, *args), with its derivative with respect to args.
+    """A known stationary point x of loss(x, *args), made differentiable with respect to args.
 
-    Its equation is that the gradient is zero, so that the linear systems are those of the Hessian.
-    `root_tolerance` is for the distance to the stationary point, as a share of max(1, |x|).
+    Its equation is that the gradient is zero, so the linear systems are those of the Hessian.
+    `root_tolerance` bounds the distance to the stationary point, relative to max(1, |x|).
     """
     return attach_root(
         torch.func.grad(loss),
@@ -361,7 +359,7 @@ def attach_minimum(
 def check_arguments(
     solver: Any, root_tolerance: Any, on_failure: Any, on_solve: Any, warm_start: Any
 ) -> None:
-    """Raise where an argument of an implicit derivative is not what it may be."""
+    """Raise if an argument of an implicit derivative is invalid."""
     if not isinstance(solver, LinearSolver):
         raise TypeError(f"solver is {solver!r}, not one of diffopt.linear such as GMRES()")
     if root_tolerance != math.inf:
@@ -381,7 +379,7 @@ def _check_root(
 ) -> None:
     """Warn or raise if x is not a solution."""
     if anywhere(~torch.isfinite(x).all()):
-        fail("x is not a solution: it isn't finite", on_failure)
+        fail("x is not a solution: it is not finite", on_failure)
     elif tolerance < math.inf:
         measure, what = (
             (_distance, "its distance from one, in units of max(1, |x|), is estimated to be")
@@ -392,7 +390,7 @@ def _check_root(
         if anywhere(~(size <= tolerance)):
             fail(
                 f"x is not a solution: {what} {greatest(size):.2g}, above "
-                f"root_tolerance={tolerance:.2g}, so that its derivative would be wrong",
+                f"root_tolerance={tolerance:.2g}, so its derivative would be wrong",
                 on_failure,
             )
 
@@ -404,8 +402,8 @@ def _residual_norm(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[
 def _distance(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """A lower bound on |H^-1 r| / max(1, |x|), for the residual r and its derivative H.
 
-    The iterates of conjugate gradients grow in norm (Steihaug 1983, theorem 2.1) from the first,
-    |r|^3 / r^T H r, which counts in magnitude where the curvature is not positive.
+    The norms of the iterates of conjugate gradients increase (Steihaug 1983, theorem 2.1), starting
+    from |r|^3 / |r^T H r|, which is used alone if the curvature is not positive.
     """
     r, pull = cast(Any, torch.func.vjp(lambda x: residual(x, *inputs), x))
 

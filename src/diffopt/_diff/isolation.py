@@ -1,4 +1,4 @@
-"""Running code outside every derivative in progress, whatever torch.func has wrapped."""
+"""Running code outside every active derivative, with the wrappers of torch.func removed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from diffopt._tree import Tree
 def isolated(
     function: Callable[..., Tree], *trees: Tree, plain: bool = False, sequential: bool = False
 ) -> Tree:
-    """`function(*trees)` as constants: no graph, no tangents, but the batches of torch.func.vmap.
+    """`function(*trees)` as constants: no graph, no tangents, but still batched by torch.func.vmap.
 
-    With `plain` the function runs outside every transform unless its arguments are batched, so
-    that it may leave torch; but it cannot use tensors that were made inside nested transforms.
-    With `sequential` it is called so for every sample of a batch.
+    With `plain` the function runs outside every transform unless its arguments are batched, so it
+    may leave torch; but then it cannot use tensors created inside nested transforms. With
+    `sequential` it is called that way for each sample of a batch.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -61,8 +61,8 @@ def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
             return leaves[0]
         else:
             raise TypeError(
-                "under vmap with sequential=True solve must return tensors or numbers, or the same "
-                f"object for every sample, not {_tree.describe(leaves[0])}"
+                "under vmap with sequential=True, solve must return tensors or numbers, or the "
+                f"same object for every sample, not {_tree.describe(leaves[0])}"
             )
         return _torch.add_batch_dim(_constant(stacked), 0, level)
 
@@ -72,10 +72,11 @@ def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
 
 @contextmanager
 def outer_derivatives(*tensors: Tensor) -> Generator[list[Tensor]]:
-    """Inside the jvp of an autograd.Function: see `tensors` as the next transform outside does.
+    """Inside the jvp of an autograd.Function: `tensors` as the next outer transform sees them.
 
-    torch runs a jvp with forward derivatives off, at every level of nested transforms. Here they
-    are on again, and the tensors have lost the tangents of the level whose jvp it is.
+    torch runs a jvp with forward derivatives disabled at every level of nested transforms. Here
+    they are enabled again, and the tensors have lost the tangents of the level being
+    differentiated.
     """
     stack = _torch.interpreter_stack() or []
     levels = [i.level() for i in stack if i.key() == _torch.TransformType.Jvp]
@@ -94,9 +95,9 @@ def outer_derivatives(*tensors: Tensor) -> Generator[list[Tensor]]:
 
 
 def batched(tensor: Any, dim: int, others: Sequence[Tensor]) -> Any:
-    """The inverse of `all_samples` for a tensor of `dim` dimensions behind those of batches.
+    """The inverse of `all_samples` for a tensor with `dim` dimensions after the batch dimensions.
 
-    Its batches are those of the others. Anything without a dimension for each is left as it is.
+    The batches are those of the others. Anything with fewer dimensions than that is unchanged.
     """
     levels = sorted({level for other in others for level in _modes.batches(other)})
     if isinstance(tensor, Tensor) and tensor.dim() == dim + len(levels):
@@ -106,10 +107,10 @@ def batched(tensor: Any, dim: int, others: Sequence[Tensor]) -> Any:
 
 
 def refuse_captured(function: Callable[..., Tree], name: str, *trees: Tree) -> None:
-    """Raise if `function` computes with a tensor of a derivative or batch that is not an argument.
+    """Raise if `function` closes over a tensor that takes part in a derivative or a batch.
 
-    Such a tensor cannot be differentiated by an implicit rule, and its batch is gone when the
-    rule runs. Not seen are tensors which are used where gradients are disabled.
+    An implicit rule cannot differentiate with respect to such a tensor, and its batch is gone when
+    the rule runs. Tensors used where gradients are disabled are not detected.
     """
     if not (_modes.differentiable() or _modes.transformed()):
         return
@@ -117,14 +118,14 @@ def refuse_captured(function: Callable[..., Tree], name: str, *trees: Tree) -> N
         outputs = function(*_tree.map_tensors(_one_sample, trees))
     if any(map(_belongs, _tree.split(outputs)[0])):
         raise ValueError(
-            f"{name} computes with a tensor that needs a gradient, or is batched by vmap, but is "
-            "not among its arguments: pass it as an argument (a module's parameters by "
-            "diffopt.nn.functionalize), or detach it; a gradient inside is for torch.func.grad"
+            f"{name} closes over a tensor that needs a gradient or is batched by vmap: pass it as "
+            "an argument (a module's params by diffopt.nn.functionalize), or detach it; compute "
+            "gradients inside with torch.func.grad"
         )
 
 
 def _belongs(tensor: Tensor) -> bool:
-    """Whether a derivative or a batch in progress, at any level, has to do with it."""
+    """Whether it takes part in an active derivative or batch, at any level."""
     return any(
         level.requires_grad
         or _torch.is_batched(level)
@@ -134,19 +135,19 @@ def _belongs(tensor: Tensor) -> bool:
 
 
 def _constant(tensor: Tensor) -> Tensor:
-    """The tensor without its wrappers for derivatives, but with those for batches."""
+    """The tensor with its wrappers for derivatives removed, but not those for batches."""
     if _torch.is_batched(tensor):
         inner = _constant(_torch.unwrapped(tensor))
         return _torch.add_batch_dim(inner, _torch.batch_dim(tensor), _torch.level_of(tensor))
     if _torch.is_wrapped(tensor):
         return _constant(_torch.unwrapped(tensor))
-    # Not at the level in progress, which would wrap the result.
+    # Not at the current level, which would wrap the result.
     with _torch.outside_transforms(), _torch.forward_enabled(False):
         return tensor.detach()
 
 
 def _one_sample(tensor: Tensor) -> Tensor:
-    """The tensor without any wrapper: of a batch, the first sample."""
+    """The tensor with all wrappers removed; of a batch, its first sample."""
     tensor = _constant(tensor)
     while _torch.is_batched(tensor):
         tensor = _constant(_torch.unwrapped(tensor).select(_torch.batch_dim(tensor), 0))

@@ -1,4 +1,4 @@
-"""Linear solvers for operators given by their products with vectors."""
+"""Linear solvers for operators given by matrix-vector products."""
 
 from diffopt.linear._base import (
     LinearSolver as LinearSolver,

@@ -1,4 +1,4 @@
-"""What every linear solver has in common: its call, its tolerances, its derivative."""
+"""The base class of linear solvers: their call, their tolerances and their derivative."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from diffopt.linear._vectors import (
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """A x = b in vectors, as `LinearSolver.run` gets it.
+    """A x = b for vectors, the argument of `LinearSolver.run`.
 
     Attributes:
         matvec: v -> (A + damping I) v.
-        transposed: makes the function v -> (A + damping I)^T v.
-        precondition: v -> M^-1 v, the identity where there is no preconditioner.
+        transposed: returns the function v -> (A + damping I)^T v.
+        precondition: v -> M^-1 v, the identity without a preconditioner.
         adjoint_precondition: v -> M^-T v.
-        b: the right-hand side, scaled to a magnitude near 1 so that products of it stay in range.
-        tolerance: the residual norm that is small enough, a 0-d tensor.
+        b: the right-hand side, scaled to a magnitude near 1 so that its products stay in range.
+        tolerance: the residual norm to reach, a 0-d tensor.
     """
 
     matvec: Linear
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     Attributes:
         x: the approximate solution, a vector.
         iterations: a 0-d integer tensor.
-        obstacle: why it stopped early, for the message; empty where nothing is known.
+        obstacle: why it stopped early, for the message; empty if unknown.
     """
 
     x: Tensor
@@ -70,22 +70,23 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSolver(ABC):
-    """Solves (A + damping I) x = b for an operator A given by its products with vectors.
+    """Solves (A + damping I) x = b for an operator A given by matrix-vector products.
 
-    A solver of one's own is a frozen dataclass with a method `run(system, x0, residual)`. That
-    works on vectors; it need not be differentiable, but it must not branch on the values of tensors
-    except through `anywhere` if it is to work under torch.func.vmap, where each sample is a system.
+    To write your own, subclass it as a frozen dataclass with a method `run(system, x0, residual)`.
+    That works on vectors and need not be differentiable. To work under torch.func.vmap, where each
+    sample is a system, it must not branch on the values of tensors except through `anywhere`.
 
     Args:
-        rtol: converged is a residual norm within `max(rtol * norm(b), atol)`; >= 0. None is the
-            square root of the dtype's machine epsilon: 1.5e-8 in float64, 3.5e-4 in float32.
+        rtol: it has converged if the residual norm is at most `max(rtol * norm(b), atol)`; >= 0.
+            None is the square root of the dtype's machine epsilon: 1.5e-8 in float64, 3.5e-4 in
+            float32.
         atol: see rtol; >= 0.
         damping: adds `damping * I` to A; >= 0.
-        on_failure: "warn" emits a `ConvergenceWarning` where the tolerance is not met, "raise"
+        on_failure: if the tolerance is not met, "warn" emits a `ConvergenceWarning` and "raise"
             raises a `ConvergenceError`.
 
     Raises:
-        ValueError: an argument is out of its range, or `on_failure` is not "warn" or "raise".
+        ValueError: an argument is out of range, or `on_failure` is not "warn" or "raise".
     """
 
     rtol: float | None = None
@@ -94,7 +95,7 @@ class LinearSolver(ABC):
     on_failure: Literal["warn", "raise"] = "warn"
 
     symmetric: ClassVar[bool] = False
-    """Whether the solver takes A for symmetric."""
+    """Whether the solver assumes that A is symmetric."""
 
     def __post_init__(self) -> None:
         if self.rtol is not None:
@@ -109,11 +110,11 @@ class LinearSolver(ABC):
 
         Args:
             system: the linear system, with damping and tolerance.
-            x0: where to start: a vector like `system.b`.
-            residual: that of x0.
+            x0: the initial guess, a vector like `system.b`.
+            residual: the residual at x0.
 
         Returns:
-            The approximation; the caller computes its residual and judges it.
+            The approximation; the caller computes and checks its residual.
         """
 
     def solve(
@@ -125,29 +126,29 @@ class LinearSolver(ABC):
         operands: tuple[Any, ...] = (),
         transpose: Callable[..., Tree] | None = None,
     ) -> LinearSolution:
-        """Solve A x = b; the value is differentiable in b and the operands, any number of times.
+        """Solve A x = b; differentiable with respect to b and the operands, any number of times.
 
-        The derivative is dx = A^-1 (db - dA x): it takes another solve, not the steps of this one.
-        Works under autograd and under torch.func transforms; under vmap every sample stops by its
-        own residual.
+        The derivative is dx = A^-1 (db - dA x): it takes another solve, instead of going through
+        the steps of this one. Works under autograd and torch.func transforms; under vmap each
+        sample stops by its own residual.
 
         Args:
             operator: `operator(v, *operands)` is A v, linear in v: a tree like v.
             b: a tree of real floating-point tensors.
-            x0: where to start, a tree like b: zeros where it is None. It has no derivative.
-            operands: trees of what A depends on and derivatives are taken with respect to.
-            transpose: `transpose(v, *operands)` is A^T v. Derived from `operator` where it is None.
+            x0: the initial guess, a tree like b; zeros if None. It has no derivative.
+            operands: the trees that A depends on and that derivatives are taken with respect to.
+            transpose: `transpose(v, *operands)` is A^T v. Derived from `operator` if None.
 
         Returns:
-            A `LinearSolution`. Where b isn't finite its value is NaN, and it has not converged.
+            A `LinearSolution`. If b is not finite its value is NaN, and it has not converged.
 
         Raises:
             TypeError: a leaf of b is not a real floating-point tensor; `operator` is not a
                 function.
-            ValueError: trees that must be alike differ; `operator` computes with a tensor that
-                needs a gradient but is not among its operands.
+            ValueError: the structures or shapes of trees do not match; `operator` closes over a
+                tensor that needs a gradient: make it an operand.
             ConvergenceError: with `on_failure="raise"`.
-            RuntimeError: torch.compile is tracing: the number of iterations depends on values.
+            RuntimeError: under torch.compile, since the number of iterations depends on values.
         """
         refuse_tracing("a linear solver")
         check_function(operator, "operator")
@@ -181,7 +182,7 @@ def method(
     report: Callable[[LinearSolution], object] | None = None,
     start: Callable[[Sequence[Tensor]], Tensor | None] | None = None,
 ) -> Method:
-    """A solver as `Equation` takes it."""
+    """The solver as the `Method` of an `Equation`."""
     return Method(partial(_constant_solution, solver), unravel, report, start)
 
 
@@ -194,8 +195,8 @@ def operator_of(
     *,
     symmetric: bool = False,
 ) -> Operator:
-    """The solver's operator with its damping, from products with it or with its adjoint."""
-    n, dtype, device = like.numel(), like.dtype, like.device  # and no tensor, which would be kept
+    """The damped operator of a solver, given products with the operator or with its adjoint."""
+    n, dtype, device = like.numel(), like.dtype, like.device  # not `like`, to free it
 
     def adjoint(linear: Linear) -> Linear:
         pull = torch.func.vjp(linear, torch.zeros(n, dtype=dtype, device=device))[1]
@@ -232,7 +233,7 @@ def operator_of(
 def _constant_solution(
     solver: LinearSolver, operator: Operator, b: Tensor, x0: Tensor | None, *point: Tensor
 ) -> LinearSolution:
-    """The solution as a constant, with its warning or error."""
+    """The solution as a constant; warns or raises on failure."""
     finite, scale = torch.isfinite(b).all(), magnitude(b)
     b = torch.where(finite, b / scale, 0.0)
     size = norm(b)
@@ -249,15 +250,15 @@ def _constant_solution(
         x, iterations, obstacle = solver.run(system, torch.zeros_like(b), b)
     else:
         x0 = x0 / scale
-        x0 = torch.where((size > 0) & torch.isfinite(x0).all(), x0, 0.0)  # of b = 0, x is known
+        x0 = torch.where((size > 0) & torch.isfinite(x0).all(), x0, 0.0)  # x is known if b = 0
         x, iterations, obstacle = solver.run(system, x0, system.residual(x0))
     residual, x = norm(system.residual(x)), torch.where(finite, x * scale, torch.nan)
     residual = torch.where(torch.isfinite(x).all(), residual, torch.inf)
     within = residual <= system.tolerance
     if anywhere(~finite):
         fail(
-            f"{type(solver).__name__} gives NaN, since b isn't finite: in a backward pass that is "
-            "the gradient which came in",
+            f"{type(solver).__name__} returns NaN, since b is not finite: in a backward pass, b is "
+            "the incoming gradient",
             solver.on_failure,
         )
     if anywhere(finite & ~within):

@@ -1,7 +1,7 @@
 """The implicit function theorem as a differentiable rule.
 
-Of x with r(x, y) = 0 it is dx = -(d_x r)^-1 (d_y r) dy. A linear solve A(y) u = b is the case
-r = A(y) u - b, so that the solves of a derivative are differentiated by the same rule.
+If r(x, y) = 0, then dx = -(d_x r)^-1 (d_y r) dy. A linear solve A(y) u = b is the case
+r = A(y) u - b, so the solves of a derivative are differentiated by the same rule.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class LinearSolution(NamedTuple):
 
 @dataclass(frozen=True)
 class Operator:
-    """A linear map that depends on `point`, a number of tensors.
+    """A linear map that depends on `point`, a tuple of tensors.
 
     Attributes:
         at: `at(*point)` is the linear map.
         transposed_at: `transposed_at(*point)` is its adjoint.
-        precondition: applies an approximate inverse, whatever the point.
+        precondition: applies an approximate inverse, the same at every point.
         adjoint_precondition: applies its adjoint.
     """
 
@@ -65,10 +65,10 @@ class Method:
 
     Attributes:
         constant: `constant(operator, b, x0, *point)` is the solution as a constant.
-        unravel: puts a vector like x into the tree the user knows.
-        report: is given every solution.
-        start: where the solve of a backward pass starts, given the tensors whose batches are those
-            of the solve; None or a result of None for zeros.
+        unravel: converts a vector like x to the user's tree.
+        report: called with every solution.
+        start: the initial guess for the solve of a backward pass, given tensors with the batches of
+            that solve; None, or a result of None, for zeros.
     """
 
     constant: Callable[..., LinearSolution]
@@ -95,7 +95,7 @@ class Equation:
 def solve(
     method: Method, operator: Operator, b: Tensor, x0: Tensor | None, *point: Tensor
 ) -> LinearSolution:
-    """The solution u of operator(*point) u = b, differentiable in b and point."""
+    """The solution u of operator(*point) u = b, differentiable with respect to b and point."""
     solution: LinearSolution = isolated(partial(method.constant, operator), b, x0, *point)
     if method.report:
         tree = solution._replace(value=method.unravel(solution.value))
@@ -114,7 +114,7 @@ def solve(
 
 
 def attach(equation: Equation, x: Tensor, *inputs: Tensor) -> Tensor:
-    """A constant x that solves the equation, with its derivative with respect to the inputs."""
+    """A constant x that solves the equation, made differentiable with respect to the inputs."""
     return _Attach.apply(equation, x, *inputs)  # pyright: ignore[reportReturnType]
 
 
@@ -161,8 +161,8 @@ class _Attach(torch.autograd.Function):
         moved = [tangents[2 + i] for i in given]
         with outer_derivatives(x, *inputs, *moved) as tensors:
             x, inputs, moved = tensors[0], tensors[1 : -len(given)], tensors[-len(given) :]
-            # The pullback is linear, and its adjoint is what pushes tangents forward: so there is
-            # no need of forward derivatives of what the user wrote.
+            # The pullback is linear and its adjoint is the pushforward, so no forward derivatives
+            # of the user's function are needed.
             try:
                 push = torch.func.vjp(_pullback(equation, x, inputs, given), torch.zeros_like(x))[1]
                 (change,) = push(tuple(moved))
@@ -174,9 +174,8 @@ class _Attach(torch.autograd.Function):
 
 
 _MADE_INSIDE = (
-    "A residual, operator or preconditioner may compute with a tensor that was made inside the "
-    "function which is differentiated, forward over reverse, without being an argument: pass it as "
-    "an argument."
+    "Perhaps a residual, operator or preconditioner closes over a tensor that was created inside a "
+    "function that is being differentiated, forward over reverse: pass it as an argument."
 )
 
 

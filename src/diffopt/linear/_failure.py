@@ -1,4 +1,4 @@
-"""How linear solvers and implicit derivatives report that they failed."""
+"""How linear solvers and implicit derivatives report failure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class ConvergenceError(RuntimeError):
 
 
 def fail(message: str, on_failure: str) -> None:
-    """Warn, or raise."""
+    """Warn or raise, depending on `on_failure`."""
     if on_failure == "raise":
         raise ConvergenceError(message)
     warnings.warn(message, ConvergenceWarning, stacklevel=2)
 
 
 def refuse_tracing(what: str) -> None:
-    """Loops that stop by values have no graph."""
+    """Raise under torch.compile, which cannot trace loops whose length depends on values."""
     if _modes.compiling():
         raise RuntimeError(
             f"{what} cannot be traced by torch.compile, since its number of steps depends on "

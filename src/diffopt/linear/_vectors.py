@@ -1,4 +1,4 @@
-"""Trees as vectors, and what is measured of vectors."""
+"""Trees as vectors, and norms of vectors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Linear: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def ravel(tree: Tree, name: str) -> tuple[Tensor, Callable[[Tensor], Tree]]:
-    """All leaves in one vector, and the function that puts such a vector back into the tree.
+    """All leaves in one vector, and the function that converts such a vector back to a tree.
 
-    Raises where a leaf is not a real floating-point tensor; `name` is that of the tree.
+    Raises if a leaf is not a real floating-point tensor; `name` is the tree's name in errors.
     """
     leaves, spec = _tree.flatten(tree)
     for i, leaf in enumerate(leaves):
@@ -51,7 +51,7 @@ def ravel_like(
 ) -> Tensor:
     """The leaves of `tree` in one vector; they must have the shapes of `like`.
 
-    They may have the batches of `others` in front.
+    They may also have the batch dimensions of `others` in front.
     """
     references, spec = _tree.flatten(like)
     leaves = _tree.leaves_like(tree, spec, like, names)
@@ -86,5 +86,5 @@ def anywhere(mask: Tensor) -> bool:
 
 
 def greatest(constant: Tensor) -> Any:
-    """The greatest value of a constant 0-d tensor among all samples, as a number."""
+    """The largest value of a constant 0-d tensor among all samples, as a number."""
     return _modes.all_samples(constant).max().item()

@@ -1,4 +1,4 @@
-"""Solvers that hold a matrix: the whole of it, or some of its columns."""
+"""Solvers that build the matrix: all of it, or some of its columns."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from diffopt.linear._base import LinearSolver, LinearSystem, Run
 
 @dataclass(frozen=True, kw_only=True)
 class Direct(LinearSolver):
-    """Builds the matrix of A and factors it: for small systems, of up to some thousand unknowns.
+    """Builds the matrix of A and factors it: for small systems, up to a few thousand unknowns.
 
     Args:
-        rtol: see `LinearSolver`: how large a residual is taken for a sign of a singular matrix.
+        rtol: see `LinearSolver`; a larger residual indicates a singular matrix.
         atol: see `LinearSolver`.
         damping: see `LinearSolver`.
         on_failure: see `LinearSolver`.
@@ -40,16 +40,16 @@ class Nystrom(LinearSolver):
     """A low-rank approximation of a symmetric A, inverted together with its damping.
 
     With the columns C of A at `rank` random indices K, and W = C[K]: A is replaced by C W^-1 C^T,
-    and x = b / damping - C (W + C^T C / damping)^-1 C^T b / damping^2. Exact where A is of that
-    rank; otherwise the approximation lies under a positive semi-definite A, so that x is too large
-    in the directions that are missing, the more so the smaller the damping. It takes `rank`
-    products with A, in one batch.
+    and x = b / damping - C (W + C^T C / damping)^-1 C^T b / damping^2. Exact if A has that rank;
+    otherwise the approximation of a positive semi-definite A is too small, so x is too large in the
+    missing directions, the more so the smaller the damping. It takes `rank` products with A, in one
+    batch.
 
     Args:
-        rank: number of columns, >= 1; all of them where there are fewer.
-        damping: added to A, > 0: nothing is inverted without it.
-        seed: of the choice of columns.
-        rtol: see `LinearSolver`. The default of 1 accepts whatever is not worse than x = 0.
+        rank: the number of columns, >= 1; all of them if there are fewer.
+        damping: added to A, > 0: without it the approximation is singular.
+        seed: for the random choice of columns.
+        rtol: see `LinearSolver`. The default of 1 accepts any x that is no worse than 0.
         atol: see `LinearSolver`.
         on_failure: see `LinearSolver`.
 
@@ -81,7 +81,7 @@ class Nystrom(LinearSolver):
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
         n, b, damping = x0.numel(), system.b, self.damping
         rank = min(self.rank, n)
-        # Python's generator: torch's cannot be used under vmap.
+        # Python's generator, since torch's cannot be used under vmap.
         indices = sorted(random.Random(self.seed).sample(range(n), rank))
         units = torch.eye(n, dtype=b.dtype, device=b.device)[indices]
         columns = _columns(system, indices) - damping * units
@@ -98,6 +98,6 @@ def _columns(system: LinearSystem, indices: range | list[int]) -> Tensor:
 
 
 def _solve(matrix: Tensor, b: Tensor) -> Tensor:
-    """Without an error where the matrix is singular: the residual tells."""
-    wide = torch.promote_types(b.dtype, torch.float32)  # solve_ex knows no half precision
+    """No error if the matrix is singular: the residual shows it."""
+    wide = torch.promote_types(b.dtype, torch.float32)  # solve_ex does not support half precision
     return torch.linalg.solve_ex(matrix.to(wide), b.to(wide))[0].to(b.dtype)

@@ -1,4 +1,4 @@
-"""Krylov methods: conjugate gradients, also on the normal equations, GMRES and BiCGStab."""
+"""Krylov methods: conjugate gradients, CG on the normal equations, GMRES and BiCGStab."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from diffopt.linear._vectors import anywhere, greatest, norm
 
 
 class Cycle(NamedTuple):
-    """What a method did between two restarts.
+    """The result of a method between two restarts.
 
     Attributes:
         x: the new approximation.
-        steps: how many iterations, a 0-d integer tensor.
-        hopeless: whether no restart can help.
+        steps: the number of iterations, a 0-d integer tensor.
+        hopeless: whether restarting cannot help.
     """
 
     x: Tensor
@@ -32,16 +32,16 @@ class Cycle(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Krylov(LinearSolver):
-    """Iterates until the residual, computed anew from x, is within the tolerance.
+    """Iterates until the residual, recomputed from x, is within the tolerance.
 
-    A method updates its residual by a recurrence that drifts from b - A x; where they have come
-    apart, and where a method breaks down, it is started again from the x it reached, unless the
-    last cycle did not lower the residual.
+    A method updates its residual by a recurrence that drifts away from b - A x. When they have
+    drifted apart, and when a method breaks down, it is restarted from the x it has reached, unless
+    the last cycle did not reduce the residual.
 
     Args:
         max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
         preconditioner: `v -> M^-1 v` on trees like b, linear, an approximate inverse of A. A solve
-            with A^T, as a derivative needs it, takes its adjoint.
+            with A^T, as in derivatives, uses its adjoint.
         rtol: see `LinearSolver`.
         atol: see `LinearSolver`.
         damping: see `LinearSolver`.
@@ -82,16 +82,15 @@ class Krylov(LinearSolver):
     def _cycle(
         self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
     ) -> Cycle:
-        """At most `limit` iterations from x, where `active`; elsewhere x stays."""
+        """At most `limit` iterations from x, for samples that are `active`; others keep their x."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConjugateGradient(Krylov):
     """Conjugate gradients, for a symmetric positive definite A (plus damping).
 
-    Negative curvature, p^T A p <= 0, ends the iteration unconverged: x is what was reached before.
-    The preconditioner must be symmetric positive definite as well. An iteration takes one product
-    with A.
+    Negative curvature, p^T A p <= 0, ends the iteration unconverged, with the x reached before. The
+    preconditioner must be symmetric positive definite too. An iteration takes one product with A.
 
     Args:
         rtol: see `LinearSolver`.
@@ -116,7 +115,7 @@ class ConjugateGradient(Krylov):
 
     symmetric = True
     _obstacle = (
-        "it found no positive curvature: the operator (or the preconditioner) is not positive "
+        "it met nonpositive curvature: the operator (or the preconditioner) is not positive "
         "definite; damping may help"
     )
 
@@ -149,9 +148,9 @@ class ConjugateGradient(Krylov):
 class NormalCG(Krylov):
     """Conjugate gradients on A^T A x = A^T b, for any nonsingular A.
 
-    Robust, and slow where A is ill-conditioned, since the condition number is squared. An iteration
-    takes one product with A and one with A^T; the preconditioner P approximates A^-1 as everywhere,
-    and P P^T is used for A^T A.
+    Robust, but slow if A is ill-conditioned, since the condition number is squared. An iteration
+    takes one product with A and one with A^T. As elsewhere, the preconditioner P approximates A^-1;
+    P P^T is used for A^T A.
 
     Args:
         rtol: see `LinearSolver`; the residual is that of A x = b.
@@ -199,14 +198,14 @@ class NormalCG(Krylov):
 
 @dataclass(frozen=True, kw_only=True)
 class GMRES(Krylov):
-    """Generalised minimal residuals, restarted, for any nonsingular A.
+    """Restarted generalized minimal residuals, for any nonsingular A.
 
-    Keeps `restart` vectors of the size of b. Preconditioned from the right, so that the residual is
-    that of A x = b. An iteration takes one product with A; orthogonalisation is Gram-Schmidt, done
-    twice.
+    Keeps `restart` vectors of the size of b. Preconditioned from the right, so the residual is that
+    of A x = b. An iteration takes one product with A; vectors are orthogonalized twice by
+    Gram-Schmidt.
 
     Args:
-        restart: iterations between restarts, >= 1. Few may make no progress.
+        restart: iterations between restarts, >= 1. With few it may make no progress.
         rtol: see `LinearSolver`.
         atol: see `LinearSolver`.
         damping: see `LinearSolver`.
@@ -238,7 +237,7 @@ class GMRES(Krylov):
         beta = norm(residual)
         steps = torch.zeros_like(active, dtype=torch.int64)
         basis = [residual * torch.where(active, 1 / beta, 0.0)]
-        # The rows of the orthogonal factor of the Hessenberg matrix, one Givens rotation a step.
+        # The rows of the orthogonal factor of the Hessenberg matrix, one Givens rotation per step.
         rows = list(torch.eye(m + 1, dtype=x.dtype, device=x.device))
         triangle: list[Tensor] = []
         rhs: list[Tensor] = []
@@ -279,11 +278,11 @@ class GMRES(Krylov):
 
 @dataclass(frozen=True, kw_only=True)
 class BiCGStab(Krylov):
-    """Stabilised bi-conjugate gradients, for a nonsymmetric A in little memory.
+    """Stabilized biconjugate gradients, for a nonsymmetric A in little memory.
 
-    Seven vectors, whatever the number of iterations, each of which takes two products with A. It
-    may break down, above all where A has imaginary eigenvalues; then it starts again from where it
-    is. Preconditioned from the right.
+    It keeps seven vectors for any number of iterations, each of which takes two products with A. It
+    may break down, especially if A has imaginary eigenvalues; then it restarts from the current x.
+    Preconditioned from the right.
 
     Args:
         rtol: see `LinearSolver`.

@@ -15,19 +15,19 @@ from diffopt.linear._base import LinearSolver, LinearSystem, Run
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
-    """The first k terms of a series: x = scale * sum_{j < k} (I - scale A)^j b.
+    """The first k terms of the Neumann series: x = scale * sum_{j < k} (I - scale A)^j b.
 
-    It converges to A^-1 b where every eigenvalue of scale * A is within 1 of 1. Cut at k terms, its
-    error is (I - scale A)^k A^-1 b: directions in which A is small are damped, so that a derivative
-    made with it is biased towards zero, as is one that is unrolled through the last k steps of
-    gradient descent with the rate `scale`. Second derivatives are biased likewise, and are not
-    exactly those of the biased first. With x0 or a preconditioner it is k steps of
-    x + scale * M^-1 (b - A x). Each step, and the residual, takes one product with A.
+    It converges to A^-1 b if every eigenvalue of scale * A is within distance 1 of 1. Truncated
+    after k terms, its error is (I - scale A)^k A^-1 b: directions in which A is small are damped,
+    so derivatives computed with it are biased towards zero, like those truncated to the last k
+    steps of gradient descent with learning rate `scale`. Second derivatives are biased too, and are
+    not exactly the derivatives of the biased first ones. With x0 or a preconditioner it is k steps
+    of x + scale * M^-1 (b - A x). Each step, and the residual, takes one product with A.
 
     Args:
-        k: number of terms, >= 1.
+        k: the number of terms, >= 1.
         scale: a positive number.
-        rtol: see `LinearSolver`. The default of 1 only says that the series does not diverge.
+        rtol: see `LinearSolver`. The default of 1 only checks that the series does not diverge.
         atol: see `LinearSolver`.
         damping: see `LinearSolver`.
         preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
