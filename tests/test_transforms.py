@@ -484,15 +484,15 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
     [
         (
             lambda: t.chain(t.add_decayed_weights(), sgd).hparams(weight_decay=0.1),
-            "the hyperparameter 'weight_decay' belongs to the parts 0 and 1: give one record for",
+            "the hyperparameter 'weight_decay' belongs to the parts 0 and 1: pass one record for",
         ),
         (
             lambda: both(sgd, adam).hparams(lr=0.1),
-            "the hyperparameter 'lr' belongs to the parts 0 and 1: give one record for",
+            "the hyperparameter 'lr' belongs to the parts 0 and 1: pass one record for",
         ),
         (
             lambda: t.chain(t.clip_by_value(), both(sgd, adam)).hparams(lr=0.1),
-            "the hyperparameter 'lr' belongs to the parts 0 and 1: give one record for",
+            "the hyperparameter 'lr' belongs to the parts 0 and 1: pass one record for",
         ),
         (
             lambda: t.chain(t.clip_by_norm(), diffopt.sgd(momentum=False)).hparams(lrr=0.1),
@@ -500,7 +500,7 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         ),
         (
             lambda: t.chain(t.clip_by_value(), sgd).hparams(sgd.hparams()),
-            r"each of the parts \[0, 1\], but records for \[0\] and the keywords \[\] were given",
+            r"each of the parts \[0, 1\], but got records for \[0\] and the keywords \[\]",
         ),
         (
             lambda: t.chain(t.clip_by_value(), sgd).hparams(sgd.hparams(), sgd.hparams()),
@@ -508,17 +508,17 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         ),
         (
             lambda: t.chain(sgd).hparams(sgd.hparams(), lr=0.1),
-            r"records for \[0\] and the keywords \['lr'\] were given",
+            r"records for \[0\] and the keywords \['lr'\]",
         ),
         (
             lambda: both(sgd, adam).hparams({0: sgd.hparams()}),
-            r"each of the parts \[0, 1\], but records for \[0\] and the keywords \[\] were given",
+            r"each of the parts \[0, 1\], but got records for \[0\] and the keywords \[\]",
         ),
         (
             lambda: both(sgd, adam).hparams({0: sgd.hparams(), 1: 0.1}),
             r"hparams\[1\] is a float, but must be a AdamHParams",
         ),
-        (lambda: t.chain(), "chain needs an optimizer"),
+        (lambda: t.chain(), "chain requires an optimizer"),
         (lambda: t.chain(t.clip_by_value()), "the last part of a chain is .*, not a diffopt"),
         (lambda: t.chain(sgd, adam), "part 0 of a chain is .*: all but the last must be gradient"),
         (lambda: t.partition({"a": 1}, "a"), r"optimizers\['a'\] is 1, not a diffopt optimizer"),
@@ -533,11 +533,11 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         (lambda: t.ema(nn.Linear(2, 2)), "optimizer is [^\\n]*, not a diffopt optimizer"),
         (
             lambda: t.skip_nonfinite(torch.optim.SGD([torch.zeros(1)])),
-            "optimizer is a torch.optim.SGD: make it pure with diffopt.optim.to_pure",
+            "optimizer is a torch.optim.SGD: convert it with diffopt.optim.to_pure",
         ),
         (lambda: both(sgd, adam).hparams([1]), r"takes keywords or a dict of records, not \[1\]"),
         (lambda: t.stateless(dict, scaled), "hparams is dict, not a class made by"),
-        (lambda: t.stateless(Factor, None), "function is None, which cannot be called"),
+        (lambda: t.stateless(Factor, None), "function is None, not a function"),
     ],
 )
 def test_wrong_calls_raise_and_say_what_is_right(call, message):
@@ -892,19 +892,22 @@ def test_a_part_may_update_matrices_only():
 
 
 def test_flatten_refuses_what_computes_with_a_tensor_as_a_whole():
-    with pytest.raises(ValueError, match="optimizer computes with each tensor as a whole"):
+    with pytest.raises(ValueError, match="optimizer mixes the elements of each tensor"):
         t.flatten(diffopt.muon())
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"a": "x", "b": "x"}, r"labels must be a prefix of params: labels\['c'\] is missing"),
+        ({"a": "x", "b": "x"}, r"labels must be a prefix tree of params: labels\['c'\] is missing"),
         (
             {"a": "x", "b": "z", "c": "y"},
             r"params\['b'\] has the label 'z', but optimizers has \['x', 'y'\]",
         ),
-        ({"a": ["x"], "b": "x", "c": "y"}, r"labels must be a prefix of params: labels\['a'\]"),
+        (
+            {"a": ["x"], "b": "x", "c": "y"},
+            r"labels must be a prefix tree of params: labels\['a'\]",
+        ),
         (
             {"a": {"x"}, "b": "x", "c": "y"},
             r"params\['a'\] has the label {'x'}, but",

@@ -15,7 +15,7 @@ from diffopt import _modes, _replica, _torch, _tree
 
 
 class Functional(NamedTuple):
-    """What `functionalize` returns; calling it is calling `apply`.
+    """What `functionalize` returns; calling it calls `apply`.
 
     Attributes:
         apply: `(params, buffers, *inputs, **kwargs) -> (outputs, new_buffers)`.
@@ -42,42 +42,42 @@ class Functional(NamedTuple):
 
 
 def functionalize(module: nn.Module) -> Functional:
-    """Make a pure function of a module.
+    """Turn a module into a pure function.
 
-    The call computes `module(*inputs, **kwargs)` with `params` and `buffers` in place of the
-    module's own tensors. What the module writes into its buffers goes into the new buffers that are
-    returned; the module and the arguments are left alone. The module's mode (`train`, `eval`) and
-    its other attributes are those at the time of the call. Under `torch.vmap`, buffers that are
-    written to must be batched.
+    A call computes `module(*inputs, **kwargs)` with `params` and `buffers` in place of the module's
+    own tensors. What the module writes to its buffers goes to the new buffers that are returned;
+    the module and the arguments are not changed. The module's mode (`train`, `eval`) and its other
+    attributes are those at the time of the call. Under `torch.vmap`, buffers that are written to
+    must be batched.
 
     A call runs a replica of the module, as `torch.nn.DataParallel` does: the submodules are copied,
-    and everything they hold is shared but for the tensors. So calls may run in several threads at
-    once, and `torch.utils.checkpoint` inside the module recomputes with the tensors of the call.
-    What the module assigns to plain attributes of itself is gone after the call: return it, or
-    register a buffer. References to submodules from plain attributes, containers, functions and
-    objects that the module holds lead to the replica too, but not from further inside such objects.
+    and share everything they hold except tensors. So calls may run in several threads at once, and
+    `torch.utils.checkpoint` inside the module recomputes with the tensors of the call. What the
+    module assigns to its own plain attributes is lost after the call: return it, or register a
+    buffer. References to submodules from plain attributes, containers, functions and objects that
+    the module holds lead to the replica too, but not those nested deeper inside such objects.
 
-    Running averages that `batch_norm` writes into buffers carry no derivative: torch's kernel gives
-    them none.
+    Running averages that `batch_norm` writes to buffers have no derivative: torch's kernel does not
+    provide one.
 
     Args:
         module: any module. A parameter with `requires_grad=False` counts as a buffer, so that no
-            optimizer moves it. A tensor that is reachable by several names (tied weights) stands
-            under the first one, and its gradient is the sum over all its uses.
+            optimizer moves it. A tensor with several names (tied weights) is listed under the first
+            one, and its gradient is the sum over all its uses.
 
     Returns:
         A `Functional`, which unpacks as `apply, params, buffers`. Its `params` are the module's own
-        tensors: gradients of a solution that started there arrive in the module's parameters. It is
-        pickled and copied together with the module.
+        tensors: `backward()` through a loop that starts from them accumulates gradients in the
+        module's parameters. It is pickled and copied together with the module.
 
     Raises:
         TypeError: `module` is not a module, or a part of it is a `torch.jit.ScriptModule`; (from
             the call) `params` or `buffers` are not dictionaries of tensors.
         ValueError: the module has parameters that are not initialized yet, or is sharded by FSDP,
-            whose hooks put its own parameters in; (from the call) `params` or `buffers` miss a name
-            or have one too many, a parameter's shape is not the module's, or the module is not what
-            it was: a parameter has been replaced (`load_state_dict(assign=True)`), frozen,
-            unfrozen, added or removed.
+            whose hooks replace the given parameters with its own; (from the call) `params` or
+            `buffers` has missing or unexpected names, the shape of a parameter differs from the
+            module's, or the module has changed: a parameter has been replaced
+            (`load_state_dict(assign=True)`), frozen, unfrozen, added or removed.
 
     Example:
         >>> import torch, diffopt
@@ -106,13 +106,13 @@ def functionalize(module: nn.Module) -> Functional:
 
 @dataclass(frozen=True, eq=False)
 class _Apply:
-    """The call of a module as it was when it was functionalized.
+    """Calls a module, which must be as it was when it was functionalized.
 
     Attributes:
         params: its trainable parameters by name.
         buffers: its other tensors by name.
-        frozen: the names of those among the buffers that are frozen parameters.
-        places: its tensors by place: a tensor may have several.
+        frozen: the names of the buffers that are frozen parameters.
+        places: its tensors by place; a tensor may have several.
         names: for every place, the name of its tensor above.
     """
 
@@ -139,7 +139,7 @@ class _Apply:
         # The module may write into its buffers. Frozen parameters are only read.
         tensors = {k: b if k in self.frozen else b.clone() for k, b in buffers.items()}
         tensors |= params
-        if _modes.compiling():  # torch.compile knows this way, and traces one call at a time
+        if _modes.compiling():  # which supports this, and traces one call at a time
             tensors = {place: tensors[name] for place, name in self.names.items()}
             outputs = functional_call(self.module, tensors, inputs, kwargs, tie_weights=False)
             return outputs, {name: tensors[name] for name in self.buffers}
@@ -170,7 +170,7 @@ class _Apply:
     def _same_places(
         self, parts: Mapping[str, nn.Module], given: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Every place of the module that holds a tensor, if it is what it was."""
+        """Every place of the module that holds a tensor; raises if one has changed."""
         parameters, buffers = _places(parts)
         places = parameters | buffers
         for place in self.places.keys() ^ places.keys():
@@ -193,7 +193,7 @@ class _Apply:
 def _changed(place: str, change: str) -> ValueError:
     return ValueError(
         f"{place!r} has been {change} in the module since it was functionalized: call "
-        "diffopt.nn.functionalize again, and go on with its params and buffers"
+        "diffopt.nn.functionalize again, and continue with its params and buffers"
     )
 
 
@@ -203,7 +203,7 @@ def _parts(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _places(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters and the buffers, at every place that holds one."""
+    """The parameters and the buffers, by every place that holds one."""
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     for prefix, part in parts.items():
@@ -216,40 +216,41 @@ def _places(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str
 
 
 def _refuse_kinds(module: nn.Module) -> None:
-    # What is not imported has not sharded anything, and takes its time to import.
+    # A package that is not imported has not sharded anything, and is slow to import.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     for name, part in _parts(module).items():
         path = f"module.{name}" if name else "module"
         if isinstance(part, sharded):
             raise ValueError(
-                f"{path} is sharded by FSDP (fully_shard), whose hooks put its own parameters in "
-                "place of those that are given: functionalize a copy of the module that is not "
-                "sharded, which takes DTensors as params"
+                f"{path} is sharded by FSDP (fully_shard), whose hooks replace the given "
+                "parameters with its own: functionalize a copy of the module that is not sharded, "
+                "which accepts DTensors as params"
             )
         if isinstance(part, jit.ScriptModule):
             raise TypeError(f"{path} is a torch.jit.ScriptModule, whose tensors cannot be replaced")
         for own, tensor in part.named_parameters(recurse=False):
             if is_lazy(tensor):
-                raise ValueError(f"{path}.{own} is not initialized yet: run the module once before")
+                raise ValueError(f"{path}.{own} is not initialized yet: run the module once first")
 
 
 def decay_mask(module: nn.Module) -> dict[str, bool]:
-    """Which parameters are to be decayed: all but biases, and the parameters of norms.
+    """Which parameters to decay: all except biases and the parameters of normalization layers.
 
-    A bias is what its module calls so (`bias`, `in_proj_bias`, `bias_ih_l0`); a norm is a module
-    whose class, or a base of it, has "norm" in its name (`BatchNorm2d`, `LayerNorm`, `MyRMSNorm`).
+    A bias is a parameter named like one (`bias`, `in_proj_bias`, `bias_ih_l0`); a normalization
+    layer is a module whose class, or a base class, has "norm" in its name (`BatchNorm2d`,
+    `LayerNorm`, `MyRMSNorm`).
 
     Args:
         module: any module.
 
     Returns:
-        A bool for each of `functionalize(module).params`, by the same names: a tied tensor goes by
-        its first one. It is a mask for `diffopt.transforms.masked`, holds labels for
-        `diffopt.transforms.partition`, and makes a hyperparameter.
+        A bool for each of `functionalize(module).params`, under the same names (a tied tensor under
+        its first one): a mask for `diffopt.transforms.masked`, labels for
+        `diffopt.transforms.partition`, or the basis of a hyperparameter tree.
 
     Raises:
-        TypeError: `module` is no module.
+        TypeError: `module` is not a module.
 
     Example:
         >>> import torch, diffopt

@@ -1,4 +1,4 @@
-"""The contract of every optimizer: `hparams`, `init`, `update`, and `update_` in place."""
+"""The interface of every optimizer: `hparams`, `init`, `update`, and `update_` in place."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ H = TypeVar("H")
 class Optimizer(ABC, Generic[S, H]):
     """A pure function `(params, grads, state, hparams) -> (new_params, new_state)`.
 
-    Subclass it for an algorithm that is not elementwise; `diffopt.rules.leafwise` makes one from
-    the mathematics of a single tensor. `diffopt.testing.check` tests either.
+    Subclass it for an algorithm that does not update tensors one by one; `diffopt.rules.Leafwise`
+    is for those that do. `diffopt.testing.check` tests either.
 
     Attributes:
-        hparams: makes the record of hyperparameters, a pytree: `opt.hparams(lr=0.1)`.
+        hparams: creates the record of hyperparameters, a pytree: `opt.hparams(lr=0.1)`.
     """
 
     hparams: Callable[..., H]
 
     @abstractmethod
     def init(self, params: Tree) -> S:
-        """The state before the first step, for parameters of these shapes and dtypes."""
+        """The state before the first step, for params of these shapes and dtypes."""
 
     @abstractmethod
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
@@ -38,16 +38,16 @@ class Optimizer(ABC, Generic[S, H]):
 
         Args:
             params: a pytree of tensors.
-            grads: the same structure; `None` for a leaf that must stay as it is.
+            grads: the same structure; `None` for a leaf that must not change.
             state: what `init` or the last `update` returned.
             hparams: what `self.hparams(...)` returned.
 
         Returns:
-            The new params and the new state; the arguments are left alone. A leaf without a
+            The new params and the new state; the arguments are not changed. A leaf without a
             gradient, and its state, are the very same tensors.
 
         Raises:
-            ValueError: structures, shapes, dtypes or devices do not match, or one tensor stands at
+            ValueError: structures, shapes, dtypes or devices do not match, or one tensor occurs at
                 two paths; the message names the path and both sides.
             TypeError: a leaf is not a tensor.
         """
@@ -55,11 +55,11 @@ class Optimizer(ABC, Generic[S, H]):
     def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
         """The same step in place: overwrites the tensors of `params` and `state`, without autograd.
 
-        Args and errors are those of `update`; nothing is changed when it raises.
+        Arguments and errors are those of `update`; if it raises, nothing has been changed.
 
         Raises:
-            ValueError: moreover, where autograd is recording and `grads` or `hparams` ask for a
-                gradient, which could not arrive.
+            ValueError: also if autograd is recording and `grads` or `hparams` require a gradient,
+                which would be lost.
         """
         refuse_gradients(grads, hparams)
         with torch.no_grad():
@@ -72,7 +72,7 @@ class Optimizer(ABC, Generic[S, H]):
 def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:
     """The tensors of old trees that new ones replace, each with its new value.
 
-    The names of the trees are those of the paths in errors, which say why one cannot be written.
+    Raises if a tensor cannot be overwritten; the trees are named in the paths of errors.
     """
     pairs: list[tuple[Any, Any]] = []
     places: list[tuple[str, int]] = []
@@ -94,12 +94,15 @@ def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor
     both = None if _modes.transformed() else _memory.overlap([leaf for leaf, _ in pairs])
     if both:
         first, second = map(path, both)
-        raise ValueError(f"{second} and {first} share memory, which would be written twice")
+        raise ValueError(
+            f"{second} and {first} share memory, so one update would overwrite the other: clone "
+            "one of them"
+        )
     return pairs
 
 
 def _fault(old: Any, new: Any) -> str | None:
-    """Why a leaf cannot be overwritten."""
+    """Why a leaf cannot be overwritten; None if it can."""
     if not isinstance(old, Tensor):
         return f"is {_tree.describe(old)}, which update_ cannot overwrite: keep it in a tensor"
     if not isinstance(new, Tensor):
@@ -111,18 +114,18 @@ def _fault(old: Any, new: Any) -> str | None:
     if not torch.can_cast(new.dtype, old.dtype):
         return f"has dtype {old.dtype}, which cannot hold its new value of dtype {new.dtype}"
     if old.is_inference() and not torch.is_inference_mode_enabled():
-        return "is an inference tensor, which can be written to in torch.inference_mode() only"
+        return "is an inference tensor, which can only be written to inside torch.inference_mode()"
     return None
 
 
 def refuse_gradients(grads: Tree, hparams: Any) -> None:
-    """Raise where an in-place step would silently drop a gradient somebody waits for."""
+    """Raise if an in-place step would silently lose a gradient."""
     if not torch.is_grad_enabled():
         return
     for name, tree in (("grads", grads), ("hparams", hparams)):
         for i, leaf in enumerate(_tree.leaves(tree)):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 raise ValueError(
-                    f"{_tree.paths(tree, name)[i]} requires a gradient, which update_ cannot "
-                    "carry: use update, or call it under torch.no_grad()"
+                    f"{_tree.paths(tree, name)[i]} requires a gradient, but update_ is not "
+                    "differentiable: use update, or call it under torch.no_grad()"
                 )

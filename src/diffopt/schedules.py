@@ -1,17 +1,17 @@
-"""Schedules: pure functions of the step, differentiable with respect to what they are made of.
+"""Schedules: pure functions of the step, differentiable with respect to their arguments.
 
-What makes a schedule takes numbers or tensors, and returns a function `step -> value` for a field
-of hyperparameters: `opt.hparams(lr=schedule(state.step))`. Steps are counted from 0, before the
-first update. A value is a float where the step and the arguments are Python numbers, and a float64
-tensor where one of them is a tensor, whatever its dtype. Tensors broadcast: a tensor of steps gives
-the values at them. No tensor is ever looked into, so that schedules can be made and called inside
-`torch.vmap` and `torch.compile`. Where a schedule has a kink, its derivative is that of one side.
+The functions here take numbers or tensors, and return a function `step -> value` for a field of
+hyperparameters: `opt.hparams(lr=schedule(state.step))`. Steps are counted from 0, before the first
+update. A value is a float if the step and the arguments are Python numbers, and a float64 tensor if
+one of them is a tensor of any dtype. Tensors broadcast: a tensor of steps gives the values at them.
+The values of tensors are never read, so schedules can be created and called inside `torch.vmap` and
+`torch.compile`. Where a schedule has a kink, its derivative is that of one side.
 
 Schedules are values: `cosine(0.1, 100)` is `Cosine(init=0.1, steps=100.0, final=0.0)`, whose
-arguments can be asked for. Two of the same arguments are equal and have one hash, they pickle, and
-they are constants for torch.compile. A tensor among the arguments is kept as it is given, so that
-the schedule follows what a training loop writes into it; it is equal only to itself, so that a
-copy of a learned schedule, which holds copies of its tensors, is another schedule.
+arguments are attributes. Two with the same arguments are equal and have the same hash; they pickle,
+and are constants for torch.compile. A tensor argument is kept by reference, so the schedule follows
+in-place changes by a training loop; it is equal only to itself, so a copy of a learned schedule,
+which holds copies of its tensors, is a different schedule.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Formula(_value.Value, ABC):
 
     @abstractmethod
     def at(self, step: Number) -> Number:
-        """The value, where all tensors are in float64."""
+        """The value; all tensors are in float64 here."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -101,7 +101,7 @@ def linear(init: Number, final: Number, steps: Number) -> Linear:
         steps: the length, > 0.
 
     Returns:
-        The schedule: torch's LinearLR, with values in place of its factors of the learning rate.
+        The schedule: torch's LinearLR, with values instead of factors of the learning rate.
 
     Raises:
         ValueError: a number is out of range.
@@ -126,7 +126,7 @@ def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Linear:
         init: the value at step 0.
 
     Returns:
-        The schedule. `joined` lets another one follow.
+        The schedule. Use `joined` to continue with another one.
 
     Raises:
         ValueError: a number is out of range.
@@ -158,7 +158,7 @@ class Polynomial(Formula):
 
 
 def polynomial(init: Number, steps: Number, power: Number = 1.0, final: Number = 0.0) -> Polynomial:
-    """A power of the steps that remain, then constant.
+    """A power of the remaining steps, then constant.
 
     With r = (1 - min(step / steps, 1))^power, the value is `init * r + final * (1 - r)`.
 
@@ -169,7 +169,7 @@ def polynomial(init: Number, steps: Number, power: Number = 1.0, final: Number =
         final: the value from step `steps` on.
 
     Returns:
-        The schedule: torch's PolynomialLR, which knows only `final=0`.
+        The schedule: torch's PolynomialLR, which only has `final=0`.
 
     Raises:
         ValueError: a number is out of range.
@@ -209,8 +209,8 @@ def cosine(init: Number, steps: Number, final: Number = 0.0) -> Cosine:
         final: the value from step `steps` on.
 
     Returns:
-        The schedule: torch's CosineAnnealingLR as far as its T_max, after which torch's rises
-        again and this one stays.
+        The schedule: torch's CosineAnnealingLR up to its T_max, after which torch's rises again and
+        this one stays constant.
 
     Raises:
         ValueError: a number is out of range.
@@ -345,17 +345,18 @@ def one_cycle(
     to `low` at step 2 * (pct_start * steps - 1), then to the end.
 
     Args:
-        peak: the greatest value.
-        steps: how many steps there are, > 0; the last one is number `steps - 1`.
-        pct_start: the share of the way up, in [0, 1].
-        div_factor: peak over first value, > 0.
-        final_div_factor: first value over last, > 0.
-        anneal: the way between two values: "cos" as in `cosine`, "linear" as in `linear`.
+        peak: the largest value.
+        steps: the number of steps, > 0; the last one is step `steps - 1`.
+        pct_start: the fraction of steps on the way up, in [0, 1].
+        div_factor: peak divided by first value, > 0.
+        final_div_factor: first value divided by last, > 0.
+        anneal: the interpolation between two values: "cos" as in `cosine`, "linear" as in `linear`.
         three_phase: whether the way down has two parts.
 
     Returns:
         The schedule: the learning rate of torch's OneCycleLR, which raises an error after its last
-        step, where this one stays. For its momentum, give a schedule to `momentum` or `beta1`.
+        step, while this one stays constant. For its momentum, use a schedule for `momentum` or
+        `beta1`.
 
     Raises:
         ValueError: a number is out of range, or `anneal` is unknown.
@@ -402,11 +403,11 @@ def piecewise(values: Sequence[Number] | Tensor, boundaries: Sequence[Number]) -
     """Constant between boundaries: `values[i]` from step `boundaries[i - 1]` on.
 
     Args:
-        values: the values, one more than boundaries; numbers, or a tensor with one in each row.
+        values: the values, one more than boundaries: numbers, or a tensor with one per row.
         boundaries: the steps of the changes, increasing, >= 0; their derivative is 0.
 
     Returns:
-        The schedule: torch's MultiStepLR, with values in place of its factor. ConstantLR is
+        The schedule: torch's MultiStepLR, with values instead of its factor. ConstantLR is
         `piecewise([factor * lr, lr], [total_iters])`.
 
     Raises:
@@ -438,14 +439,14 @@ class Joined(Formula):
         first, *others = self.schedules
         value = first(_where(step < ends[0], step, 0.0))
         for part, start, end in zip(others, self.boundaries, ends[1:], strict=True):
-            # At a step that is its own no part overflows, which would make the derivative NaN.
+            # At its own steps no part overflows; elsewhere that would make the derivative NaN.
             local = _where((step >= start) & (step < end), step - start, 0.0)
             value = _where(step >= start, part(local), value)
         return value
 
 
 def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Joined:
-    """One schedule after the other, each counting from its own first step.
+    """One schedule after another, each counting from its own first step.
 
     The value is `schedules[i](step - boundaries[i - 1])` from step `boundaries[i - 1]` on.
 
@@ -454,11 +455,11 @@ def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Joine
         boundaries: the steps of the changes, increasing, >= 0.
 
     Returns:
-        The schedule: torch's SequentialLR. A part whose turn it is not is evaluated at its step 0.
+        The schedule: torch's SequentialLR. Parts that are not active are evaluated at their step 0.
 
     Raises:
         ValueError: lengths do not match, or boundaries do not increase.
-        TypeError: a boundary is neither a number nor a tensor, or a part not a function.
+        TypeError: a boundary is neither a number nor a tensor, or a part is not a function.
 
     Example:
         >>> from diffopt.schedules import constant, joined, linear
@@ -477,7 +478,7 @@ def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Joine
 
 
 def _number(name: str, value: Number, **bounds: float) -> Number:
-    """`value`, checked and made a float where it is a Python number."""
+    """`value`, checked; Python numbers are converted to float."""
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {value.dtype}, but must be real")
@@ -521,7 +522,7 @@ def _exact(value: Any) -> Any:
     return _modes.exact(value) if isinstance(value, Tensor) else value
 
 
-# Mathematics for floats and tensors. Each derivative is finite, that of what `where` drops too.
+# Mathematics for floats and tensors. Derivatives are finite, also in branches that `where` drops.
 
 
 def _where(condition: Any, x: Number, y: Number) -> Number:
@@ -529,7 +530,7 @@ def _where(condition: Any, x: Number, y: Number) -> Number:
     like = next((value for value in (condition, x, y) if isinstance(value, Tensor)), None)
     if like is None:
         return x if condition else y
-    dtype = _modes.exact_dtype(like.device)  # of two plain numbers torch.where makes float32
+    dtype = _modes.exact_dtype(like.device)  # for two numbers torch.where returns float32
     condition = _tensor(condition, like, torch.bool)
     return torch.where(condition, _tensor(x, like, dtype), _tensor(y, like, dtype))
 

@@ -1,12 +1,12 @@
 """Optimizers made from optimizers: `chain(clip_by_global_norm(), adam())` and the like.
 
-A *gradient transformation*, such as `clip_by_global_norm()`, changes gradients; `chain` puts some
-of them before an optimizer. Everything else here takes optimizers and returns one, with the same
-promises: pure, differentiable in every argument, batchable, compilable.
+A *gradient transformation*, such as `clip_by_global_norm()`, changes gradients; `chain` puts one or
+more of them before an optimizer. Everything else here takes optimizers and returns one, with the
+same guarantees: pure, differentiable with respect to every argument, batchable, compilable.
 
-All are values: `repr` shows their arguments on one line, two of equal arguments are equal and have
-one hash, and they pickle where the optimizers, functions and labels they are made of do. Labels and
-masks that are dicts or lists are compared and hashed by what they hold.
+All are values: `repr` shows their arguments on one line, they are equal and have the same hash if
+their arguments are equal, and they pickle if the optimizers, functions and labels they consist of
+do. Labels and masks that are dicts or lists are compared and hashed by their contents.
 """
 
 from diffopt.transforms._base import (

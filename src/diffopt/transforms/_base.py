@@ -1,4 +1,4 @@
-"""What compositions are made of: gradient transformations, wrappers, leaves of params and grads."""
+"""Base classes of compositions: gradient transformations and wrappers; their leaves, checked."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ H = TypeVar("H")
 class Transformation(ABC, Generic[S, H]):
     """A pure function `(grads, params, state, hparams) -> (new_grads, new_state)`.
 
-    It stands in a `chain`, before the optimizer. `stateless` makes one from a function of lists;
-    subclass this for one that has a state.
+    It is used in a `chain`, before the optimizer. `stateless` makes one from a function of lists;
+    subclass this for one with a state.
 
     Attributes:
-        hparams: makes the record of hyperparameters, a pytree.
+        hparams: creates the record of hyperparameters, a pytree.
 
     Example:
         >>> import torch, diffopt
@@ -53,7 +53,7 @@ class Transformation(ABC, Generic[S, H]):
 
     @abstractmethod
     def init(self, params: Tree) -> S:
-        """The state before the first step, for parameters of these shapes and dtypes."""
+        """The state before the first step, for params of these shapes and dtypes."""
 
     @abstractmethod
     def apply(self, grads: Tree, params: Tree, state: S, hparams: H) -> tuple[Tree, S]:
@@ -61,7 +61,7 @@ class Transformation(ABC, Generic[S, H]):
 
         Args:
             grads: a tree like params, `None` where there is no gradient. The composition has
-                checked both, and made tensors in half precision float32.
+                already checked both, and converted half precision to float32.
             params: a pytree of tensors.
             state: what `init` or the last `apply` returned.
             hparams: what `self.hparams(...)` returned.
@@ -75,17 +75,17 @@ def stateless(
     hparams: type[H],
     function: Callable[[list[Tensor], list[Tensor], list[H]], Iterable[Tensor]],
 ) -> FromFunction[H]:
-    """Make a gradient transformation that has no state.
+    """Make a gradient transformation without a state.
 
     Args:
         hparams: a record class made by `diffopt.rules.hparams`.
-        function: `(grads, params, hparams) -> new_grads`, lists with one entry for each leaf that
-            has a gradient. Each record in `hparams` has in each field what belongs to the leaf: a
-            number, or a tensor that broadcasts to it (0-d ones are in float64).
+        function: `(grads, params, hparams) -> new_grads`, on lists with one entry for each leaf
+            that has a gradient. The fields of each record in `hparams` hold the values for its
+            leaf: numbers, or tensors that broadcast to it (0-d ones are in float64).
 
     Returns:
         The transformation; its state is `()`. New gradients have the dtypes of the old ones. It
-        pickles where the function does, as one that stands in a module does.
+        pickles if the function does, as module-level functions do.
 
     Raises:
         TypeError: `hparams` is not a record class, or `function` is not callable.
@@ -107,12 +107,12 @@ def stateless(
     if not isinstance(hparams, type) or hparams not in hyper.FIELDS:  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
         raise TypeError(f"hparams is {brief(hparams)}, not a class made by diffopt.rules.hparams")
     if not callable(function):
-        raise TypeError(f"function is {brief(function)}, which cannot be called")
+        raise TypeError(f"function is {brief(function)}, not a function")
     return FromFunction(hparams, function)
 
 
 class Stateless(Value, Transformation[tuple[()], H]):
-    """A transformation of gradients that has no state, leaf by leaf or of all leaves together."""
+    """A gradient transformation without a state, leaf by leaf or of all leaves together."""
 
     hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (no narrower type is ever assigned)
 
@@ -157,7 +157,7 @@ class FromFunction(Stateless[H]):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Wrapper(Value, Optimizer[S, Any]):
-    """An optimizer made from one, with the same state and hyperparameters if it says no other."""
+    """An optimizer made from another one, by default with the same state and hyperparameters."""
 
     optimizer: Optimizer[Any, Any]
 
@@ -183,13 +183,13 @@ class Leaves(NamedTuple):
         return _tree.unflatten(values, self.spec)
 
     def wide(self) -> tuple[Tree, Tree]:
-        """Params and grads with float32 in place of half precision, where there is a gradient."""
+        """Params and grads, with half precision converted to float32 where there is a gradient."""
         moved = [g is not None for g in self.grads]
         params = [wide(p) if m else p for p, m in zip(self.params, moved, strict=True)]
         return self.tree(params), self.tree(g if g is None else wide(g) for g in self.grads)
 
     def narrow(self, new: Tree, wide: Tree) -> Tree:
-        """New params in the dtypes that the old ones, of which `wide` were made, had."""
+        """The new params, converted back to the dtypes of the old ones, which `wide` came from."""
         rows = zip(_tree.leaves(new), _tree.leaves(wide), self.params, strict=True)
         return self.tree(old if n is w else n.to(old.dtype) for n, w, old in rows)
 
@@ -198,7 +198,7 @@ class Leaves(NamedTuple):
 
 
 def gather(params: Tree, grads: Tree, *, writable: bool = False, sparse: bool = False) -> Leaves:
-    """The leaves, or the error that `Optimizer.update` promises."""
+    """The leaves, checked as `Optimizer.update` documents."""
     tensors, spec = _tree.flatten(params)
     checks.params(tensors, params)
     gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
@@ -209,30 +209,30 @@ def gather(params: Tree, grads: Tree, *, writable: bool = False, sparse: bool = 
 
 
 def averages(buffers: list[Any], params: list[Tensor], tree: Tree, name: str) -> None:
-    """Buffers like params that can hold averages of what belongs to them."""
+    """Raise unless the buffers match the params and can hold averages of them or of gradients."""
     checks.buffers(buffers, params, tree, name)
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
         if _kind(buffer) < _kind(param):
             mine, theirs = (_tree.paths(tree, n)[i] for n in (name, "params"))
             raise ValueError(
-                f"{mine} has dtype {buffer.dtype}, but {theirs} has dtype {param.dtype}: make the "
-                "state by init()"
+                f"{mine} has dtype {buffer.dtype}, but {theirs} has dtype {param.dtype}: create "
+                "the state with init()"
             )
 
 
 def _kind(tensor: Tensor) -> int:
-    """0 for integers, 1 for real numbers, 2 for complex ones; torch.can_cast does not trace."""
+    """0 for integers, 1 for real numbers, 2 for complex ones; torch.can_cast cannot be traced."""
     return 2 if tensor.is_complex() else int(tensor.is_floating_point())
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of its arithmetic: at least float32."""
+    """The tensor in the precision it is computed in: at least float32."""
     dtype = WORKING_DTYPE.get(tensor.dtype)
     return tensor if dtype is None else tensor.to(dtype)
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as the pairs of reals that it is."""
+    """A complex tensor as pairs of reals; a real one as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -242,8 +242,8 @@ def spread(
     """The hyperparameters of a record for each leaf, checked."""
     if not isinstance(hparams, record):
         raise TypeError(
-            f"hparams is a {type(hparams).__name__}, not a {record.__name__}: "
-            "make it with hparams(...)"
+            f"hparams is a {type(hparams).__name__}, not a {record.__name__}: create it with "
+            "hparams(...)"
         )
     numbers = hyper.broadcast(hparams, spec, params)
     checks.numbers(numbers, tensors, params)
@@ -253,7 +253,7 @@ def spread(
 def records_at(
     record: type[H], numbers: list[hyper.Covered], places: list[tuple[int, torch.device]]
 ) -> list[H]:
-    """The record of each leaf, the same object where all hyperparameters are the same."""
+    """The record of each leaf; one object for all leaves if their hyperparameters are the same."""
     made: dict[Any, H] = {}
     keys = [(device, *(number.cover[i] for number in numbers)) for i, device in places]
     for key, (i, device) in zip(keys, places, strict=True):
@@ -264,14 +264,14 @@ def records_at(
 
 
 def near(value: Any, device: torch.device) -> Any:
-    """A hyperparameter where it can meet the tensors of a device; a 0-d one in float64."""
+    """A hyperparameter on a device; 0-d tensors in float64."""
     if not isinstance(value, Tensor) or value.dim() > 0:
         return value
     return exact(value if value.device.type == "cpu" else value.to(device))
 
 
 def select(condition: Tensor, new: Tree, old: Tree) -> Tree:
-    """The new tree where the condition, a 0-d tensor, holds, else the old one."""
+    """The new tree if the condition, a 0-d tensor, holds, else the old one."""
 
     def choose(new: Any, old: Any) -> Any:
         return old if new is old else torch.where(condition.to(old.device), new, old)
@@ -280,7 +280,7 @@ def select(condition: Tensor, new: Tree, old: Tree) -> Tree:
 
 
 def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:
-    """Overwrite tensors with what `overwriting` found for them."""
+    """Overwrite tensors with the values that `overwriting` returned for them."""
     for old, new in pairs:
         old.copy_(new)
 
@@ -288,7 +288,7 @@ def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:
 def check_optimizer(value: object, name: str) -> None:
     if isinstance(value, torch.optim.Optimizer):
         kind = type(value).__name__
-        raise TypeError(f"{name} is a torch.optim.{kind}: make it pure with diffopt.optim.to_pure")
+        raise TypeError(f"{name} is a torch.optim.{kind}: convert it with diffopt.optim.to_pure")
     if not isinstance(value, Optimizer):
         raise TypeError(f"{name} is {brief(value)}, not a diffopt optimizer such as adam()")
 
@@ -296,4 +296,4 @@ def check_optimizer(value: object, name: str) -> None:
 def check_state(state: object, expected: type) -> None:
     if not isinstance(state, expected):
         found = type(state).__name__
-        raise TypeError(f"state is a {found}, not a {expected.__name__}: make it with init(params)")
+        raise TypeError(f"state is a {found}, not a {expected.__name__}: create it with init()")

@@ -1,4 +1,4 @@
-"""Hyperparameters of compositions: one record for each part, and keywords that find their part."""
+"""Hyperparameters of compositions: one record per part, and keywords routed to their part."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from diffopt._rule import hyper
 from diffopt._value import brief
 
 Maker: TypeAlias = Callable[..., Any]
-"""What makes the record of a part: its `hparams`."""
+"""What creates the record of a part: its `hparams`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-    """Makes the records of several parts, from keywords or from one record for each."""
+    """Creates the records of several parts, from keywords or from one record for each."""
 
     parts: tuple[tuple[Hashable, Maker], ...]
 
@@ -25,7 +25,7 @@ class _Records:
         return dict(self.parts)
 
     def names(self) -> list[str]:
-        """The keywords that some part knows."""
+        """The keywords that any part accepts."""
         return [name for _, maker in self.parts for name in _names(maker)]
 
     def made(self, records: Mapping[Hashable, Any], numbers: dict[str, Any]) -> list[Any]:
@@ -35,8 +35,8 @@ class _Records:
         if numbers or records.keys() != self.makers.keys():
             raise TypeError(
                 "hparams() takes keywords, or one record for each of the parts "
-                f"{list(self.makers)}, but records for {list(records)} and the keywords "
-                f"{list(numbers)} were given"
+                f"{list(self.makers)}, but got records for {list(records)} and the keywords "
+                f"{list(numbers)}"
             )
         for key, maker in self.parts:
             if _is_record(maker) and not isinstance(records[key], cast(type, maker)):
@@ -45,7 +45,7 @@ class _Records:
         return [records[key] for key, _ in self.parts]
 
     def _routed(self, numbers: dict[str, Any]) -> list[Any]:
-        """Every keyword goes to the one part whose record has that field."""
+        """Pass every keyword to the one part whose record has that field."""
         fields = {key: _names(maker) for key, maker in self.parts}
         chosen: dict[Hashable, dict[str, Any]] = {key: {} for key in fields}
         for name, value in numbers.items():
@@ -57,14 +57,14 @@ class _Records:
 
 
 class InOrder(_Records):
-    """Makes a tuple of records: `hparams(lr=0.1)`, or `hparams(record, record)`."""
+    """Creates a tuple of records: `hparams(lr=0.1)`, or `hparams(record, record)`."""
 
     def __call__(self, *records: Any, **numbers: Any) -> tuple[Any, ...]:
         return tuple(self.made(dict(enumerate(records)), numbers))
 
 
 class ByLabel(_Records):
-    """Makes a dict of records: `hparams(lr=0.1)`, or `hparams({label: record})`."""
+    """Creates a dict of records: `hparams(lr=0.1)`, or `hparams({label: record})`."""
 
     def __call__(
         self, records: Mapping[Hashable, Any] | None = None, /, **numbers: Any
@@ -75,14 +75,14 @@ class ByLabel(_Records):
 
 
 def _names(maker: Maker) -> list[str]:
-    """The keywords a maker of records knows."""
+    """The keywords that a maker of records accepts."""
     if isinstance(maker, _Records):
         return maker.names()
     if _is_record(maker):
         return [field.name for field in hyper.FIELDS[cast(type, maker)]]
     try:
         return list(inspect.signature(maker).parameters)
-    except ValueError:  # of some built-in types, such as dict
+    except ValueError:  # some built-in types, such as dict, have no signature
         return []
 
 
@@ -96,6 +96,6 @@ def _unclear(name: str, owners: list[Hashable], fields: dict[Hashable, list[str]
         return f"no part has a hyperparameter {name!r}. The hyperparameters are, {known}"
     parts = " and ".join(repr(key) for key in owners)
     return (
-        f"the hyperparameter {name!r} belongs to the parts {parts}: give one record for each part, "
-        "each made by the part's own hparams(...)"
+        f"the hyperparameter {name!r} belongs to the parts {parts}: pass one record for each part, "
+        "each created by the part's own hparams(...)"
     )

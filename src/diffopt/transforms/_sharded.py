@@ -1,4 +1,4 @@
-"""DTensors beside plain tensors: what is plain is the same in every process of their mesh."""
+"""DTensors together with plain tensors, which are the same in every process of the mesh."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def mesh_of(tensor: Tensor) -> Any:
 
 
 def own(tensor: Any) -> Tensor:
-    """The part of a DTensor that is in this process; it carries no derivative."""
+    """The part of a DTensor that is in this process; not differentiable."""
     return tensor if mesh_of(tensor) is None else tensor.detach().to_local()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """What a DTensor is as a whole, the same plain tensor in every process."""
+    """The full value of a DTensor, the same plain tensor in every process."""
     return tensor if mesh_of(tensor) is None else _Whole.apply(tensor)
 
 
 def beside(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor on the device of another one, and as a DTensor where that is one."""
+    """A tensor on the device of another one, and as a DTensor if that is one."""
     tensor, mesh = tensor.to(other.device), mesh_of(other)
     if mesh is None or mesh_of(tensor) is not None:
         return tensor
@@ -32,7 +32,7 @@ def beside(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def total(tensor: Tensor, other: Any) -> Tensor:
-    """The sum of a tensor over all processes of the mesh of a DTensor; without a derivative."""
+    """The sum of a tensor over all processes of a DTensor's mesh; not differentiable."""
     from torch.distributed.tensor import Partial
 
     mesh = other.device_mesh

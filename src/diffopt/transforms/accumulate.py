@@ -42,18 +42,18 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
         s <- s + g
         p <- optimizer(p, s / k), s <- 0   at the calls k, 2k, 3k, ...
 
-    For a loss that is a mean over equal batches this is one step on the union of k of them. The
-    choice is made by `torch.where`: the step of the optimizer is computed at every call, except in
-    `update_`. With k = 1 this is the optimizer itself.
+    For a loss that is a mean over batches of equal size, this is one step on the union of k of
+    them. The choice is made by `torch.where`: the optimizer's step is computed at every call,
+    except in `update_`. With k = 1 this is the optimizer itself.
 
     Args:
         optimizer: any optimizer.
-        k: number of gradients, >= 1.
+        k: the number of gradients, >= 1.
 
     Returns:
         The optimizer, with the same hyperparameters. Its state has `step`, which counts calls, on
-        the CPU; `grad_sum`, in float32 where params have half precision; and `inner`. A tensor
-        without a gradient at a k-th call takes no step, and its sum waits for the next.
+        the CPU; `grad_sum`, in float32 for half-precision params; and `inner`. A tensor without a
+        gradient at a k-th call takes no step, and its sum is kept for the next.
 
     Raises:
         TypeError: `optimizer` is not an optimizer.
@@ -111,7 +111,7 @@ class Accumulate(Wrapper[AccumulateState]):
         with torch.no_grad():
             leaves, sums = self._gather(params, grads, state)
             calls = _modes.number_of(state.step)
-            if isinstance(calls, Tensor):  # no branch on it
+            if isinstance(calls, Tensor):  # cannot branch on it
                 return super().update_(params, grads, state, hparams)
             checks.writable({"params": leaves.params, "state.grad_sum": sums}, params, state.step)
             new_sums, due = _sums(leaves, sums), (calls + 1) % self.k == 0
@@ -126,7 +126,7 @@ class Accumulate(Wrapper[AccumulateState]):
             state.step.add_(1)
 
     def _means(self, leaves: Leaves, sums: list[Tensor | None]) -> list[Tensor | None]:
-        """The means of k gradients, in the dtypes of their arithmetic."""
+        """The means of k gradients, in the dtypes they are computed in."""
         pairs = zip(sums, leaves.grads, strict=True)
         return [
             None if s is None or g is None else (s / self.k).to(wide(g).dtype) for s, g in pairs
@@ -145,6 +145,6 @@ class Accumulate(Wrapper[AccumulateState]):
 
 
 def _sums(leaves: Leaves, sums: list[Tensor]) -> list[Tensor | None]:
-    """Sums with the new gradients; None where there is none."""
+    """The sums with the new gradients added; None where there is no gradient."""
     pairs = zip(sums, leaves.grads, strict=True)
     return [None if grad is None else wide(s) + wide(grad) for s, grad in pairs]

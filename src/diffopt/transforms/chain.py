@@ -15,26 +15,27 @@ from diffopt.transforms._records import InOrder
 
 
 def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
-    """Gradients pass through transformations, one after the other, and then update the params.
+    """Gradients pass through transformations, one after another, and then update the params.
 
     With g_0 = grad,
 
         g_i = transformation_i(g_{i-1}, p)
         p  <- optimizer(p, g_n)
 
-    Hyperparameters: a tuple of the parts' records. Keywords find their part,
-    `hparams(max_norm=1.0, lr=0.1)`; where several parts have a field of that name, give all
-    records, in order: `hparams(record, record)`.
+    Hyperparameters: a tuple of the parts' records. Keywords are routed to their part,
+    `hparams(max_norm=1.0, lr=0.1)`; if several parts have a field of that name, pass all records,
+    in order: `hparams(record, record)`.
 
     Args:
-        *parts: gradient transformations, such as `clip_by_global_norm()`, and last an optimizer.
+        *parts: gradient transformations, such as `clip_by_global_norm()`, followed by an optimizer.
 
     Returns:
-        The optimizer. Its state is the tuple of the parts' states. Half precision becomes float32
-        before the first part.
+        The optimizer. Its state is the tuple of the parts' states. Half precision is converted to
+        float32 before the first part.
 
     Raises:
-        TypeError: the last part is not an optimizer, or another one not a gradient transformation.
+        TypeError: the last part is not an optimizer, or another one is not a gradient
+            transformation.
 
     Example:
         >>> import torch, diffopt
@@ -49,7 +50,7 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
         {'w': tensor([-0.3000,  0.4000])}
     """
     if not parts:
-        raise TypeError("chain needs an optimizer")
+        raise TypeError("chain requires an optimizer")
     check_optimizer(parts[-1], "the last part of a chain")
     for i, part in enumerate(parts[:-1]):
         if not isinstance(part, Transformation):
@@ -100,8 +101,8 @@ class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
         for name, values in (("state", state), ("hparams", hparams)):
             if type(values) is not tuple or len(values) != len(self.parts):
                 raise TypeError(
-                    f"{name} must be a tuple of {len(self.parts)}, one for each part: make it with "
-                    + ("init(params)" if name == "state" else "hparams(...)")
+                    f"{name} must be a tuple of {len(self.parts)}, one for each part: create it "
+                    "with " + ("init(params)" if name == "state" else "hparams(...)")
                 )
         params, grads = leaves.wide()
         states: list[Any] = []

@@ -1,4 +1,4 @@
-"""Gradients made smaller: by their common norm, by each tensor's norm, or number by number."""
+"""Clipping gradients: by their global norm, by each tensor's norm, or element by element."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class ClipValue:
 
 
 def clip_by_global_norm() -> ClipByGlobalNorm:
-    """Scale all gradients down together, so that their common norm is at most `max_norm`.
+    """Scale all gradients down together, so that their global norm is at most `max_norm`.
 
-    With n the root of the sum of |g|^2 over every gradient of every tensor,
+    With n the square root of the sum of |g|^2 over every gradient of every tensor,
 
         g <- g * min(1, max_norm / (n + 1e-6))
 
@@ -42,12 +42,12 @@ def clip_by_global_norm() -> ClipByGlobalNorm:
     tensor or a prefix tree of the params (then each tensor has its own numerator).
 
     Returns:
-        The transformation. Missing gradients do not count, and norms are computed in float32 at
-        least; DTensors and plain tensors count alike. Where the minimum is 1, as for gradients of
-        zeros and for a norm that meets the bound, derivatives of any order are those of the
+        The transformation. Missing gradients are ignored, and norms are computed in at least
+        float32; DTensors and plain tensors count alike. Where the minimum is 1, as for zero
+        gradients and for a norm equal to the bound, derivatives of any order are those of the
         identity. One NaN makes all gradients NaN, and one infinite gradient makes itself NaN and
-        the others zeros, as in torch: `skip_nonfinite` leaves out such steps. For norms of several
-        groups of params see `masked`.
+        the others zero, as in torch: `skip_nonfinite` skips such steps. For norms of several groups
+        of params see `masked`.
 
     Example:
         >>> import torch, diffopt
@@ -85,16 +85,16 @@ class ClipByGlobalNorm(Stateless[MaxNorm]):
 def clip_by_norm() -> ClipByNorm:
     """Scale each tensor's gradient down, so that its norm is at most `max_norm`.
 
-    With n the root of the sum of |g|^2 over the tensor,
+    With n the square root of the sum of |g|^2 over the tensor,
 
         g <- g * min(1, max_norm / (n + 1e-6))
 
-    which is `torch.nn.utils.clip_grad_norm_` of one tensor at a time. Hyperparameters: `max_norm`
-    >= 0 (1.0), a number, a tensor or a prefix tree of the params.
+    which is `torch.nn.utils.clip_grad_norm_` applied to one tensor at a time. Hyperparameters:
+    `max_norm` >= 0 (1.0), a number, a tensor or a prefix tree of the params.
 
     Returns:
-        The transformation. Where the minimum is 1, as for a gradient of zeros, derivatives of any
-        order are those of the identity. One NaN in a gradient makes all of it NaN.
+        The transformation. Where the minimum is 1, as for a zero gradient, derivatives of any order
+        are those of the identity. One NaN in a gradient makes all of it NaN.
 
     Example:
         >>> import torch, diffopt
@@ -124,8 +124,9 @@ def clip_by_value() -> ClipByValue:
 
         g <- min(max(g, -clip_value), clip_value)
 
-    as in `torch.nn.utils.clip_grad_value_`; of a complex gradient, real and imaginary parts.
-    Hyperparameters: `clip_value` >= 0 (1.0), a number, a tensor or a prefix tree of the params.
+    as in `torch.nn.utils.clip_grad_value_`; for a complex gradient, real and imaginary parts
+    separately. Hyperparameters: `clip_value` >= 0 (1.0), a number, a tensor or a prefix tree of the
+    params.
 
     Returns:
         The transformation. Its derivative with respect to the gradient is 1 inside and on the
@@ -159,7 +160,7 @@ def _global_norm(grads: list[Tensor]) -> Tensor:
     device = grads[0].device
     if _modes.differentiated(grads):
         return ops.sqrt(sum(whole(_square(grad)).to(device) for grad in grads))
-    groups: dict[Any, list[Tensor]] = {}  # a kernel takes no DTensors of several meshes
+    groups: dict[Any, list[Tensor]] = {}  # a kernel does not accept DTensors of several meshes
     for grad in grads:
         groups.setdefault(mesh_of(grad), []).append(real(wide(grad)))
     norms = [norm for group in groups.values() for norm in _torch.foreach_norm(group)]
@@ -167,14 +168,14 @@ def _global_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _square(grad: Tensor) -> Tensor:
-    """The square of the norm, a 0-d tensor in float64."""
+    """The squared norm, a 0-d tensor in float64."""
     return exact(real(wide(grad)).square().sum())
 
 
 def _coefficient(norm: Tensor, record: MaxNorm, grad: Tensor) -> Tensor:
     """`min(1, max_norm / (norm + 1e-6))`, with the derivatives of 1 where that is the minimum.
 
-    NaN stays NaN, so that no gradient passes unclipped beside one that is.
+    NaN stays NaN, so that no gradient remains unclipped if another one is NaN.
     """
     bound = record.max_norm
     ratio = bound / (beside(norm, bound if isinstance(bound, Tensor) else grad) + 1e-6)
@@ -182,7 +183,7 @@ def _coefficient(norm: Tensor, record: MaxNorm, grad: Tensor) -> Tensor:
 
 
 def _between(grad: Tensor, bound: Any) -> Tensor:
-    """The gradient between two bounds, with the derivatives of the gradient where they are met."""
+    """The gradient clamped to [-bound, bound], with the identity's derivatives at the bounds."""
     pairs = real(grad)
     if not isinstance(bound, Tensor):
         new = pairs.clamp(-bound, bound)
@@ -190,6 +191,6 @@ def _between(grad: Tensor, bound: Any) -> Tensor:
         if grad.is_complex() and bound.dim() > 0:
             bound = bound.unsqueeze(-1)
         bound = beside(bound, grad)
-        outside = torch.minimum(torch.maximum(pairs, -bound), bound)  # of NaN both make NaN
+        outside = torch.minimum(torch.maximum(pairs, -bound), bound)  # both keep NaN
         new = torch.where(pairs.abs() <= bound, pairs, outside).to(pairs.dtype)
     return torch.view_as_complex(new) if grad.is_complex() else new

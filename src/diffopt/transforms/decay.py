@@ -1,4 +1,4 @@
-"""Weight decay as a transformation of gradients."""
+"""Weight decay as a gradient transformation."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def add_decayed_weights() -> AddDecayedWeights:
     Hyperparameters: `weight_decay` >= 0 (1e-2), a number, a tensor or a prefix tree of the params.
 
     Returns:
-        The transformation. With `sgd` this is what its own `weight_decay` does; `masked` by
-        `diffopt.nn.decay_mask(module)` it leaves biases and norms alone. Most optimizers have
-        a hyperparameter of that name too: give their records one by one.
+        The transformation. With `sgd` this is the same as its own `weight_decay`; `masked` by
+        `diffopt.nn.decay_mask(module)` it does not affect biases and norms. Most optimizers have a
+        hyperparameter of the same name: then pass one record for each part.
 
     Example:
         >>> import torch, diffopt

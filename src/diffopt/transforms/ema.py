@@ -1,4 +1,4 @@
-"""ema(): an exponential moving average of the params beside their steps."""
+"""ema(): an exponential moving average of the params, kept along with an optimizer."""
 
 from __future__ import annotations
 
@@ -49,27 +49,27 @@ class EMAHParams:
 def ema(
     optimizer: Optimizer[Any, Any], *, bias_correction: bool = False
 ) -> Optimizer[EMAState, tuple[EMAHParams, Any]]:
-    """Keep an average of the params in `state.average`; the params step as without it.
+    """Keep an average of the params in `state.average`; the steps themselves are not affected.
 
     With a_1 = p_1, the params after the first step, and p_t those after step t,
 
         a_t = d_t * a_{t-1} + (1 - d_t) * p_t,   d_t = decay
 
-    With `bias_correction`, 1 - d_t = (1 - decay) / (1 - decay^t): a_t is the average with
-    weights decay^(t-i), divided by their sum, which soon forgets p_1.
+    With `bias_correction`, 1 - d_t = (1 - decay) / (1 - decay^t): a_t is the average with weights
+    decay^(t-i), divided by their sum, which forgets p_1 sooner.
 
-    Read it as `state.average`: a tree like params (in float32 where they have half precision),
-    bias-corrected already if it was asked for.
+    Read it as `state.average`: a tree like params (in float32 for half-precision params), already
+    bias-corrected with `bias_correction`.
 
     Hyperparameters: the records of this and of the optimizer, in a tuple. `decay` in [0, 1)
     (0.999), a number, a tensor or a prefix tree of the params.
 
     Args:
         optimizer: any optimizer.
-        bias_correction: weigh as an average that began at zero, corrected for that.
+        bias_correction: weight as an average that started at zero and is corrected for that.
 
     Returns:
-        The optimizer. A tensor without a gradient leaves its average alone.
+        The optimizer. The average of a tensor without a gradient does not change.
 
     Raises:
         TypeError: `optimizer` is not an optimizer, or the flag is not a bool.
@@ -169,7 +169,7 @@ class EMA(Wrapper[EMAState]):
         old = _tree.leaves_like(state.average, leaves.spec, params, names)
         averages(old, leaves.params, params, names[0])
         if type(hparams) is not tuple or len(hparams) != 2:  # pyright: ignore[reportUnnecessaryComparison]
-            raise TypeError("hparams must be a tuple of 2 records, made with hparams(...)")
+            raise TypeError("hparams must be a tuple of 2 records, created with hparams(...)")
         numbers = spread(EMAHParams, hparams[0], leaves.params, leaves.spec, params)
         return _Work(leaves, old, numbers)
 

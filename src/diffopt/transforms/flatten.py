@@ -21,29 +21,29 @@ _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
-    """Put all tensors into one vector, so that a step costs one tensor's operations in all.
+    """Concatenate all tensors into one vector, so that a step runs each operation only once.
 
-    An eager step spends most of its time on calls when tensors are small, and more so under
-    `torch.vmap` and with derivatives. There is one vector for each device and real dtype: half
-    precision joins float32, and complex tensors join as pairs of reals. Values are those of the
-    optimizer without it.
+    With small tensors an eager step spends most of its time on calls, even more so under
+    `torch.vmap` and with derivatives. There is one vector for each device and real dtype;
+    half-precision tensors go into the float32 vector, and complex ones in as pairs of reals. Values
+    are the same as without it.
 
-    Hyperparameters are those of the optimizer: prefix trees of the params as ever. One that differs
-    between tensors becomes a vector, whose arithmetic is in the dtype of the params.
+    Hyperparameters are those of the optimizer, still prefix trees of the params. One that differs
+    between tensors becomes a vector, and is computed with in the dtype of the params.
 
     Args:
-        optimizer: an elementwise optimizer, such as `adam()`, or a composition of such and of what
-            does not depend on shapes, such as `clip_by_global_norm`. One that looks at shapes, as
-            Muon does, cannot be flattened; `partition`, which goes by names, can hold flattened
-            parts.
+        optimizer: an elementwise optimizer, such as `adam()`, or a composition of such with
+            transformations that do not depend on shapes, such as `clip_by_global_norm`. An
+            optimizer that depends on shapes, like Muon, cannot be flattened; `partition`, which
+            goes by names, can have flattened parts.
 
     Returns:
-        The optimizer. Its state is that of the optimizer, with lists of vectors in place of
-        trees like params. A tensor without a gradient keeps its part of them as it was.
+        The optimizer. Its state is that of the optimizer, with lists of vectors in place of trees
+        like params. The parts of a tensor without a gradient do not change.
 
     Raises:
         TypeError: `optimizer` is not an optimizer.
-        ValueError: its rule computes with each tensor as a whole, as Muon's does.
+        ValueError: its rule mixes the elements of a tensor, as Muon's does.
 
     Example:
         >>> import torch, diffopt
@@ -58,7 +58,7 @@ def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     """
     if isinstance(optimizer, Leafwise) and not optimizer.batchable:
         raise ValueError(
-            "optimizer computes with each tensor as a whole: flatten would change that"
+            "optimizer mixes the elements of each tensor: flatten would mix those of all tensors"
         )
     return Flatten(optimizer)
 
@@ -108,7 +108,7 @@ class _Layout(NamedTuple):
         return cls(groups, some, [real(param).numel() for param in leaves.params])
 
     def part(self, tree: Any) -> Any:
-        """The same tree with vectors of the leaves that have a gradient."""
+        """The tree with its vectors restricted to the leaves that have a gradient."""
 
         def cut(vector: Tensor, group: list[int], some: list[int]) -> Tensor:
             pieces = self._pieces(vector, group)
@@ -117,7 +117,7 @@ class _Layout(NamedTuple):
         return tree if self.groups == self.some else self._map_vectors(cut, tree)
 
     def whole(self, new: Any, old: Any) -> Any:
-        """The same tree with vectors of all leaves: the old values where there is no gradient."""
+        """The tree with vectors of all leaves: the old values where there is no gradient."""
 
         def merge(old: Tensor, new: Tensor, group: list[int], some: list[int]) -> Tensor:
             return torch.cat([*(self._pieces(old, group) | self._pieces(new, some)).values()])
@@ -129,7 +129,7 @@ class _Layout(NamedTuple):
         return dict(zip(group, pieces, strict=True))
 
     def _map_vectors(self, function: Callable[..., Tensor], *trees: Any) -> Any:
-        """Apply to each list of whole vectors in the first tree; keep the last one's rest."""
+        """Apply to each list of whole vectors in the first tree; keep the rest of the last tree."""
         shapes = [(sum(self.sizes[i] for i in group),) for group in self.groups]
 
         def is_column(node: Any) -> bool:
@@ -147,7 +147,7 @@ class _Layout(NamedTuple):
 
 
 def _arguments(leaves: Leaves, layout: _Layout, state: Any, params: Tree, hparams: Any) -> Any:
-    """Those of the optimizer's update, on vectors."""
+    """The arguments of the optimizer's update, as vectors."""
 
     def flat(record: Any) -> Any:
         if type(record) not in hyper.FIELDS:
@@ -164,7 +164,7 @@ def _arguments(leaves: Leaves, layout: _Layout, state: Any, params: Tree, hparam
 
 
 def _flat_number(number: hyper.Covered, params: list[Tensor], groups: list[list[int]]) -> Any:
-    """A hyperparameter for the vectors: as it is, or as vectors where leaves differ in it."""
+    """A hyperparameter for the vectors: unchanged, or as vectors if it differs between leaves."""
     used = {number.cover[i] for group in groups for i in group}
     values = [number.values[k] for k in used] if number.per_parameter else number.values
     if not number.per_parameter or (len(values) == 1 and running.is_scalar(values[0])):
@@ -173,7 +173,7 @@ def _flat_number(number: hyper.Covered, params: list[Tensor], groups: list[list[
 
 
 def _expanded(value: Any, param: Tensor) -> Tensor:
-    """One number for each real number of a tensor."""
+    """One value for each real number of a tensor."""
     pairs = real(param)
     tensor = torch.as_tensor(value, dtype=_working(param), device=param.device)
     if param.is_complex() and tensor.dim() > 0:
@@ -182,7 +182,7 @@ def _expanded(value: Any, param: Tensor) -> Tensor:
 
 
 def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Leaves by dtype and device; integers, which no gradient moves, are in no vector."""
+    """Leaves by dtype and device; integers, which have no gradient, are left out."""
     groups: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
         if tensor.is_floating_point() or tensor.is_complex():
@@ -195,10 +195,10 @@ def _ravel(tensors: Sequence[Tensor], group: list[int]) -> Tensor:
 
 
 def _unravel(vectors: list[Tensor], leaves: Leaves, layout: _Layout) -> list[Tensor]:
-    """The params; those without a gradient as they were."""
+    """The params; those without a gradient are unchanged."""
     params = list(leaves.params)
     for vector, group in zip(vectors, layout.some, strict=True):
-        # Copies, and not views of one vector: no two params may share memory.
+        # Copies instead of views of one vector: no two params may share memory.
         pieces: Any = torch.split_with_sizes_copy(vector, [layout.sizes[i] for i in group])
         for i, piece in zip(group, pieces, strict=True):
             old = params[i]
@@ -208,6 +208,6 @@ def _unravel(vectors: list[Tensor], leaves: Leaves, layout: _Layout) -> list[Ten
 
 
 def _working(tensor: Tensor) -> torch.dtype:
-    """The dtype of its real numbers in arithmetic."""
+    """The real dtype it is computed in."""
     dtype = WORKING_DTYPE.get(tensor.dtype, tensor.dtype)
     return _REAL.get(dtype, dtype)

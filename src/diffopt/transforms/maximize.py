@@ -1,4 +1,4 @@
-"""maximize(): ascent by any optimizer."""
+"""maximize(): ascent with any optimizer."""
 
 from __future__ import annotations
 

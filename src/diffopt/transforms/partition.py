@@ -1,4 +1,4 @@
-"""partition(), masked() and freeze(): parts of the params, each updated in its own way."""
+"""partition(), masked() and freeze(): different updates for different parts of the params."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def partition(
     """Update every tensor with the optimizer that its label names.
 
     Hyperparameters: a dict with the record of each label's optimizer. Keywords go to the one
-    optimizer that knows them; what several know is given by records: `hparams({"body": record,
-    "head": record})`. Fields are Python numbers, tensors or prefix trees of *all* params.
+    optimizer that accepts them; if several do, pass records: `hparams({"body": record, "head":
+    record})`. Fields are Python numbers, tensors or prefix trees of *all* params.
 
     Args:
         optimizers: an optimizer for each label.
-        labels: a prefix tree of the params whose leaves are labels, or a function that makes one of
-            params. It may look at shapes and dtypes, never at values.
+        labels: a prefix tree of the params whose leaves are labels, or a function from params to
+            such a tree. It may depend on shapes and dtypes, never on values.
 
     Returns:
-        The optimizer. Its state is a dict with each label's: trees like params with `[]` where
-        a tensor has another label.
+        The optimizer. Its state is a dict with the state for each label: trees like params with
+        `[]` where a tensor has another label.
 
     Raises:
         TypeError: `optimizers` is not a dict, or one of its values is not an optimizer.
-        ValueError: (from `init` and `update`) `labels` is not a prefix of params, or a label is not
-            a key of `optimizers`.
+        ValueError: (from `init` and `update`) `labels` is not a prefix tree of params, or a label
+            is not a key of `optimizers`.
 
     Example:
         >>> import torch, diffopt
@@ -98,7 +98,7 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
         state: dict[Hashable, Any],
         hparams: dict[Hashable, Any],
     ) -> tuple[Tree, dict[Hashable, Any]]:
-        leaves = gather(params, grads, sparse=True)  # where its optimizer takes it
+        leaves = gather(params, grads, sparse=True)  # if its optimizer accepts that
         new_params, new_state = list(leaves.params), dict(state)
         for label, (chosen, arguments) in self._parts(leaves, params, state, hparams).items():
             new, new_state[label] = self.optimizers[label].update(*arguments)
@@ -127,7 +127,7 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
         state: dict[Hashable, Any],
         hparams: dict[Hashable, Any],
     ) -> dict[Hashable, tuple[list[bool], tuple[Any, ...]]]:
-        """For each label, the leaves it has, and the arguments of its update."""
+        """For each label, its leaves and the arguments of its update."""
         for name, values in (("state", state), ("hparams", hparams)):
             if not isinstance(values, dict) or values.keys() != self.optimizers.keys():  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"{name} must be a dict with the keys {list(self.optimizers)}")
@@ -154,10 +154,10 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
 
 
 def _update_all_(calls: list[tuple[Hashable, Optimizer[Any, Any], tuple[Any, ...]]]) -> None:
-    """`update_` of each; nothing is changed where one raises.
+    """`update_` of each; nothing is changed if one raises.
 
-    The first may raise, since nothing has been written then. Of the rest, leafwise optimizers look
-    at their arguments beforehand, and others compute their results.
+    The first may raise, since nothing has been written then. Of the others, leafwise optimizers
+    check their arguments first, and the rest first compute their results.
     """
     ordered = sorted(calls, key=lambda call: isinstance(call[1], Leafwise))
     pairs: list[tuple[Tensor, Any]] = []
@@ -185,22 +185,22 @@ def masked(
 def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
     """Restrict a transformation or an optimizer to some of the params.
 
-    Where the mask is False, a transformation passes the gradients as they are, and an optimizer
-    leaves the params as they are. A norm over all gradients is one over those that remain.
+    Where the mask is False, a transformation returns the gradients unchanged, and an optimizer the
+    params. A global norm is over the remaining gradients only.
 
     Args:
         part: a gradient transformation, or an optimizer.
-        mask: a prefix tree of the params whose leaves are bools, or a function that makes one of
-            params. `diffopt.nn.decay_mask` makes one of a module.
+        mask: a prefix tree of the params whose leaves are bools, or a function from params to such
+            a tree. `diffopt.nn.decay_mask` returns one for a module.
 
     Returns:
         A part of the same kind, with the same hyperparameters. Its state holds `[]` where the mask
         is False.
 
     Raises:
-        TypeError: `part` is neither.
-        ValueError: (from `init` and `update`) `mask` is not a prefix of params, or a leaf of it is
-            not a bool.
+        TypeError: `part` is neither of these.
+        ValueError: (from `init` and `update`) `mask` is not a prefix tree of params, or a leaf of
+            it is not a bool.
 
     Example:
         >>> import torch, diffopt
@@ -220,21 +220,21 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
 
 
 def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]:
-    """Leave some of the params as they are: `masked` by the opposite.
+    """Keep some of the params unchanged: `masked` by the negated mask.
 
     Args:
         optimizer: any optimizer; it does not see what is frozen and keeps no state for it.
-        frozen: a prefix tree of the params, or a function that makes one of params: True where they
-            stay as they are, whatever their gradients.
+        frozen: a prefix tree of the params, or a function from params to such a tree: True for
+            those that stay unchanged, whatever their gradients.
 
     Returns:
-        The optimizer, with the same hyperparameters. Frozen params come back as the very same
+        The optimizer, with the same hyperparameters. Frozen params are returned as the very same
         tensors.
 
     Raises:
         TypeError: `optimizer` is not an optimizer.
-        ValueError: (from `init` and `update`) `frozen` is not a prefix of params, or a leaf of it
-            is not a bool.
+        ValueError: (from `init` and `update`) `frozen` is not a prefix tree of params, or a leaf of
+            it is not a bool.
 
     Example:
         >>> import torch, diffopt
@@ -249,7 +249,7 @@ def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) ->
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaskedOptimizer(Wrapper[Any]):
-    """What `masked` makes of an optimizer, and `freeze`, whose argument is the opposite."""
+    """What `masked` returns for an optimizer, and `freeze`, whose argument is the negated mask."""
 
     mask: Tree | Callable[[Tree], Tree]
     name: str = "mask"
@@ -285,7 +285,7 @@ class MaskedOptimizer(Wrapper[Any]):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaskedTransformation(Value, Transformation[Any, Any]):
-    """What `masked` makes of a gradient transformation."""
+    """What `masked` returns for a gradient transformation."""
 
     transformation: Transformation[Any, Any]
     mask: Tree | Callable[[Tree], Tree]
@@ -315,7 +315,7 @@ class MaskedTransformation(Value, Transformation[Any, Any]):
 def _spread(
     prefix: Tree | Callable[[Tree], Tree], params: Tree, spec: _tree.Spec, name: str
 ) -> list[Any]:
-    """For each leaf of params what a prefix tree has for it."""
+    """For each leaf of params, the leaf of a prefix tree that covers it."""
     tree = prefix(params) if callable(prefix) else prefix
     values, cover = _tree.broadcast_prefix(tree, spec, params, (name, "params"))
     return [values[i] for i in cover]
@@ -335,13 +335,13 @@ def _flags(
 def _pruned(leaves: Sequence[Any], spec: _tree.Spec, chosen: list[bool]) -> Tree:
     """The tree with `[]`, which has no leaves, in place of those that are not chosen.
 
-    So a prefix tree of all params is one of the pruned ones too.
+    So a prefix tree of all params is also one of the pruned tree.
     """
     return _tree.unflatten((x if c else [] for x, c in zip(leaves, chosen, strict=True)), spec)
 
 
 def _put(leaves: list[Any], pruned: Tree, chosen: list[bool], like: Tree) -> None:
-    """Replace the chosen leaves by those of a pruned tree."""
+    """Replace the chosen leaves with those of a pruned tree."""
     spec = _tree.flatten(like)[1]
     new = _tree.leaves_like(pruned, spec, like, ("the new tree", "the old one"))
     positions = [i for i, c in enumerate(chosen) if c]

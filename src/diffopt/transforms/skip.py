@@ -1,4 +1,4 @@
-"""skip_nonfinite(): steps with infinite gradients, or with NaN, do not happen."""
+"""skip_nonfinite(): skip steps whose gradients have infinite or NaN entries."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from diffopt.transforms._sharded import mesh_of, own, total
 
 
 def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
-    """A step whose gradients are not all finite leaves params and state as they were.
+    """Skip steps whose gradients are not all finite: params and state stay unchanged.
 
         p, s <- optimizer(p, g, s)   if every g of every tensor is finite, else p, s
 
-    The choice is made by `torch.where`, model by model under `torch.vmap`. A skipped step counts
-    nowhere: the state's `step` says how many there were. Its derivative is the identity with
-    respect to params and state, and zero with respect to gradients and hyperparameters.
+    The choice is made by `torch.where`, for each model under `torch.vmap`. Skipped steps are not
+    counted in the state's `step`. The derivative of one is the identity with respect to params and
+    state, and zero with respect to gradients and hyperparameters.
 
     Args:
         optimizer: any optimizer.
 
     Returns:
         The optimizer, with the same state and hyperparameters. Processes that share DTensors skip
-        together, whichever of them sees the gradient that is not finite. Under plain autograd,
-        derivatives through a skipped step do not touch the graph of its gradients, which is full of
+        together, even if only one of them has the nonfinite gradient. Under plain autograd,
+        derivatives through a skipped step do not enter the graph of its gradients, which is full of
         NaN: the result is that of a loop without the step. Under torch.func transforms zeros pass
-        through that graph, and a loss can turn them into NaN. `update_` waits for the device, to
-        know whether there is anything to do.
+        through that graph, and a loss can turn them into NaN. `update_` synchronizes with the
+        device to decide whether to step.
 
     Raises:
         TypeError: `optimizer` is not an optimizer.
@@ -79,9 +79,9 @@ class SkipNonfinite(Wrapper[Any]):
 
 
 def _all_finite(leaves: Leaves) -> Tensor:
-    """Whether least and greatest number of every gradient are finite, in one pass over memory.
+    """Whether the minimum and maximum of every gradient are finite, in one pass over memory.
 
-    Of a DTensor each process looks at its own part, which may be empty; then all agree.
+    Each process checks its own part of a DTensor, which may be empty; then all agree.
     """
     grads = [grad.detach() for grad in leaves.gradients()]
     parts = [real(own(grad)) for grad in grads]
@@ -90,13 +90,13 @@ def _all_finite(leaves: Leaves) -> Tensor:
     finite = torch.stack(ends).isfinite().all() if ends else torch.tensor(True, device=device)
     meshes = {mesh_of(grad): grad for grad in grads if mesh_of(grad) is not None}
     for grad in meshes.values():
-        wrong = (~finite).to(torch.float32)  # gloo adds no bools
+        wrong = (~finite).to(torch.float32)  # gloo cannot sum bools
         finite = total(wrong, grad) == 0
     return finite
 
 
 def _finite_only(finite: Tensor, grads: list[Tensor]) -> list[Tensor]:
-    """The gradients, or zeros in their place."""
+    """The gradients, or zeros if they are not finite."""
     if _modes.transformed() or _modes.forward_differentiated() or _modes.intercepted():
         return _chosen(finite, grads)
     return list(_Chosen.apply(finite, *grads)) if grads else []
@@ -107,7 +107,7 @@ def _chosen(finite: Tensor, grads: list[Tensor]) -> list[Tensor]:
 
 
 class _Chosen(torch.autograd.Function):
-    """`_chosen`, whose backward ends where a step was skipped: zeros would meet NaN beyond."""
+    """`_chosen`, whose backward ends at a skipped step: further back, zeros would meet NaN."""
 
     @staticmethod
     def forward(ctx: Any, finite: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
