@@ -1,4 +1,4 @@
-"""Looking at what happened in a loop, and at why a meta-gradient is what it is."""
+"""Tools to see what happened in a loop, and why a meta-gradient is missing, zero or not finite."""
 
 from diffopt.inspect._explain import Explanation as Explanation, Row as Row, explain as explain
 from diffopt.inspect._graph import Graph as Graph, Node as Node, graph as graph

@@ -1,4 +1,4 @@
-"""explain(): which inputs got no, zero or non-finite meta-gradients, and why."""
+"""explain(): which inputs have missing, zero or non-finite meta-gradients, and why."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from diffopt.inspect._trace import Event, Trace
 
 
 class Row(NamedTuple):
-    """What became of one input.
+    """The diagnosis of one input.
 
     Attributes:
         name: the input's path.
-        status: "ok", "None", "zero" (every entry exactly) or "non-finite" (any entry).
-        norm: 2-norm of the gradient, NaN without one.
-        entries: the number of the gradient's entries, 0 without one.
+        status: "ok", "None", "zero" (every entry exactly zero) or "non-finite" (any entry).
+        norm: the 2-norm of the gradient, NaN if there is none.
+        entries: the number of entries of the gradient, 0 if there is none.
         zeros: how many of them are exactly zero.
         nonfinite: how many of them are not finite.
-        step: the step at which it first happened, where that is known.
-        reason: why, as far as it can be found out; empty where all is well.
+        step: the step at which it first happened, if known.
+        reason: why, as far as can be determined; empty if the gradient is ok.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """What became of every input: a table when printed, `rows` as data.
+    """The diagnosis of every input: a table when printed, `rows` as data.
 
     Attributes:
         rows: one for each input.
@@ -72,7 +72,7 @@ class Explanation:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"no input is called {name!r}: there are {[row.name for row in self.rows]}")
+        raise KeyError(f"no input is called {name!r}, only {[row.name for row in self.rows]}")
 
     def __repr__(self) -> str:
         table = [
@@ -90,22 +90,23 @@ class Explanation:
 def explain(
     meta_grads: Tree, inputs: Tree, *, outer: Tensor | None = None, trace: Trace | None = None
 ) -> Explanation:
-    """Say which inputs have a meta-gradient of None, of zeros, or one that is not finite, and why.
+    """Say which inputs have missing (None), zero or non-finite meta-gradients, and why.
 
     Args:
-        meta_grads: a tree like `inputs`, or the tuple `torch.autograd.grad(outer, leaves)` returns;
-            give that `allow_unused=True`, or it raises where an input has none.
-        inputs: a pytree of what the derivative is with respect to, such as
-            `{"lr": lr, "params": params}`.
-        outer: what was differentiated. With it the graph is searched for every input.
-        trace: what the loop was run with. With it the step is told at which things went wrong.
+        meta_grads: a tree like `inputs`, or the tuple that `torch.autograd.grad(outer, leaves)`
+            returns; pass that `allow_unused=True`, or it raises if an input has none.
+        inputs: a pytree of the tensors the derivative is with respect to, such as `{"lr": lr,
+            "params": params}`.
+        outer: the tensor that was differentiated. If given, its graph is searched for every input.
+        trace: the `Trace` that the loop was run with. If given, the step at which things went wrong
+            is reported.
 
     Returns:
-        An `Explanation`: print it, or look into its `rows`.
+        An `Explanation`: print it, or use its `rows`.
 
     Raises:
-        ValueError: `meta_grads` does not match `inputs`, be it in structure or in a shape.
-        TypeError: `outer` is not a tensor or `trace` not a `Trace`.
+        ValueError: `meta_grads` does not match `inputs` in structure or shapes.
+        TypeError: `outer` is not a tensor, or `trace` is not a `Trace`.
 
     Example:
         >>> import torch, diffopt
@@ -122,7 +123,7 @@ def explain(
         decay  None                               it does not require a gradient: ...
     """
     if trace is not None and not isinstance(trace, Trace):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"trace is {trace!r}, not a Trace: give what the loop was run with")
+        raise TypeError(f"trace is {trace!r}, not a Trace: pass the one that the loop was run with")
     if outer is not None and not isinstance(outer, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"outer is {_tree.describe(outer)}, not the tensor that is differentiated")
     names = named(inputs)
@@ -175,14 +176,15 @@ def _row(name: str, grad: Tensor | None, search: _Search) -> Row:
 
 _CUT = "cut by detach, .data, .item(), float(), torch.tensor() or no_grad"
 _UNUSED = (
-    "no step uses it, but by detach, .item() or no_grad or in what has no derivative, as argmax"
+    "no step uses it, except through detach, .item(), no_grad or an operation without a derivative "
+    "such as argmax"
 )
 _DROP_NOTHING = Unrolled, Checkpointed, Reversible, ForwardMode, Evolution, Implicit
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Where to look for reasons; each answer is `(step, reason)`."""
+    """Searches for reasons; each answer is `(step, reason)`."""
 
     name: str
     leaf: Any
@@ -194,11 +196,14 @@ class _Search:
     def none(self) -> tuple[int | None, str]:
         leaf = self.leaf
         if not isinstance(leaf, Tensor):
-            return None, f"it is {_tree.describe(leaf)}: give a tensor"
+            return None, f"it is {_tree.describe(leaf)}: pass a tensor"
         if not functions.has_derivative(leaf):
-            return None, f"it is of {leaf.dtype}: only floating-point and complex tensors have one"
+            return (
+                None,
+                f"it is of {leaf.dtype}: only floating-point and complex tensors have a gradient",
+            )
         if not leaf.requires_grad:
-            return None, "it does not require a gradient: requires_grad_() before it is used"
+            return None, "it does not require a gradient: call requires_grad_() before it is used"
         if self.outer is not None and not self.outer.requires_grad:
             causes = ["it uses nothing that requires a gradient", _CUT, *self._dropped()]
             if self.trace is None:
@@ -206,32 +211,32 @@ class _Search:
             return None, f"outer has no graph: {', or '.join(causes)}"
         if not self._nodes:
             return self._unreached(leaf)
-        asked = "was backward() called, and with it as input?"
+        asked = "was backward() called, with it among the inputs?"
         if not leaf.is_leaf:
-            asked = ".grad stays None as it is not a leaf: autograd.grad() or retain_grad()"
+            asked = "its .grad is None as it is not a leaf: use autograd.grad() or retain_grad()"
         if self._acts_within():
-            return None, f"the loop gave it none: {_UNUSED}; else {asked}"
+            return None, f"the loop returned none for it: {_UNUSED}; otherwise: {asked}"
         reason = f"it is in the graph of outer: {asked}"
         if any(node.kind == "outer" for node in self._nodes):
-            reason += " Or a function with its own backward, as a Checkpointed loop, gave it none"
+            reason += " Or a function with its own backward, as a Checkpointed loop, returned none"
         return None, reason
 
     def zero(self) -> tuple[int | None, str]:
         if self.picture is not None and not self._nodes:
             return self._unreached(self.leaf)
-        for event in reversed(self._events("zero")):  # the adjoint first
+        for event in reversed(self._events("zero")):  # adjoints first
             if self.trace is None or any(node.kind != "step" for node in self._nodes):
                 break  # it also acts elsewhere
             steps = self._steps() or range(len(self.trace.norms.losses))  # or all
             before = max(steps, default=-1) < event.step
             if before if event.quantity == "adjoint" else min(steps, default=0) >= event.step:
                 return event.step, str(event)
-        causes = ["a derivative on the way is exactly zero, as that of sign or of a dead relu"]
+        causes = ["a derivative on the way is exactly zero, such as that of sign or a dead relu"]
         if self._acts_within():
             causes.append(_UNUSED)
         if isinstance(self._adjoint, Implicit):
             causes.insert(
-                0, "a rate or a start, on which the minimum, by Implicit, does not depend"
+                0, "a learning rate or initial value, on which Implicit's minimum does not depend"
             )
         return None, ", or ".join([*causes, *self._dropped()])
 
@@ -241,17 +246,17 @@ class _Search:
             if event.quantity != "adjoint" or steps is None or min(steps) < event.step:
                 return event.step, str(event)
         if self.trace is None:
-            return None, "run the loop with a Trace and give trace= to see the step"
+            return None, "run the loop with a Trace and pass trace= to see the step"
         return None, "losses and adjoints are finite: it happens between it and the steps it feeds"
 
     def _unreached(self, leaf: Tensor) -> tuple[int | None, str]:
         step, reason = None, "no path from outer"
         if self.picture is None:
-            reason += ", it seems (give outer= to see)"
+            reason += ", it seems (pass outer= to check)"
         else:
             for other in self.picture.leaves:
                 if other is not leaf and other.data_ptr() == leaf.data_ptr() != 0:
-                    return None, "another tensor with its memory is in the graph: it was detached"
+                    return None, "a tensor with the same memory is in the graph: it was detached"
             step = min((step.first for step in self.picture.steps), default=0) or None
         if step is not None:
             reason += f", whose graph begins at step {step}"
@@ -259,9 +264,9 @@ class _Search:
         return step, f"{reason}: {', or '.join(causes)}"
 
     def _dropped(self) -> list[str]:
-        """What the adjoint may have to do with it."""
+        """How the adjoint may have caused it."""
         if isinstance(self._adjoint, FirstOrder):
-            return ["acts through the loss alone, which FirstOrder drops"]
+            return ["acts only through the loss, which FirstOrder drops"]
         if self._adjoint is None or isinstance(self._adjoint, _DROP_NOTHING):
             return []
         return [f"dropped by {type(self._adjoint).__name__}"]
@@ -272,7 +277,7 @@ class _Search:
 
     @property
     def _nodes(self) -> list[Node]:
-        """The steps and the outer loss that it feeds, itself or by other inputs."""
+        """The steps and the outer loss that it feeds, directly or through other inputs."""
         names, nodes = [self.name], list[Node]()
         for name in names:
             fed = [] if self.picture is None else self.picture.feeds(name)
@@ -281,14 +286,14 @@ class _Search:
         return nodes
 
     def _acts_within(self) -> bool:
-        """Whether it feeds a loop of which autograd's graph does not show the steps."""
+        """Whether it feeds a loop whose steps autograd's graph does not show."""
         return any(node.whole for node in self._nodes)
 
     def _events(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.kind == kind]
 
     def _steps(self) -> list[int] | None:
-        """The steps it feeds, where they can be told apart."""
+        """The steps it feeds, if they can be distinguished."""
         steps = [x.first for x in self._nodes if x.kind == "step" and not x.whole]
         return steps if steps and len(steps) == len(self._nodes) else None
 

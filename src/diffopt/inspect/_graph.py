@@ -1,4 +1,4 @@
-"""graph(): autograd's graph from the outer loss to named inputs, collapsed by step."""
+"""graph(): autograd's graph from the outer loss to named inputs, with a node per step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Node(NamedTuple):
     """A box of the picture.
 
     Attributes:
-        kind: what it stands for.
-        name: what is written on it.
-        loop: the number of a step's loop, in the order in which loops were run.
+        kind: what it represents.
+        name: its label.
+        loop: the index of a step's loop, in the order in which loops were run.
         first: a step's number; the first of several steps in one box.
         last: the last of them.
-        whole: whether it is a loop whose steps are not told apart.
+        whole: whether it is a loop whose steps cannot be distinguished.
     """
 
     kind: Literal["outer", "step", "input"]
@@ -44,13 +44,13 @@ OUTER = Node("outer", "outer")
 
 @dataclass(frozen=True)
 class Graph:
-    """Who feeds whom, in the direction of computation. Printing it tells which input feeds what.
+    """Which nodes feed which, in the direction of computation; prints as one line per input.
 
     Attributes:
-        inputs: the inputs, reached or not.
-        steps: the steps of the loops, in their order.
-        edges: pairs of nodes; the second is computed from the first.
-        leaves: all leaves of the graph, be they inputs or not.
+        inputs: all inputs, whether reached or not.
+        steps: the steps of the loops, in order.
+        edges: pairs of nodes; the second one is computed from the first.
+        leaves: all leaves of the graph, whether inputs or not.
     """
 
     inputs: tuple[Node, ...]
@@ -69,29 +69,27 @@ class Graph:
         """
         sources = [node for node in self.inputs if node.name == name]
         if not sources:
-            raise KeyError(
-                f"no input is called {name!r}: there are {[x.name for x in self.inputs]}"
-            )
+            raise KeyError(f"no input is called {name!r}, only {[x.name for x in self.inputs]}")
         order = {node: i for i, node in enumerate((*self.steps, *self.inputs, OUTER))}
         return sorted((y for x, y in self.edges if x == sources[0]), key=order.__getitem__)
 
     def merged(self) -> Graph:
-        """The same with one box for steps that follow each other and have the same neighbours."""
+        """The graph with one box for consecutive steps that have the same neighbors."""
         boxes = _boxes(self.steps, self._alike)
         pairs = {(boxes.get(x, x), boxes.get(y, y)) for x, y in self.edges}
         edges = frozenset((x, y) for x, y in pairs if x != y)
         return replace(self, steps=tuple(dict.fromkeys(boxes.values())), edges=edges)
 
     def _alike(self, step: Node, after: Node) -> bool:
-        """Whether two steps have the same neighbours, but for those in their loop."""
+        """Whether two steps have the same neighbors, apart from those in their loop."""
         if not _adjacent(step, after):
             return False
 
-        def neighbours(node: Node) -> tuple[set[Node], set[Node]]:
+        def neighbors(node: Node) -> tuple[set[Node], set[Node]]:
             sources = {x for x, y in self.edges if y == node and not _adjacent(x, node)}
             return sources, {y for x, y in self.edges if x == node and not _adjacent(node, y)}
 
-        (sources, targets), (sources_after, targets_after) = neighbours(step), neighbours(after)
+        (sources, targets), (sources_after, targets_after) = neighbors(step), neighbors(after)
         last = not any(x == after and _adjacent(after, y) for x, y in self.edges)
         return sources == sources_after and (targets == targets_after or last)
 
@@ -110,9 +108,9 @@ class Graph:
         return "\n".join([*lines, "}"])
 
     def plot(self) -> Figure:
-        """The picture, drawn: a loop is a row, inputs stand below, dashed where they feed nothing.
+        """Draw the graph: one row per loop, inputs below, dashed if they feed nothing.
 
-        Where there are more than 20 steps, it is that of `merged()`.
+        With more than 20 steps, `merged()` is drawn.
 
         Returns:
             A `matplotlib.figure.Figure`; a notebook shows it, `savefig` writes it.
@@ -124,7 +122,7 @@ class Graph:
         places = shown._places()
         width = max(x for x, _ in places.values()) + 1
         height = max(y for _, y in places.values()) + 1
-        inches = 0.6 + 0.08 * max(len(node.name) for node in places)  # from box to box
+        inches = 0.6 + 0.08 * max(len(node.name) for node in places)  # between boxes
         figure, (axes,) = _plots.subplots(1, (inches * width + 0.5, height + 0.5))
         boxes: dict[Node, Any] = {}
         for node, (x, y) in places.items():
@@ -136,7 +134,7 @@ class Graph:
             boxes[node] = box.get_bbox_patch()
         for source, target in shown.edges:
             (x, y), (u, v) = places[source], places[target]
-            around = abs(u - x) > 1 if y == v else abs(v - y) > 1  # the boxes between
+            around = abs(u - x) > 1 if y == v else abs(v - y) > 1  # the boxes in between
             arrow = {
                 "arrowstyle": "->", "patchA": boxes[source], "patchB": boxes[target],
                 "shrinkA": 0, "shrinkB": 1,
@@ -160,7 +158,7 @@ class Graph:
         return any(x == node for x, _ in self.edges)
 
     def _places(self) -> dict[Node, tuple[float, float]]:
-        """Loops in rows from the top, the outer loss at their right, inputs in the lowest row."""
+        """Loops in rows from the top, the outer loss to their right, inputs in the bottom row."""
         loops = max((step.loop for step in self.steps), default=0)
         places: dict[Node, tuple[float, float]] = {}
         for step in self.steps:
@@ -181,24 +179,24 @@ class Graph:
 def graph(outer: Tensor, inputs: Tree) -> Graph:
     """The graph from an outer loss to named inputs, with one node for each step of a loop.
 
-    It is autograd's graph as it stands, before or after the backward pass. To autograd a part of a
-    tensor, such as `sol.losses[2]`, depends on all that the tensor depends on. The steps of a loop
-    are told apart where it was run with a `Trace`; a loop whose steps are run again, as by
-    `Checkpointed`, is one node, and one that was not traced belongs to the outer loss. An input
-    that feeds nothing gets no gradient: it was not used, or cut off.
+    It is autograd's graph, before or after the backward pass. To autograd, a part of a tensor such
+    as `sol.losses[2]` depends on everything that the tensor depends on. The steps of a loop are
+    distinguished if it was run with a `Trace`; a loop whose steps are recomputed, as by
+    `Checkpointed`, is one node, and a loop that was not traced is part of the outer loss. An input
+    that feeds nothing gets no gradient: it was not used, or it was detached.
 
     Args:
-        outer: what is differentiated, a tensor.
-        inputs: a pytree of what it is differentiated with respect to, such as
+        outer: the tensor that is differentiated.
+        inputs: a pytree of the tensors it is differentiated with respect to, such as
             `{"lr": lr, "params": params}`.
 
     Returns:
-        A `Graph`: `print` it, `plot()` it, or give its `dot` to Graphviz. `merged()` has fewer
-        boxes where there are many steps.
+        A `Graph`: `print` it, `plot()` it, or pass its `dot` to Graphviz. `merged()` has fewer
+        boxes if there are many steps.
 
     Raises:
         TypeError: `outer` is not a tensor.
-        ValueError: `outer` does not require a gradient, so that there is no graph.
+        ValueError: `outer` does not require a gradient, so there is no graph.
         RuntimeError: under a torch.func transform.
 
     Example:
@@ -217,7 +215,7 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
     if not isinstance(outer, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"outer is {_tree.describe(outer)}, not the tensor that is differentiated")
     if _modes.transformed():
-        raise RuntimeError("graph() is for autograd: torch.func transforms hide their graphs")
+        raise RuntimeError("graph() requires autograd: torch.func transforms hide their graphs")
     if not outer.requires_grad:
         raise ValueError(
             "outer does not require a gradient: it depends on nothing that does, or was "
@@ -247,7 +245,7 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
 def _walk(outer: Tensor, starts: dict[Any, tuple[Node, ...]]) -> tuple[set[Any], list[Tensor]]:
     """The pairs of regions between which edges run, and the leaves.
 
-    A region is what lies behind the mark of a step, behind inputs, or behind neither.
+    A region is the part of the graph behind the mark of a step, behind inputs, or behind neither.
     """
     edge = get_gradient_edge(outer)[:2]
     first: Any = region_of(edge[0]) or (OUTER,)
@@ -297,7 +295,7 @@ def _adjacent(node: Node, after: Node) -> bool:
 
 
 def _boxes(nodes: Iterable[Node], alike: Callable[[Node, Node], bool]) -> dict[Node, Node]:
-    """One box for neighbours that are alike, and each node's box."""
+    """One box for neighbors that are alike, by node."""
     groups: list[list[Node]] = []
     for node in nodes:
         if groups and alike(groups[-1][-1], node):

@@ -1,4 +1,4 @@
-"""Names of the inputs of `explain` and `graph`."""
+"""Names for the inputs of `explain` and `graph`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""matplotlib, where it is installed."""
+"""Figures of matplotlib, an optional dependency."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def subplots(rows: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure of its own, unknown to pyplot, and its axes from top to bottom."""
+    """A new figure, independent of pyplot, and its axes from top to bottom."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plot() needs matplotlib: pip install 'diffopt[plots]'") from error
+        raise ImportError("plot() requires matplotlib: pip install 'diffopt[plots]'") from error
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
     return figure, list(axes[:, 0])

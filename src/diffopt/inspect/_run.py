@@ -1,4 +1,4 @@
-"""One loop that is watched: its steps leave norms here, and marks in autograd's graph."""
+"""One watched loop: its steps record norms here, and leave marks in autograd's graph."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _NUMBERS = itertools.count()
 
 
 class Region(NamedTuple):
-    """What lies behind a mark in autograd's graph: a step, or all steps where it is None."""
+    """What is behind a mark in autograd's graph: a step, or all steps if it is None."""
 
     run: Run
     step: int | None
 
 
 class Run:
-    """What was seen of one loop.
+    """The record of one loop.
 
     Quantities are kept leaf by leaf, on their devices: `seen[quantity][step][leaf]`. The adjoints
-    are those of the last backward pass. It visits steps in falling order, so that one which does
-    not fall is the beginning of another pass.
+    are those of the last backward pass. A pass visits steps in decreasing order, so a step that
+    does not decrease starts another pass.
     """
 
     def __init__(self, of_gradients: bool) -> None:
@@ -44,7 +44,7 @@ class Run:
         self._lowest = 0
 
     def watched(self, step: Step) -> Step:
-        """The step, which leaves what it does here, unless an adjoint made an x of its own."""
+        """The step, which records what it does here, unless an adjoint passes its own x."""
         if isinstance(step, GradientStep):
             return _WatchedGradientStep(**_fields(step), run=self)
 
@@ -56,10 +56,10 @@ class Run:
         return watched
 
     def numbered(self, xs: Iterable[Any]) -> Iterator[Any]:
-        """The xs with their steps, which are known so also where steps are run again.
+        """The xs with their step numbers, which are kept when steps are recomputed.
 
-        An x of a `GradientStep` is a pair, which adjoints unpack and build again: its second part,
-        the batch, is what knows the step. Any other x is wrapped.
+        The x of a `GradientStep` is a pair, which adjoints unpack and rebuild, so its second part,
+        the batch, holds the step number. Any other x is wrapped.
         """
         for number, x in enumerate(xs):
             if self.of_gradients:
@@ -69,7 +69,7 @@ class Run:
                 yield _Numbered.of(number, (x,))
 
     def see(self, quantity: str, step: int, tree: Tree) -> None:
-        """Keep the norms of a tree, unless the step is run again, be it elsewhere."""
+        """Keep the norms of a tree, unless the step is being recomputed."""
         if step in self.seen.setdefault(quantity, {}):
             return
         norms = [_norm(x) for x in _tree.leaves(tree) if isinstance(x, Tensor)]
@@ -87,7 +87,7 @@ class Run:
         return self._watch(new, step + 1, region), self._marked(output, region)
 
     def end(self, carry: Tree, outputs: list[Any]) -> tuple[Tree, list[Any]]:
-        """What the loop returns, marked as such where no single step could do so."""
+        """The results of the loop, marked as a whole if no single step could be marked."""
         self.steps = len(outputs)
         if self.of_gradients:
             losses = [_modes.concrete(value) for value, _, _ in outputs]
@@ -98,7 +98,7 @@ class Run:
         return self._watch(carry, self.steps, region, twice=False), self._marked(outputs, region)
 
     def values(self, quantity: str, step: int) -> Tensor | None:
-        """The norm over all leaves at one step, on the CPU; None where it is not known."""
+        """The norm over all leaves at one step, on the CPU; None if unknown."""
         leaves = [x.cpu() for x in self.seen.get(quantity, {}).get(step, {}).values()]
         if not leaves:
             return None
@@ -107,7 +107,7 @@ class Run:
         return torch.linalg.vector_norm(torch.stack(torch.broadcast_tensors(*leaves)), dim=0)
 
     def series(self, quantity: str, length: int) -> Tensor:
-        """The norms of all steps; NaN where one is not known."""
+        """The norms at all steps; NaN where unknown."""
         if length == 0:
             return torch.empty(0, dtype=torch.float64)
         nan = torch.tensor(torch.nan, dtype=torch.float64)
@@ -127,7 +127,7 @@ class Run:
         return _tree.unflatten(leaves, spec)
 
     def _marked(self, tree: Tree, region: Region) -> Tree:
-        """The same tensors, behind which autograd's graph is that of `region`, or of a step."""
+        """The tensors, with marks in autograd's graph behind which `region`, or a step, lies."""
 
         def marked(leaf: Any) -> Any:
             return leaf if self._is_marked(leaf) else _tapped(leaf, None, region)
@@ -150,7 +150,7 @@ class Run:
 
 
 def region_of(node: Any) -> Region | None:
-    """The region that lies behind a node of autograd's graph, if the node is a mark."""
+    """The region behind a node of autograd's graph, if the node is a mark."""
     region = getattr(node, "region", None)
     return region if isinstance(region, Region) else None
 
@@ -165,7 +165,7 @@ def _tapped(leaf: Any, see: Callable[[Tensor], None] | None, region: Region | No
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, which shows cotangents as they pass."""
+    """The identity, which reports the cotangents that pass through it."""
 
     generate_vmap_rule = True
 
@@ -204,7 +204,7 @@ def _fields(step: GradientStep) -> dict[str, Any]:
 
 
 class _Watched(Optimizer[Any, Any]):
-    """An optimizer that shows the gradients it is given."""
+    """An optimizer that reports the gradients passed to it."""
 
     def __init__(self, optimizer: Optimizer[Any, Any], see: Callable[[Tree], None]) -> None:
         self.optimizer, self.hparams, self.see = optimizer, optimizer.hparams, see
@@ -218,7 +218,7 @@ class _Watched(Optimizer[Any, Any]):
 
 
 class _Numbered(tuple[Any, ...]):
-    """A tuple that knows its step."""
+    """A tuple that knows its step number."""
 
     number: int
 

@@ -1,4 +1,4 @@
-"""Trace: an adjoint that watches another, and what it saw."""
+"""Trace: an adjoint that watches another one, and the norms and events it has recorded."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 class Norms(NamedTuple):
-    """2-norms along a loop of T steps, in float64 on the CPU; NaN where one is not known.
+    """2-norms along a loop of T steps, in float64 on the CPU; NaN where unknown.
 
-    Of a loop of `unroll` only the adjoint is known, of the whole carry. `Unrolled` takes the step
-    counter in the optimizer's state for a constant; an adjoint that runs steps again, such as
-    `Checkpointed`, has a derivative with respect to it, part of `state_adjoint` there.
+    For a loop of `unroll` only the adjoint is known, that of the whole carry. `Unrolled` treats the
+    step count in the optimizer's state as a constant; adjoints that recompute steps, such as
+    `Checkpointed`, have a derivative with respect to it, which is part of `state_adjoint`.
 
     Attributes:
         losses: the loss before step t, shape [T].
-        grads: norm of the inner gradient of step t, shape [T].
-        updates: norm of params_{t+1} - params_t, shape [T].
-        adjoint: norm of the derivative of the outer loss with respect to params_t, shape [T + 1]:
-            the first entry is that of the initial params, the last that of the final ones.
+        grads: the norm of the inner gradient at step t, shape [T].
+        updates: the norm of params_{t+1} - params_t, shape [T].
+        adjoint: the norm of the derivative of the outer loss with respect to params_t, shape [T +
+            1]: the first entry is for the initial params, the last for the final ones.
         state_adjoint: the same for the optimizer's state and the buffers, shape [T + 1].
     """
 
@@ -55,10 +55,11 @@ class Event(NamedTuple):
 
     Attributes:
         quantity: what it happened to.
-        kind: "non-finite", "zero" (exactly), or "cut": from this step on backwards there is no
-            adjoint, though it was known at the step behind and goes back through the steps.
-        step: t of the loss, gradient or update of step t or of the adjoint of params_t. For
-            adjoints, whose pass runs backwards, it is the last one; a "zero" lasts from there on.
+        kind: "non-finite", "zero" (exactly), or "cut": from this step backwards there is no
+            adjoint, although it is known at later steps.
+        step: t for the loss, gradient or update of step t, or for the adjoint of params_t. For
+            adjoints, whose pass runs backwards, it is the last such t; a "zero" lasts from there
+            on.
     """
 
     quantity: Literal["loss", "gradient", "update", "adjoint"]
@@ -67,7 +68,7 @@ class Event(NamedTuple):
 
     def __str__(self) -> str:
         if self.kind == "cut":
-            return f"no adjoint arrives at params_{self.step} or any before"
+            return f"there is no adjoint of params_{self.step} or any params before"
         value = "exactly zero" if self.kind == "zero" else "not finite"
         if self.quantity == "adjoint":
             return f"going backwards, the adjoint is {value} from params_{self.step} on"
@@ -75,18 +76,19 @@ class Event(NamedTuple):
 
 
 class Trace(Adjoint):
-    """Watches a loop: differentiates as another adjoint does, and keeps norms of every step.
+    """Watches a loop: differentiates like another adjoint, and records norms at every step.
 
-    Losses, gradients and updates are seen in the forward pass, the adjoint dL/dparams_t in every
-    backward pass through the loop, also where the steps are run again for it, as by `Checkpointed`.
-    An adjoint that does not go back through the steps shows that of the final params alone. Steps
-    are known by the batch in their `x`: what one of your own does with other batches is not seen.
-    `Reversible` takes its steps as such only on the way back, where they are seen then.
+    Losses, gradients and updates are recorded in the forward pass, and the adjoints dL/dparams_t in
+    every backward pass through the loop, also if steps are recomputed for it, as by `Checkpointed`.
+    For an adjoint that does not go back through the steps, only that of the final params is known.
+    Steps are identified by the batch in their `x`: steps that a custom adjoint runs with other
+    batches are not recorded. `Reversible` runs the steps themselves only on the way back, where
+    they are recorded then.
 
-    A trace holds norms, no tensors of the loop. They are those of the last loop run with it and of
-    the last backward pass through that, be it one for a second derivative; a pass goes no further
-    back than the inputs it was asked for. Under `torch.vmap` norms have further dimensions, one for
-    the examples. In forward mode the adjoint is not seen.
+    A trace holds norms, but no tensors of the loop. They are those of the last loop run with it and
+    of the last backward pass through that, even one for a second derivative; a pass goes no further
+    back than the inputs it is for. Under `torch.vmap` norms have one more dimension, for the
+    examples. In forward mode the adjoint is not recorded.
 
     Args:
         adjoint: how the loop is differentiated.
@@ -115,7 +117,7 @@ class Trace(Adjoint):
         if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled")
         if isinstance(adjoint, Trace):
-            raise TypeError(f"adjoint is {adjoint!r} already: give what that watches")
+            raise TypeError(f"adjoint is {adjoint!r} already: pass the adjoint that it watches")
         self.adjoint = adjoint
         self._last: Run | None = None
 
@@ -124,7 +126,9 @@ class Trace(Adjoint):
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if _modes.compiling():
-            raise RuntimeError("Trace looks at values, and torch.compile has none: use it eagerly")
+            raise RuntimeError(
+                "Trace reads values, which torch.compile lacks: use it in eager mode"
+            )
         run = Run(isinstance(step, GradientStep))
         result = self.adjoint.run(run.watched(step), run.enter(carry), args, run.numbered(xs))
         self._last = run
@@ -132,7 +136,7 @@ class Trace(Adjoint):
 
     @property
     def norms(self) -> Norms:
-        """The norms at every step, as they are known by now."""
+        """The norms at every step, as far as they are known by now."""
         run = self._run()
         adjoints = [run.series(name, run.steps + 1) for name in ("adjoint", "state_adjoint")]
         forward = [run.series(name, run.steps) for name in ("losses", "grads", "updates")]
@@ -140,7 +144,7 @@ class Trace(Adjoint):
 
     @property
     def events(self) -> list[Event]:
-        """Where something first was zero or not finite, and where the adjoint ends."""
+        """Where something first became zero or non-finite, and where the adjoint ends."""
         run, events = self._run(), list[Event]()
         for name, quantity in _FORWARD.items():
             for step in range(run.steps):
@@ -158,12 +162,12 @@ class Trace(Adjoint):
         for step in list(zeros)[-1:]:  # and at all steps before
             events.append(Event("adjoint", "zero", step))
         stepwise = not isinstance(self.adjoint, (OneStep, Implicit, ForwardMode, Evolution))
-        if stepwise and known and known[-1] > 1:  # params_0 are seldom among the inputs
+        if stepwise and known and known[-1] > 1:  # params_0 are rarely among the inputs
             events.append(Event("adjoint", "cut", known[-1] - 1))
         return sorted(events, key=_in_time)
 
     def plot(self) -> Figure:
-        """The loss and the norms against the step, the latter on a logarithmic axis.
+        """Plot the loss and the norms by step, the latter on a logarithmic axis.
 
         Returns:
             A `matplotlib.figure.Figure`; a notebook shows it, `savefig` writes it.
@@ -189,7 +193,7 @@ class Trace(Adjoint):
         for i, event in enumerate(self.events):
             if event.kind == "non-finite":
                 axes, color = lines[event.quantity][0], colors[event.quantity]
-                dashes = (2 * i, (2, 6))  # so that lines at the same step do not hide each other
+                dashes = (2 * i, (2, 6))  # so that coinciding lines do not hide one another
                 axes.axvline(event.step, color=color, linestyle=dashes, label=str(event))
         bottom.set_yscale("log", nonpositive="mask")
         top.set_ylabel("loss")
@@ -199,7 +203,7 @@ class Trace(Adjoint):
 
     def _run(self) -> Run:
         if self._last is None:
-            raise RuntimeError("nothing was traced yet: give it to minimize(..., adjoint=trace)")
+            raise RuntimeError("nothing was traced yet: pass it to minimize(..., adjoint=trace)")
         return self._last
 
 
@@ -216,7 +220,7 @@ def _in_time(event: Event) -> tuple[bool, int]:
 
 
 def _is(kind: str, values: Tensor | None) -> bool:
-    """Whether a norm, or that of any example, is zero or not finite."""
+    """Whether the norm, or that of any example, is zero or non-finite."""
     if values is None:
         return False
     return bool((values == 0 if kind == "zero" else ~values.isfinite()).any())

@@ -1,6 +1,6 @@
-"""The conformance kit: everything an optimizer, a user's own included, must satisfy, in one call.
+"""The conformance kit: everything an optimizer must satisfy, even your own, in one call.
 
-Import it in tests only: it needs hypothesis (`pip install diffopt[testing]`).
+Import it in tests only: it requires hypothesis (`pip install diffopt[testing]`).
 """
 
 from __future__ import annotations
@@ -32,24 +32,25 @@ def check(
     """Run every check of `CHECKS` on an optimizer.
 
     Args:
-        optimizer: what is checked: any `Optimizer`, made by `diffopt.rules.leafwise` or not.
+        optimizer: the `Optimizer` to check, of any kind.
         hparams: keyword arguments of `optimizer.hparams`: generic numbers, such as `lr=0.1`, and
-            trees for hyperparameters that belong to no parameter, such as the weights of a learned
-            optimizer. A tuple holds positional ones: the records of a composition's parts.
-        reference: makes the optimizer that must give the same values, from a list of tensors:
-            `lambda tensors: torch.optim.SGD(tensors, lr=0.1)`. None: nothing is compared.
-        skip: names of checks to leave out.
-        shapes: shapes of the tensors it can update; the first two must not be empty.
-        dtypes: dtypes of the tensors it can update; float64 must be among them.
+            trees for hyperparameters that belong to no single parameter, such as the weights of a
+            learned optimizer. A tuple holds positional arguments: the records of a composition's
+            parts.
+        reference: creates an optimizer that must compute the same values, for a list of tensors:
+            `lambda tensors: torch.optim.SGD(tensors, lr=0.1)`. None skips the comparison.
+        skip: the names of checks to skip.
+        shapes: shapes of tensors that it can update; the first two must not be empty.
+        dtypes: dtypes of tensors that it can update; float64 must be among them.
         backend: the backend of `torch.compile`; "inductor" to compile for real.
-        elementwise: whether it moves each number by its own gradient only; more is checked then.
-            What `leafwise` returns is taken to, where its rule is batchable.
-        frozen: `params -> tree of bools`: which tensors it never moves.
+        elementwise: whether each element depends only on its own gradient; then more is checked. A
+            `Leafwise` optimizer is assumed to be elementwise if it is batchable.
+        frozen: `params -> tree of bools`: which tensors it never updates.
 
     Raises:
         AssertionError: a check failed; the message begins with the check's name.
-        ValueError: `skip` has a name that is not that of a check, or a hyperparameter is a tree
-            like params, which the checks draw themselves.
+        ValueError: `skip` has a name that is not a check, or a hyperparameter is a tree like
+            params, which the checks draw themselves.
 
     Example:
         >>> from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def check(
 
 
 def _named(name: str, function: Callable[[Case], None]) -> Callable[[Case], None]:
-    """The same check, whose every failure is an AssertionError that begins with its name."""
+    """The check, with every failure turned into an AssertionError that begins with its name."""
 
     @functools.wraps(function)
     def run(case: Case) -> None:

@@ -1,4 +1,4 @@
-"""Assertions on trees, which name the leaf at fault."""
+"""Assertions on trees, whose messages name the leaf at fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffopt.testing._case import Point
 def same(
     actual: Tree, expected: Tree, name: str, rtol: float | None = None, atol: float | None = None
 ) -> None:
-    """Equal structures and dtypes, and values as close as the tolerances say."""
+    """Assert that structures and dtypes are equal, and values within the tolerances."""
     same_structure(actual, expected, name)
     if rtol is not None and atol is None:
         atol = rtol / 10
@@ -41,7 +41,7 @@ def finite(tree: Tree, name: str) -> None:
 
 
 def disjoint(old: Iterable[tuple[str, Tensor]], new: Iterable[tuple[str, Tensor]]) -> None:
-    """No two of the new tensors, nor a new and an old one, share memory."""
+    """Assert that new tensors share memory neither with one another nor with old ones."""
     owners = {t.untyped_storage().data_ptr(): path for path, t in old if t.numel()}
     for path, tensor in new:
         owner = owners.setdefault(tensor.untyped_storage().data_ptr(), path)
@@ -50,7 +50,7 @@ def disjoint(old: Iterable[tuple[str, Tensor]], new: Iterable[tuple[str, Tensor]
 
 
 class Snapshot:
-    """Remembers tensors in order to say which has been written to."""
+    """Remembers the values of tensors, to detect which have been written to."""
 
     def __init__(self, point: Point) -> None:
         self.tensors = named(point, "arguments")

@@ -1,4 +1,4 @@
-"""What is checked, and typical arguments of its update."""
+"""The optimizer under test, and typical arguments of its update."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ DTYPES = (
     torch.complex64,
     torch.complex128,
 )
-MARGIN = 0.05  # how far from the end of its range a hyperparameter is where derivatives are taken
+MARGIN = 0.05  # least distance of hyperparameters from the ends of their range for derivatives
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An optimizer in one configuration: what every check is a function of.
+    """An optimizer in one configuration: the argument of every check.
 
     Attributes:
-        optimizer: what is checked.
-        hparams: keyword arguments of `optimizer.hparams`, numbers as a rule; what is missing has
-            its default. A tuple holds positional ones: the records of a composition's parts. Values
-            are compared at these. Derivatives are too, except that a number within 0.05 of the end
-            of its range is moved to 0.05 from it, so that finite differences stay inside.
-        reference: makes the `torch.optim` optimizer (or one like it) for a list of tensors, with
-            the numbers of `hparams`; None where there is nothing to compare with.
-        shapes: shapes of the tensors it can update. The first two, not empty, are those of the
-            trees on which derivatives are taken.
-        dtypes: dtypes of the tensors it can update; float64 must be among them.
+        optimizer: the optimizer to check.
+        hparams: keyword arguments of `optimizer.hparams`, usually numbers; the others have their
+            defaults. A tuple holds positional arguments: the records of a composition's parts.
+            Values are compared at these. So are derivatives, except that a number within 0.05 of
+            the end of its range is moved to a distance of 0.05, so that finite differences stay
+            inside.
+        reference: creates the `torch.optim` optimizer (or one like it) for a list of tensors, with
+            the numbers in `hparams`; None if there is nothing to compare with.
+        shapes: shapes of tensors that it can update. The first two, not empty, are those of the
+            trees on which derivatives are checked.
+        dtypes: dtypes of tensors that it can update; float64 must be among them.
         backend: the backend of `torch.compile`. "aot_eager" traces everything and generates no
             code; "inductor" compiles for real and takes ten times as long.
-        elementwise: whether it moves each number by its own gradient only. What `leafwise` returns
-            is taken to, where its rule is batchable.
-        frozen: `params -> tree of bools`: which tensors it never moves. They come back as the very
-            same tensors.
+        elementwise: whether each element depends only on its own gradient. A `Leafwise` optimizer
+            is assumed to be elementwise if it is batchable.
+        frozen: `params -> tree of bools`: which tensors it never updates. They are returned as the
+            very same tensors.
     """
 
     optimizer: Optimizer[Any, Any]
@@ -74,7 +75,7 @@ class Case:
         )
 
     def interior(self) -> Any:
-        """The hyperparameters at which derivatives are taken: 0-d float64 tensors."""
+        """The hyperparameters at which derivatives are checked: 0-d float64 tensors."""
         moved = map_fields(inside, self.record())
         return _tree.map(lambda leaf: torch.as_tensor(leaf, dtype=torch.float64), moved)
 
@@ -104,7 +105,7 @@ def generic_point(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64)
 
 
 def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    """Entries of either sign, in size between 0.5 and 1.5: no kink is near."""
+    """Entries of either sign with magnitudes from 0.5 to 1.5, away from any kink."""
     generator = torch.Generator().manual_seed(seed)
     parts = (*shape, 2) if dtype.is_complex else tuple(shape)
     numbers = 2 * torch.rand(parts, generator=generator, dtype=torch.float64) - 1
@@ -113,7 +114,7 @@ def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor
 
 
 def run_steps(case: Case, point: Point, steps: int = 2) -> tuple[Tree, Any]:
-    """Some steps with gradients that depend on the params."""
+    """A few steps with gradients that depend on the params."""
     params, state = point.params, point.state
     for step in range(steps):
         grads = _tree.map(lambda g, p, c=0.3 * step: g + c * p, point.grads, params)
@@ -128,7 +129,7 @@ def twice(optimizer: Optimizer[Any, Any], point: Point) -> tuple[Tree, Any]:
 
 
 def objective(params: Tree) -> Tensor:
-    """A function of the params whose derivative is zero nowhere near them, nor at zeros."""
+    """A function of the params whose derivative is nonzero near them and at zero."""
     return total(_tree.map(lambda p: (1 + p).square(), params))
 
 
@@ -141,14 +142,14 @@ def clone(tree: Any) -> Any:
 
 
 def as_dtype(dtype: torch.dtype | None, tree: Any) -> Any:
-    """All leaves as tensors of this dtype; None leaves them alone."""
+    """All leaves as tensors of this dtype; unchanged if None."""
     return tree if dtype is None else _tree.map(lambda v: torch.as_tensor(v, dtype=dtype), tree)
 
 
 def scalars_as(dtype: torch.dtype | None, hparams: Any) -> Any:
-    """Numbers and 0-d tensors as tensors of this dtype; None leaves them alone.
+    """Numbers and 0-d tensors as tensors of this dtype; unchanged if None.
 
-    Other tensors, such as the weights of a learned optimizer, must meet the params as they are.
+    Other tensors, such as the weights of a learned optimizer, keep their dtype.
     """
 
     def convert(value: Any) -> Any:
@@ -159,7 +160,7 @@ def scalars_as(dtype: torch.dtype | None, hparams: Any) -> Any:
 
 
 def record_fields(hparams: Any) -> tuple[hyper.Field, ...]:
-    """What `number` declared of this record; nothing where it is none of ours."""
+    """The fields that `number` declared for this record; none if it is another kind of record."""
     return hyper.FIELDS.get(type(hparams), ())
 
 
@@ -170,7 +171,7 @@ def records(hparams: Any) -> list[Any]:
 
 
 def map_fields(function: Callable[[hyper.Field, Any], Any], hparams: Any) -> Any:
-    """`function(field, value)` in the place of every field's value, in every record."""
+    """Replace the value of every field in every record with `function(field, value)`."""
 
     def on_record(node: Any) -> Any:
         fields = record_fields(node)
@@ -181,17 +182,17 @@ def map_fields(function: Callable[[hyper.Field, Any], Any], hparams: Any) -> Any
 
 
 def whole(field: hyper.Field, value: Any) -> Any:
-    """The value, if it does not depend on the structure of the params, which the checks draw."""
+    """The value; raises if it is a tree like params, which the checks draw themselves."""
     if field.per_parameter and not _tree.is_leaf(value):
         raise ValueError(
-            f"hparams.{field.name} is a tree like params, but the checks use params of their own: "
-            "give one value for all"
+            f"hparams.{field.name} is a tree like params, but the checks use their own params: "
+            "pass a single value"
         )
     return value
 
 
 def inside(field: hyper.Field, value: Any) -> Any:
-    """A number moved away from the ends of its field's range."""
+    """The number, moved away from the ends of its field's range."""
     if isinstance(value, (int, float)):
         low = [b for kind in ("ge", "gt") if (b := field.bounds[kind]) is not None]
         high = [b for kind in ("le", "lt") if (b := field.bounds[kind]) is not None]

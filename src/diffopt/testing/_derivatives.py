@@ -1,7 +1,7 @@
-"""Checks of derivatives: against finite differences, and where gradients are zero.
+"""Checks of derivatives: against finite differences, and at zero gradients.
 
-Params and buffers after two steps are differentiated by everything that goes in but the step
-count: a rule may treat the first step as a case of its own.
+Params and buffers after two steps are differentiated with respect to all inputs except the step
+count, since a rule may treat the first step as a special case.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from diffopt.testing._case import (
 
 
 def derivatives(case: Case) -> None:
-    """First and second order, forward and reverse mode, from a state after two steps."""
+    """First and second derivatives, in forward and reverse mode, from a state after two steps."""
     gradcheck(case, generic_point(case))
 
 
 def derivatives_from_init(case: Case) -> None:
-    """The same from the initial state: buffers of zeros, the greatest bias corrections."""
+    """The same from the initial state: zero buffers and the largest bias corrections."""
     point = generic_point(case)
     point = point._replace(state=case.optimizer.init(point.params))
     gradcheck(case, point, wrt=("params", "grads", "hparams"))
 
 
 def derivatives_per_weight(case: Case) -> None:
-    """The same where every weight has hyperparameters of its own, if they can be so given."""
+    """The same with separate hyperparameters for every weight, where that is allowed."""
     if not (case.elementwise or isinstance(case.optimizer, Leafwise)):
         return
     point = generic_point(case)
@@ -72,10 +72,10 @@ def jvp(case: Case) -> None:
 
 
 def zero_gradient(case: Case) -> None:
-    """A tensor that is zero, and its gradients too, has finite derivatives of either order.
+    """A zero tensor with zero gradients has finite derivatives of first and second order.
 
-    If the optimizer leaves it at zero, all others are as if it were not there; in an elementwise
-    optimizer, so for a single weight.
+    If the optimizer keeps it at zero, all other derivatives are as if it were absent; for an
+    elementwise optimizer also for a single weight.
     """
     point = generic_point(case)
     padded = with_zeros(case, point)
@@ -92,7 +92,7 @@ def zero_gradient(case: Case) -> None:
 
 
 def meta_gradients(case: Case, point: Point) -> list[tuple[Tree, Tree, Any]]:
-    """First derivatives of an objective, those of their sum by hyperparameters, and by anything."""
+    """First derivatives of an objective, and second ones with respect to hparams and all inputs."""
     leaves, spec = _tree.flatten((point.params, point.grads, point.hparams))
     inputs = [leaf.clone().requires_grad_() for leaf in leaves]
     params, grads, hparams = _tree.unflatten(inputs, spec)
@@ -109,7 +109,7 @@ def meta_gradients(case: Case, point: Point) -> list[tuple[Tree, Tree, Any]]:
 
 
 def with_zeros(case: Case, point: Point) -> Point:
-    """The same problem with a tensor of zeros more and, if elementwise, one zero per tensor."""
+    """The problem with an added zero tensor and, if elementwise, an added zero in each tensor."""
 
     def longer(x: Tensor) -> Tensor:
         return torch.cat([x.flatten(), x.new_zeros(1)]) if case.elementwise else x
@@ -131,7 +131,7 @@ def anomaly_mode() -> Generator[None]:
 def as_function(
     case: Case, point: Point, wrt: Collection[str] = Point._fields
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], list[str]]:
-    """Two steps as a function of tensors to a vector, with its arguments at `point`, and names."""
+    """Two steps as a function of tensors to a vector; its arguments at `point`, and their names."""
     leaves, spec = _tree.flatten(point)
     roots = tuple(f"point.{name}" for name in wrt)
     names = {i: path for i, path in smooth(point, "point") if path.startswith(roots)}
@@ -148,7 +148,7 @@ def as_function(
 
 
 def smooth(tree: Tree, name: str) -> list[tuple[int, str]]:
-    """Index and path of every leaf but step counts, other integers and what has no elements."""
+    """Index and path of every leaf except step counts, other integers and empty tensors."""
     return [
         (i, path)
         for i, (path, leaf) in enumerate(

@@ -1,4 +1,4 @@
-"""Checks of what is refused, and of the messages."""
+"""Checks that wrong arguments are rejected, and of the messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diffopt.testing._case import (
 
 
 class Wrong(NamedTuple):
-    """What a call must refuse, and how: its name, arguments, error, and what the message says."""
+    """Arguments to reject: what is wrong, the arguments, the error, and words of its message."""
 
     what: str
     changes: dict[str, Any]
@@ -32,7 +32,7 @@ class Wrong(NamedTuple):
 
 
 def errors(case: Case) -> None:
-    """Wrong arguments raise, with a message that says where and what, and change nothing."""
+    """Wrong arguments raise, with a message that says what is wrong where, and change nothing."""
     point = generic_point(case)
     update, update_ = case.optimizer.update, case.optimizer.update_
     for wrong in (*wrong_params(point), *wrong_grads(point)):
@@ -47,7 +47,7 @@ def errors(case: Case) -> None:
 
 
 def refuse(calls: Iterable[Callable[..., object]], point: Point, wrong: Wrong) -> None:
-    """Each call raises and leaves its arguments as they are."""
+    """Each call raises and does not change its arguments."""
     point = clone(point)._replace(**wrong.changes)
     before = Snapshot(point)
     for call in calls:
@@ -149,7 +149,7 @@ def wrong_hparams(point: Point) -> Iterator[Wrong]:
 
 
 def waiting(point: Point) -> Iterator[Wrong]:
-    """Arguments that ask for a gradient, which an update in place would drop."""
+    """Arguments that require a gradient, which an update in place would lose."""
     for name in ("grads", "hparams"):
         tree = _tree.map(lambda x: x.requires_grad_(), clone(getattr(point, name)))
         if _tree.leaves(tree):
@@ -160,7 +160,7 @@ def waiting(point: Point) -> Iterator[Wrong]:
 
 
 def wrong_numbers(case: Case) -> Iterator[tuple[Callable[..., object], Wrong]]:
-    """What makes records, `optimizer.hparams` or that of a part, with arguments to be refused."""
+    """Makers of records (`optimizer.hparams` or that of a part), with arguments to be rejected."""
     whole = case.record()
     for record in records(whole):
         alone = record is whole

@@ -16,7 +16,7 @@ from diffopt.testing._case import Case, Point, generic_point, objective, run_ste
 
 
 def vmap(case: Case) -> None:
-    """Stacked models with hyperparameters of their own step and differentiate as in a loop."""
+    """Stacked models, each with its own hyperparameters, step and differentiate as in a loop."""
     models = [
         point._replace(hparams=_tree.map(lambda v, i=i: v * (1 - 0.1 * i), point.hparams))
         for i, point in enumerate(generic_point(case, seed) for seed in range(3))
@@ -36,7 +36,7 @@ def vmap(case: Case) -> None:
 
 
 def compiled(case: Case) -> None:
-    """`torch.compile(fullgraph=True)` of a step, and of a meta-gradient, equals eager."""
+    """`torch.compile(fullgraph=True)` of a step and of a meta-gradient equals eager mode."""
     point = generic_point(case)
 
     def outer(hparams: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checks on trees that hypothesis draws: structure, purity, None, execution, prefixes."""
+"""Checks on trees drawn by hypothesis: structure, purity, None, execution, prefix trees."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def points(draw: st.DrawFn, case: Case) -> Point:
 
 
 def every_tensor(case: Case) -> Point:
-    """The arguments of a second step for a tensor of each shape and dtype; each third has None."""
+    """The arguments of a second step for a tensor of each shape and dtype; every third has None."""
     kinds = itertools.product(case.shapes, case.dtypes)
     params = [random_tensor(shape, dtype, i) for i, (shape, dtype) in enumerate(kinds)]
     return second_step(case, params, functools.partial(next, itertools.cycle((0, 0, 1))))
@@ -76,7 +76,7 @@ def second_step(case: Case, params: Tree, is_none: Callable[[], int]) -> Point:
 
 
 def drawn(body: Callable[[Case, Point], None]) -> Callable[[Case], None]:
-    """The check that `body` holds for every kind of tensor and every tree hypothesis draws."""
+    """The check that `body` holds for every kind of tensor and every tree that hypothesis draws."""
 
     @functools.wraps(body)
     def run(case: Case) -> None:
@@ -94,7 +94,7 @@ def drawn(body: Callable[[Case, Point], None]) -> Callable[[Case], None]:
 
 @drawn
 def kept(case: Case, point: Point) -> None:
-    """Structures, shapes, dtypes come out as they went in, whatever the hyperparameters' dtype."""
+    """Structures, shapes and dtypes are preserved, for any dtype of the hyperparameters."""
     old = (point.params, point.state)
     for dtype in (None, torch.float64, torch.float32):
         new = case.optimizer.update(*point._replace(hparams=scalars_as(dtype, point.hparams)))
@@ -104,12 +104,12 @@ def kept(case: Case, point: Point) -> None:
         ):
             for attribute in ("shape", "dtype", "device", "layout"):
                 if getattr(mine, attribute) != getattr(theirs, attribute):
-                    raise AssertionError(f"{path} has another {attribute}: {mine}, was {theirs}")
+                    raise AssertionError(f"{path} has {attribute} {mine}, but had {theirs}")
 
 
 @drawn
 def pure(case: Case, point: Point) -> None:
-    """The arguments are left alone; results share no memory with them, nor with each other."""
+    """The arguments are not changed; results share no memory with them or with one another."""
     exempt = {
         id(leaf)
         for column, stays in kept_columns(case, point, point.params, point.state)
@@ -144,14 +144,14 @@ def no_gradient(case: Case, point: Point) -> None:
 
 @drawn
 def in_place(case: Case, point: Point) -> None:
-    """`update_` overwrites with what `update` returns; leaf and foreach execution agree."""
+    """`update_` writes what `update` returns; leaf and foreach execution agree."""
     expected = twice(case.optimizer, point)
     for optimizer in executions(case.optimizer):
         same(twice(optimizer, point), expected, "result")
         mine = clone(point)
         for _ in range(2):
             optimizer.update_(*mine)
-        same((mine.params, mine.state), expected, "what update_ leaves")
+        same((mine.params, mine.state), expected, "the result of update_")
 
 
 def executions(optimizer: Optimizer[Any, Any]) -> list[Optimizer[Any, Any]]:
@@ -162,13 +162,13 @@ def executions(optimizer: Optimizer[Any, Any]) -> list[Optimizer[Any, Any]]:
 
 @drawn
 def key_order(case: Case, point: Point) -> None:
-    """Gradients are found by key, whatever the order of the dictionary they come in."""
+    """Gradients are matched by key, in any order of the dictionary."""
     other = point._replace(grads=reordered(point.grads))
     same(case.optimizer.update(*other), case.optimizer.update(*point), "result")
 
 
 def reordered(tree: Tree) -> Tree:
-    """The same tree with the keys of every dictionary in the opposite order."""
+    """The tree with the keys of every dictionary reversed."""
     if _tree.is_leaf(tree):
         return tree
     if isinstance(tree, dict):
@@ -179,7 +179,7 @@ def reordered(tree: Tree) -> Tree:
 
 @drawn
 def complex_pairs(case: Case, point: Point) -> None:
-    """A complex tensor is updated as the pairs of reals that it is."""
+    """A complex tensor is updated as pairs of reals."""
     pairs = Point(*_tree.map(as_pairs, tuple(point)))
     new = case.optimizer.update(*point)
     same(_tree.map(as_pairs, new), case.optimizer.update(*pairs), "result")
@@ -191,9 +191,9 @@ def as_pairs(leaf: Any) -> Any:
 
 
 def prefix(case: Case) -> None:
-    """A hyperparameter given for a subtree is one given for each of its leaves.
+    """A hyperparameter for a subtree is the same as one for each of its leaves.
 
-    In an elementwise optimizer a tensor with hyperparameters of its own moves as if it were alone.
+    In an elementwise optimizer, a tensor with its own hyperparameters moves as if it were alone.
     """
 
     @SETTINGS
@@ -224,7 +224,7 @@ def alone(point: Point, i: int) -> Point:
 
 @st.composite
 def prefixes(draw: st.DrawFn, point: Point) -> tuple[Any, Any]:
-    """Hyperparameters as prefix trees, and the same spread over all leaves of the params."""
+    """Hyperparameters as prefix trees, and the same broadcast to all leaves of the params."""
 
     def cut(tree: Tree, number: float) -> tuple[Tree, Tree]:
         if _tree.is_leaf(tree) or draw(st.booleans()):
@@ -251,7 +251,7 @@ class Choice:
 
 
 def columns(point: Point, state: Any) -> list[Tree]:
-    """The trees in a state like the params; some leaves may be `()` or `[]`."""
+    """The trees in a state that are like the params; some leaves may be `()` or `[]`."""
 
     def is_column(node: Any) -> bool:
         try:
@@ -266,14 +266,14 @@ def columns(point: Point, state: Any) -> list[Tree]:
 
 
 def leaves_at(point: Point, column: Tree) -> list[Any]:
-    """What a column has for each leaf of the params."""
+    """The leaves of a column for each leaf of the params."""
     return _tree.flatten(point.params)[1].flatten_up_to(column)
 
 
 def kept_columns(
     case: Case, point: Point, params: Tree, state: Any
 ) -> list[tuple[Tree, list[bool]]]:
-    """Params and columns of the state; which leaves stay, for want of a gradient or as frozen."""
+    """Params and columns of the state, and the leaves that stay (no gradient, or frozen)."""
     missing = [grad is None for grad in _tree.leaves(point.grads)]
     frozen = _tree.leaves(case.frozen(point.params)) if case.frozen else missing
     stays = [a or b for a, b in zip(missing, frozen, strict=True)]
@@ -281,7 +281,7 @@ def kept_columns(
 
 
 def least(hparams: Any) -> Any:
-    """Every field at the lower end of its range, where rules may take a short cut."""
+    """Every field at the lower end of its range, where rules may take a shortcut."""
 
     def bound(field: hyper.Field, value: Any) -> Any:
         return value if field.bounds["ge"] is None else field.bounds["ge"]

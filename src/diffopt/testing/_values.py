@@ -1,4 +1,4 @@
-"""Checks of values: against a reference, numbers against tensors, half precision."""
+"""Checks of values: against a reference, numbers against tensors, and half precision."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PARITY = {  # relative tolerance to the reference after some steps
 
 
 def parity(case: Case) -> None:
-    """`update` and `update_` follow the reference for six steps."""
+    """`update` and `update_` agree with the reference for six steps."""
     if case.reference is None:
         return
     for dtype in [dtype for dtype in case.dtypes if dtype in PARITY]:
@@ -61,7 +61,7 @@ def parity(case: Case) -> None:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Generator[None]:
-    """For torch, which keeps some scalars of its states in the default dtype."""
+    """A default dtype, in which torch keeps some scalars of its states."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -71,7 +71,7 @@ def default_dtype(dtype: torch.dtype) -> Generator[None]:
 
 
 def numbers(case: Case) -> None:
-    """A number and a 0-d tensor as hyperparameter have the same effect, to float64's accuracy."""
+    """A number and a 0-d tensor as hyperparameter have the same effect, up to float64 rounding."""
     point = generic_point(case)
     numbers = point._replace(
         hparams=_tree.map(lambda x: x.item() if x.dim() == 0 else x, point.hparams)
@@ -80,7 +80,7 @@ def numbers(case: Case) -> None:
 
 
 def half_step(case: Case) -> None:
-    """A step in half precision is float32's, rounded at the end."""
+    """A step in half precision is a float32 step, rounded at the end."""
     for dtype, seed in itertools.product(halves(case), range(5)):
         point = generic_point(case, seed, dtype)
         params, grads = as_dtype(torch.float32, (point.params, point.grads))
@@ -90,7 +90,7 @@ def half_step(case: Case) -> None:
 
 
 def half_zero_gradient(case: Case) -> None:
-    """Zero gradients leave params in half precision as they are, and the state finite."""
+    """Zero gradients do not change half-precision params, and keep the state finite."""
     hparams = map_fields(lambda f, v: 0.0 if f.name in DECAYS else v, case.record())
     for dtype in halves(case):
         params = generic_point(case, dtype=dtype).params
@@ -101,7 +101,7 @@ def half_zero_gradient(case: Case) -> None:
 
 
 def half_long_run(case: Case) -> None:
-    """After many steps in bfloat16 they are counted and the params near float32's."""
+    """After many steps in bfloat16 the count is right and the params are close to float32's."""
     if torch.bfloat16 not in case.dtypes:
         return
     params, state = long_run(case, torch.bfloat16)
@@ -114,7 +114,7 @@ def half_long_run(case: Case) -> None:
 
 
 def step_counts(state: Any, name: str) -> list[tuple[str, Any]]:
-    """The outermost `step` of a state, or of each part of a composition's."""
+    """The outermost `step` of a state, or of each part of a composition's state."""
     if hasattr(state, "step"):
         return [(f"{name}.step", state.step)]
     if isinstance(state, dict):
