@@ -573,7 +573,7 @@ def test_state_of_bare_namedtuples_loads_with_weights_only():
 
 WRONG = {
     "step": (lambda row: {"step": torch.tensor(-1.0)}, "step of .* is -1"),
-    "other steps": (lambda row: {"step": row["step"] + 1}, "all parameters of a group share it"),
+    "other steps": (lambda row: {"step": row["step"] + 1}, "must be the same for all parameters"),
     "shape": (lambda row: {"exp_avg": torch.zeros(7)}, r"exp_avg of .* has shape \(7,\)"),
     "integers": (lambda row: {"exp_avg": row["exp_avg"].long()}, "dtype torch.int64"),
     "text": (lambda row: {"exp_avg": "x"}, "exp_avg of .* is 'x'"),

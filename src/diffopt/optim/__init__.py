@@ -1,4 +1,4 @@
-"""Drop-in replacements for torch.optim's classes, over diffopt's rules.
+"""Drop-in replacements for the classes of torch.optim, based on diffopt's rules.
 
 `import diffopt.optim as optim` has what `torch.optim` has: the classes, `lr_scheduler`, `swa_utils`
 and `Optimizer`.

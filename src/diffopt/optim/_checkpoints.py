@@ -1,4 +1,4 @@
-"""Making and reading the checkpoints of torch.optim, which are copies here."""
+"""Saving and loading checkpoints in the format of torch.optim, as copies."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from diffopt.optim._options import Group, name_of
 
 
 class Checkpoints(torch.optim.Optimizer):
-    """Makes and reads the checkpoints of torch.optim, which are copies here."""
+    """Saves and loads checkpoints in the format of torch.optim; here they are copies."""
 
     state: Any
     scalar_state: ClassVar[tuple[str, ...]] = ("step",)
-    """What torch keeps in one 0-d tensor for each parameter."""
+    """The fields of the state that torch keeps as one 0-d tensor per parameter."""
     scalars_follow: ClassVar[bool] = False
-    """Whether torch has those on the parameter's device even where no graph is captured."""
+    """Whether torch keeps those on the parameter's device even without graph capture."""
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters, which may have values of their own.
+        """Add a group of parameters, which may have its own options.
 
         Args:
-            param_group: "params", and any of the class's options. It is copied.
+            param_group: "params" and any of the class's options. It is copied.
         """
         super().add_param_group(with_betas(copy.copy(param_group), self.defaults))
 
     @_torch.disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """The state and the parameter groups, as torch.optim has them, but copied and detached."""
+        """The state and the parameter groups, as in torch.optim, but copied and detached."""
         for hook in _torch.hooks(self, "state_dict_pre"):
             hook(self)
         index: dict[int, int] = {}
@@ -59,11 +59,11 @@ class Checkpoints(torch.optim.Optimizer):
 
     @_torch.disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` of this class, or of its namesake in torch.optim, returned.
+        """Load a `state_dict` of this class or of the class of the same name in torch.optim.
 
-        Every tensor is copied to the device of its parameter. One that is narrower than the
-        parameter is widened, so that a run in bfloat16 can go on in float32; one that is wider
-        keeps its dtype.
+        Every tensor is copied to the device of its parameter. One with a narrower dtype than the
+        parameter is converted to the parameter's, so that a run in bfloat16 can continue in
+        float32; one with a wider dtype keeps it.
 
         Raises:
             TypeError: `state_dict`, or a part of it, is not a dict.
@@ -99,12 +99,13 @@ class Checkpoints(torch.optim.Optimizer):
             else:
                 state[key] = copied(row)
         _state.string([row for row in state.values() if isinstance(row, dict)], self.scalar_state)
-        self.__setstate__({"state": state, "param_groups": groups})  # it knows older formats
+        self.__setstate__({"state": state, "param_groups": groups})  # it converts older formats
         for group in self.param_groups:
             if missing := sorted(self.defaults.keys() - group.keys() - {"differentiable"}):
                 kind = type(self).__name__
                 raise ValueError(
-                    f"loaded state dict is not that of a {kind}: its groups have no {missing[0]!r}"
+                    f"loaded state dict does not belong to a {kind}: its groups have no "
+                    f"{missing[0]!r}"
                 )
         self.check_numbers()
         for param, group, name in params.values():
@@ -112,14 +113,14 @@ class Checkpoints(torch.optim.Optimizer):
         _state.made(self.state)
 
     def check_numbers(self) -> None:
-        """Raise where a group has something else than a number for a number."""
+        """Raise if a group has something other than a number for a number."""
         check_numbers(self.param_groups, self.defaults)
 
     def check_state(self, row: dict[str, Any], param: Tensor, group: Group, name: str) -> None:
-        """Raise where a saved state cannot be that of this parameter."""
+        """Raise if a saved state does not fit this parameter."""
 
     def _matched(self, groups: list[Group]) -> dict[Any, tuple[Tensor, Group, str]]:
-        """Each saved index with our parameter, its saved group and its name."""
+        """For each saved index, the parameter of this optimizer, its saved group and its name."""
         if len(groups) != len(self.param_groups):
             raise ValueError(
                 "loaded state dict has a different number of parameter groups: "
@@ -139,7 +140,7 @@ class Checkpoints(torch.optim.Optimizer):
         return params
 
     def _loaded(self, row: Any, param: Tensor, group: Group, name: str) -> dict[str, Any]:
-        """A copy of a parameter's state, on its device and in dtypes that suit it."""
+        """A copy of a parameter's state, on its device and in suitable dtypes."""
 
         def widened(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -155,14 +156,14 @@ class Checkpoints(torch.optim.Optimizer):
         return {k: loaded[k] if k in loaded else _tree.map(widened, v) for k, v in row.items()}
 
     def state_dtype(self, value: Tensor, param: Tensor, group: Group) -> torch.dtype:
-        """The dtype for a saved buffer: its own, or the parameter's where that is wider."""
+        """The dtype for a saved buffer: its own, or the parameter's if that is wider."""
         alike = value.is_complex() == param.is_complex()
         return torch.promote_types(value.dtype, param.dtype) if alike else value.dtype
 
     def loaded_scalar(self, key: str, value: Any, param: Tensor, group: Group) -> Any:
-        """A saved scalar, such as a step: at least in float32, which counts to 2^24."""
+        """A saved scalar, such as a step, in at least float32, which counts to 2^24."""
         if not isinstance(value, Tensor):
-            return value  # torch's __setstate__ makes a tensor of it
+            return value  # torch's __setstate__ converts it to a tensor
         captured = group.get("fused") or group.get("capturable")
         dtype = torch.promote_types(value.dtype, torch.float32)
         dtype = torch.float32 if captured and key == "step" else dtype
@@ -171,7 +172,7 @@ class Checkpoints(torch.optim.Optimizer):
 
 
 def copied(tree: Any, device: Any = None) -> Any:
-    """A tree of which no tensor shares memory or history with the old one."""
+    """A copy of the tree, whose tensors share neither memory nor history with the old ones."""
 
     def copy_of(leaf: Any) -> Any:
         return leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf
@@ -180,7 +181,7 @@ def copied(tree: Any, device: Any = None) -> Any:
 
 
 def check_scalar(key: str, value: Any, name: str) -> None:
-    """Raise where a saved scalar is not a number, or a step not a count."""
+    """Raise if a saved scalar is not a number, or a step is not a count."""
     number = plain_number(value, f"{key} of {name}")
     if key != "step" or (isinstance(number, Tensor) and number.is_meta):
         return
@@ -189,11 +190,11 @@ def check_scalar(key: str, value: Any, name: str) -> None:
 
 
 def _parts(state_dict: Any) -> tuple[dict[Any, Any], list[Group]]:
-    """The state and copies of the groups of a saved state, where it has the form of one."""
+    """The state and copies of the groups of a state dict; raises if it is not one."""
     if missing := {"state", "param_groups"} - _as_dict(state_dict, "state_dict").keys():
         raise ValueError(
-            f"state_dict has no {min(missing)!r}, only {list(state_dict)}: it is not what "
-            "state_dict() of an optimizer returns"
+            f"state_dict has no {min(missing)!r}, only {list(state_dict)}: it is not the "
+            "state_dict() of an optimizer"
         )
     groups = state_dict["param_groups"]
     if not isinstance(groups, (list, tuple)):

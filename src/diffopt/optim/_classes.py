@@ -1,6 +1,7 @@
-"""The classes of torch.optim: for each, which rule steps it in which configuration.
+"""The classes of torch.optim, each with the rule that steps it and its configuration.
 
-A class that torch.optim lacks takes its constructor from `OwnClass` and says what makes its rule.
+A class that torch.optim does not have inherits its constructor from `OwnClass`, and names the
+function that creates its optimizer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class SGD(RuleOptimizer, torch.optim.SGD):
 
 
 class Adam(RuleOptimizer, torch.optim.Adam):
-    """`torch.optim.Adam`, stepped by `diffopt.adam` (or `adamw` where decay is decoupled)."""
+    """`torch.optim.Adam`, stepped by `diffopt.adam` (or `adamw` if the decay is decoupled)."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         make = rules.adamw if group["decoupled_weight_decay"] else rules.adam

@@ -1,4 +1,4 @@
-"""What `from_pure` makes of compositions, and of other optimizers that step whole trees."""
+"""What `from_pure` returns for compositions and other optimizers that step whole trees."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TreeOptimizer(Checkpoints):
         return records(self.template, self.param_groups[i])
 
     def state_of(self, i: int) -> Any:
-        """The state of a group, put together from the states of its parameters."""
+        """The state of a group, assembled from the states of its parameters."""
         params = self.param_groups[i]["params"]
         layout = self._layouts.get(i)
         rows = [self.state.get(param) or {} for param in params]
@@ -73,13 +73,13 @@ class TreeOptimizer(Checkpoints):
         return layout.join(rows, [name_of(self.param_groups[i], i, j) for j in range(len(params))])
 
     def _begin(self, i: int) -> tuple[Layout, Rows]:
-        """How the state of a group is laid out, and the state before the first step."""
+        """The layout of the state of a group, and the state before the first step."""
         state = self.optimizer.init(self.params_of(i))
         layout = Layout(state, self.params_of(i))
         return layout, layout.split(state)
 
     def tree(self, i: int, leaves: list[Any]) -> Tree:
-        """What belongs to the params of a group, in the structure that they were given in."""
+        """Leaves for the params of a group, in the structure in which the params were given."""
         if self.structure is None or i > 0:
             return leaves
         return _tree.map(leaves.__getitem__, self.structure)
@@ -92,7 +92,7 @@ class TreeOptimizer(Checkpoints):
                         plain_number(leaf, f"param_groups[{i}][{key!r}]")
 
     def state_dtype(self, value: Tensor, param: Tensor, group: Group) -> torch.dtype:
-        return value.dtype  # until _load knows what `init` makes
+        return value.dtype  # until _load knows the dtypes of `init`
 
     def _load(self, saved: dict[Any, Any], groups: list[Group]) -> None:
         super()._load(saved, groups)
@@ -102,7 +102,7 @@ class TreeOptimizer(Checkpoints):
                 self._fit(i)
 
     def _fit(self, i: int) -> None:
-        """Bring a saved state to the dtypes and devices that `init` chooses."""
+        """Convert a saved state to the dtypes and devices that `init` chooses."""
         params = self.param_groups[i]["params"]
         names = [name_of(self.param_groups[i], i, j) for j in range(len(params))]
         layout, fresh = self._begin(i)
@@ -121,11 +121,11 @@ class TreeOptimizer(Checkpoints):
 
 
 class Layout:
-    """Where the leaves of a state stand in the states of single parameters.
+    """How the leaves of a state are distributed over the states of single parameters.
 
-    Of a tree like params each parameter has its own leaf. Of what belongs to the whole tree, all
-    parameters have a 0-d tensor, such as a count of steps, and it is one object; the first has
-    what is greater, such as the history of L-BFGS.
+    Of a tree like params, each parameter has its own leaf. Of what belongs to the whole tree, all
+    parameters share 0-d tensors, such as a step count, as one object; the first parameter has
+    larger tensors, such as the history of L-BFGS.
     """
 
     def __init__(self, state: Any, params: Tree) -> None:
@@ -134,7 +134,7 @@ class Layout:
         paths = _tree.paths(_tree.unflatten(range(len(nodes)), self.state), "")
         self.names = short_names([re.findall(r"[^\[\]'.]+", path) or ["state"] for path in paths])
         self.rest: dict[str, Any] = {}
-        """What is no tensor, and never changes."""
+        """Leaves that are not tensors and never change."""
         self.shared: set[str] = set()
         self.owners: dict[str, list[bool]] = {}
         for name, node in zip(self.names, nodes, strict=True):
@@ -148,7 +148,7 @@ class Layout:
                 self.rest[name] = node
 
     def _leaves(self, node: Any) -> list[Any] | None:
-        """The leaves of a tree like params; [] where a part of a partition has none."""
+        """The leaves of a tree like params; [] if a part of a partition has none."""
         try:
             leaves = self.params.flatten_up_to(node)
         except ValueError:
@@ -168,7 +168,7 @@ class Layout:
         return rows
 
     def fits(self, rows: Rows) -> bool:
-        """Whether the parameters have all that the state is made of."""
+        """Whether the parameters have all parts of the state."""
         return all(
             name in row
             for name, owners in self.owners.items()
@@ -177,7 +177,7 @@ class Layout:
         )
 
     def join(self, rows: Rows, names: list[str]) -> Any:
-        """The state. `names` are those of the parameters."""
+        """The state, from the states of the parameters with these names."""
         nodes: list[Any] = []
         for name in self.names:
             if name in self.rest:
@@ -191,21 +191,21 @@ class Layout:
         return _tree.unflatten(nodes, self.state)
 
     def _one(self, name: str, rows: Rows, names: list[str]) -> Tensor:
-        """What parameters share; where each was given its own, they must be equal."""
+        """A tensor that parameters share; if each has its own, they must be equal."""
         first = rows[0][name]
         for row, param, own in zip(rows, names, self.owners[name], strict=True):
             if own and row[name] is not first:
                 if not torch.equal(torch.as_tensor(row[name]), torch.as_tensor(first)):
                     raise ValueError(
                         f"{name} of {param} is {row[name]}, but {name} of {names[0]} is {first}: "
-                        "all parameters of a group share it"
+                        "it must be the same for all parameters of a group"
                     )
                 row[name] = first
         return first
 
 
 def _like(row: dict[str, Any], key: str, fresh: Tensor, name: str) -> Tensor:
-    """A saved tensor, as `init` would have made it."""
+    """A saved tensor, with the dtype and device that `init` gives it; raises if it does not fit."""
     if key not in row:
         raise ValueError(
             f"loaded state dict does not match the optimizer: the state of {name} has "

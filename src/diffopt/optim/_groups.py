@@ -1,7 +1,7 @@
-"""The numbers in parameter groups, which anybody may overwrite between steps.
+"""The numbers in parameter groups, which users and schedulers may overwrite between steps.
 
-A group has the fields of a record under the names that schedulers of torch.optim know: `lr`, and
-`betas` for beta1 and beta2.
+A group has the fields of a record under the names that torch's schedulers use: `lr`, and `betas`
+for beta1 and beta2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon
 
 
 def plain_number(value: Any, name: str) -> Any:
-    """A Python number, or a 0-d tensor; numbers of other kinds, such as numpy's, become Python's.
+    """A Python number or a 0-d tensor; other numbers, such as numpy's, are converted to Python's.
 
     Raises:
         TypeError: the value is not a number.
@@ -36,15 +36,15 @@ def plain_number(value: Any, name: str) -> Any:
         if value.numel() == 1 and not value.is_complex():
             return value.squeeze() if value.dim() else value
     elif isinstance(value, SupportsFloat):
-        with contextlib.suppress(TypeError, ValueError):  # from an array of several numbers
+        with contextlib.suppress(TypeError, ValueError):  # raised by an array of several numbers
             return int(value) if isinstance(value, Integral) else float(value)
     raise TypeError(f"{name} is {_tree.describe(value)}, but must be a number")
 
 
 def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
-    """Raise where a group has something else than a number for what is one by default.
+    """Raise if a group has something other than a number where the default is a number.
 
-    As in torch.optim, ranges are checked in constructors only: a schedule may leave them.
+    As in torch.optim, ranges are checked in constructors only, so that schedules may leave them.
     """
     for i, group in enumerate(groups):
         for key, default in defaults.items():
@@ -58,7 +58,7 @@ def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
 
 
 def is_number(value: Any) -> bool:
-    """Whether a default is a number, and not a flag."""
+    """Whether a default is a number instead of a flag."""
     return type(value) not in _FLAGS and isinstance(value, SupportsFloat)
 
 
@@ -72,7 +72,7 @@ def _check_tuple(key: str, values: Any, length: int, i: int) -> None:
 
 
 def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The group with `betas` in place of beta1 and beta2, where it has `betas` by default."""
+    """The group with `betas` in place of beta1 and beta2, if its defaults have `betas`."""
     if "betas" in defaults and group.keys() & set(_BETAS):
         old = group.get("betas", defaults["betas"])
         group["betas"] = tuple(group.pop(name, old[k]) for k, name in enumerate(_BETAS))
@@ -80,10 +80,10 @@ def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
 
 
 def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The records that a maker makes, and their fields as options of a group, checked.
+    """The records created by a maker, and their fields as options of a group, checked.
 
-    Where several parts have an `lr`, so that they are "part.lr", `lr` is a common factor: what a
-    scheduler does to it is done to all.
+    If several parts have an `lr`, so that each is "part.lr", `lr` is a common factor: a scheduler
+    that changes it changes all.
     """
     given = dict(given)
     if "betas" in given:
@@ -101,7 +101,7 @@ def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict
 
 
 def _made(maker: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """The records of a maker, whose keywords have no dots; an unknown name raises."""
+    """The records of a maker, whose keywords have no dots; unknown names raise."""
     try:
         template = maker(**{name: value for name, value in given.items() if "." not in name})
     except TypeError:
@@ -137,7 +137,7 @@ def _value(group: Mapping[str, Any], name: str) -> Any:
 
 
 def _plain(tree: Any, name: str) -> Any:
-    """The same hyperparameter in Python's numbers and tensors."""
+    """The hyperparameter with all numbers converted to Python numbers or tensors."""
     if type(tree) in _PLAIN:
         return tree
     return _tree.map(lambda x: x if isinstance(x, Tensor) else plain_number(x, name), tree)
@@ -148,7 +148,7 @@ def _checked(record: Any) -> Any:
 
 
 def _numbers(template: Any) -> dict[str, Any]:
-    """The hyperparameters by name; one whose name is not unique has its part's before it."""
+    """The hyperparameters by name; names that are not unique are prefixed by their part's."""
     fields = [
         ((*path, field.name), getattr(record, field.name))
         for path, record in _records(template)
@@ -158,13 +158,13 @@ def _numbers(template: Any) -> dict[str, Any]:
 
 
 def short_names(paths: Sequence[Sequence[str]]) -> list[str]:
-    """The last part of each path where it is unique, else all of the path."""
+    """The last component of each path if it is unique, otherwise the whole path."""
     ends = Counter(path[-1] for path in paths)
     return [path[-1] if ends[path[-1]] == 1 else ".".join(path) for path in paths]
 
 
 def _records(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The records in a tree of hyperparameters, and where they stand."""
+    """The records in a tree of hyperparameters, each with its path."""
     if _is_record(tree):
         yield path, tree
     elif isinstance(tree, Mapping):

@@ -29,7 +29,7 @@ PAIRS = {
 
 
 def flags_of(group: Group) -> tuple[Any, ...]:
-    """What decides, beside the tensors, how a group is stepped."""
+    """The options that, besides the tensors, determine how a group is stepped."""
     flags = map(group.get, ("foreach", "fused", "capturable", "differentiable"))
     return (*flags, torch.is_inference_mode_enabled())
 
@@ -50,6 +50,6 @@ def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
 
 
 def name_of(group: Group, i: int, j: int) -> str:
-    """What to call a parameter in an error."""
+    """The name of a parameter in errors."""
     names = group.get("param_names")
     return names[j] if names else f"param_groups[{i}]['params'][{j}]"

@@ -1,4 +1,4 @@
-"""Classes that torch.optim lacks: their state begins as the rule's own `init` makes it."""
+"""Classes that torch.optim does not have: their initial state is that of the rule's `init`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WAYS: dict[str, Any] = {"foreach": None, "capturable": False, "differentiable":
 
 
 class OwnInit(RuleOptimizer):
-    """A class whose state begins as the rule's own `init` makes it."""
+    """A class whose initial state is that of the rule's `init`."""
 
     def new_states(self, params: Sequence[Tensor], group: Group) -> list[dict[str, Any]]:
         opt = self.rule(group)
@@ -41,7 +41,7 @@ class OwnInit(RuleOptimizer):
 
 
 class LeafwiseOptimizer(OwnInit):
-    """What `from_pure` returns for an optimizer made by `leafwise`."""
+    """What `from_pure` returns for a `Leafwise` optimizer."""
 
     def __init__(
         self, optimizer: Leafwise[Any, Any], params: Iterable[Any], hparams: dict[str, Any]
@@ -57,17 +57,18 @@ class LeafwiseOptimizer(OwnInit):
 
 
 class OwnClass(OwnInit):
-    """A class that torch.optim lacks; a subclass says what makes its optimizer.
+    """A class that torch.optim does not have; subclasses name the function `make`.
 
     Args:
-        params: what torch.optim takes.
+        params: as for torch.optim.
         lr: the learning rate; by default that of the record.
-        **others: flags of `make`; hyperparameters, where `betas` may stand for beta1 and beta2; and
-            foreach, capturable and differentiable, as in torch. Each is an option of every group.
+        **others: flags of `make`; hyperparameters, with `betas` for beta1 and beta2 if you like;
+            and foreach, capturable and differentiable, as in torch. Each is an option of every
+            group.
 
     Raises:
-        TypeError: an option is unknown; the message lists those there are.
-        ValueError: a number is out of its range.
+        TypeError: an option is unknown; the message lists the known ones.
+        ValueError: a number is out of range.
 
     Example:
         >>> import torch, diffopt
@@ -107,9 +108,9 @@ def _made(make: Callable[..., Leafwise[Any, Any]], *flags: Any) -> Leafwise[Any,
 
 
 def _raised(buffer: Tensor, initial: Any) -> Tensor:
-    """A buffer of its own, which may begin as the parameter, plus what numbers add to it."""
+    """A copy of a buffer, which may initially be the parameter, plus its initial value."""
     if initial is None:
         return buffer.clone()
-    if buffer.is_complex():  # a rule sees pairs of reals
+    if buffer.is_complex():  # rules see pairs of reals
         return torch.view_as_complex(torch.view_as_real(buffer) + initial)
     return (buffer + initial).to(buffer.dtype)

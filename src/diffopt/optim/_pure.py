@@ -1,4 +1,4 @@
-"""from_pure and to_pure: between pure optimizers and those of torch.optim."""
+"""from_pure and to_pure: conversion between pure optimizers and those of torch.optim."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _CLASSES: dict[type, type[RuleOptimizer]] = {
     for name, cls in vars(_classes).items()
     if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and name in vars(torch.optim)
 }
-"""Our class for each class of torch.optim."""
+"""The class of diffopt.optim for each class of torch.optim."""
 
 
 class Pure(NamedTuple):
-    """What `to_pure` returns: the arguments of `optimizer.update`, but for the gradients."""
+    """What `to_pure` returns: an optimizer and the arguments of its `update` except gradients."""
 
     optimizer: Optimizer[Any, Any]
     params: Tree
@@ -44,29 +44,29 @@ class Pure(NamedTuple):
 def from_pure(
     optimizer: Optimizer[Any, Any], params: Iterable[Any] | Mapping[str, Any], **hparams: Any
 ) -> torch.optim.Optimizer:
-    """Make a `torch.optim.Optimizer` of any pure one, a composition or your own included.
+    """Convert any pure optimizer, even a composition or your own, to a `torch.optim.Optimizer`.
 
     Args:
         optimizer: a pure optimizer.
-        params: what torch.optim takes: tensors, pairs of name and tensor, or dicts that are
-            parameter groups; or a dict, such as `dict(model.named_parameters())`, that labels and
-            hyperparameters which are trees can refer to.
-        **hparams: hyperparameters. Each is a value of every parameter group, `group["lr"]` and the
-            like, which groups and schedulers may set. beta1 and beta2 are `betas` there, as in
-            torch.optim. Where parts of a composition share a name, it is `"part.name"`, such as
-            `"body.lr"`; then `lr` is a common factor of all rates, 1 unless a group or a scheduler
-            says otherwise.
+        params: as for torch.optim: tensors, pairs of name and tensor, or dicts that are parameter
+            groups; or a dict, such as `dict(model.named_parameters())`, to whose keys labels and
+            trees of hyperparameters can refer.
+        **hparams: hyperparameters. Each becomes a value in every parameter group, such as
+            `group["lr"]`, which groups and schedulers may set. beta1 and beta2 are `betas` there,
+            as in torch.optim. If parts of a composition share a name, use `"part.name"`, such as
+            `"body.lr"`; then `lr` is a common factor of all learning rates, 1 unless a group or a
+            scheduler sets it.
 
     Returns:
-        The optimizer. Its steps are in place and record no graph. `state[p]` has what belongs to a
-        parameter, by name of the field, in tensors: so `state_dict` loads with weights_only=True,
-        and goes through torch.distributed.checkpoint. What belongs to all parameters of a group,
-        such as a count of steps, is one 0-d tensor in the state of each; a greater tensor, such as
-        the history of `lbfgs` or the vectors of `flatten`, stands with the first parameter.
+        The optimizer. Its steps are in place and record no graph. `state[p]` holds the state of a
+        parameter as tensors by field name, so `state_dict` loads with weights_only=True and works
+        with torch.distributed.checkpoint. State of all parameters of a group, such as a step count,
+        is one 0-d tensor shared by all of them; larger tensors, such as the history of `lbfgs` or
+        the vectors of `flatten`, are in the state of the first parameter.
 
     Raises:
-        TypeError: a hyperparameter is unknown; the message lists those there are.
-        ValueError: a number is out of its range.
+        TypeError: a hyperparameter is unknown; the message lists the known ones.
+        ValueError: a number is out of range.
 
     Example:
         >>> import torch, diffopt
@@ -97,22 +97,22 @@ def from_pure(
 
 
 def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
-    """Take an optimizer of torch.optim or diffopt.optim apart, in the middle of a run or before it.
+    """Convert an optimizer of torch.optim or diffopt.optim to a pure one, at any time in a run.
 
     Args:
-        optimizer: of a class of torch.optim or diffopt.optim, or from `from_pure`. A line search
-            of LBFGS is `search` of the pure one.
+        optimizer: of a class of torch.optim or diffopt.optim, or from `from_pure`. The line search
+            of LBFGS is the method `search` of the pure one.
 
     Returns:
-        A named tuple of copies: `optimizer`, the pure one; `params`, a dict where the optimizer was
-        given names, else a list, of all groups; `state`; and `hparams`, in which a value that
-        differs between groups is a tree like params. So an inner loop can start where training
-        stands.
+        A named tuple of copies: `optimizer`, the pure one; `params` of all groups, a dict if the
+        optimizer was given names, otherwise a list; `state`; and `hparams`, where a value that
+        differs between groups is a tree like params. So an inner loop can start in the middle of
+        training.
 
     Raises:
-        TypeError: the class is not known.
-        ValueError: groups differ in an option that is no hyperparameter, or parameters in their
-            number of steps: a pure state has one.
+        TypeError: the class is not supported.
+        ValueError: groups differ in an option that is not a hyperparameter, or parameters differ in
+            their number of steps: a pure state has only one.
 
     Example:
         >>> import torch, diffopt
@@ -135,7 +135,7 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
     rules = [shell.rule(group) for group in shell.param_groups]
     opt = rules[0]
     if any(rule != opt for rule in rules):
-        raise ValueError("parameter groups differ in an option that is no hyperparameter")
+        raise ValueError("parameter groups differ in an option that is not a hyperparameter")
     owners = [(group, p) for group in shell.param_groups for p in group["params"]]
     _, spec = _tree.flatten(_tree_of(shell.param_groups))
     params = _tree.unflatten([copied(p) for _, p in owners], spec)
@@ -150,7 +150,7 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
         state = state._replace(step=torch.full_like(state.step, step), **buffers)
     values = zip(*(_pure_values(opt, group, p) for group, p in owners), strict=True)
     record = hyper.assemble(opt.hparams, [_shared(column, spec) for column in values])
-    if isinstance(shell, _classes.SparseAdam):  # whose rule is that of the rows of its gradients
+    if isinstance(shell, _classes.SparseAdam):  # whose rule is for the rows of its gradients
         return Pure(sparse_adam(maximize=opt.maximize), params, state, record)
     return Pure(opt, params, state, record)
 
@@ -158,7 +158,7 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
 def _tree_to_pure(optimizer: TreeOptimizer) -> Pure:
     groups = optimizer.param_groups
     if len(groups) != 1:
-        raise ValueError(f"there are {len(groups)} groups, but must be one")
+        raise ValueError(f"there are {len(groups)} parameter groups, but only one is supported")
     params = optimizer.params_of(0) if optimizer.structure else _tree_of(groups)
     return Pure(
         optimizer.optimizer,
@@ -167,7 +167,7 @@ def _tree_to_pure(optimizer: TreeOptimizer) -> Pure:
 
 
 def _lbfgs_to_pure(optimizer: torch.optim.Optimizer) -> Pure:
-    """All is one vector there, and the state of all is that of the first parameter."""
+    """Convert LBFGS, which has a single vector and all its state with the first parameter."""
     (group,) = optimizer.param_groups
     opt = lbfgs(history_size=group["history_size"])
     params = copied(_tree_of(optimizer.param_groups))
@@ -188,7 +188,7 @@ def _lbfgs_to_pure(optimizer: torch.optim.Optimizer) -> Pure:
 
 
 def _as_ours(optimizer: torch.optim.Optimizer) -> RuleOptimizer:
-    """The optimizer as an instance of our class, with the same groups and state."""
+    """The optimizer as an instance of diffopt's class, with the same groups and state."""
     if isinstance(optimizer, RuleOptimizer):
         return optimizer
     ours = _CLASSES.get(type(optimizer))
@@ -202,7 +202,7 @@ def _as_ours(optimizer: torch.optim.Optimizer) -> RuleOptimizer:
 
 
 def _tree_of(groups: list[Group]) -> Tree:
-    """The parameters of all groups: by name where they have names, else a list."""
+    """The parameters of all groups: a dict if they have names, otherwise a list."""
     tensors = [p for group in groups for p in group["params"]]
     names = [name for group in groups for name in group.get("param_names", ())]
     return dict(zip(names, tensors, strict=True)) if names else tensors
@@ -211,7 +211,7 @@ def _tree_of(groups: list[Group]) -> Tree:
 def _pure_row(
     optimizer: RuleOptimizer, opt: Leafwise[Any, Any], group: Group, p: Tensor
 ) -> tuple[float, dict[str, Tensor]]:
-    """A parameter's count of steps, and its buffers in the shapes of the pure state."""
+    """A parameter's step count, and its buffers in the shapes of the pure state."""
     row = dict(optimizer.state[p]) if p in optimizer.state else {}
     begun = bool(row) and all(value is not None for value in row.values())
     if not begun:
@@ -223,7 +223,7 @@ def _pure_row(
             number = value.item()
             value = torch.full_like(p, complex(number, number) if p.is_complex() else number)
         buffers[name] = copied(value.to_dense() if value.is_sparse else value)
-    # Where torch keeps no count, it is enough that the next step is not the first.
+    # Where torch keeps no count, it only matters that the next step is not the first.
     return float(row.get("step", begun)), buffers
 
 
@@ -234,7 +234,7 @@ def _pure_values(opt: Leafwise[Any, Any], group: Group, p: Tensor) -> list[Any]:
 
 
 def _shared(values: Sequence[Any], spec: _tree.Spec) -> Any:
-    """One value where all are the same number, else a tree of them."""
+    """A single value if all are the same number, otherwise a tree of them."""
     first = values[0]
     if all(type(v) is type(first) and bool(v == first) for v in values):
         return first

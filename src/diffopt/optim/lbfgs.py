@@ -1,4 +1,4 @@
-"""L-BFGS as torch.optim has it, on the mathematics of `diffopt.lbfgs`."""
+"""The class LBFGS of torch.optim, with the mathematics of `diffopt.lbfgs`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ MEMORY = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "p
 class LBFGS(Checkpoints, torch.optim.LBFGS):
     """`torch.optim.LBFGS` with the mathematics of `diffopt.lbfgs`.
 
-    Constructor, iterations, stopping rules and state are torch's, so that a checkpoint moves either
-    way in the middle of a run. An iteration waits for the device only where it decides something.
+    Constructor, iterations, stopping rules and state are torch's, so checkpoints can be exchanged
+    in both directions in the middle of a run. An iteration synchronizes with the device only to
+    make decisions.
 
     Args:
-        params: the parameters, on one device; there can be one group only.
+        params: the parameters, on one device, in a single group.
         lr: the step length, or the first one tried (1).
-        max_iter: how many iterations a step has (20).
-        max_eval: how many evaluations of the closure a step may begin an iteration with
-            (max_iter * 1.25).
-        tolerance_grad: stop where no entry of the gradient is greater (1e-7).
-        tolerance_change: stop where no entry changes by more, or the loss by as much (1e-9).
-        history_size: how many pairs are remembered (100).
+        max_iter: the maximum number of iterations per step (20).
+        max_eval: no new iteration begins after this many evaluations of the closure (max_iter *
+            1.25).
+        tolerance_grad: stop if no entry of the gradient is larger (1e-7).
+        tolerance_change: stop if no entry changes by more, or the loss by less (1e-9).
+        history_size: the number of pairs kept (100).
         line_search_fn: "strong_wolfe", or None for steps of length lr.
         maximize: ascend instead of descend; from torch 2.14 on.
 
@@ -55,7 +56,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         Parameter containing:
         tensor([1.0000, 1.0000], requires_grad=True)
 
-    Source: that of `diffopt.lbfgs`.
+    Source: see `diffopt.lbfgs`.
     """
 
     @torch.no_grad()
@@ -75,7 +76,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         """
         if len(self.param_groups) != 1:
             raise ValueError(
-                f"LBFGS has one parameter group, but there are {len(self.param_groups)}"
+                f"LBFGS supports only one parameter group, but there are {len(self.param_groups)}"
             )
         self.check_numbers()
         group = self.param_groups[0].copy()
@@ -84,7 +85,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
                 group[key] = plain_number(group[key], key)
         if group["line_search_fn"] not in (None, "strong_wolfe"):
             raise RuntimeError("only 'strong_wolfe' is supported")
-        state = self.state[group["params"][0]]  # of all parameters, as in torch
+        state = self.state[group["params"][0]]  # for all parameters, as in torch
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)
         memory = {name: state.get(name) for name in MEMORY}
@@ -107,7 +108,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
                 group.setdefault("maximize", False)
 
     def state_dtype(self, value: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
-        whole = flat(p.new_empty(0) for p in group["params"])  # all state is of such vectors
+        whole = flat(p.new_empty(0) for p in group["params"])  # all state consists of such vectors
         return value.dtype if value.is_complex() else whole.dtype
 
     def check_state(
@@ -125,7 +126,8 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         lengths = {key: len(row[key]) for key in _LISTS if isinstance(row[key], list)}
         if len(lengths) < len(_LISTS) or len(set(lengths.values())) > 1:
             raise ValueError(
-                f"{', '.join(_LISTS)} of {name} must be lists of one length, but have {lengths}"
+                f"{', '.join(_LISTS)} of {name} must be lists of the same length, but have lengths "
+                f"{lengths}"
             )
         for key in ("d", "prev_flat_grad", "old_dirs", "old_stps"):
             for vector in row[key] if isinstance(row[key], list) else [row[key]]:
@@ -135,13 +137,13 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
 
 
 def _check_vector(vector: Any, size: int, name: str) -> None:
-    """Raise where a saved vector cannot be one of all parameters."""
+    """Raise if a saved vector does not match the parameters."""
     if not isinstance(vector, Tensor) or not vector.is_floating_point():
         raise ValueError(f"{name} has {_tree.describe(vector)}, not a floating-point tensor")
     if vector.shape != (size,):
         raise ValueError(
             f"{name} has shape {tuple(vector.shape)}, but must have shape {(size,)}, since the "
-            f"parameters have {size} real numbers"
+            f"parameters have {size} real elements"
         )
 
 
@@ -161,21 +163,21 @@ class _Objective:
         self.closure, self.sign, self.state, self.memory = closure, sign, state, memory
 
     def evaluate(self) -> tuple[Any, float, Tensor]:
-        """What the closure returned, what is minimized, and its gradient as one vector."""
+        """The closure's result, the objective, and its gradient as one vector."""
         loss = self.closure()
         self.state["func_evals"] += 1
         grad = flat(map(_dense_grad, self.leaves))
         return loss, self.sign * float(loss), grad if self.sign > 0 else grad.neg_()
 
     def move(self, origin: list[Tensor], t: Any) -> None:
-        """Put the parameters at length `t` along the direction."""
+        """Move the parameters to length `t` along the direction."""
         self.memory["t"] = t
         pieces = self.memory["d"].split_with_sizes(self.sizes)
         for p, x, piece in zip(self.params, origin, pieces, strict=True):
             torch.add(x, piece.view_as(p), alpha=t, out=p)
 
     def search(self, start: Point, tolerance_change: float, max_ls: int) -> Point:
-        """Move by the length that a line search finds."""
+        """Move by the step length that a line search finds."""
         d, origin = self.memory["d"], [p.clone() for p in self.params]
 
         def evaluate(t: Any) -> Point:
@@ -196,7 +198,7 @@ class _Objective:
 
 
 def _iterate(objective: _Objective, loss: float, grad: Tensor, group: dict[str, Any]) -> None:
-    """Iterations, until a rule stops them."""
+    """Iterate until a stopping rule holds."""
     state, memory, tolerance_change = objective.state, objective.memory, group["tolerance_change"]
     most = state["func_evals"] - 1 + group["max_eval"]
     for n in range(1, group["max_iter"] + 1):
@@ -227,7 +229,7 @@ def _iterate(objective: _Objective, loss: float, grad: Tensor, group: dict[str, 
 def _choose_direction(
     state: dict[str, Any], memory: dict[str, Any], grad: Tensor, group: dict[str, Any]
 ) -> None:
-    """Remember the last step, and set direction and first length of the next."""
+    """Store the last step, and set the direction and first length of the next."""
     lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
     if state["n_iter"] == 1:
         memory |= {"d": -grad, "old_dirs": [], "old_stps": [], "ro": [], "H_diag": 1}
@@ -246,7 +248,7 @@ def _choose_direction(
     rows = memory["old_dirs"], memory["old_stps"], memory["ro"]
     memory["d"], al = direction(-grad, *rows, memory["H_diag"], _subtract_, Tensor.mul_)
     state.setdefault("al", [None] * group["history_size"])[: len(al)] = al
-    memory["t"] = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may write to it
+    memory["t"] = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may overwrite it
 
 
 def _dense_grad(p: Tensor) -> Tensor:
@@ -257,7 +259,7 @@ def _dense_grad(p: Tensor) -> Tensor:
 
 
 def _greatest(vector: Tensor) -> Tensor:
-    """The greatest magnitude, found without a vector of magnitudes."""
+    """The largest magnitude, computed without a vector of magnitudes."""
     least, most = vector.aminmax()
     return torch.maximum(most, -least)
 
@@ -265,4 +267,4 @@ def _greatest(vector: Tensor) -> Tensor:
 def _subtract_(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
     if coefficient.is_cpu:
         return x.sub_(y, alpha=coefficient)  # pyright: ignore[reportArgumentType]
-    return x.addcmul_(y, coefficient, value=-1)  # alpha= would wait for the device
+    return x.addcmul_(y, coefficient, value=-1)  # alpha= would synchronize with the device
