@@ -13,6 +13,8 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+collect_ignore = ["tests/typing"]  # for type checkers: its mistakes are meant
+
 _blocks = Sybil(parsers=[PythonCodeBlockParser()])
 
 

@@ -101,13 +101,6 @@ def test_paths_name_every_leaf():
     ]
 
 
-def test_ravel_and_back():
-    tree = {"x": torch.ones(2, 3), "y": [torch.tensor(2.0), torch.empty(0)]}
-    vector, unravel = _tree.ravel(tree)
-    assert vector.tolist() == [1, 1, 1, 1, 1, 1, 2]
-    torch.testing.assert_close(unravel(2 * vector), pytree.tree_map(lambda x: 2 * x, tree))
-
-
 @pytest.mark.parametrize(
     ("grads", "message"),
     [

@@ -151,14 +151,14 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
 
     def _updated(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any]:
         """The same, computed in the fastest way; only where no derivative is needed."""
-        values = [ops.coefficient(value) for value in values]
-        way = self._way(step, values, columns)
+        exact_values = [ops.coefficient(value) for value in values]  # as kernels take them
+        way = self._way(step, exact_values, columns)
         if way == "native" and columns[0][0].device.type == "cpu":
             # A native kernel on copies: one pass over the memory instead of ten.
             params, grads, *buffers = columns
             params, *buffers = ([x.clone() for x in column] for column in (params, *buffers))
             copies = [params, grads, *(column or () for column in buffers)]
-            if self._native_(step, values, copies):
+            if self._native_(step, exact_values, copies):
                 return [params, *buffers]
         if way == "foreach":
             numbers = running.numbers_at(self, _modes.number_of(step), values, columns[0][0])

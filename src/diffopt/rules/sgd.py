@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,7 +55,8 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
 
     @property
     def hparams(self) -> type[MomentumHParams]:  # pyright: ignore[reportIncompatibleVariableOverride] (it depends on a flag)
-        return MomentumHParams if self.momentum else cast(Any, SGDHParams)
+        fewer: Any = SGDHParams  # without momentum; a call of `cast` would not trace
+        return MomentumHParams if self.momentum else fewer
 
     def begin(self, p: Any, step: Any) -> SGDState:
         return SGDState(step, zeros_like(p) if self.momentum else ())
