@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from fractions import Fraction
 from typing import Any
 
 from diffopt import _tree
@@ -11,8 +13,20 @@ from diffopt import _tree
 def check_number(value: Any, name: str, *, positive: bool = False) -> None:
     """Raise unless it is a finite Python number >= 0, or > 0 if it must be positive."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf or (positive and value == 0):
+    bounded = number and 0 <= value <= sys.float_info.max
+    if not bounded or (positive and value == 0):
         raise ValueError(f"{name} is {value!r}, but must be a number {'>' if positive else '>='} 0")
+
+
+def too_large(value: Any) -> bool:
+    """Whether it is an integer or a fraction that no float can hold."""
+    return isinstance(value, (int, Fraction)) and abs(value) > sys.float_info.max
+
+
+def check_bool(value: Any, name: str) -> None:
+    """Raise unless it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {_tree.describe(value)}, not a bool")
 
 
 def check_integer(value: Any, name: str, least: int, most: float = math.inf) -> None:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import check_choice, check_function, check_integer, check_number
+from diffopt._arguments import (
+    check_bool,
+    check_choice,
+    check_function,
+    check_integer,
+    check_number,
+)
 from diffopt._diff.isolation import isolated, refuse_captured
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
@@ -121,6 +127,9 @@ def implicit_root(
     check_function(residual, "residual")
     check_function(solve, "solve")
     check_arguments(solver, root_tolerance, on_failure, on_solve, warm_start)
+    check_bool(symmetric, "symmetric")
+    check_bool(has_aux, "has_aux")
+    check_bool(sequential, "sequential")
 
     def solution(init: Tree, *args: Any) -> Any:
         refuse_tracing("implicit_root")
@@ -362,7 +371,7 @@ def check_arguments(
     """Raise if an argument of an implicit derivative is invalid."""
     if not isinstance(solver, LinearSolver):
         raise TypeError(f"solver is {solver!r}, not one of diffopt.linear such as GMRES()")
-    if root_tolerance != math.inf:
+    if not (isinstance(root_tolerance, float) and root_tolerance == math.inf):
         check_number(root_tolerance, "root_tolerance")
     check_choice(on_failure, "on_failure", "warn", "raise")
     check_function(on_solve, "on_solve", optional=True)

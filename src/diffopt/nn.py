@@ -166,6 +166,8 @@ class _Apply:
         for name, tensor in cast(Mapping[str, Any], given).items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{argument}[{name!r}] is {_tree.describe(tensor)}, not a tensor")
+            if argument == "params" and (fault := _misfit(tensor, own[name])):
+                raise ValueError(f"{argument}[{name!r}] has {fault}")
 
     def _same_places(
         self, parts: Mapping[str, nn.Module], given: Mapping[str, Tensor]
@@ -188,6 +190,17 @@ class _Apply:
                 if value.is_set_to(former):
                     raise _changed(place, "replaced")
         return places
+
+
+def _misfit(tensor: Tensor, own: Tensor) -> str | None:
+    """What a tensor has that no parameter like the module's own can have."""
+    if tensor.is_floating_point() != own.is_floating_point() and not tensor.is_complex():
+        return f"dtype {tensor.dtype}, but the module's parameter has {own.dtype}"
+    if tensor.layout is not own.layout:
+        return f"layout {tensor.layout}, but the module's parameter has {own.layout}"
+    if tensor.is_meta and not own.is_meta:
+        return f"device meta, but the module's parameter has {own.device}"
+    return None
 
 
 def _changed(place: str, change: str) -> ValueError:

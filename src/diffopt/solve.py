@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
+from diffopt._arguments import too_large
 from diffopt._diff.functions import AmbientState
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
@@ -201,11 +202,12 @@ def _check_loop(steps: Any, batches: Any, tol: Any) -> None:
 def _check_tol(tol: Any) -> None:
     if isinstance(tol, Tensor):
         scalar = tol.dim() == 0 and not (tol.is_complex() or tol.dtype == torch.bool)
+        scalar = scalar and tol.layout is torch.strided and not tol.is_meta
     else:
         scalar = isinstance(tol, numbers.Real)
     if not scalar or isinstance(tol, bool):
         raise TypeError(f"tol is {_tree.describe(tol)}, not a number")
-    if not tol >= 0:
+    if not tol >= 0 or too_large(tol):
         raise ValueError(f"tol is {tol!r}, but must be a number >= 0")
 
 
@@ -232,8 +234,10 @@ def _check_loss(loss: Any, has_aux: Any, buffers: Any) -> None:
         raise TypeError(f"loss is {_tree.describe(loss)}, not a function of params")
     if not isinstance(has_aux, bool):
         raise TypeError(f"has_aux is {has_aux!r}, not a bool")
-    if isinstance(buffers, bool):
-        raise TypeError(f"buffers is {buffers}, not a tree of the initial tensors")
+    for i, leaf in enumerate(() if buffers is None else _tree.leaves(buffers)):
+        if isinstance(leaf, bool) or not isinstance(leaf, (Tensor, numbers.Number, type(None))):
+            path = _tree.paths(buffers, "buffers")[i]
+            raise TypeError(f"{path} is {_tree.describe(leaf)}, not an initial tensor")
 
 
 def _check_params(params: Tree) -> None:
@@ -247,6 +251,9 @@ def _check_params(params: Tree) -> None:
         raise ValueError(f"params is {params!r}, which holds no tensor")
     checks.params(leaves, params)
     for i, leaf in enumerate(leaves):
+        if leaf.layout is not torch.strided:
+            path = _tree.paths(params, "params")[i]
+            raise ValueError(f"{path} has layout {leaf.layout}, but must be dense")
         if not (leaf.is_floating_point() or leaf.is_complex()):
             path = _tree.paths(params, "params")[i]
             raise ValueError(f"{path} has dtype {leaf.dtype}, not a floating-point or complex one")

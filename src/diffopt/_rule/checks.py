@@ -52,6 +52,9 @@ def grads(grads: list[Any], params: list[Tensor], tree: Tree, *, sparse: bool = 
                 f"{path} has dtype {param.dtype}, but only floating-point and complex params can "
                 "be updated"
             )
+        if param.layout is not torch.strided:
+            path = _tree.paths(tree, "params")[i]
+            raise ValueError(f"{path} has layout {param.layout}, but must be dense")
         if grad.layout is not torch.strided and not sparse:
             path = _tree.paths(tree, "grads")[i]
             raise ValueError(
@@ -73,6 +76,9 @@ def buffers(
     attributes = ("device",) if shapes else ("shape", "device")
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
         _leaf(buffer, param, tree, i, name, attributes)
+        if buffer.layout is not torch.strided:
+            path = _tree.paths(tree, name)[i]
+            raise ValueError(f"{path} has layout {buffer.layout}, but must be dense")
         if dtype and buffer.dtype != param.dtype:
             kinds = _kind(buffer.dtype), _kind(dtype), _kind(param.dtype)
             if kinds[0] not in kinds[1:]:
@@ -115,11 +121,15 @@ def _leaf(
 
 
 def step(step: Any, params: list[Tensor], tree: Tree) -> None:
-    """Raise unless it is a 0-d tensor."""
+    """Raise unless it is a real, dense 0-d tensor."""
     if not isinstance(step, Tensor):
         raise TypeError(f"state.step is {_tree.describe(step)}, not a tensor")
     if step.dim() != 0:
         raise ValueError(f"state.step has shape {tuple(step.shape)}, but must be a 0-d tensor")
+    if step.layout is not torch.strided:
+        raise ValueError(f"state.step has layout {step.layout}, but must be dense")
+    if step.is_complex() or step.dtype == torch.bool:
+        raise ValueError(f"state.step has dtype {step.dtype}, which cannot count")
     if params:
         _reachable(step, params[0], tree, 0, "state.step")
 
@@ -188,6 +198,8 @@ def numbers(numbers: list[hyper.Covered], params: list[Tensor], tree: Tree) -> N
                 continue
             if value.is_complex() or value.dtype == torch.bool:
                 raise ValueError(f"{number.path(k)} has dtype {value.dtype}, but must be real")
+            if value.layout is not torch.strided:
+                raise ValueError(f"{number.path(k)} has layout {value.layout}, but must be dense")
             if value.dim() == 0:
                 if value.is_meta:
                     _reachable(value, params[0], tree, 0, number.path(k))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, SupportsFloat, TypeAlias, TypeVar, dataclass_transform
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._arguments import check_bool, too_large
 
 Hyperparameter: TypeAlias = Any
 """A Python number, a tensor, or a prefix tree of the params with such leaves."""
@@ -63,10 +65,28 @@ def number(
 
     Returns:
         A `dataclasses.field`.
+
+    Raises:
+        TypeError: the default or a bound is not a number, or a flag is not a bool.
+        ValueError: the default or a bound is an integer too large for a float.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    for value in _tree.leaves(default):
+        _check_real(value, "default")
+    for name, bound in bounds.items():
+        if bound is not None:
+            _check_real(bound, name)
+    check_bool(per_parameter, "per_parameter")
+    check_bool(per_weight, "per_weight")
     metadata = {"bounds": bounds, "per_parameter": per_parameter, "per_weight": per_weight}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def _check_real(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
+        raise TypeError(f"{name} is {_tree.describe(value)}, not a number")
+    if too_large(value):
+        raise ValueError(f"{name} is an integer too large for a float")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -76,9 +96,11 @@ def hparams(cls: type[T]) -> type[T]:
     Python numbers are checked against the field's range when a record is created; tensors are never
     inspected, so records can be created inside `torch.vmap` and `torch.compile`.
 
-    Raises (when a record is created):
-        ValueError: a number is out of range; the message names field, value and range.
-        TypeError: a leaf of a field is neither a number nor a tensor.
+    Raises:
+        TypeError: `cls` is not a class, or an annotated field was not made by `number`; when a
+            record is created, a leaf of a field is neither a number nor a tensor.
+        ValueError: when a record is created, a number is out of range; the message names field,
+            value and range.
 
     Example:
         >>> from diffopt.rules import hparams, number
@@ -92,6 +114,7 @@ def hparams(cls: type[T]) -> type[T]:
             ...
         ValueError: hparams.rate is 2.0, but must be >= 0 and < 1
     """
+    _check_class(cls)
     cls.__post_init__ = _check  # pyright: ignore[reportAttributeAccessIssue]
     record = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
     fields = dataclasses.fields(record)  # pyright: ignore[reportArgumentType]
@@ -124,6 +147,20 @@ def hparams(cls: type[T]) -> type[T]:
         flatten_with_keys_fn=flatten_with_keys,  # pyright: ignore[reportArgumentType]
     )
     return record
+
+
+def _check_class(cls: Any) -> None:
+    if not isinstance(cls, type):
+        raise TypeError(f"cls is {_tree.describe(cls)}, not a class: decorate one by hparams")
+    declared = inspect.get_annotations(cls)
+    fields = {name: getattr(vars(cls).get(name), "metadata", {}) for name in declared}
+    wrong = [name for name, metadata in fields.items() if "bounds" not in metadata]
+    if wrong or not declared:
+        fault = f"the field {wrong[0]!r} was not" if wrong else "there is no field"
+        raise TypeError(
+            f"cls is {cls.__name__}, where {fault} made by number(...): declare hyperparameters "
+            "such as lr: float = number(1e-3, ge=0)"
+        )
 
 
 TORCH_PAIRS = {
@@ -204,13 +241,20 @@ def _check(record: Any) -> None:
             if isinstance(leaf, Tensor):
                 continue
             if isinstance(leaf, bool) or not (isinstance(leaf, numbers.Real) or _is_scalar(leaf)):
-                path = _tree.paths(value, f"hparams.{field.name}")[i]
-                raise TypeError(f"{path} is {_tree.describe(leaf)}, not a number or a tensor")
+                path, found = _path(value, field.name, i), _tree.describe(leaf)
+                raise TypeError(f"{path} is {found}, not a number or a tensor")
+            if too_large(leaf):
+                path = _path(value, field.name, i)
+                raise ValueError(f"{path} is an integer too large for a float")
             if not in_range(float(leaf), field.bounds):
-                path = _tree.paths(value, f"hparams.{field.name}")[i]
+                path = _path(value, field.name, i)
                 raise ValueError(f"{path} is {leaf}, but must be {describe_range(field.bounds)}")
         if not all(type(leaf) in (int, float) or isinstance(leaf, Tensor) for leaf in leaves):
             object.__setattr__(record, field.name, _tree.map(_plain, value))
+
+
+def _path(value: Any, name: str, i: int) -> str:
+    return _tree.paths(value, f"hparams.{name}")[i]
 
 
 def _is_scalar(leaf: Any) -> bool:

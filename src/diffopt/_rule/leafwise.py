@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
+from diffopt._arguments import check_choice, check_function
 from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, hyper, ops, running, ways
 from diffopt._rule.rule import EXECUTIONS, Execution, H, Rule, S, Shape, unused
@@ -75,8 +76,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         for field in dataclasses.fields(self):
             if isinstance(field.default, bool):
                 hyper.check_flags(**{field.name: getattr(self, field.name)})
-        if self.execution not in EXECUTIONS:
-            raise ValueError(f"execution is {self.execution!r}, but must be one of {EXECUTIONS}")
+        check_choice(self.execution, "execution", *EXECUTIONS)
 
     def __repr__(self) -> str:
         """The flags, and `execution` where it is not "auto"."""
@@ -412,6 +412,13 @@ def leafwise(
         >>> opt.update(p, g, opt.init(p), opt.hparams(lr=0.5))[0]
         tensor([-0.5000,  0.5000])
     """
+    _check_functions(state, hparams, init=init, rule=rule)
+    optional = {"scalars": scalars, "initial": initial, "native": native, "shapes": shapes}
+    for name, function in {**optional, "refuse": refuse}.items():
+        check_function(function, name, optional=True)
+    hyper.check_flags(
+        maximize=maximize, elementwise=elementwise, batchable=batchable, stackable=stackable
+    )
     if not _modes.compiling():  # it cannot be traced
         torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
     functions = Functions(
@@ -429,6 +436,20 @@ def leafwise(
         stackable,
     )
     return FunctionRule(functions=functions, maximize=maximize, execution=execution)
+
+
+def _check_functions(state: Any, hparams: Any, **functions: Any) -> None:
+    """Raise unless `leafwise` can make an optimizer of these."""
+    if not isinstance(state, type) or getattr(state, "_fields", ())[:1] != ("step",):
+        raise TypeError(
+            f"state is {_tree.describe(state)}, not a NamedTuple class whose first field is step"
+        )
+    if not isinstance(hparams, type) or hparams not in hyper.FIELDS:
+        raise TypeError(
+            f"hparams is {_tree.describe(hparams)}, not a class made by diffopt.rules.hparams"
+        )
+    for name, function in functions.items():
+        check_function(function, name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from diffopt import _tree
+
 S = TypeVar("S", bound=tuple[Any, ...])
 H = TypeVar("H")
 
@@ -102,6 +104,8 @@ class Rule(ABC, Generic[S, H]):
 
 def zeros_like(param: Tensor) -> Tensor:
     """A buffer for `param`: zeros of its shape, in float32 where it has half precision."""
+    if not isinstance(param, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+        raise TypeError(f"param is {_tree.describe(param)}, not a tensor")
     dtype = WORKING_DTYPE.get(param.dtype)
     return torch.zeros_like(param, dtype=dtype, requires_grad=False)
 

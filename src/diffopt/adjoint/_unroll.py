@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._arguments import check_function
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint.unrolled import Unrolled
@@ -62,6 +63,7 @@ def unroll(
     """
     if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled()")
+    check_function(step, "step")
     if not isinstance(step, GradientStep):
         step = _checked(step)
     carry, outputs = adjoint.run(step, carry, args, _elements(xs, length))
@@ -94,6 +96,8 @@ def _elements(xs: Tree, length: int | None) -> list[Any]:
             raise ValueError(f"length is {length!r}, but must be an integer >= 0 without xs")
         return list(range(length))
     leaves, spec = _tree.flatten(xs)
+    if not leaves:
+        raise ValueError(f"xs is {xs!r}, which holds no tensor: give length without xs")
     for leaf, path in zip(leaves, _tree.paths(xs, "xs"), strict=True):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             raise ValueError(

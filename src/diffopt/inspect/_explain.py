@@ -126,6 +126,8 @@ def explain(
         raise TypeError(f"trace is {trace!r}, not a Trace: pass the one that the loop was run with")
     if outer is not None and not isinstance(outer, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"outer is {_tree.describe(outer)}, not the tensor that is differentiated")
+    if outer is not None and not (outer.is_floating_point() or outer.is_complex()):
+        raise ValueError(f"outer has dtype {outer.dtype}, which has no derivative")
     names = named(inputs)
     grads = _grads(meta_grads, inputs, names)
     picture = graph(outer, inputs) if outer is not None and outer.requires_grad else None

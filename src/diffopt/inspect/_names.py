@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from diffopt import _tree
 from diffopt._tree import Tree
 
@@ -14,4 +16,10 @@ def named(inputs: Tree) -> list[tuple[str, Any]]:
         names = [path for key, child in inputs.items() for path in _tree.paths(child, key)]
     else:
         names = _tree.paths(inputs, "inputs")
-    return list(zip(names, _tree.leaves(inputs), strict=True))
+    leaves = _tree.leaves(inputs)
+    if not leaves:
+        raise ValueError(f"inputs is {inputs!r}, which holds no tensor")
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, (Tensor, float, int, type(None))) or isinstance(leaf, bool):
+            raise TypeError(f"{name} of the inputs is {_tree.describe(leaf)}, not a tensor")
+    return list(zip(names, leaves, strict=True))

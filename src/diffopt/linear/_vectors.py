@@ -29,6 +29,12 @@ def ravel(tree: Tree, name: str) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         if not leaf.is_floating_point():
             path = _tree.paths(tree, name)[i]
             raise TypeError(f"{path} has dtype {leaf.dtype}, but must be real floating-point")
+        if not _has_values(leaf):
+            path = _tree.paths(tree, name)[i]
+            raise ValueError(
+                f"{path} has layout {leaf.layout} and device {leaf.device}, but must be a dense "
+                "tensor with values"
+            )
     if not leaves:
         raise ValueError(f"{name} holds no tensors")
     kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
@@ -57,14 +63,19 @@ def ravel_like(
     leaves = _tree.leaves_like(tree, spec, like, names)
     leaves = [batched(x, ref.dim(), others) for x, ref in zip(leaves, references, strict=True)]
     for i, (leaf, reference) in enumerate(zip(leaves, references, strict=True)):
-        if not isinstance(leaf, Tensor) or leaf.shape != reference.shape:
+        fits = isinstance(leaf, Tensor) and leaf.is_floating_point() and _has_values(leaf)
+        if not fits or leaf.shape != reference.shape:
             raise ValueError(
-                f"{_tree.paths(like, names[0])[i]} is {_tree.describe(leaf)}, but must be a tensor "
-                f"of shape {tuple(reference.shape)}, as in {names[1]}"
+                f"{_tree.paths(like, names[0])[i]} is {_tree.describe(leaf)}, but must be a dense "
+                f"floating-point tensor of shape {tuple(reference.shape)}, as in {names[1]}"
             )
     return torch.cat(
         [leaf.to(ref.dtype).reshape(-1) for leaf, ref in zip(leaves, references, strict=True)]
     )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def magnitude(vector: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
+from diffopt._arguments import check_function
 from diffopt._rule import hyper, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim import _state
@@ -74,6 +75,7 @@ class RuleOptimizer(Checkpoints):
             TypeError, ValueError, KeyError, RuntimeError: a hyperparameter, parameter, gradient or
                 state of which no step can be made. Nothing has changed.
         """
+        check_function(closure, "closure", optional=True)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -149,6 +149,13 @@ class Checkpoints(torch.optim.Optimizer):
             return leaf.detach().to(param.device, dtype, copy=True)
 
         row = _as_dict(row, f"state of {name}")
+        for key, value in row.items():
+            for leaf in filter(torch.is_tensor, _tree.leaves(value)):
+                if leaf.layout is not torch.strided or (leaf.is_meta and not param.is_meta):
+                    raise ValueError(
+                        f"loaded state dict: {key} of {name} has layout {leaf.layout} and device "
+                        f"{leaf.device}, but must be a dense tensor with values"
+                    )
         loaded = {k: v for k, v in row.items() if k in self.scalar_state}
         for key, value in loaded.items():
             check_scalar(key, value, name)
@@ -183,6 +190,8 @@ def copied(tree: Any, device: Any = None) -> Any:
 def check_scalar(key: str, value: Any, name: str) -> None:
     """Raise if a saved scalar is not a number, or a step is not a count."""
     number = plain_number(value, f"{key} of {name}")
+    if isinstance(value, bool):
+        raise TypeError(f"{key} of {name} is {value}, but must be a number")
     if key != "step" or (isinstance(number, Tensor) and number.is_meta):
         return
     if not (float(number) >= 0 and float(number).is_integer()):

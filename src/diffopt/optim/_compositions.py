@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
+from diffopt._arguments import check_function
 from diffopt._tree import Tree
 from diffopt.optim._checkpoints import Checkpoints, check_scalar
-from diffopt.optim._groups import plain_number, records, short_names
+from diffopt.optim._groups import check_number, records, short_names
 from diffopt.optim._options import Group, name_of
 from diffopt.optimizer import Optimizer
 
@@ -39,6 +40,7 @@ class TreeOptimizer(Checkpoints):
     @_torch.disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; `closure` reevaluates the model and returns the loss."""
+        check_function(closure, "closure", optional=True)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -87,9 +89,13 @@ class TreeOptimizer(Checkpoints):
     def check_numbers(self) -> None:
         for i, group in enumerate(self.param_groups):
             for key in self.defaults.keys() & group.keys():
-                for leaf in _tree.leaves(group[key]):
-                    if not isinstance(leaf, Tensor):
-                        plain_number(leaf, f"param_groups[{i}][{key!r}]")
+                name, value = f"param_groups[{i}][{key!r}]", group[key]
+                pair = type(value) in (tuple, list) and len(value) == 2
+                if type(self.defaults[key]) is tuple and not pair:
+                    raise TypeError(f"{name} is {_tree.describe(value)}, but must be two numbers")
+                for leaf in _tree.leaves(value):
+                    if not (isinstance(leaf, Tensor) and leaf.dim()):
+                        check_number(leaf, name, group)
 
     def state_dtype(self, value: Tensor, param: Tensor, group: Group) -> torch.dtype:
         return value.dtype  # until _load knows the dtypes of `init`

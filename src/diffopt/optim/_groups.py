@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, SupportsFloat
 
+import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._arguments import too_large
 from diffopt._rule import hyper
 
 _BETAS = ("beta1", "beta2")
@@ -30,13 +32,15 @@ def plain_number(value: Any, name: str) -> Any:
     Raises:
         TypeError: the value is not a number.
     """
-    if type(value) in _PLAIN:
+    if _is_plain(value):
         return value
     if isinstance(value, Tensor):
-        if value.numel() == 1 and not value.is_complex():
+        if value.numel() == 1 and _is_real(value):
             return value.squeeze() if value.dim() else value
     elif isinstance(value, SupportsFloat):
-        with contextlib.suppress(TypeError, ValueError):  # raised by an array of several numbers
+        # Raised by an array of several numbers, and by an integer that no float can hold.
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            float(value)
             return int(value) if isinstance(value, Integral) else float(value)
     raise TypeError(f"{name} is {_tree.describe(value)}, but must be a number")
 
@@ -48,13 +52,15 @@ def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
     """
     for i, group in enumerate(groups):
         for key, default in defaults.items():
-            if type(default) in _FLAGS:
-                continue
             value = group.get(key)
-            if type(default) is tuple:
-                _check_tuple(key, value, len(default), i)
-            elif type(value) not in _PLAIN and is_number(default):
-                plain_number(value, f"param_groups[{i}][{key!r}]")
+            if type(default) in _FLAGS:
+                if type(default) is bool and type(value) is not bool and key in group:
+                    found = _tree.describe(value)
+                    raise TypeError(f"param_groups[{i}][{key!r}] is {found}, but must be a bool")
+            elif type(default) is tuple:
+                _check_tuple(key, value, len(default), i, group)
+            elif not _is_plain(value) and is_number(default):
+                check_number(value, f"param_groups[{i}][{key!r}]", group)
 
 
 def is_number(value: Any) -> bool:
@@ -62,13 +68,29 @@ def is_number(value: Any) -> bool:
     return type(value) not in _FLAGS and isinstance(value, SupportsFloat)
 
 
-def _check_tuple(key: str, values: Any, length: int, i: int) -> None:
+def check_number(value: Any, name: str, group: dict[str, Any]) -> None:
+    """Raise where a value is not a number with which the parameters of a group can be stepped."""
+    plain_number(value, name)
+    if isinstance(value, Tensor) and value.is_meta and not all(p.is_meta for p in group["params"]):
+        raise ValueError(f"{name} has device meta, where the parameters have values")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a Python number that a float can hold."""
+    return type(value) is float or (type(value) is int and not too_large(value))
+
+
+def _is_real(value: Tensor) -> bool:
+    return not value.is_complex() and value.dtype != torch.bool and value.layout is torch.strided
+
+
+def _check_tuple(key: str, values: Any, length: int, i: int, group: dict[str, Any]) -> None:
     name = f"param_groups[{i}][{key!r}]"
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != length:
         raise TypeError(f"{name} is {_tree.describe(values)}, but must be {length} numbers")
     for k, value in enumerate(values):
-        if type(value) not in _PLAIN and not (value is None and (key, k) == _MAY_BE_NONE):
-            plain_number(value, f"{name}[{k}]")
+        if not _is_plain(value) and not (value is None and (key, k) == _MAY_BE_NONE):
+            check_number(value, f"{name}[{k}]", group)
 
 
 def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

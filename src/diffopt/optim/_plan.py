@@ -28,6 +28,7 @@ from diffopt._rule import hyper, running, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.running import Shared
 from diffopt.optim import _state
+from diffopt.optim._groups import plain_number
 from diffopt.optim._options import Group, flags_of
 from diffopt.optim._state import Counts, Integers, State
 
@@ -438,10 +439,23 @@ def _lacking(optimizer: Any, opt: Leafwise[Any, Any], param: Tensor) -> bool:
 def _row(optimizer: Any, group: Group, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, Any]:
     """The state of a parameter, with a tensor for a count that is a number, as in old states."""
     row: dict[str, Any] = optimizer.state.get(param, {})
-    for key in () if optimizer.integer_steps else optimizer.scalar_state:
-        if not isinstance(row[key], Tensor):
+    for key, value in row.items():
+        _check_dense(value, param, key)
+    for key in optimizer.scalar_state:
+        plain_number(row[key], f"state[p][{key!r}]")
+        if not isinstance(row[key], Tensor) and not optimizer.integer_steps:
             row[key] = optimizer.new_scalar(row[key], param, group)
     return row
+
+
+def _check_dense(value: Any, param: Tensor, key: str) -> None:
+    if not isinstance(value, Tensor):
+        return
+    if value.layout is not torch.strided or (value.is_meta and not param.is_meta):
+        raise ValueError(
+            f"state[p][{key!r}] has layout {value.layout} and device {value.device}, but must be a "
+            "dense tensor with values"
+        )
 
 
 def _order(opt: Leafwise[Any, Any], tensor: Tensor) -> tuple[int, ...] | None:

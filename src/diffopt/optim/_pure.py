@@ -81,6 +81,8 @@ def from_pure(
     """
     if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a diffopt.Optimizer")
+    if not isinstance(params, Iterable) or isinstance(params, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"params is {_tree.describe(params)}, not tensors to iterate over")
     structure = None
     if isinstance(params, Mapping):
         tensors, spec = _tree.flatten(params)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._arguments import check_function
 from diffopt._modes import number_of
 from diffopt.optim._checkpoints import Checkpoints
 from diffopt.optim._groups import is_number, plain_number
@@ -74,6 +75,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
             RuntimeError: `line_search_fn` is neither None nor "strong_wolfe".
             ValueError: there is more than one parameter group.
         """
+        check_function(closure, "closure")
         if len(self.param_groups) != 1:
             raise ValueError(
                 f"LBFGS supports only one parameter group, but there are {len(self.param_groups)}"
@@ -83,8 +85,10 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         for key, default in self.defaults.items():
             if is_number(default):
                 group[key] = plain_number(group[key], key)
-        if group["line_search_fn"] not in (None, "strong_wolfe"):
-            raise RuntimeError("only 'strong_wolfe' is supported")
+        search = group["line_search_fn"]
+        if not (search is None or (isinstance(search, str) and search == "strong_wolfe")):
+            found = _tree.describe(search)
+            raise RuntimeError(f"line_search_fn is {found}, but only 'strong_wolfe' is supported")
         state = self.state[group["params"][0]]  # for all parameters, as in torch
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)

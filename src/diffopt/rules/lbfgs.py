@@ -325,12 +325,15 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
             for attribute, mine, expected in (
                 ("shape", tuple(field.shape), shape),
                 ("device", field.device, device),
+                ("layout", field.layout, torch.strided),
             ):
                 if mine != expected and params:
                     raise ValueError(
                         f"state.{name} has {attribute} {mine}, but {expected} is expected: create "
                         "the state with this optimizer's init() for these params"
                     )
+            if not field.is_floating_point() and (name != "step" or field.dtype == torch.bool):
+                raise ValueError(f"state.{name} has dtype {field.dtype}, not a floating-point one")
 
 
 def _direction(problem: _Problem, old: LBFGSState) -> tuple[Tensor, LBFGSState]:
@@ -421,7 +424,11 @@ def _check_lr(hparams: Any) -> None:
         raise ValueError(
             f"hparams.lr is a {type(lr).__name__}, but lbfgs takes one lr for all params"
         )
-    if isinstance(lr, Tensor) and (lr.dim() != 0 or lr.is_complex()):
+    if isinstance(lr, Tensor) and (lr.dim() != 0 or lr.is_complex() or lr.dtype == torch.bool):
         raise ValueError(
             f"hparams.lr has shape {tuple(lr.shape)} and dtype {lr.dtype}, but must be 0-d and real"
+        )
+    if isinstance(lr, Tensor) and (lr.layout is not torch.strided or lr.is_meta):
+        raise ValueError(
+            f"hparams.lr has layout {lr.layout} and device {lr.device}, but must be a dense number"
         )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt._arguments import check_choice
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -175,11 +176,8 @@ def _addmm(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
 def _check_iteration(ns_steps: object, adjust_lr_fn: object, precision: object) -> None:
     if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or not 0 <= ns_steps < 100:
         raise ValueError(f"ns_steps is {ns_steps!r}, but must be an integer >= 0 and < 100")
-    if adjust_lr_fn not in (None, "original", "match_rms_adamw", "spectral_unclamped"):
-        raise ValueError(
-            f'adjust_lr_fn is {adjust_lr_fn!r}, but must be None, "original", "match_rms_adamw" or '
-            '"spectral_unclamped"'
-        )
+    choices = None, "original", "match_rms_adamw", "spectral_unclamped"
+    check_choice(adjust_lr_fn, "adjust_lr_fn", *choices)
     if precision is not None and not isinstance(precision, torch.dtype):
         raise TypeError(f"precision is {precision!r}, not a dtype")
     if precision is not None and not precision.is_floating_point:

@@ -97,6 +97,7 @@ def sparse_adam(
     Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, the variant at the
     end of section 2, on some entries only, as in torch.
     """
+    hyper.check_flags(masked=masked, maximize=maximize)
     if masked:
         return MaskedAdam(maximize=maximize)
     return SparseAdam(maximize=maximize)
@@ -225,12 +226,8 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
 
 def _check_grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
     """Raise unless each is None or a sparse tensor of the parameter's shape, dtype and device."""
-    filled = [param if grad is None else grad for grad, param in zip(grads, params, strict=True)]
-    checks.buffers(filled, params, tree, "grads")
-    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
-        if grad is not None and grad.dtype != param.dtype:
-            mine, theirs = (_tree.paths(tree, name)[i] for name in ("grads", "params"))
-            raise ValueError(f"{mine} has dtype {grad.dtype}, but {theirs} has dtype {param.dtype}")
+    checks.grads(grads, params, tree, sparse=True)
+    for i, grad in enumerate(grads):
         if grad is not None and grad.layout is not torch.sparse_coo:
             raise ValueError(
                 f"{_tree.paths(tree, 'grads')[i]} has layout {grad.layout}, but must be sparse "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffopt import _tree
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 from diffopt.testing import _derivatives, _errors, _transforms, _trees, _values
@@ -49,8 +50,10 @@ def check(
 
     Raises:
         AssertionError: a check failed; the message begins with the check's name.
-        ValueError: `skip` has a name that is not a check, or a hyperparameter is a tree like
-            params, which the checks draw themselves.
+        TypeError: an argument is not of its kind.
+        ValueError: `skip` has a name that is not a check, there are fewer than two shapes, float64
+            is not among the dtypes, or a hyperparameter is a tree like params, which the checks
+            draw themselves.
 
     Example:
         >>> from typing import Any, NamedTuple
@@ -78,12 +81,21 @@ def check(
             ...
         AssertionError: parity: params[0] differs...
     """
-    if unknown := set(skip) - CHECKS.keys():
-        raise ValueError(f"skip has {sorted(unknown)}, but the checks are {list(CHECKS)}")
-    case = Case(optimizer, hparams or {}, reference, shapes, dtypes, backend, elementwise, frozen)
+    _check_skip(skip)
+    hparams = {} if hparams is None else hparams
+    case = Case(optimizer, hparams, reference, shapes, dtypes, backend, elementwise, frozen)
+    case.record()  # or its error, which is that of no check
     for name, run in CHECKS.items():
         if name not in skip:
             run(case)
+
+
+def _check_skip(skip: Any) -> None:
+    listed = isinstance(skip, Collection) and not isinstance(skip, (str, bytes, torch.Tensor))
+    if not listed or not all(isinstance(name, str) for name in skip):
+        raise TypeError(f"skip is {_tree.describe(skip)}, not a list of names of checks")
+    if unknown := [name for name in skip if name not in CHECKS]:
+        raise ValueError(f"skip has {unknown}, but the checks are {list(CHECKS)}")
 
 
 def _named(name: str, function: Callable[[Case], None]) -> Callable[[Case], None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._arguments import check_bool, check_function
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
@@ -63,8 +64,29 @@ class Case:
     frozen: Callable[[Tree], Tree] | None = None
 
     def __post_init__(self) -> None:
+        self._check()
         leafwise = isinstance(self.optimizer, Leafwise) and self.optimizer.batchable
         object.__setattr__(self, "elementwise", self.elementwise or leafwise)
+
+    def _check(self) -> None:
+        """Raise where an argument is not of its kind."""
+        if not isinstance(self.optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+            found = _tree.describe(self.optimizer)
+            raise TypeError(f"optimizer is {found}, not a diffopt optimizer such as adam()")
+        if not isinstance(self.hparams, (Mapping, tuple)):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+            found = _tree.describe(self.hparams)
+            raise TypeError(f"hparams is {found}, not a dict of keywords or a tuple of records")
+        check_function(self.reference, "reference", optional=True)
+        check_function(self.frozen, "frozen", optional=True)
+        check_bool(self.elementwise, "elementwise")
+        if not (isinstance(self.backend, str) or callable(self.backend)):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+            raise TypeError(f"backend is {_tree.describe(self.backend)}, not that of torch.compile")
+        _check_each(self.shapes, "shapes", _is_shape, "shapes")
+        _check_each(self.dtypes, "dtypes", lambda x: isinstance(x, torch.dtype), "dtypes")
+        if len(self.shapes) < 2:
+            raise ValueError(f"shapes is {self.shapes!r}, but must have at least two shapes")
+        if torch.float64 not in list(self.dtypes):
+            raise ValueError(f"dtypes is {self.dtypes!r}, but float64 must be among them")
 
     def record(self) -> Any:
         """The hyperparameters as given."""
@@ -78,6 +100,15 @@ class Case:
         """The hyperparameters at which derivatives are checked: 0-d float64 tensors."""
         moved = map_fields(inside, self.record())
         return _tree.map(lambda leaf: torch.as_tensor(leaf, dtype=torch.float64), moved)
+
+
+def _check_each(values: Any, name: str, is_one: Callable[[Any], bool], kind: str) -> None:
+    if not isinstance(values, Sequence) or not all(map(is_one, values)):
+        raise TypeError(f"{name} is {_tree.describe(values)}, not a list of {kind}")
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, Sequence) and all(type(size) is int and size >= 0 for size in shape)
 
 
 class Point(NamedTuple):

@@ -293,6 +293,14 @@ def check_optimizer(value: object, name: str) -> None:
         raise TypeError(f"{name} is {brief(value)}, not a diffopt optimizer such as adam()")
 
 
+def check_record(hparams: object, maker: object) -> None:
+    """Raise where it can be told that `maker` did not make the record."""
+    if isinstance(maker, type) and maker in hyper.FIELDS and not isinstance(hparams, maker):
+        raise TypeError(
+            f"hparams is {brief(hparams)}, not a {maker.__name__}: make it with hparams(...)"
+        )
+
+
 def check_state(state: object, expected: type) -> None:
     if not isinstance(state, expected):
         found = type(state).__name__

@@ -17,6 +17,7 @@ from diffopt.transforms._base import (
     Leaves,
     Wrapper,
     averages,
+    check_record,
     check_state,
     copy_,
     gather,
@@ -114,6 +115,7 @@ class Accumulate(Wrapper[AccumulateState]):
             if isinstance(calls, Tensor):  # cannot branch on it
                 return super().update_(params, grads, state, hparams)
             checks.writable({"params": leaves.params, "state.grad_sum": sums}, params, state.step)
+            check_record(hparams, self.hparams)
             new_sums, due = _sums(leaves, sums), (calls + 1) % self.k == 0
             if due:
                 means, (wide_params, _) = leaves.tree(self._means(leaves, new_sums)), leaves.wide()

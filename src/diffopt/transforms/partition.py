@@ -99,8 +99,9 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
         hparams: dict[Hashable, Any],
     ) -> tuple[Tree, dict[Hashable, Any]]:
         leaves = gather(params, grads, sparse=True)  # if its optimizer accepts that
+        parts = self._parts(leaves, params, state, hparams)
         new_params, new_state = list(leaves.params), dict(state)
-        for label, (chosen, arguments) in self._parts(leaves, params, state, hparams).items():
+        for label, (chosen, arguments) in parts.items():
             new, new_state[label] = self.optimizers[label].update(*arguments)
             _put(new_params, new, chosen, arguments[0])
         return leaves.tree(new_params), new_state
@@ -316,7 +317,7 @@ def _spread(
     prefix: Tree | Callable[[Tree], Tree], params: Tree, spec: _tree.Spec, name: str
 ) -> list[Any]:
     """For each leaf of params, the leaf of a prefix tree that covers it."""
-    tree = prefix(params) if callable(prefix) else prefix
+    tree = prefix(params) if callable(prefix) and not isinstance(prefix, type) else prefix
     values, cover = _tree.broadcast_prefix(tree, spec, params, (name, "params"))
     return [values[i] for i in cover]
 
