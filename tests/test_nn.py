@@ -778,3 +778,13 @@ def test_modules_that_fsdp_has_sharded_are_refused():
     with pytest.raises(ValueError, match=r"module.2 is sharded by FSDP \(fully_shard\)"):
         diffopt.nn.functionalize(module)
     assert diffopt.nn.decay_mask(module)["2.weight"]
+
+
+def test_an_encoder_in_eval_mode_runs_under_vmap():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    model = diffopt.nn.functionalize(layer)
+    x = torch.randn(2, 3, 5, 4)
+    mine = torch.vmap(lambda x: model(model.params, model.buffers, x)[0])(x)
+    torch.testing.assert_close(mine, torch.stack([layer(one) for one in x]))
+    assert torch.backends.mha.get_fastpath_enabled()

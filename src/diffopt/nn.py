@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, jit, nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parameter import is_lazy
@@ -147,7 +149,8 @@ class _Apply:
         places = self._same_places(parts, buffers)
         given = {id(tensor): tensors[self.names[place]] for place, tensor in places.items()}
         replica = _replica.replica([*parts.values()], given)
-        outputs = replica(*inputs, **kwargs)
+        with _traceable_attention():
+            outputs = replica(*inputs, **kwargs)
         if len(self.buffers) > len(self.frozen):
             tensors |= _places(_parts(replica))[1]
         return outputs, {name: tensors[name] for name in self.buffers}
@@ -245,6 +248,20 @@ def _refuse_kinds(module: nn.Module) -> None:
         for own, tensor in part.named_parameters(recurse=False):
             if is_lazy(tensor):
                 raise ValueError(f"{path}.{own} is not initialized yet: run the module once first")
+
+
+@contextlib.contextmanager
+def _traceable_attention() -> Generator[None]:
+    """Attention in operations that torch.func knows: an encoder's fast path in eval mode is not."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    if not (fast and _modes.transformed()):
+        yield
+        return
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def decay_mask(module: nn.Module) -> dict[str, bool]:
