@@ -780,6 +780,7 @@ def test_modules_that_fsdp_has_sharded_are_refused():
     assert diffopt.nn.decay_mask(module)["2.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_an_encoder_in_eval_mode_runs_under_vmap():
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
