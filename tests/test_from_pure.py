@@ -190,6 +190,8 @@ def test_to_pure_refuses_what_a_pure_state_cannot_say():
 
     with pytest.raises(TypeError, match="is a Mine, but must be one of"):
         optim.to_pure(Mine(params))
+    with pytest.raises(TypeError, match=r"optimizer is SGD\(.*, which is pure already"):
+        optim.to_pure(diffopt.sgd())
     groups = [{"params": params[:1], "amsgrad": True}, {"params": params[1:]}]
     with pytest.raises(ValueError, match="differ in an option"):
         optim.to_pure(torch.optim.Adam(groups))
@@ -286,8 +288,15 @@ def test_unknown_hyperparameters_and_ranges_raise():
         optim.from_pure(opt, {"a": params[0], "b": params[1]}, **{"z.lr": 0.1})
     with pytest.raises(ValueError, match="lr is -1"):
         optim.from_pure(opt, {"a": params[0], "b": params[1]}, **{"x.lr": -1.0})
-    with pytest.raises(TypeError, match=r"not a diffopt\.Optimizer"):
+    with pytest.raises(
+        TypeError, match=r"optimizer is Adam, a torch\.optim\.Optimizer: convert it"
+    ):
         optim.from_pure(torch.optim.Adam(params), params)
+    with pytest.raises(TypeError, match="optimizer is adam, not a diffopt optimizer such as adam"):
+        optim.from_pure(diffopt.adam, params)
+    for betas in (0.9, "ab", (0.9,), (0.9, 0.99, 0.999)):
+        with pytest.raises(TypeError, match=r"betas is .* but must be 2 numbers"):
+            optim.from_pure(diffopt.adam(), params, betas=betas)
 
 
 def test_a_rate_for_each_tensor():

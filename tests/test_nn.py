@@ -219,9 +219,9 @@ def test_training_mode_is_that_of_the_call():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p, b: p.pop("0.bias"), r"params: the call misses \['0.bias'\]"),
-        (lambda p, b: p.update(extra=1), r"params: the call does not know \['extra'\]"),
-        (lambda p, b: b.pop("1.running_var"), r"buffers: the call misses \['1.running_var'\]"),
+        (lambda p, b: p.pop("0.bias"), r"params lacks \['0.bias'\]"),
+        (lambda p, b: p.update(extra=1), r"params has unknown \['extra'\]"),
+        (lambda p, b: b.pop("1.running_var"), r"buffers lacks \['1.running_var'\]"),
         (
             lambda p, b: p.update({"0.bias": torch.ones(5)}),
             r"params\['0.bias'\] has shape \(5,\), but the module's has \(4,\)",
@@ -245,6 +245,7 @@ def test_errors(change, message):
             "params is None, not a dictionary of the module's parameters: call model\\(params",
         ),
         ([1], {}, "params is \\[1\\] of type list, not a dictionary"),
+        ([torch.ones(99)], {}, "params is [^\\n]{,100} of type list, not a dictionary"),
         (
             {},
             torch.ones(6, 3),
@@ -662,7 +663,8 @@ def test_a_name_that_others_begin_with_stands_for_a_part_of_the_model():
             {"0": 0.1, "0.weight": 0.2, "2": 0.3},
             "lr has '0' and '0.weight', which both cover '0.weight'",
         ),
-        ({"0": 0.1}, r"lr\['2.weight'\] is missing"),
+        ({"0": 0.1}, r"lr\['2.weight'\] is missing$"),
+        ({"0": 0.1, "3": 0.2}, r"lr\['2.weight'\] is missing, and .*\['3'\] is not expected there"),
         ({"0": 0.1, "2": 0.2, "3": 0.3}, r"lr\['3'\] is not expected there"),
         ({"0": 0.1, "2": 0.2, "0.w": 0.3}, r"lr\['0.w'\] is not expected there"),
     ],

@@ -533,7 +533,7 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         (lambda: t.ema(nn.Linear(2, 2)), "optimizer is [^\\n]*, not a diffopt optimizer"),
         (
             lambda: t.skip_nonfinite(torch.optim.SGD([torch.zeros(1)])),
-            "optimizer is a torch.optim.SGD: convert it with diffopt.optim.to_pure",
+            "optimizer is SGD, a torch.optim.Optimizer: convert it with diffopt.optim.to_pure",
         ),
         (lambda: both(sgd, adam).hparams([1]), r"takes keywords or a dict of records, not \[1\]"),
         (lambda: t.stateless(dict, scaled), "hparams is dict, not a class made by"),

@@ -126,6 +126,10 @@ def test_gradients_of_another_structure(grads, message):
     [
         ({"x": 0.1}, r"hparams.lr must be a prefix tree of params: hparams.lr\['y'\] is missing"),
         ({"x": 0.1, "y": 0.1, "z": 1.0}, r"hparams.lr\['z'\] is not expected there"),
+        (
+            {"x": 0.1, "Y": 0.1},
+            r"lr\['y'\] is missing, and hparams.lr\['Y'\] is not expected there",
+        ),
         ((0.1, 0.2), r"hparams.lr is a tuple, where a dict is expected"),
         ({"x": 0.1, "y": [0.1]}, r"lr\['y'\] is a list, where a tensor of shape \(\) is expected"),
         ({"x": [0.1, 0.2], "y": 0.1}, r"hparams.lr\['x'\]\[1\] is not expected there"),
@@ -286,6 +290,8 @@ def test_a_record_is_frozen_and_takes_keywords_only():
         ({"rate": {"a": [0.5, -1]}}, ValueError, r"hparams.rate\['a'\]\[1\] is -1, but must be"),
         ({"rate": "0.1"}, TypeError, r"hparams.rate is '0.1' of type str, not a number or a ten"),
         ({"rate": None}, TypeError, r"hparams.rate is None, not a number or a tensor"),
+        ({"rate": diffopt.schedules.constant(0.1)}, TypeError, r"tensor: call it with the step"),
+        ({"rate": torch.nn.ParameterDict()}, TypeError, r"rate is .*, .* pass a dict of it"),
         ({"rate": True}, TypeError, r"hparams.rate is True of type bool"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -277,10 +278,12 @@ def _difference(tree: Tree, like: Tree, path: str, *, prefix: bool) -> str | Non
     if not dicts and type(tree) is not type(like):
         return f"{path} is a {type(tree).__name__}, where a {type(like).__name__} is expected"
     mine, theirs = dict(_children(tree)), dict(_children(like))
-    for key in theirs.keys() - mine.keys() if dicts else [*theirs][len(mine) :]:
-        return f"{path}{key} is missing"
-    for key in mine.keys() - theirs.keys() if dicts else [*mine][len(theirs) :]:
-        return f"{path}{key} is not expected there"
+    missing = [key for key in theirs if key not in mine] if dicts else [*theirs][len(mine) :]
+    others = [key for key in mine if key not in theirs] if dicts else [*mine][len(theirs) :]
+    if missing or others:  # both where a key is misspelled
+        faults = [f"{path}{key} is missing" for key in missing[:1]]
+        faults += [f"{path}{key} is not expected there" for key in others[:1]]
+        return ", and ".join(faults)
     for key, child in theirs.items():
         difference = _difference(mine[key], child, path + key, prefix=prefix)
         if difference:
@@ -292,4 +295,6 @@ def describe(leaf: object) -> str:
     """A short description of a leaf for error messages."""
     if isinstance(leaf, Tensor):
         return f"a tensor of shape {tuple(leaf.shape)}"
-    return "None" if leaf is None else f"{leaf!r} of type {type(leaf).__name__}"
+    if leaf is None:
+        return "None"
+    return f"{textwrap.shorten(repr(leaf), 100)} of type {type(leaf).__name__}"

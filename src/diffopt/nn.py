@@ -163,9 +163,9 @@ class _Apply:
                 f"{'parameters' if argument == 'params' else 'buffers'}"
                 f"{'' if own else ', of which it has none'}: call model({call}, *inputs)"
             )
-        for kind, names in (("misses", own.keys() - given), ("does not know", given.keys() - own)):
+        for kind, names in (("lacks", own.keys() - given), ("has unknown", given.keys() - own)):
             if names:
-                raise ValueError(f"{argument}: the call {kind} {sorted(names)}")
+                raise ValueError(f"{argument} {kind} {sorted(names)}")
         for name, tensor in cast(Mapping[str, Any], given).items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{argument}[{name!r}] is {_tree.describe(tensor)}, not a tensor")

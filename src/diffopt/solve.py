@@ -217,8 +217,8 @@ def _check_optimizer(optimizer: Any) -> None:
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
     if issubclass(kind, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer is a {kind.__module__}.{kind.__name__}, which changes parameters in place: "
-            "pass a pure one such as diffopt.sgd(), or convert it with diffopt.optim.to_pure"
+            f"optimizer is {kind.__name__}, a torch.optim.Optimizer, which changes parameters in "
+            "place: pass a pure one such as diffopt.sgd(), or convert it with diffopt.optim.to_pure"
         )
     if callable(optimizer):
         raise TypeError(
@@ -241,11 +241,6 @@ def _check_loss(loss: Any, has_aux: Any, buffers: Any) -> None:
 
 
 def _check_params(params: Tree) -> None:
-    if isinstance(params, torch.nn.Module):
-        raise TypeError(
-            f"params is a module, {type(params).__name__}: turn it into a function with "
-            "diffopt.nn.functionalize, and pass the .params of that"
-        )
     leaves = _tree.leaves(params)
     if not leaves:
         raise ValueError(f"params is {params!r}, which holds no tensor")
@@ -333,7 +328,8 @@ def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:
     named: dict[str, Any] = dict(zip(parts, cast(tuple[Any, ...], values), strict=True))
     value = named["value"]
     if not isinstance(value, Tensor):
-        raise TypeError(f"loss returned {_tree.describe(value)} as its value, not a tensor")
+        hint = ": has_aux=True takes (value, aux)" if isinstance(value, tuple) else ""
+        raise TypeError(f"loss returned {_tree.describe(value)} as its value, not a tensor{hint}")
     if value.dim() != 0 or not value.is_floating_point():
         raise ValueError(
             "loss must return a real 0-d tensor, but its value has shape "

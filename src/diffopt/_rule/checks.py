@@ -5,7 +5,7 @@ Functions take lists in the order of the leaves, and the tree of params for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ def params(
     """Raise unless all are tensors, each at one path only, and the rule accepts them."""
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            path = _tree.paths(tree, "params")[i]
-            raise TypeError(f"{path} is {_tree.describe(tensor)}, not a tensor")
+            raise TypeError(_not_a_tensor(tensor, _tree.paths(tree, "params")[i]))
         if refuse and (reason := refuse(tensor)):
             raise ValueError(f"{_tree.paths(tree, 'params')[i]} {reason}")
     if _modes.compiling() or len({id(tensor) for tensor in tensors}) == len(tensors):
@@ -38,6 +37,17 @@ def params(
                 f"{path} and {first[id(tensor)]} are the same tensor, which would be updated "
                 "twice: keep it at one path, as diffopt.nn.functionalize does"
             )
+
+
+def _not_a_tensor(leaf: Any, path: str) -> str:
+    if isinstance(leaf, torch.nn.Module):
+        return (
+            f"{path} is a module, {type(leaf).__name__}: turn it into a function with model = "
+            "diffopt.nn.functionalize(module), and pass model.params"
+        )
+    if isinstance(leaf, Iterator):  # as of module.parameters() and module.named_parameters()
+        return f"{path} is an iterator: pass dict(module.named_parameters()) or a list of tensors"
+    return f"{path} is {_tree.describe(leaf)}, not a tensor"
 
 
 def grads(grads: list[Any], params: list[Tensor], tree: Tree, *, sparse: bool = False) -> None:

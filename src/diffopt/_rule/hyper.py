@@ -242,7 +242,7 @@ def _check(record: Any) -> None:
                 continue
             if isinstance(leaf, bool) or not (isinstance(leaf, numbers.Real) or _is_scalar(leaf)):
                 path, found = _path(value, field.name, i), _tree.describe(leaf)
-                raise TypeError(f"{path} is {found}, not a number or a tensor")
+                raise TypeError(f"{path} is {found}, not a number or a tensor{_instead(leaf)}")
             if too_large(leaf):
                 path = _path(value, field.name, i)
                 raise ValueError(f"{path} is an integer too large for a float")
@@ -255,6 +255,15 @@ def _check(record: Any) -> None:
 
 def _path(value: Any, name: str, i: int) -> str:
     return _tree.paths(value, f"hparams.{name}")[i]
+
+
+def _instead(leaf: Any) -> str:
+    """What to pass in place of what a user of torch may try."""
+    if isinstance(leaf, torch.nn.ParameterDict):
+        return ": pass a dict of it"
+    if callable(leaf) and not isinstance(leaf, torch.nn.Module):
+        return ": call it with the step, as in schedule(state.step)"
+    return ""
 
 
 def _is_scalar(leaf: Any) -> bool:

@@ -203,15 +203,18 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         checks.grads(gradients, tensors, params)
         if not isinstance(state, self.State):
+            found, expected = type(state).__name__, self.State.__name__
             raise TypeError(
-                f"state is a {type(state).__name__}, not a {self.State.__name__}: create it with "
-                "init()"
+                f"state has type {found}, but must have type {expected}: create it with init()"
             )
         checks.step(state[0], tensors, params)
         buffers = self._buffers(state, tensors, spec, params)
         if not isinstance(hparams, self.hparams):
             found, expected = type(hparams).__name__, self.hparams.__name__
-            raise TypeError(f"hparams is a {found}, not a {expected}: create it with hparams(...)")
+            raise TypeError(
+                f"hparams has type {found}, but must have type {expected}: create it with "
+                "optimizer.hparams(...)"
+            )
         numbers = hyper.broadcast(hparams, spec, params)
         checks.numbers(numbers, tensors, params)
         return _Work(spec, tensors, gradients, buffers, numbers)

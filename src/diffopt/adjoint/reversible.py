@@ -140,7 +140,7 @@ def _checked_carry(carry: Tree) -> Tree:
     """Check the carry, and put its momentum buffers in the order of the params."""
     params, state, buffers = carry
     if not isinstance(state, SGDState):
-        raise TypeError(f"state is a {type(state).__name__}, not a SGDState")
+        raise TypeError(f"state has type {type(state).__name__}, but must have type SGDState")
     checks.undistributed(params, "params", "Reversible")
     leaves, spec = _tree.flatten(params)
     for i, leaf in enumerate(leaves):

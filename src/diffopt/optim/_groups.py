@@ -10,7 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, cast
 
 import torch
 from torch import Tensor
@@ -109,7 +109,10 @@ def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict
     """
     given = dict(given)
     if "betas" in given:
-        given |= zip(_BETAS, given.pop("betas"), strict=True)
+        betas: Any = given.pop("betas")
+        if not isinstance(betas, (tuple, list)) or len(cast(Sequence[Any], betas)) != len(_BETAS):
+            raise TypeError(f"betas is {_tree.describe(betas)}, but must be 2 numbers")
+        given |= zip(_BETAS, cast(Sequence[Any], betas), strict=True)
     template = _made(maker, given)
     template = _tree.map(
         _checked, records(template, _numbers(template) | given), is_leaf=_is_record

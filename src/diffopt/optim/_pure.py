@@ -23,6 +23,7 @@ from diffopt.optim.lbfgs import LBFGS
 from diffopt.optimizer import Optimizer
 from diffopt.rules.lbfgs import lbfgs
 from diffopt.rules.sparse_adam import sparse_adam
+from diffopt.transforms._base import check_optimizer
 
 _CLASSES: dict[type, type[RuleOptimizer]] = {
     getattr(torch.optim, name): cls
@@ -79,8 +80,7 @@ def from_pure(
         >>> optimizer.param_groups[0]["lr"]
         0.1
     """
-    if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a diffopt.Optimizer")
+    check_optimizer(optimizer, "optimizer")
     if not isinstance(params, Iterable) or isinstance(params, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"params is {_tree.describe(params)}, not tensors to iterate over")
     structure = None
@@ -195,6 +195,8 @@ def _as_ours(optimizer: torch.optim.Optimizer) -> RuleOptimizer:
         return optimizer
     ours = _CLASSES.get(type(optimizer))
     if ours is None:
+        if isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer is {optimizer!r}, which is pure already")
         known = sorted(["LBFGS", *(cls.__name__ for cls in _CLASSES)])
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, but must be one of {known}")
     shell = ours.__new__(ours)

@@ -317,7 +317,10 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
         self, state: LBFGSState, params: Sequence[Tensor], device: torch.device
     ) -> None:
         if not isinstance(state, LBFGSState):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"state is a {type(state).__name__}, not an LBFGSState")
+            raise TypeError(
+                f"state has type {type(state).__name__}, but must have type LBFGSState: create it "
+                "with init()"
+            )
         for name, shape in {"step": (), **self._shapes(params)}.items():
             field = getattr(state, name)
             if not isinstance(field, Tensor):
@@ -418,7 +421,10 @@ def _device(params: Sequence[Tensor], tree: Tree) -> torch.device:
 
 def _check_lr(hparams: Any) -> None:
     if not isinstance(hparams, LBFGSHParams):
-        raise TypeError(f"hparams is a {type(hparams).__name__}: create it with hparams(...)")
+        raise TypeError(
+            f"hparams has type {type(hparams).__name__}, but must have type LBFGSHParams: create "
+            "it with optimizer.hparams(...)"
+        )
     lr = hparams.lr
     if not isinstance(lr, (int, float, Tensor)):
         raise ValueError(

@@ -242,8 +242,8 @@ def spread(
     """The hyperparameters of a record for each leaf, checked."""
     if not isinstance(hparams, record):
         raise TypeError(
-            f"hparams is a {type(hparams).__name__}, not a {record.__name__}: create it with "
-            "hparams(...)"
+            f"hparams has type {type(hparams).__name__}, but must have type {record.__name__}: "
+            "create it with hparams(...)"
         )
     numbers = hyper.broadcast(hparams, spec, params)
     checks.numbers(numbers, tensors, params)
@@ -288,7 +288,9 @@ def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:
 def check_optimizer(value: object, name: str) -> None:
     if isinstance(value, torch.optim.Optimizer):
         kind = type(value).__name__
-        raise TypeError(f"{name} is a torch.optim.{kind}: convert it with diffopt.optim.to_pure")
+        raise TypeError(
+            f"{name} is {kind}, a torch.optim.Optimizer: convert it with diffopt.optim.to_pure"
+        )
     if not isinstance(value, Optimizer):
         raise TypeError(f"{name} is {brief(value)}, not a diffopt optimizer such as adam()")
 
@@ -304,4 +306,6 @@ def check_record(hparams: object, maker: object) -> None:
 def check_state(state: object, expected: type) -> None:
     if not isinstance(state, expected):
         found = type(state).__name__
-        raise TypeError(f"state is a {found}, not a {expected.__name__}: create it with init()")
+        raise TypeError(
+            f"state has type {found}, but must have type {expected.__name__}: create it with init()"
+        )
