@@ -260,7 +260,7 @@ def _path(value: Any, name: str, i: int) -> str:
 def _instead(leaf: Any) -> str:
     """What to pass in place of what a user of torch may try."""
     if isinstance(leaf, torch.nn.ParameterDict):
-        return ": pass a dict of it"
+        return ": convert it with dict(...)"
     if callable(leaf) and not isinstance(leaf, torch.nn.Module):
         return ": call it with the step, as in schedule(state.step)"
     return ""
