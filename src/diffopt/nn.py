@@ -163,7 +163,10 @@ class _Apply:
                 f"{'parameters' if argument == 'params' else 'buffers'}"
                 f"{'' if own else ', of which it has none'}: call model({call}, *inputs)"
             )
-        for kind, names in (("lacks", own.keys() - given), ("has unknown", given.keys() - own)):
+        for kind, names in (
+            ("lacks", own.keys() - given.keys()),
+            ("has unknown", given.keys() - own.keys()),
+        ):
             if names:
                 raise ValueError(f"{argument} {kind} {sorted(names)}")
         for name, tensor in cast(Mapping[str, Any], given).items():

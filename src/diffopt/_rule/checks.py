@@ -26,7 +26,7 @@ def params(
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(_not_a_tensor(tensor, _tree.paths(tree, "params")[i]))
-        if refuse and (reason := refuse(tensor)):
+        if refuse is not None and (reason := refuse(tensor)):
             raise ValueError(f"{_tree.paths(tree, 'params')[i]} {reason}")
     if _modes.compiling() or len({id(tensor) for tensor in tensors}) == len(tensors):
         return
