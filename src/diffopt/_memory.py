@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffopt import _modes
+
 
 def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The indices of two tensors that share an element, or twice that of one that overlaps itself.
 
     Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """
-    known = [i for i, x in enumerate(tensors) if type(x) in (Tensor, torch.nn.Parameter)]
+    known = [i for i, x in enumerate(tensors) if _modes.ordinary(x)]
     ordinary = [tensors[i] for i in known]
     whole = list(map(Tensor.is_contiguous, ordinary))
     for i, x, contiguous in zip(known, ordinary, whole, strict=True):

@@ -27,6 +27,11 @@ def intercepted() -> bool:
     return _torch.dispatch_modes() > 0
 
 
+def observed() -> bool:
+    """Whether a transform, a trace or a mode sees operations: tensors may have no memory."""
+    return transformed() or intercepted()
+
+
 def forward_differentiated() -> bool:
     """Whether torch.autograd.forward_ad is active."""
     return _torch.forward_level() >= 0
@@ -60,6 +65,11 @@ def number_of(value: Any) -> Any:
     if differentiated([value]) or intercepted():
         return value
     return value.item()
+
+
+def ordinary(tensor: Tensor) -> bool:
+    """Whether code can walk through its memory: it is of no subclass but Parameter."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def distributed(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -50,18 +50,13 @@ def survey(columns: Sequence[Any]) -> Kind:
 def _layout(lists: list[list[Tensor]]) -> Layout:
     if lists[1][0].is_sparse:
         return "sparse"
-    if _modes.transformed() or _modes.intercepted() or not ordinary(_all(lists)):
+    if _modes.observed() or not all(map(_modes.ordinary, _all(lists))):
         return "foreign"
     return "regular" if all(map(Tensor.is_contiguous, _all(lists))) else "strided"
 
 
 def _all(lists: list[list[Tensor]]) -> Iterator[Tensor]:
     return (x for column in lists for x in column)
-
-
-def ordinary(tensors: Iterable[Tensor]) -> bool:
-    """Whether all are plain tensors, whose memory kernels can read directly."""
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 class _Asked(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_function
-from diffopt._rule import hyper, ways
+from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim import _state
 from diffopt.optim._checkpoints import Checkpoints
@@ -348,7 +348,7 @@ def _filled(params: Sequence[Tensor], shapes: Sequence[torch.Size], value: Any) 
     """Buffers for params; those of many small ones are pieces of one vector, faster to walk."""
     lengths = [shape.numel() for shape in shapes]
     alike = len({(param.dtype, param.device) for param in params}) == 1
-    plain = ways.ordinary(params) and all(map(Tensor.is_contiguous, params))
+    plain = all(_modes.ordinary(param) and param.is_contiguous() for param in params)
     if len(params) < 2 or sum(lengths) > _SMALL * len(params) or not (alike and plain):
         return [_filled_like(p, shape, value) for p, shape in zip(params, shapes, strict=True)]
     vector = _filled_like(params[0], torch.Size([sum(lengths)]), value)

@@ -64,7 +64,7 @@ class Plan:
             KEPT
             and type(optimizer.state) is State
             and optimizer.state.owns(row for row in rows.values() if row)
-            and not (_modes.transformed() or _modes.intercepted())
+            and not _modes.observed()
             and all(bucket.lasting for bucket in self.buckets)
         )
         for bucket in self.buckets if self.lasting else ():
@@ -78,7 +78,7 @@ class Plan:
             and self.absent == [i for i, grad in enumerate(grads) if grad is None]
             and self.flags == flags_of(group)
             and self.opt == optimizer.rule(group)
-            and not (_modes.transformed() or _modes.intercepted())
+            and not _modes.observed()
             and all(
                 bucket.holds(*bucket.of(params, grads), lent=optimizer.state.plans.lent)
                 for bucket in self.buckets
@@ -365,7 +365,8 @@ def _key(
 ) -> _Key:
     names = [name for name in optimizer.buffers(opt, param) if name not in optimizer.scalar_state]
     tensors = [param, grad, *(row[name] for name in names)]
-    order = _order(opt, param) if ways.ordinary(tensors) and not grad.is_sparse else None
+    plain = all(map(_modes.ordinary, tensors)) and not grad.is_sparse
+    order = _order(opt, param) if plain else None
     kind = ways.survey([[x.permute(order) if order else x] for x in tensors])
     scalars: list[Any] = []
     for name in () if group.get("differentiable") else optimizer.scalar_state:
@@ -392,12 +393,12 @@ def _entangled(params: Sequence[Tensor], rows: dict[int, dict[str, Any]]) -> set
 
     What one of them writes another reads, so they are stepped one after the other, as in torch.
     """
-    if _modes.transformed() or _modes.intercepted():
+    if _modes.observed():
         return set()
     spans: list[tuple[int, int, int]] = []
     for i, row in rows.items():
         tensors = [x for x in (params[i], *row.values()) if isinstance(x, Tensor)]
-        own = [x for x in tensors if ways.ordinary([x]) and x.data_ptr()]
+        own = [x for x in tensors if _modes.ordinary(x) and x.data_ptr()]
         spans += [(x.data_ptr(), x.data_ptr() + _memory.span(x), i) for x in own]
     found = set[int]()
     end, owner = 0, -1

@@ -147,7 +147,7 @@ def string(rows: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
         kinds = {(type(x), x.dtype, x.device, x.dim(), x.requires_grad) for x in values}
         if len(values) < 2 or kinds != {(Tensor, values[0].dtype, values[0].device, 0, False)}:
             continue
-        if not (_modes.transformed() or _modes.intercepted()):
+        if not _modes.observed():
             elements = iter(torch.stack(values).unbind())
             for row in rows:
                 if isinstance(row.get(name), Tensor):
@@ -230,7 +230,7 @@ def _vector(tensors: list[Tensor]) -> Tensor | None:
     first = tensors[0]
     if any(type(x) is not Tensor or x.dtype != first.dtype for x in tensors) or first.is_meta:
         return None
-    if _modes.transformed() or _modes.intercepted():
+    if _modes.observed():
         return None
     size, start, n = first.element_size(), first.data_ptr(), len(tensors)
     storage = first.untyped_storage()

@@ -11,13 +11,7 @@ from torch import Tensor
 from diffopt import _modes
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import (
-    Leaves,
-    Wrapper,
-    gather,
-    real,
-    select,
-)
+from diffopt.transforms._base import Leaves, Wrapper, gather, real, select
 from diffopt.transforms._sharded import mesh_of, own, total
 
 
@@ -70,7 +64,7 @@ class SkipNonfinite(Wrapper[Any]):
         return select(finite, new, (params, state))
 
     def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
-        if _modes.transformed() or _modes.intercepted():
+        if _modes.observed():
             return super().update_(params, grads, state, hparams)
         refuse_gradients(grads, hparams)
         with torch.no_grad():
@@ -97,7 +91,7 @@ def _all_finite(leaves: Leaves) -> Tensor:
 
 def _finite_only(finite: Tensor, grads: list[Tensor]) -> list[Tensor]:
     """The gradients, or zeros if they are not finite."""
-    if _modes.transformed() or _modes.forward_differentiated() or _modes.intercepted():
+    if _modes.observed() or _modes.forward_differentiated():
         return _chosen(finite, grads)
     return list(_Chosen.apply(finite, *grads)) if grads else []
 
