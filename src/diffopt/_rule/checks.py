@@ -13,10 +13,8 @@ from torch import Tensor
 
 from diffopt import _memory, _modes, _tree
 from diffopt._rule import hyper
-from diffopt._rule.rule import Shape
+from diffopt._rule.rule import WORKING_DTYPE, Shape
 from diffopt._tree import Tree
-
-_HALF = (torch.float16, torch.bfloat16, torch.complex32)
 
 
 def params(
@@ -162,7 +160,7 @@ def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | Non
     tensors = [tensor for column in columns.values() for tensor in column]
     if step is not None:
         names, tensors = [*names, ("state.step", -1)], [*tensors, step]
-        if step.dtype in (torch.float16, torch.bfloat16):
+        if step.dtype in WORKING_DTYPE:
             raise ValueError(f"state.step has dtype {step.dtype}, which cannot count steps exactly")
 
     def path(k: int) -> str:
@@ -191,7 +189,7 @@ def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | Non
 def _precise(buffers: list[Tensor], params: list[Tensor], tree: Tree, name: str) -> None:
     """Raise for half-precision buffers of wider params: a slow average would stop moving."""
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
-        if buffer.dtype != param.dtype and buffer.dtype in _HALF and param.dtype not in _HALF:
+        if buffer.dtype in WORKING_DTYPE and param.dtype not in WORKING_DTYPE:
             mine, theirs = (_tree.paths(tree, n)[i] for n in (name, "params"))
             raise ValueError(
                 f"{mine} has dtype {buffer.dtype}, too coarse for {theirs} of dtype {param.dtype}: "

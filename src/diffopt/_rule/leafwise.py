@@ -15,11 +15,9 @@ from diffopt import _modes, _tree
 from diffopt._arguments import check_choice, check_function
 from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, hyper, ops, running, ways
-from diffopt._rule.rule import EXECUTIONS, Execution, H, Rule, S, Shape, unused
+from diffopt._rule.rule import EXECUTIONS, WORKING_DTYPE, Execution, H, Rule, S, Shape, unused
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -117,7 +115,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             for column, result in zip(new, results, strict=True):
                 for i, tensor in zip(indices, result, strict=False):
                     column[i] = tensor
-        step = step if state[0].dtype in _HALF else step.to(state[0].dtype)
+        step = step if state[0].dtype in WORKING_DTYPE else step.to(state[0].dtype)
         return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
 
     def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:

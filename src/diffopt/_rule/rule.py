@@ -27,6 +27,14 @@ WORKING_DTYPE = {
 }
 """The precision in which half-precision params are updated."""
 
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}  # `to_real` won't trace
+
+
+def working_real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the real numbers in which a parameter of this dtype is updated."""
+    dtype = WORKING_DTYPE.get(dtype, dtype)
+    return _REAL.get(dtype, dtype)
+
 
 class Rule(ABC, Generic[S, H]):
     """The mathematics of one tensor, written with out-of-place operations.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffopt import _modes, _torch
 from diffopt._rule import hyper, ops
-from diffopt._rule.rule import WORKING_DTYPE, Rule, unused
+from diffopt._rule.rule import Rule, unused, working_real
 from diffopt._rule.tensorlist import TensorList
 
 AnyRule: TypeAlias = Rule[Any, Any]
@@ -278,9 +278,7 @@ def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
             if value.dim() == 0:
                 value = _modes.exact(value)
             else:
-                working = WORKING_DTYPE.get(dtype, dtype)
-                # torch.compile cannot trace `to_real`.
-                value = value.to(working.to_real() if working.is_complex else working)
+                value = value.to(working_real(dtype))
                 value = value.unsqueeze(-1) if dtype.is_complex else value
         result.append(value)
     return result

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from diffopt import _torch
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import WORKING_DTYPE, Execution, zeros_like
 from diffopt._tree import Tree
 
 
@@ -80,7 +78,7 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
     def native(self, p: Any, g: Any, s: SGDState, hp: Any, first: bool | None, amp: Any) -> bool:
         if self.momentum and (ops.is_zero(hp.momentum) or (first is None and hp.dampening != 0)):
             return False  # it would not update the buffer, or might dampen the first gradient
-        if p[0].dtype in (torch.float16, torch.bfloat16) and p[0].device.type == "cpu":
+        if p[0].dtype in WORKING_DTYPE and p[0].device.type == "cpu":
             return False  # it does not update most elements (pytorch#191763)
         _torch.fused_sgd_(
             p,

@@ -12,12 +12,10 @@ from torch import Tensor
 from diffopt import _tree
 from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import WORKING_DTYPE
+from diffopt._rule.rule import working_real
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import Leaves, Wrapper, gather, real, wide
-
-_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
@@ -175,7 +173,7 @@ def _flat_number(number: hyper.Covered, params: list[Tensor], groups: list[list[
 def _expanded(value: Any, param: Tensor) -> Tensor:
     """One value for each real number of a tensor."""
     pairs = real(param)
-    tensor = torch.as_tensor(value, dtype=_working(param), device=param.device)
+    tensor = torch.as_tensor(value, dtype=working_real(param.dtype), device=param.device)
     if param.is_complex() and tensor.dim() > 0:
         tensor = tensor.unsqueeze(-1)
     return tensor.expand(pairs.shape).reshape(-1)
@@ -186,7 +184,7 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
         if tensor.is_floating_point() or tensor.is_complex():
-            groups.setdefault((_working(tensor), tensor.device), []).append(i)
+            groups.setdefault((working_real(tensor.dtype), tensor.device), []).append(i)
     return list(groups.values())
 
 
@@ -205,9 +203,3 @@ def _unravel(vectors: list[Tensor], leaves: Leaves, layout: _Layout) -> list[Ten
             piece = piece.reshape(real(old).shape)
             params[i] = (torch.view_as_complex(piece) if old.is_complex() else piece).to(old.dtype)
     return params
-
-
-def _working(tensor: Tensor) -> torch.dtype:
-    """The real dtype it is computed in."""
-    dtype = WORKING_DTYPE.get(tensor.dtype, tensor.dtype)
-    return _REAL.get(dtype, dtype)
