@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import numbers
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, SupportsFloat, TypeAlias, TypeVar, dataclass_transform
 
@@ -33,10 +34,10 @@ class Field(NamedTuple):
 
 
 _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
-    "ge": (">=", lambda value, bound: value >= bound),
-    "gt": (">", lambda value, bound: value > bound),
-    "le": ("<=", lambda value, bound: value <= bound),
-    "lt": ("<", lambda value, bound: value < bound),
+    "ge": (">=", operator.ge),
+    "gt": (">", operator.gt),
+    "le": ("<=", operator.le),
+    "lt": ("<", operator.lt),
 }
 
 
@@ -167,6 +168,7 @@ TORCH_PAIRS = {
     "betas": ("beta1", "beta2"),
     "etas": ("etaminus", "etaplus"),
     "step_sizes": ("step_size_min", "step_size_max"),
+    "eps": ("eps1", "eps2"),
     "ns_coefficients": ("ns_a", "ns_b", "ns_c"),
 }
 """Where torch.optim has a tuple, which is a tree here, each of its numbers is a field."""

@@ -19,8 +19,7 @@ from diffopt import _tree
 from diffopt._arguments import too_large
 from diffopt._rule import hyper
 
-_BETAS = ("beta1", "beta2")
-
+_BETAS = hyper.TORCH_PAIRS["betas"]
 _PLAIN = (float, int)
 _FLAGS = (bool, str, type(None))
 _MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon

@@ -13,17 +13,7 @@ from diffopt.optim._groups import plain_number
 Group: TypeAlias = dict[str, Any]
 
 PAIRS = {
-    "beta1": ("betas", 0),
-    "beta2": ("betas", 1),
-    "etaminus": ("etas", 0),
-    "etaplus": ("etas", 1),
-    "step_size_min": ("step_sizes", 0),
-    "step_size_max": ("step_sizes", 1),
-    "eps1": ("eps", 0),
-    "eps2": ("eps", 1),
-    "ns_a": ("ns_coefficients", 0),
-    "ns_b": ("ns_coefficients", 1),
-    "ns_c": ("ns_coefficients", 2),
+    field: (pair, k) for pair, fields in hyper.TORCH_PAIRS.items() for k, field in enumerate(fields)
 }
 """Hyperparameters that torch.optim keeps in a tuple."""
 
