@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import too_large
+from diffopt._arguments import check_integer, too_large
 from diffopt._diff.functions import AmbientState
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
@@ -183,8 +183,8 @@ def _steps(outputs: list[Any]) -> Tensor:
 def _check_loop(steps: Any, batches: Any, tol: Any) -> None:
     if steps is None and batches is None:
         raise ValueError("minimize requires steps= or batches=")
-    if steps is not None and (type(steps) is not int or steps < 0):
-        raise ValueError(f"steps is {steps!r}, but must be an integer >= 0")
+    if steps is not None:
+        check_integer(steps, "steps", 0)
     if isinstance(batches, dict):
         raise TypeError(
             "batches is a dict, whose keys would be the batches: pass an iterable with one entry "

@@ -123,23 +123,19 @@ def compiled_(rule: AnyRule, step: Tensor, values: Sequence[Any], columns: Seque
     def eager(step: Tensor, numbers: Sequence[Any], columns: Sequence[Any]) -> None:
         leaf_(rule, numbers_at(rule, step, numbers, columns[0][0]), columns)
 
-    expected = [[x.clone() for x in c] if isinstance(c, list) else c for c in columns]
+    expected = [[x.clone() for x in c] if c else c for c in columns]
     eager(step, numbers, expected)
     _COMPILED[key] = torch.compile(eager, fullgraph=True, dynamic=False)
     _COMPILED[key](step, numbers, columns)
-    for old, new in zip(written(columns), written(expected), strict=True):
-        pairs = zip(old, new, strict=True) if isinstance(old, list) else ()
-        if not all(torch.allclose(x, y, 1e-3, 1e-5, equal_nan=True) for x, y in pairs):
-            warnings.warn(
-                "torch.compile computes wrong values for this rule, which therefore runs eagerly",
-                stacklevel=2,
-            )
-            _COMPILED[key] = eager
-            _torch.foreach_copy_(
-                [x for c in written(columns) if isinstance(c, list) for x in c],
-                [x for c in written(expected) if isinstance(c, list) for x in c],
-            )
-            return
+    found, right = ([x for c in written(cs) for x in c] for cs in (columns, expected))
+    pairs = zip(found, right, strict=True)
+    if not all(torch.allclose(x, y, 1e-3, 1e-5, equal_nan=True) for x, y in pairs):
+        warnings.warn(
+            "torch.compile computes wrong values for this rule, which therefore runs eagerly",
+            stacklevel=2,
+        )
+        _COMPILED[key] = eager
+        _torch.foreach_copy_(found, right)
 
 
 _COMPILED: dict[Any, Callable[..., None]] = {}

@@ -149,10 +149,8 @@ def _prepared(
     def eagerly(piece: Sequence[Tensor]) -> None:
         row = list(columns)
         for k, tensor in zip(lists, piece, strict=True):
-            row[k] = tensor
-        for old, new in zip(written(row), apply(rule, numbers, row), strict=True):
-            if isinstance(old, Tensor):
-                old.copy_(new)
+            row[k] = [tensor]
+        leaf_(rule, numbers, row)
 
     if any(x.dtype != like.dtype or x.dtype not in AS_IS for k in lists for x in columns[k]):
         return size, eagerly

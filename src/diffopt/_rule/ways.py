@@ -131,16 +131,3 @@ RUN: dict[Way, Callable[[AnyRule, Numbers, Sequence[Any]], None]] = {
     "leaf": running.leaf_,
 }
 """The ways that need only numbers and columns."""
-
-
-def unscaled(columns: Sequence[Any], amp: dict[str, Tensor]) -> Sequence[Any] | None:
-    """The columns with a gradient scaler's scale removed; None if the step is to be skipped.
-
-    Native kernels take `amp` themselves; all other ways take the columns returned here.
-    """
-    if "found_inf" in amp and amp["found_inf"].item():
-        return None
-    if "grad_scale" not in amp:
-        return columns
-    params, grads, *buffers = columns
-    return [params, [grad / amp["grad_scale"].to(grad.device) for grad in grads], *buffers]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
+from diffopt._diff.functions import has_derivative
 from diffopt.optim import _state
 from diffopt.optim._groups import check_numbers, plain_number, with_betas
 from diffopt.optim._options import Group, name_of
@@ -145,7 +146,7 @@ class Checkpoints(torch.optim.Optimizer):
         def widened(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            dtype = self.state_dtype(leaf, param, group) if _is_float(leaf) else leaf.dtype
+            dtype = self.state_dtype(leaf, param, group) if has_derivative(leaf) else leaf.dtype
             return leaf.detach().to(param.device, dtype, copy=True)
 
         row = _as_dict(row, f"state of {name}")
@@ -178,13 +179,9 @@ class Checkpoints(torch.optim.Optimizer):
         return value.detach().reshape(()).to(device, dtype, copy=True)
 
 
-def copied(tree: Any, device: Any = None) -> Any:
+def copied(tree: Any) -> Any:
     """A copy of the tree, whose tensors share neither memory nor history with the old ones."""
-
-    def copy_of(leaf: Any) -> Any:
-        return leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf
-
-    return _tree.map(copy_of, tree)
+    return _tree.map_tensors(lambda x: x.detach().clone(), tree)
 
 
 def check_scalar(key: str, value: Any, name: str) -> None:
@@ -219,10 +216,6 @@ def _as_dict(value: Any, name: str) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} is {_tree.describe(value)}, not a dict")
     return dict(value)
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _plain(row: Any) -> Any:

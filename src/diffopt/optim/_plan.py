@@ -260,13 +260,14 @@ class Bucket:
             row.clear()
 
     def _rule_step_(
-        self, way: ways.Way, values: list[Any], columns: Sequence[Any], amp: dict[str, Tensor]
+        self, way: ways.Way, values: list[Any], columns: list[Any], amp: dict[str, Tensor]
     ) -> None:
         """By the rule. What it has written is counted, parameter by parameter where it is so."""
-        columns = ways.unscaled(columns, amp) or ()
-        if not columns:
+        if "found_inf" in amp and amp["found_inf"].item():
             self._forget()
             return
+        if "grad_scale" in amp:  # which native kernels take themselves
+            columns[1] = [grad / amp["grad_scale"] for grad in columns[1]]
         t: Any = 1.0 if self.key.fresh else 2.0
         if "step" in self.scalars:
             t = _modes.number_of(self.scalars["step"].first) + 1
