@@ -72,6 +72,11 @@ def ordinary(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
+def locked(tensor: Tensor) -> bool:
+    """Whether it is an inference tensor, which can only be written to in inference mode."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
 def distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which every process holds a part."""
     module = sys.modules.get("torch.distributed.tensor")  # there are none if it is not loaded

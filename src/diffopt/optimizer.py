@@ -113,7 +113,7 @@ def _fault(old: Any, new: Any) -> str | None:
         return None
     if not torch.can_cast(new.dtype, old.dtype):
         return f"has dtype {old.dtype}, which cannot hold its new value of dtype {new.dtype}"
-    if old.is_inference() and not torch.is_inference_mode_enabled():
+    if _modes.locked(old):
         return "is an inference tensor, which can only be written to inside torch.inference_mode()"
     return None
 

@@ -197,6 +197,12 @@ def has_derivative(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def carriers(outputs: Sequence[Tensor], varies: Sequence[bool]) -> Iterator[tuple[Tensor, bool]]:
+    """Each output, and whether it carries a derivative, which the first ones may not."""
+    for x, v in zip(outputs, itertools.chain(varies, itertools.repeat(True))):  # noqa: B905
+        yield x, v and has_derivative(x)
+
+
 def _enable_cudnn(enabled: bool) -> None:
     torch.backends.cudnn.enabled = enabled
 
@@ -282,12 +288,7 @@ class _Call:
     def apply(self, tensors: Sequence[Tensor]) -> Tree:
         outputs: Any = _Custom.apply(self, *tensors)
         # Under vmap torch ignores that an output is marked as a constant.
-        return self.join_outputs(x if v else x.detach() for x, v in self.differentiable(outputs))
-
-    def differentiable(self, outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-        """Each output, and whether it has a derivative."""
-        for x, v in zip(outputs, itertools.chain(self.varies, itertools.repeat(True))):  # noqa: B905
-            yield x, v and has_derivative(x)
+        return self.join_outputs(x if v else x.detach() for x, v in carriers(outputs, self.varies))
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         outputs, self.join_outputs = _tree.split(self.function(self.join(inputs)))
@@ -306,7 +307,7 @@ class _Custom(torch.autograd.Function):
         ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(not ctx.call.sparse)
-        ctx.mark_non_differentiable(*(x for x, v in ctx.call.differentiable(output) if not v))
+        ctx.mark_non_differentiable(*(x for x, v in carriers(output, ctx.call.varies) if not v))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

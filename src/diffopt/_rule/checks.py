@@ -48,6 +48,15 @@ def _not_a_tensor(leaf: Any, path: str) -> str:
     return f"{path} is {_tree.describe(leaf)}, not a tensor"
 
 
+def instance(value: object, kind: type, name: str, maker: str) -> None:
+    """An instance of this class, which the method `maker` of the optimizer returns."""
+    if not isinstance(value, kind):
+        found = type(value).__name__
+        raise TypeError(
+            f"{name} has type {found}, but must have type {kind.__name__}: create it with {maker}"
+        )
+
+
 def grads(grads: list[Any], params: list[Tensor], tree: Tree, *, sparse: bool = False) -> None:
     """Raise unless each is None or matches its parameter in shape, dtype, device (and is dense)."""
     for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
@@ -168,7 +177,7 @@ def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | Non
         return name if i < 0 else _tree.paths(tree, name)[i]
 
     for k, tensor in enumerate(tensors):
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        if _modes.locked(tensor):
             raise ValueError(
                 f"{path(k)} is an inference tensor, which can only be written to inside "
                 "torch.inference_mode(): clone it"

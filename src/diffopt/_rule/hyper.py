@@ -202,6 +202,11 @@ def assemble(record: type[T], values: Iterable[Any]) -> T:
     return node
 
 
+def is_record(node: Any) -> bool:
+    """Whether it is a record of hyperparameters."""
+    return type(node) in FIELDS
+
+
 class Covered(NamedTuple):
     """A hyperparameter, its values, and the index of the value that applies to each leaf."""
 

@@ -200,19 +200,10 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         checks.params(tensors, params, self.refuse)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         checks.grads(gradients, tensors, params)
-        if not isinstance(state, self.State):
-            found, expected = type(state).__name__, self.State.__name__
-            raise TypeError(
-                f"state has type {found}, but must have type {expected}: create it with init()"
-            )
+        checks.instance(state, self.State, "state", "init()")
         checks.step(state[0], tensors, params)
         buffers = self._buffers(state, tensors, spec, params)
-        if not isinstance(hparams, self.hparams):
-            found, expected = type(hparams).__name__, self.hparams.__name__
-            raise TypeError(
-                f"hparams has type {found}, but must have type {expected}: create it with "
-                "optimizer.hparams(...)"
-            )
+        checks.instance(hparams, self.hparams, "hparams", "optimizer.hparams(...)")
         numbers = hyper.broadcast(hparams, spec, params)
         checks.numbers(numbers, tensors, params)
         return _Work(spec, tensors, gradients, buffers, numbers)

@@ -139,8 +139,7 @@ def _check_step(step: GradientStep) -> None:
 def _checked_carry(carry: Tree) -> Tree:
     """Check the carry, and put its momentum buffers in the order of the params."""
     params, state, buffers = carry
-    if not isinstance(state, SGDState):
-        raise TypeError(f"state has type {type(state).__name__}, but must have type SGDState")
+    checks.instance(state, SGDState, "state", "init()")
     checks.undistributed(params, "params", "Reversible")
     leaves, spec = _tree.flatten(params)
     for i, leaf in enumerate(leaves):
@@ -178,10 +177,8 @@ class _Reversed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.loop, *tensors = inputs
         ctx.save_for_backward(*tensors, *output[sum(ctx.loop.counts) :])
-        varies = itertools.chain(ctx.loop.varies, itertools.repeat(True))
-        pairs = zip(output, varies)  # noqa: B905 (the second is infinite)
-        constants = [x for x, v in pairs if not (v and functions.has_derivative(x))]
-        ctx.mark_non_differentiable(*constants)
+        pairs = functions.carriers(output, ctx.loop.varies)
+        ctx.mark_non_differentiable(*(x for x, v in pairs if not v))
         ctx.set_materialize_grads(False)
 
     @staticmethod

@@ -318,7 +318,7 @@ def _check_tensor(value: Any, param: Tensor, shape: torch.Size, name: str) -> No
 
 
 def _check_written(tensor: Tensor, name: str) -> None:
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+    if _modes.locked(tensor):
         raise RuntimeError(
             f"{name} was made in torch.inference_mode, outside of which it cannot be written: "
             "clone it"

@@ -114,7 +114,7 @@ def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict
         given |= zip(_BETAS, cast(Sequence[Any], betas), strict=True)
     template = _made(maker, given)
     template = _tree.map(
-        _checked, records(template, _numbers(template) | given), is_leaf=_is_record
+        _checked, records(template, _numbers(template) | given), is_leaf=hyper.is_record
     )
     numbers = _numbers(template)
     if numbers.keys() >= set(_BETAS):
@@ -147,7 +147,7 @@ def records(template: Any, group: Mapping[str, Any]) -> Any:
     def filled(record: Any) -> Any:
         return hyper.assemble(type(record), [next(values) for _ in _fields(record)])
 
-    return _tree.map(filled, template, is_leaf=_is_record)
+    return _tree.map(filled, template, is_leaf=hyper.is_record)
 
 
 def _value(group: Mapping[str, Any], name: str) -> Any:
@@ -189,7 +189,7 @@ def short_names(paths: Sequence[Sequence[str]]) -> list[str]:
 
 def _records(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The records in a tree of hyperparameters, each with its path."""
-    if _is_record(tree):
+    if hyper.is_record(tree):
         yield path, tree
     elif isinstance(tree, Mapping):
         for key, child in tree.items():
@@ -197,10 +197,6 @@ def _records(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     elif isinstance(tree, (tuple, list)):
         for i, child in enumerate(tree):
             yield from _records(child, (*path, str(i)))
-
-
-def _is_record(node: Any) -> bool:
-    return type(node) in hyper.FIELDS
 
 
 def _fields(record: Any) -> tuple[hyper.Field, ...]:

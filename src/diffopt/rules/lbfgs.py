@@ -316,11 +316,7 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
     def _check_state(
         self, state: LBFGSState, params: Sequence[Tensor], device: torch.device
     ) -> None:
-        if not isinstance(state, LBFGSState):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"state has type {type(state).__name__}, but must have type LBFGSState: create it "
-                "with init()"
-            )
+        checks.instance(state, LBFGSState, "state", "init()")
         for name, shape in {"step": (), **self._shapes(params)}.items():
             field = getattr(state, name)
             if not isinstance(field, Tensor):
@@ -420,11 +416,7 @@ def _device(params: Sequence[Tensor], tree: Tree) -> torch.device:
 
 
 def _check_lr(hparams: Any) -> None:
-    if not isinstance(hparams, LBFGSHParams):
-        raise TypeError(
-            f"hparams has type {type(hparams).__name__}, but must have type LBFGSHParams: create "
-            "it with optimizer.hparams(...)"
-        )
+    checks.instance(hparams, LBFGSHParams, "hparams", "optimizer.hparams(...)")
     lr = hparams.lr
     if not isinstance(lr, (int, float, Tensor)):
         raise ValueError(

@@ -240,11 +240,7 @@ def spread(
     record: type[Any], hparams: Any, tensors: list[Tensor], spec: _tree.Spec, params: Tree
 ) -> list[hyper.Covered]:
     """The hyperparameters of a record for each leaf, checked."""
-    if not isinstance(hparams, record):
-        raise TypeError(
-            f"hparams has type {type(hparams).__name__}, but must have type {record.__name__}: "
-            "create it with hparams(...)"
-        )
+    checks.instance(hparams, record, "hparams", "hparams(...)")
     numbers = hyper.broadcast(hparams, spec, params)
     checks.numbers(numbers, tensors, params)
     return numbers
@@ -300,12 +296,4 @@ def check_record(hparams: object, maker: object) -> None:
     if isinstance(maker, type) and maker in hyper.FIELDS and not isinstance(hparams, maker):
         raise TypeError(
             f"hparams is {brief(hparams)}, not a {maker.__name__}: make it with hparams(...)"
-        )
-
-
-def check_state(state: object, expected: type) -> None:
-    if not isinstance(state, expected):
-        found = type(state).__name__
-        raise TypeError(
-            f"state has type {found}, but must have type {expected.__name__}: create it with init()"
         )

@@ -39,7 +39,7 @@ class _Records:
                 f"{list(numbers)}"
             )
         for key, maker in self.parts:
-            if _is_record(maker) and not isinstance(records[key], cast(type, maker)):
+            if maker in hyper.FIELDS and not isinstance(records[key], cast(type, maker)):
                 found, expected = type(records[key]).__name__, cast(type, maker).__name__
                 raise TypeError(f"hparams[{key!r}] is a {found}, but must be a {expected}")
         return [records[key] for key, _ in self.parts]
@@ -78,16 +78,12 @@ def _names(maker: Maker) -> list[str]:
     """The keywords that a maker of records accepts."""
     if isinstance(maker, _Records):
         return maker.names()
-    if _is_record(maker):
+    if maker in hyper.FIELDS:
         return [field.name for field in hyper.FIELDS[cast(type, maker)]]
     try:
         return list(inspect.signature(maker).parameters)
     except ValueError:  # some built-in types, such as dict, have no signature
         return []
-
-
-def _is_record(maker: Maker) -> bool:
-    return maker in hyper.FIELDS
 
 
 def _unclear(name: str, owners: list[Hashable], fields: dict[Hashable, list[str]]) -> str:

@@ -18,7 +18,6 @@ from diffopt.transforms._base import (
     Wrapper,
     averages,
     check_record,
-    check_state,
     copy_,
     gather,
     select,
@@ -138,7 +137,7 @@ class Accumulate(Wrapper[AccumulateState]):
         self, params: Tree, grads: Tree, state: AccumulateState
     ) -> tuple[Leaves, list[Tensor]]:
         leaves = gather(params, grads)
-        check_state(state, AccumulateState)
+        checks.instance(state, AccumulateState, "state", "init()")
         checks.step(state.step, leaves.params, params)
         names = ("state.grad_sum", "params")
         sums = _tree.leaves_like(state.grad_sum, leaves.spec, params, names)

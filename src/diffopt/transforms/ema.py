@@ -18,7 +18,6 @@ from diffopt.transforms._base import (
     Leaves,
     Wrapper,
     averages,
-    check_state,
     gather,
     near,
     records_at,
@@ -163,7 +162,7 @@ class EMA(Wrapper[EMAState]):
         hparams: tuple[EMAHParams, Any],
     ) -> _Work:
         leaves = gather(params, grads)
-        check_state(state, EMAState)
+        checks.instance(state, EMAState, "state", "init()")
         checks.step(state.step, leaves.params, params)
         names = ("state.average", "params")
         old = _tree.leaves_like(state.average, leaves.spec, params, names)

@@ -148,7 +148,7 @@ def _arguments(leaves: Leaves, layout: _Layout, state: Any, params: Tree, hparam
     """The arguments of the optimizer's update, as vectors."""
 
     def flat(record: Any) -> Any:
-        if type(record) not in hyper.FIELDS:
+        if not hyper.is_record(record):
             return record
         numbers = hyper.broadcast(record, leaves.spec, params)
         checks.numbers(numbers, leaves.params, params)
@@ -157,7 +157,7 @@ def _arguments(leaves: Leaves, layout: _Layout, state: Any, params: Tree, hparam
 
     grads = [p if g is None else g for p, g in zip(leaves.params, leaves.grads, strict=True)]
     vectors = [[_ravel(tensors, g) for g in layout.groups] for tensors in (leaves.params, grads)]
-    records = _tree.map(flat, hparams, is_leaf=lambda node: type(node) in hyper.FIELDS)
+    records = _tree.map(flat, hparams, is_leaf=hyper.is_record)
     return layout.part((*vectors, state, records))
 
 
