@@ -72,6 +72,11 @@ def ordinary(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, and a real one as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def locked(tensor: Tensor) -> bool:
     """Whether it is an inference tensor, which can only be written to in inference mode."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
@@ -118,3 +123,9 @@ def concrete(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or compiling() or intercepted():
         return None
     return all_samples(tensor).detach()
+
+
+def holds_anywhere(condition: Tensor | None) -> bool:
+    """Whether a condition is known to hold for some element of some sample."""
+    values = concrete(condition)
+    return values is not None and bool(values.any())

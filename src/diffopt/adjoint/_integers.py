@@ -100,6 +100,5 @@ class Faults:
 
     def check(self) -> None:
         for (message, _), condition in self.found.items():
-            values = _modes.concrete(condition)
-            if values is not None and bool(values.any()):
+            if _modes.holds_anywhere(condition):
                 raise ValueError(message)

@@ -142,9 +142,7 @@ def _unknowns(
     starts = _tree.leaves_like(start, spec, params, ("params", "params"))
 
     def reals(leaf: Tensor, use: bool) -> Tensor:
-        if not use:
-            return leaf.real.new_empty(0)
-        return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+        return _modes.real(leaf) if use else leaf.real.new_empty(0)
 
     def merge(unknowns: Tree) -> Tree:
         parts = zip(starts, used, _tree.leaves(unknowns), strict=True)
@@ -174,8 +172,7 @@ def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) ->
         hparams = _tree.map_tensors(other, _tree.detach(hparams))
         moved, _ = optimizer.update(params, zeros, optimizer.init(params), hparams)
     for before, after in zip(_tree.leaves(params), _tree.leaves(moved), strict=True):
-        differs = _modes.concrete((before != after).any())
-        if differs is not None and bool(differs.any()):
+        if _modes.holds_anywhere(before != after):
             raise ValueError(
                 "the optimizer moves params whose gradient is zero (by weight decay?), so it does "
                 "not end at a stationary point of the loss: put the decay into the loss"

@@ -68,8 +68,7 @@ class Truncated(Adjoint):
 
 def _refuse_steps_not_taken(output: Any) -> None:
     """Raise if an example of a batch was done before the last step of the loop."""
-    done = None if output[2] is None else _modes.concrete(output[2])
-    if done is not None and bool(done.any()):
+    if _modes.holds_anywhere(output[2]):
         raise ValueError(
             "under vmap, tol ends the examples after different numbers of steps, so the last steps "
             "of the loop, which Truncated differentiates, are not the last steps of each"

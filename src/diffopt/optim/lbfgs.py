@@ -10,11 +10,11 @@ from torch import Tensor
 
 from diffopt import _tree
 from diffopt._arguments import check_function
-from diffopt._modes import number_of
+from diffopt._modes import number_of, real
 from diffopt.optim._checkpoints import Checkpoints
 from diffopt.optim._groups import is_number, plain_number
 from diffopt.rules._line_search import Point, strong_wolfe
-from diffopt.rules.lbfgs import LEAST_CURVATURE, curvature, direction, first_length, flat, real
+from diffopt.rules.lbfgs import LEAST_CURVATURE, curvature, direction, first_length, flat
 
 _LISTS = ("old_dirs", "old_stps", "ro")
 MEMORY = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt import _tree
 from diffopt._diff.gradient import value_and_grad
-from diffopt._modes import exact, exact_dtype
+from diffopt._modes import exact, exact_dtype, real
 from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._tree import Tree
@@ -141,11 +141,6 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     """All entries as one real vector."""
     vectors = [real(tensor).reshape(-1) for tensor in tensors]
     return torch.cat(vectors) if vectors else torch.empty(0)
-
-
-def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, and a real one as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 class _Problem(NamedTuple):

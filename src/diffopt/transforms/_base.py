@@ -231,11 +231,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if dtype is None else tensor.to(dtype)
 
 
-def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals; a real one as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
 def spread(
     record: type[Any], hparams: Any, tensors: list[Tensor], spec: _tree.Spec, params: Tree
 ) -> list[hyper.Covered]:

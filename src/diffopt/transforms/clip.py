@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch
-from diffopt._modes import exact
+from diffopt._modes import exact, real
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
-from diffopt.transforms._base import Stateless, real, wide
+from diffopt.transforms._base import Stateless, wide
 from diffopt.transforms._sharded import beside, mesh_of, whole
 
 

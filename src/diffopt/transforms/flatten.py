@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._modes import real
 from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import working_real
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, Wrapper, gather, real, wide
+from diffopt.transforms._base import Leaves, Wrapper, gather, wide
 
 
 def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
+from diffopt._modes import real
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, Wrapper, gather, real, select
+from diffopt.transforms._base import Leaves, Wrapper, gather, select
 from diffopt.transforms._sharded import mesh_of, own, total
 
 
