@@ -299,14 +299,10 @@ class Bucket:
             if "step" in row:
                 row["step"] = row["step"] + 1
                 t = _modes.number_of(row["step"])
-            numbers = running.numbers_of(self.rule, t, running.placed(values, param))
-            old: list[Any] = [row[name] if name else () for name in self.fields]
-            enter = [Shared(x) if running.is_scalar(x) and param.dim() else x for x in old]
+            old = [row[name] if name else () for name in self.fields]
             # The derivative needs the old value, which is about to be overwritten.
-            new_param, *new = running.apply(self.rule, numbers, [param.clone(), grad, *enter])
-            for name, value in zip(self.fields, new, strict=True):
-                if name:
-                    row[name] = value.new if isinstance(value, Shared) else value
+            new_param, *new = _stepped(self.rule, t, values, [param.clone(), grad, *old])
+            row.update((name, x) for name, x in zip(self.fields, new, strict=True) if name)
             param.copy_(new_param)
 
 
@@ -328,17 +324,23 @@ def trace_(
     if "step" in row:
         row["step"].add_(1)
         t = _modes.exact(row["step"])
-    numbers = running.numbers_of(opt, t, running.placed(filled(values, param), param))
     used = opt.buffers_of(param)
     names = [name if name in used else "" for name in opt.State._fields[1:]]
     old: list[Any] = [row.get(name) if name else () for name in names]
     old = [param.new_empty(0) if x is None else x for x in old]  # what its shape does without
-    enter = [Shared(x) if running.is_scalar(x) and param.dim() else x for x in old]
-    for x, new in zip(
-        [param, *old], running.apply(opt, numbers, [param, grad, *enter]), strict=True
-    ):
+    stepped = _stepped(opt, t, filled(values, param), [param, grad, *old])
+    for x, new in zip([param, *old], stepped, strict=True):
         if isinstance(x, Tensor):
-            x.copy_(new.new if isinstance(new, Shared) else new)
+            x.copy_(new)
+
+
+def _stepped(opt: Leafwise[Any, Any], t: Any, values: list[Any], row: list[Any]) -> list[Any]:
+    """The new parameter and buffers, of which a 0-d one is a number of the whole parameter."""
+    param, grad, *old = row
+    numbers = running.numbers_of(opt, t, running.placed(values, param))
+    enter = [Shared(x) if running.is_scalar(x) and param.dim() else x for x in old]
+    new = running.apply(opt, numbers, [param, grad, *enter])
+    return [x.new if isinstance(x, Shared) else x for x in new]
 
 
 class _Key(NamedTuple):
