@@ -276,12 +276,12 @@ def test_wrong_states_and_learning_rates_are_refused():
     state, hp = opt.init(params), opt.hparams()
     other = diffopt.lbfgs(history_size=3).init(params)
     for arguments, error, message in (
-        ((tuple(state), hp), TypeError, "state is a tuple"),
+        ((tuple(state), hp), TypeError, "state has type tuple"),
         ((other, hp), ValueError, r"state.old_dirs has shape \(3, 3\), but \(2, 3\)"),
         ((opt.init({"w": torch.ones(4)}), hp), ValueError, "state.old_dirs"),
         ((state._replace(ro=None), hp), TypeError, "state.ro is None"),
         ((state._replace(ro=state.ro.to("meta")), hp), ValueError, "state.ro has device meta"),
-        ((state, {"lr": 1.0}), TypeError, "hparams is a dict"),
+        ((state, {"lr": 1.0}), TypeError, "hparams has type dict"),
         ((state, opt.hparams(lr={"w": 1.0})), ValueError, "one lr for all params"),
         ((state, opt.hparams(lr=torch.ones(3))), ValueError, r"hparams.lr has shape \(3,\)"),
     ):

@@ -310,7 +310,7 @@ def test_wrong_gradients_are_refused_and_change_nothing():
                 call(params, grads, state, opt.hparams())
     with pytest.raises(ValueError, match=r"grads\['b'\] is missing"):
         opt.update_(params, {"a": good}, state, opt.hparams())
-    with pytest.raises(TypeError, match="state is a tuple"):
+    with pytest.raises(TypeError, match="state has type tuple"):
         opt.update_(params, {"a": good, "b": [good]}, tuple(state), opt.hparams())
     with pytest.raises(ValueError, match=r"hparams.lr.* must be a prefix tree of params"):
         opt.update_(params, {"a": good, "b": [good]}, state, opt.hparams(lr={"c": 0.1}))
