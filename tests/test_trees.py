@@ -1,6 +1,7 @@
 """Parameters and hyperparameters in every kind of tree, and errors where trees do not fit."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import diffopt
@@ -304,6 +306,21 @@ def test_tensors_are_never_inspected():
     with torch.device("meta"):
         Numbers(rate=torch.empty(()))
     assert torch.vmap(lambda rate: Numbers(rate=rate).rate * 2)(-X).tolist() == [-2.0, -4.0]
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+@pytest.mark.parametrize("name", ["adam", "adagrad", "nadam", "asgd", "rprop", "adafactor", "muon"])
+def test_steps_of_tensors_without_values(name, device):
+    opt = getattr(diffopt, name)()
+    hp = opt.hparams(lr=0.1)
+    with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
+        params, grads = (
+            {k: torch.empty(3, 4, device=device) for k in "ab"} for _ in ("params", "grads")
+        )
+        state = opt.init(params)
+        new, _ = opt.update(params, grads, state, hp)
+        opt.update_(params, grads, state, hp)
+    assert {(p.shape, p.device.type) for p in new.values()} == {((3, 4), device)}
 
 
 def test_numpy_numbers_count_as_numbers():
