@@ -190,6 +190,39 @@ def test_views_that_share_no_element_are_updated(split):
     torch.testing.assert_close(params, [-X, -3 * X])
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adafactor", "muon"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, g: g.update(a=p["b"]), r"grads\['a'\] and params\['b'\] share memory"),
+        (lambda p, g: g.update(b=p["a"].T), r"grads\['b'\] and params\['a'\] share memory"),
+        (lambda p, g: g.update(a=p["a"].T), r"grads\['a'\] and params\['a'\] share memory"),
+        (lambda p, g: g.update(lr=p["b"][0, 0]), r"hparams.lr and params\['b'\] share memory"),
+    ],
+)
+def test_what_is_read_shares_no_memory_with_what_is_written(name, change, message):
+    opt = getattr(diffopt, name)()
+    params = {k: torch.ones(3, 3) for k in "ab"}
+    given = {"a": torch.ones(3, 3), "b": None, "lr": 0.1}
+    change(params, given)
+    hp, state = opt.hparams(lr=given.pop("lr")), opt.init(params)
+    with pytest.raises(ValueError, match=message):
+        opt.update_(params, given, state, hp)
+    assert all(p.eq(1).all() for p in params.values())
+    assert state.step == 0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adafactor", "muon"])
+def test_gradients_may_share_memory_among_them_and_be_their_own_parameters(name):
+    opt = getattr(diffopt, name)()
+    params = {k: torch.arange(9.0).view(3, 3) + i for i, k in enumerate("abc")}
+    grads = {"a": params["a"], **dict.fromkeys("bc", torch.ones(1, 1).expand(3, 3))}
+    state, hp = opt.init(params), opt.hparams(lr=0.1)
+    expected = opt.update(params, grads, state, hp)[0]
+    opt.update_(params, grads, state, hp)
+    torch.testing.assert_close(params, expected)
+
+
 def test_buffers_that_share_memory_are_refused():
     opt, params = diffopt.adam(), {"a": torch.ones(2)}
     shared = {"a": torch.zeros(2)}

@@ -139,7 +139,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         for name, column in zip(self._fields(), work.buffers, strict=True):
             if column and not unused(column[0]):
                 columns[f"state.{name}"] = column
-        checks.writable(columns, params, state[0])
+        checks.writable(columns, params, state[0], work.grads, work.numbers)
         return work
 
     def _leaf_by_leaf(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any]:
