@@ -4,14 +4,17 @@ import copy
 import functools
 import pickle
 import sys
+import types
 import warnings
+import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import diffopt
@@ -505,6 +508,39 @@ class Entangled(nn.Module):
         return self.default(self.closure(self.partial(self.method(x))))
 
 
+class Slotted:
+    __slots__ = ("layer", "unset")
+
+    def __init__(self, layer):
+        self.layer = layer
+
+
+class WeaklyEntangled(nn.Module):
+    """The same by references that keep nothing alive, and by rarer containers."""
+
+    __slots__ = ("scale", "slot", "unset")
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.a.parent = weakref.ref(self)
+        self.weak_method = weakref.WeakMethod(self.a.forward)
+        self.weak_set, self.weak_keys = weakref.WeakSet([self.b]), weakref.WeakKeyDictionary()
+        self.weak_keys[self.a] = 0.5
+        self.weak_values = weakref.WeakValueDictionary({"a": self.a})
+        self.queue = deque([self.a, self.b], maxlen=2)
+        self.fixed = types.MappingProxyType({"b": self.b})
+        self.slotted, self.slot, self.scale = Slotted(self.b), self.a, 2.0
+
+    def forward(self, x):
+        for layer in self.queue:
+            x = layer(x)
+        for layer in self.weak_set:
+            x = layer(x) * self.weak_keys[self.weak_values["a"]]
+        x = self.weak_method()(self.fixed["b"](x)) * self.scale
+        return self.slot(self.slotted.layer(self.a.parent().b(x)))
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -526,8 +562,16 @@ def compiled_in_place():
 
 @pytest.mark.parametrize(
     "make",
-    [Entangled, Recurrent, Tied, compiled, compiled_in_place, lambda: Normalized(pruned)],
-    ids=["Entangled", "Recurrent", "Tied", "compiled", "compiled in place", "pruned"],
+    [
+        Entangled,
+        WeaklyEntangled,
+        Recurrent,
+        Tied,
+        compiled,
+        compiled_in_place,
+        lambda: Normalized(pruned),
+    ],
+    ids=["Entangled", "weakly", "Recurrent", "Tied", "compiled", "compiled in place", "pruned"],
 )
 def test_the_call_uses_the_given_tensors_wherever_the_module_refers_to_its_own(make):
     torch.manual_seed(0)
@@ -545,6 +589,18 @@ def test_the_call_uses_the_given_tensors_wherever_the_module_refers_to_its_own(m
         torch.autograd.grad(actual.sum(), [*params.values()]),
         torch.autograd.grad(expected.sum(), [*params.values()]),
     )
+
+
+@pytest.mark.parametrize("kind", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_a_cached_parametrization_is_that_of_the_given_tensors(kind):
+    torch.manual_seed(0)
+    module, x = kind(nn.Linear(3, 3).double()), data()
+    functional = diffopt.nn.functionalize(module)
+    given = [{k: p * s + s for k, p in functional.params.items()} for s in (0.5, 2.0)]
+    expected = [functional(params, functional.buffers, x)[0] for params in given] + [module(x)]
+    with parametrize.cached():
+        actual = [functional(params, functional.buffers, x)[0] for params in given] + [module(x)]
+    torch.testing.assert_close(actual, expected)
 
 
 def replace_tensors(module):

@@ -752,3 +752,20 @@ def test_what_was_loaded_is_this_packages_own_and_what_was_put_in_is_not():
     p, optimizer = adam_after_two_steps()
     optimizer.__setstate__({"state": {p: dict(optimizer.state[p])}})
     assert optimizer.state.plans.lent
+
+
+def test_what_another_thread_reads_meanwhile_is_looked_at(monkeypatch):
+    (param,) = params = parameters((4, 3))
+    optimizer = make(optim, "Adam", params)
+    step(optimizer, params)
+    assert not optimizer.state.plans.lent
+
+    def copied(tree):
+        reader = threading.Thread(target=lambda: optimizer.state[param]["exp_avg"])
+        reader.start()
+        reader.join()
+        return copy.deepcopy(tree)
+
+    monkeypatch.setattr("diffopt.optim._checkpoints.copied", copied)
+    optimizer.state_dict()
+    assert optimizer.state.plans.lent

@@ -1,6 +1,7 @@
 """Parameters and hyperparameters in every kind of tree, and errors where trees do not fit."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import diffopt
@@ -188,6 +190,39 @@ def test_views_that_share_no_element_are_updated(split):
     torch.testing.assert_close(params, [-X, -3 * X])
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adafactor", "muon"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, g: g.update(a=p["b"]), r"grads\['a'\] and params\['b'\] share memory"),
+        (lambda p, g: g.update(b=p["a"].T), r"grads\['b'\] and params\['a'\] share memory"),
+        (lambda p, g: g.update(a=p["a"].T), r"grads\['a'\] and params\['a'\] share memory"),
+        (lambda p, g: g.update(lr=p["b"][0, 0]), r"hparams.lr and params\['b'\] share memory"),
+    ],
+)
+def test_what_is_read_shares_no_memory_with_what_is_written(name, change, message):
+    opt = getattr(diffopt, name)()
+    params = {k: torch.ones(3, 3) for k in "ab"}
+    given = {"a": torch.ones(3, 3), "b": None, "lr": 0.1}
+    change(params, given)
+    hp, state = opt.hparams(lr=given.pop("lr")), opt.init(params)
+    with pytest.raises(ValueError, match=message):
+        opt.update_(params, given, state, hp)
+    assert all(p.eq(1).all() for p in params.values())
+    assert state.step == 0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adafactor", "muon"])
+def test_gradients_may_share_memory_among_them_and_be_their_own_parameters(name):
+    opt = getattr(diffopt, name)()
+    params = {k: torch.arange(9.0).view(3, 3) + i for i, k in enumerate("abc")}
+    grads = {"a": params["a"], **dict.fromkeys("bc", torch.ones(1, 1).expand(3, 3))}
+    state, hp = opt.init(params), opt.hparams(lr=0.1)
+    expected = opt.update(params, grads, state, hp)[0]
+    opt.update_(params, grads, state, hp)
+    torch.testing.assert_close(params, expected)
+
+
 def test_buffers_that_share_memory_are_refused():
     opt, params = diffopt.adam(), {"a": torch.ones(2)}
     shared = {"a": torch.zeros(2)}
@@ -304,6 +339,21 @@ def test_tensors_are_never_inspected():
     with torch.device("meta"):
         Numbers(rate=torch.empty(()))
     assert torch.vmap(lambda rate: Numbers(rate=rate).rate * 2)(-X).tolist() == [-2.0, -4.0]
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+@pytest.mark.parametrize("name", ["adam", "adagrad", "nadam", "asgd", "rprop", "adafactor", "muon"])
+def test_steps_of_tensors_without_values(name, device):
+    opt = getattr(diffopt, name)()
+    hp = opt.hparams(lr=0.1)
+    with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
+        params, grads = (
+            {k: torch.empty(3, 4, device=device) for k in "ab"} for _ in ("params", "grads")
+        )
+        state = opt.init(params)
+        new, _ = opt.update(params, grads, state, hp)
+        opt.update_(params, grads, state, hp)
+    assert {(p.shape, p.device.type) for p in new.values()} == {((3, 4), device)}
 
 
 def test_numpy_numbers_count_as_numbers():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,11 @@ from torch import Tensor
 from diffopt import _modes
 
 
-def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, int] | None:
     """The indices of two tensors that share an element, or twice that of one that overlaps itself.
+
+    Those in `read`, whose indices go on from those of `tensors`, may share elements among them, and
+    the i-th may be the same view as `tensors[i]`.
 
     Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """
@@ -21,15 +25,42 @@ def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     for i, x, contiguous in zip(known, ordinary, whole, strict=True):
         if not contiguous and _folds(x):
             return i, i
-    starts, order = torch.tensor(list(map(Tensor.data_ptr, ordinary))).sort(stable=True)
+    starts, order = _integers(map(Tensor.data_ptr, ordinary)).sort(stable=True)
     spans = [x.nbytes if c else span(x) for x, c in zip(ordinary, whole, strict=True)]
-    ends = (starts + torch.tensor(spans)[order]).cummax(0).values
+    ends = (starts + _integers(spans)[order]).cummax(0).values
     meeting = (starts[1:] < ends[:-1]) & (starts[1:] != 0)
     for k in meeting.nonzero().flatten().tolist():
         this = int(order[k + 1])
         for before in order[: k + 1].tolist():
             if _meet(ordinary[before], ordinary[this]):
                 return known[before], known[this]
+    if not read or not known:
+        return None
+    pair = _clash(read, [(known[k], ordinary[k]) for k in order.tolist()], starts, ends)
+    return pair and (pair[1], pair[0] + len(tensors))
+
+
+def _integers(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
+
+
+def _clash(
+    read: Sequence[Any], written: list[tuple[int, Tensor]], starts: Tensor, ends: Tensor
+) -> tuple[int, int] | None:
+    """The indices of a tensor that is read and of one that is written that share an element.
+
+    Those that are written begin at `starts`, in ascending order; all up to one end by its `ends`.
+    """
+    reads = [(i, x) for i, x in enumerate(read) if _modes.ordinary(x) and x.layout is torch.strided]
+    first = _integers(x.data_ptr() for _, x in reads)
+    last = first + _integers(x.nbytes if x.is_contiguous() else span(x) for _, x in reads)
+    before = torch.searchsorted(starts, last)  # how many begin before the end of what is read
+    meeting = (torch.cat([ends.new_zeros(1), ends])[before] > first) & (first != 0)
+    for m in meeting.nonzero().flatten().tolist():
+        i, x = reads[m]
+        for k, y in written[: int(before[m])]:
+            if _meet(x, y) and not (i == k and x.is_set_to(y)):
+                return i, k
     return None
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +20,8 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
     """A copy of the module `parts[0]` with `tensors[id(tensor)]` in place of each of its tensors.
 
     The parts are the module and all its submodules, which are copied too. Everything else is
-    shared, except what refers to a part or a tensor: containers, bound methods, functions, and
-    objects (but not objects nested inside those).
+    shared, except what refers to a part or a tensor: containers, weak references, bound methods,
+    functions, and objects (but not objects nested inside those).
     """
     known: dict[int, Any] = {**tensors, **{id(part): object.__new__(type(part)) for part in parts}}
     copies = _Copies(known, _Copies(known, None))
@@ -32,6 +34,8 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
                 attributes[name] = copies.of(value)
         for name in _TABLES:
             attributes[name] = {k: known.get(id(v), v) for k, v in attributes[name].items()}
+        for slot, value in _slotted(part).items():
+            slot.__set__(known[id(part)], copies.of(value))
     return known[id(parts[0])]
 
 
@@ -70,12 +74,29 @@ class _Copies:
         result.update((self.of(key), self.of(child)) for key, child in value.items())
         return result
 
-    def of_list(self, value: list[Any]) -> list[Any]:
+    def of_list(self, value: Any) -> Any:
         if not self.changed(value):
             return value
         result = copy.copy(value)
-        result[:] = map(self.of, value)
+        result.clear()
+        result.extend(map(self.of, value))
         return result
+
+    def of_proxy(self, value: types.MappingProxyType[Any, Any]) -> Any:
+        content = dict(value)
+        result = self.of_dict(content)
+        return value if result is content else types.MappingProxyType(result)
+
+    def of_reference(self, value: weakref.ref[Any]) -> Any:
+        target = value()
+        result = self.of(target)
+        return value if result is target else weakref.ref(result)
+
+    def of_weak_method(self, value: weakref.WeakMethod[Any]) -> Any:
+        target = value()
+        if target is None or (result := self.of_method(target)) is target:
+            return value
+        return weakref.WeakMethod(result)
 
     def of_tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if not self.changed(value):
@@ -115,11 +136,31 @@ class _Copies:
 
     def of_object(self, value: Any) -> Any:
         attributes: dict[str, Any] = getattr(value, "__dict__", {})
-        if self.inner is None or not self.inner.changed(attributes.values()):
+        slots = _slotted(value)
+        if self.inner is None or not self.inner.changed([*attributes.values(), *slots.values()]):
             return value
         result = copy.copy(value)
-        vars(result).update(self.inner.of_values(attributes))
+        if attributes:
+            vars(result).update(self.inner.of_values(attributes))
+        for slot, content in slots.items():
+            slot.__set__(result, self.inner.of(content))
         return result
+
+
+def _slotted(value: Any) -> dict[types.MemberDescriptorType, Any]:
+    """The attributes of an object that stand in `__slots__`."""
+    result: dict[types.MemberDescriptorType, Any] = {}
+    for slot in _slots(type(value)):
+        with contextlib.suppress(AttributeError):  # it is not set
+            result[slot] = slot.__get__(value)
+    return result
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(kind: type) -> list[types.MemberDescriptorType]:
+    bases = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]
+    found = [value for base in bases for value in base.values()]
+    return [value for value in found if isinstance(value, types.MemberDescriptorType)]
 
 
 def _content(cell: types.CellType) -> Any:
@@ -139,6 +180,10 @@ _TABLES = _torch.MODULE_TABLES
 _FOLLOW: list[tuple[type, Callable[[_Copies, Any], Any]]] = [
     (dict, _Copies.of_dict),
     (list, _Copies.of_list),
+    (deque, _Copies.of_list),
+    (types.MappingProxyType, _Copies.of_proxy),
+    (weakref.WeakMethod, _Copies.of_weak_method),
+    (weakref.ref, _Copies.of_reference),
     (tuple, _Copies.of_tuple),
     (set, _Copies.of_set),
     (frozenset, _Copies.of_set),

@@ -6,8 +6,9 @@ test fails if another module uses private names directly. All exist in torch 2.1
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch._functorch.pyfunctorch import (
     temporarily_clear_interpreter_stack as outside_transforms,
 )
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import (
     _global_optimizer_post_hooks,  # pyright: ignore[reportPrivateUsage]
     _global_optimizer_pre_hooks,  # pyright: ignore[reportPrivateUsage]
@@ -33,6 +35,7 @@ _C: Any = _core
 _torch: Any = torch
 _functorch: Any = _C._functorch
 _forward_ad: Any = forward_ad
+_parametrize: Any = parametrize
 
 # Trees.
 node_type: Callable[[Any], Any] = getattr(pytree, "_get_node_type")  # noqa: B009
@@ -164,6 +167,17 @@ def mps_generator() -> torch.Generator:
 # Modules.
 MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 """The attributes in which a module keeps its parameters, its buffers and its submodules."""
+
+
+@contextlib.contextmanager
+def parametrized_anew() -> Generator[None]:
+    """Within, `torch.nn.utils.parametrize.cached` has kept nothing of any module yet."""
+    kept, _parametrize._cache = _parametrize._cache, {}
+    try:
+        yield
+    finally:
+        _parametrize._cache = kept
+
 
 # Kernels for lists of tensors, which torch.optim itself uses.
 

@@ -149,7 +149,8 @@ class _Apply:
         places = self._same_places(parts, buffers)
         given = {id(tensor): tensors[self.names[place]] for place, tensor in places.items()}
         replica = _replica.replica([*parts.values()], given)
-        with _traceable_attention():
+        # What is kept of parametrizations goes by the id of the module itself.
+        with _traceable_attention(), _torch.parametrized_anew():
             outputs = replica(*inputs, **kwargs)
         if len(self.buffers) > len(self.frozen):
             tensors |= _places(_parts(replica))[1]

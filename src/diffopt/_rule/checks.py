@@ -158,14 +158,23 @@ def _reachable(scalar: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> 
         raise ValueError(f"{name} has device meta, but {path} has device {param.device}")
 
 
-def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | None = None) -> None:
+def writable(
+    columns: Mapping[str, list[Tensor]],
+    tree: Tree,
+    step: Tensor | None = None,
+    grads: Sequence[Tensor | None] = (),
+    numbers: Sequence[hyper.Covered] = (),
+) -> None:
     """Raise for tensors that cannot be updated in place: overlapping, inference or too coarse.
 
-    `columns` are the params and the buffers by name, `step` is the step count in the state.
+    `columns` are the params and the buffers by name, `step` is the step count in the state. `grads`
+    and `numbers` are only read: no write may change them, but a gradient may be its own parameter.
     """
     if _modes.transformed():
         return
-    names = [(name, i) for name, column in columns.items() for i in range(len(column))]
+    names: list[tuple[Any, int]] = [
+        (n, i) for n, column in columns.items() for i in range(len(column))
+    ]
     tensors = [tensor for column in columns.values() for tensor in column]
     if step is not None:
         names, tensors = [*names, ("state.step", -1)], [*tensors, step]
@@ -174,6 +183,8 @@ def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | Non
 
     def path(k: int) -> str:
         name, i = names[k]
+        if isinstance(name, hyper.Covered):
+            return name.path(i)
         return name if i < 0 else _tree.paths(tree, name)[i]
 
     for k, tensor in enumerate(tensors):
@@ -184,14 +195,17 @@ def writable(columns: Mapping[str, list[Tensor]], tree: Tree, step: Tensor | Non
             )
     for name, column in columns.items():
         _precise(column, columns["params"], tree, name)
-    if (pair := _memory.overlap(tensors)) is None:
+    values = [(number, k) for number in numbers for k in range(len(number.values))]
+    names += [*(("grads", i) for i in range(len(grads))), *values]
+    read = [*grads, *(number.values[k] for number, k in values)]
+    if (pair := _memory.overlap(tensors, read)) is None:
         return
     first, second = map(path, pair)
     if first == second:
         raise ValueError(f"{first} is an expanded tensor, which cannot be written to: clone it")
     raise ValueError(
-        f"{second} and {first} share memory, so one update would overwrite the other: clone one of "
-        "them"
+        f"{second} and {first} share memory, so updating one would overwrite the other: clone one "
+        "of them"
     )
 
 

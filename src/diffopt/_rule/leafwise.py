@@ -124,7 +124,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             step = exact(state[0]) + 1
             for indices in work.groups():
                 self._step_(step, work.values(indices), work.columns(indices))
-            state[0].copy_(step)
+            torch.ops.aten.copy_.default(state[0], step)  # see running.leaf_
 
     def check(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
         """Raise what `update_` would raise for these arguments; changes nothing."""
@@ -137,7 +137,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         for name, column in zip(self._fields(), work.buffers, strict=True):
             if column and not unused(column[0]):
                 columns[f"state.{name}"] = column
-        checks.writable(columns, params, state[0])
+        checks.writable(columns, params, state[0], work.grads, work.numbers)
         return work
 
     def _leaf_by_leaf(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any]:
@@ -184,6 +184,8 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         # Kernels take the step in float32, which is exact for whole numbers only.
         kernel = kernel and (isinstance(number, Tensor) or float(number).is_integer())
         wanted = "unfused" if self.execution == "auto" and not kernel else self.execution
+        if step.is_meta and wanted != "compiled":  # foreach kernels ask for the value of a scalar
+            wanted = "leaf"
         return ways.choose(self, ways.survey(columns), values, wanted)
 
     def _native_(self, step: Tensor, values: list[Any], columns: list[Any]) -> bool:

@@ -160,7 +160,7 @@ class RuleOptimizer(Checkpoints):
         if not stale:
             return plans
         kept.clear()
-        with _state.unread(self.state):
+        with _state.unread():
             for i in stale:
                 self._check(groups[i], i, grads[i])
             for i in stale:

@@ -48,7 +48,7 @@ class Checkpoints(torch.optim.Optimizer):
             params = [index[id(param)] for param in group["params"]]
             groups.append(copied({k: v for k, v in group.items() if k != "params"}))
             groups[-1]["params"] = params
-        with _state.unread(self.state):
+        with _state.unread():
             state = {
                 index.get(id(key), key): copied(_plain(row)) for key, row in self.state.items()
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -62,7 +63,8 @@ def _drop(mapping: Any) -> None:
 
 
 def _lend(row: Any) -> None:
-    row.plans.lent = True
+    if not _here.unread:
+        row.plans.lent = True
 
 
 @_hooked(_CHANGES, _drop)
@@ -113,15 +115,23 @@ class State(defaultdict[Any, Any]):
         return all(type(row) is Row and row.plans is self.plans for row in rows)
 
 
+class _Here(threading.local):
+    """Of each thread: another one may read at the same time."""
+
+    unread = False
+
+
+_here = _Here()
+
+
 @contextlib.contextmanager
-def unread(state: Any) -> Generator[None]:
-    """What is read and put in meanwhile stays within this package."""
-    plans = state.plans if type(state) is State else Plans()
-    lent = plans.lent
+def unread() -> Generator[None]:
+    """What this thread reads and puts in meanwhile stays within this package."""
+    before, _here.unread = _here.unread, True
     try:
         yield
     finally:
-        plans.lent = lent
+        _here.unread = before
 
 
 def made(state: Any) -> None:
