@@ -60,10 +60,10 @@ class RuleOptimizer(Checkpoints):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step.
 
-        Where Ctrl-C stops it, some parameters may have been stepped and others not. The count of
-        each parameter agrees with it where they are stepped one by one; elsewhere the counts of
-        those that are stepped together may be one step away, if it comes in the moment between
-        these and the parameters, or, without a fused kernel, while the parameters are written.
+        If Ctrl-C interrupts it, some parameters may have been stepped and others not. Where they
+        are stepped one by one, the count of each agrees with it. Where they are stepped together,
+        their counts may be off by one if the interrupt falls between counting and writing, or,
+        without a fused kernel, while the parameters are written.
 
         Args:
             closure: reevaluates the model and returns the loss.

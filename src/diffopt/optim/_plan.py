@@ -1,18 +1,19 @@
 """How a parameter group is stepped, worked out once and kept for as long as nothing changes.
 
-A plan is only a cache: it is a function of the group, the tensors and the state as they are, so a
-step that makes a new plan gives the same bits. One that is kept
+A plan is only a cache: it depends on nothing but the group, the tensors and the state as they are,
+so a step that makes a new plan gives the same bits. A plan that is kept
 
-- holds no parameter and no gradient, and no tensor of the state but those that stand in rows which
-  drop it before they change: what a user lets go of is freed at once;
-- is looked at before each step, and used only where the parameters are the same objects, flags,
-  rule and missing gradients the same, every parameter, gradient and tensor of the state has the
-  type, dtype, device, layout, shape and strides that it had, all but the gradients the address that
-  they had, and the step counts that were equal are equal, and no others. The tensors of a state
-  that nobody has read, and that nobody has put in, are not looked at: nobody can change them.
+- holds no parameters and no gradients, and only those tensors of the state whose rows drop the plan
+  before they change: what a user releases is freed at once;
+- is checked before each step, and used only if the parameters are the same objects, the flags, the
+  rule and the missing gradients are the same, every parameter, gradient and tensor of the state has
+  the type, dtype, device, layout, shape and strides that it had, all but the gradients have the
+  address that they had, and the step counts that were equal, and only those, are equal. Tensors of
+  the state that no user has read or put in are not checked: nobody else can change them.
 
-Whatever cannot be looked at like that is planned anew for every step: subclasses of tensors, sparse
-gradients, rows that are not ours, the first step of a momentum, steps that are recorded or traced.
+Anything that cannot be checked this way is planned anew at every step: subclasses of tensors,
+sparse gradients, rows that are not ours, the first step of a momentum, steps that are recorded or
+traced.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from diffopt.optim._options import Group, flags_of
 from diffopt.optim._state import Counts, Integers, State
 
 KEPT = True
-"""Whether plans are kept: that they are changes no bit."""
+"""Whether plans are kept between steps; switching it off changes no bit of a result."""
 
 
 class Plan:
-    """The parameters of a group that have gradients, in buckets that are updated together."""
+    """The parameters of a group that have gradients, in buckets that are stepped together."""
 
     def __init__(self, optimizer: Any, group: Group, grads: list[Any]) -> None:
         params = group["params"]
@@ -140,7 +141,7 @@ class Bucket:
         return [params[i] for i in self.indices], [grads[i] for i in self.indices]
 
     def remember(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        """What `holds` compares with; of counts, which have no strides, the address is enough."""
+        """Keep what `holds` compares with; of counts, which have no strides, the address."""
         counts = [x for counts in self.scalars.values() for x in counts.tensors]
         self.kept = tuple(x for column in self.buffers.values() for x in column)
         self.placed = (*self.kept, *counts)
@@ -234,7 +235,7 @@ class Bucket:
             # Else the state is past its initial values.
             if not self.rule.initial(hyper.assemble(self.rule.hparams, values)):
                 first = None if isinstance(t, Tensor) else t == 0
-            counts.add_(1)  # at the last moment: Ctrl-C is heard when the kernel is done
+            counts.add_(1)  # at the last moment: Ctrl-C is handled after the kernel
         try:
             done = running.native_(self.rule, steps, first, values, columns, **amp)
         except Exception:
@@ -248,7 +249,7 @@ class Bucket:
         return done
 
     def _uncount(self, found_inf: Tensor) -> None:
-        """A step that the kernel has skipped does not count."""
+        """Do not count a step that the kernel has skipped."""
         if "step" in self.scalars:
             self.scalars["step"].add_(-found_inf)
         elif self.key.fresh and found_inf.item():
@@ -262,7 +263,7 @@ class Bucket:
     def _rule_step_(
         self, way: ways.Way, values: list[Any], columns: list[Any], amp: dict[str, Tensor]
     ) -> None:
-        """By the rule. What it has written is counted, parameter by parameter where it is so."""
+        """Step by the rule. Where it writes parameter by parameter, it counts in the same way."""
         if "found_inf" in amp and amp["found_inf"].item():
             self._forget()
             return
@@ -416,7 +417,7 @@ def _entangled(params: Sequence[Tensor], rows: dict[int, dict[str, Any]]) -> set
 def _begin(optimizer: Any, group: Group, opt: Leafwise[Any, Any], params: list[Tensor]) -> set[int]:
     """Make the state of parameters that have none, or not all; their ids.
 
-    It is made of normal tensors in inference mode, too: a later step may be outside.
+    Even in inference mode it consists of normal tensors: a later step may be outside.
     """
     new = {id(p): p for p in params if _lacking(optimizer, opt, p)}
     if not new:

@@ -77,7 +77,7 @@ class Row(dict[str, Any]):
         self.plans = plans
 
     def __iter__(self) -> Iterator[str]:
-        """Of its own, or `dict(row)` would read past the methods here."""
+        """Defined here because otherwise `dict(row)` would bypass the methods below."""
         return iter(self.keys())
 
     def __reduce__(self) -> Any:
@@ -148,9 +148,9 @@ def row_of(state: Any, param: Tensor) -> dict[str, Any]:
 
 
 def string(rows: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
-    """Make the 0-d tensors of rows that nobody has seen yet the elements of one vector each.
+    """Lay the 0-d tensors of rows that no user has seen side by side, in one vector per name.
 
-    So they can be read and written at once, and are tensors of their own nevertheless.
+    They can then be read and written at once, and each is still a tensor of its own.
     """
     for name in names:
         values = [row[name] for row in rows if isinstance(row.get(name), Tensor)]
@@ -165,10 +165,10 @@ def string(rows: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
 
 
 class Counts:
-    """A 0-d tensor of each parameter's state, such as the count of its steps; all are equal.
+    """A 0-d tensor of each parameter's state, such as its step count; all of them are equal.
 
-    They are the very tensors of the state. Where they lie side by side in one storage, they are
-    read and written as one vector, else one after the other.
+    These are the very tensors of the state. Where they lie side by side in one storage, they are
+    read and written as one vector, otherwise one after the other.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -182,7 +182,7 @@ class Counts:
         return self.tensors[0].detach().reshape(())
 
     def equal(self) -> bool:
-        """Whether they still are; a device is not waited for, but asked who has written to them."""
+        """Whether they still are; a device is not waited for, their versions tell."""
         if len(self.tensors) == 1:
             return True
         if self.tensors[0].device.type != "cpu":
@@ -213,7 +213,7 @@ class Counts:
         return self.tensors if self.vector is None else [self.vector]
 
     def _versions(self) -> list[int] | None:
-        """Who writes to a tensor raises its version; on a CPU the values are read instead."""
+        """A write to a tensor raises its version; on a CPU the values are read instead."""
         if self.tensors[0].device.type == "cpu" or any(x.is_inference() for x in self.tensors):
             return None
         return [_torch.version(x) for x in self.tensors]
