@@ -44,7 +44,8 @@ class Plan:
         params = group["params"]
         self.opt: Leafwise[Any, Any] = optimizer.rule(group)
         self.flags, self.ids = flags_of(group), list(map(id, params))
-        self.absent = [i for i, grad in enumerate(grads) if grad is None]
+        self.absent = _missing(grads)
+        self.complete = not self.absent
         live = [i for i, grad in enumerate(grads) if grad is not None]
         new = _begin(optimizer, group, self.opt, [params[i] for i in live])
         rows = {i: _row(optimizer, group, self.opt, params[i]) for i in live}
@@ -76,7 +77,7 @@ class Plan:
         params = group["params"]
         return (
             list(map(id, params)) == self.ids
-            and self.absent == [i for i, grad in enumerate(grads) if grad is None]
+            and (self.complete or self.absent == _missing(grads))  # else a guard finds it
             and self.flags == flags_of(group)
             and self.opt == optimizer.rule(group)
             and not _modes.observed()
@@ -305,6 +306,10 @@ class Bucket:
             new_param, *new = _stepped(self.rule, t, values, [param.clone(), grad, *old])
             row.update((name, x) for name, x in zip(self.fields, new, strict=True) if name)
             param.copy_(new_param)
+
+
+def _missing(grads: Sequence[Any]) -> list[int]:
+    return [i for i, grad in enumerate(grads) if grad is None]
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
