@@ -41,7 +41,8 @@ class Formula(_value.Value, ABC):
     """What the functions of this module return: a formula of the step and its own fields."""
 
     def __call__(self, step: Number) -> Number:
-        return type(self)(*map(_exact, self.__dict__.values())).at(_exact(step))
+        fields: Any = type(self).__match_args__  # pyright: ignore[reportAttributeAccessIssue] (of every dataclass)
+        return type(self)(*[_exact(getattr(self, name)) for name in fields]).at(_exact(step))
 
     @abstractmethod
     def at(self, step: Number) -> Number:
