@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffopt.testing import CHECKS
-from registry import COMPOSITIONS, PAIRS, REGISTRY, SKIPPED, TRACED_ONLY
+from registry import COMPOSITIONS, PAIRS, REGISTRY, SKIPPED, VARIANTS
 
 ROWS = REGISTRY | COMPOSITIONS
 STRUCTURE = {"ns_steps"}  # numbers in torch's classes that are flags here
@@ -23,14 +23,13 @@ def cases():
     """Each row with each check; those of `QUICK` with one row of each optimizer are quick."""
     for row, check in itertools.product(ROWS, CHECKS):
         if check not in SKIPPED.get(row, ()):
-            quick = check in QUICK and row in REGISTRY.keys() - TRACED_ONLY
+            quick = check in QUICK and row in REGISTRY.keys() - VARIANTS
             yield pytest.param(row, check, marks=() if quick else pytest.mark.thorough)
 
 
 @pytest.mark.parametrize(("row", "check"), list(cases()))
 def test_conforms(row, check):
-    case = ROWS[row]
-    CHECKS[check](dataclasses.replace(case, backend="eager") if row in TRACED_ONLY else case)
+    CHECKS[check](ROWS[row])
 
 
 @pytest.mark.slow
