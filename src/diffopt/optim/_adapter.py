@@ -20,7 +20,7 @@ from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim import _state
 from diffopt.optim._checkpoints import Checkpoints
-from diffopt.optim._options import Group, name_of, values_of
+from diffopt.optim._options import Group, Options, name_of, values_of
 from diffopt.optim._plan import Plan, trace_
 from diffopt.optim._state import State
 
@@ -103,9 +103,9 @@ class RuleOptimizer(Checkpoints):
         params, index = group["params"], self.param_groups.index(group)
         grads = [param.grad for param in params]
         self._check(group, index, grads)
-        plan = Plan(self, group, grads)
+        plan = Plan(self, group, Options(self, group), grads)
         self._refuse_trace(group, plan)
-        names = self._names(plan.opt, group)
+        names = self._names(plan.options.opt, group)
         for param, grad in zip(params, grads, strict=True):
             if grad is not None:
                 row = self.state.get(param, {})
@@ -139,24 +139,23 @@ class RuleOptimizer(Checkpoints):
     def _eager_step(self) -> None:
         if "capturable" in self.defaults:
             _torch.refuse_capture(self)
-        self.check_numbers()
         groups = self.param_groups
         grads = [list(map(_GRAD, group["params"])) for group in groups]
         with torch.no_grad():  # all checks come before any change
-            values = [values_of(self.rule(group), group) for group in groups]
             plans = self._planned(grads)
-        for group, plan, *rest in zip(groups, plans, values, grads, strict=True):
+        for group, plan, gradients in zip(groups, plans, grads, strict=True):
             with torch.set_grad_enabled(bool(group.get("differentiable"))):
-                plan.step_(self, group, *rest)
+                plan.step_(self, group, gradients)
 
     def _planned(self, grads: list[list[Any]]) -> list[Any]:
         """How each group is stepped: as before where nothing has changed."""
         groups = self.param_groups
         kept: list[Any] = self.state.plans if type(self.state) is State else []
         plans: list[Any] = [*kept] if len(kept) == len(groups) else [None] * len(groups)
+        options = self._read(plans)
         stale: list[int] = []
         for i, group in enumerate(groups):
-            if not (plans[i] and plans[i].holds(self, group, grads[i])):
+            if not (plans[i] and plans[i].holds(self, group, options[i], grads[i])):
                 plans[i] = None
                 stale.append(i)
         if not stale:
@@ -166,9 +165,17 @@ class RuleOptimizer(Checkpoints):
             for i in stale:
                 self._check(groups[i], i, grads[i])
             for i in stale:
-                plans[i] = Plan(self, groups[i], grads[i])
+                plans[i] = Plan(self, groups[i], options[i], grads[i])
         kept[:] = [plan if plan.lasting else None for plan in plans]
         return plans
+
+    def _read(self, plans: list[Any]) -> list[Options]:
+        """The options of each group."""
+        pairs = list(zip(self.param_groups, plans, strict=True))
+        if all(plan and plan.options.current(self, group) for group, plan in pairs):
+            return [plan.options for plan in plans]
+        self.check_numbers()
+        return [Options(self, group) for group in self.param_groups]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state":

@@ -18,7 +18,7 @@ traced.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.running import Shared
 from diffopt.optim import _state
 from diffopt.optim._groups import plain_number
-from diffopt.optim._options import Group, flags_of
+from diffopt.optim._options import Group, Options
 from diffopt.optim._state import Counts, Integers, State
 
 KEPT = True
@@ -40,27 +40,27 @@ KEPT = True
 class Plan:
     """The parameters of a group that have gradients, in buckets that are stepped together."""
 
-    def __init__(self, optimizer: Any, group: Group, grads: list[Any]) -> None:
-        params = group["params"]
-        self.opt: Leafwise[Any, Any] = optimizer.rule(group)
-        self.flags, self.ids = flags_of(group), list(map(id, params))
+    def __init__(self, optimizer: Any, group: Group, options: Options, grads: list[Any]) -> None:
+        params, opt = group["params"], options.opt
+        self.options, self.ids = options, list(map(id, params))
+        self.inference = torch.is_inference_mode_enabled()
         self.absent = _missing(grads)
         self.complete = not self.absent
         live = [i for i, grad in enumerate(grads) if grad is not None]
-        new = _begin(optimizer, group, self.opt, [params[i] for i in live])
-        rows = {i: _row(optimizer, group, self.opt, params[i]) for i in live}
-        entangled = set[int]() if self.flags[3] else _entangled(params, rows)
+        new = _begin(optimizer, group, opt, [params[i] for i in live])
+        rows = {i: _row(optimizer, group, opt, params[i]) for i in live}
+        entangled = set[int]() if group.get("differentiable") else _entangled(params, rows)
         members: dict[_Key, list[int]] = {}
         for i in live:
             fresh = "step" not in rows[i] and id(params[i]) in new
-            key = _key(optimizer, group, self.opt, params[i], grads[i], rows[i], fresh)
+            key = _key(optimizer, group, opt, params[i], grads[i], rows[i], fresh)
             members.setdefault(key._replace(alone=i) if i in entangled else key, []).append(i)
         whole = len(members) == 1 and not self.absent
         self.buckets: list[Bucket] = []
         for key, indices in members.items():
             picked: list[Any] = [[column[i] for i in indices] for column in (params, grads, rows)]
             picked.append([] if whole else indices)
-            bucket = Bucket(optimizer, group, self.opt, key, *picked)
+            bucket = Bucket(optimizer, group, opt, key, *picked)
             self.buckets.append(bucket)
         self.lasting = (
             KEPT
@@ -72,14 +72,15 @@ class Plan:
         for bucket in self.buckets if self.lasting else ():
             bucket.remember(*bucket.of(params, grads))
 
-    def holds(self, optimizer: Any, group: Group, grads: list[Any]) -> bool:
-        """Whether a new plan would be the same."""
+    def holds(self, optimizer: Any, group: Group, options: Options, grads: list[Any]) -> bool:
+        """Whether a new plan would be the same; then it takes the numbers of these options."""
+        before, self.options = self.options, options
         params = group["params"]
         return (
             list(map(id, params)) == self.ids
             and (self.complete or self.absent == _missing(grads))  # else a guard finds it
-            and self.flags == flags_of(group)
-            and self.opt == optimizer.rule(group)
+            and (before is options or (before.flags, before.opt) == (options.flags, options.opt))
+            and self.inference == torch.is_inference_mode_enabled()
             and not _modes.observed()
             and all(
                 bucket.holds(*bucket.of(params, grads), lent=optimizer.state.plans.lent)
@@ -93,10 +94,10 @@ class Plan:
         kinds = [bucket.kind() for bucket in self.buckets]
         return len(set(kinds)) == len(kinds)
 
-    def step_(self, optimizer: Any, group: Group, values: list[Any], grads: list[Any]) -> None:
+    def step_(self, optimizer: Any, group: Group, grads: list[Any]) -> None:
         """One step of all buckets."""
         for bucket in self.buckets:
-            bucket.step_(optimizer, values, *bucket.of(group["params"], grads))
+            bucket.step_(optimizer, self.options, *bucket.of(group["params"], grads))
 
 
 class Bucket:
@@ -114,6 +115,8 @@ class Bucket:
         indices: list[int],
     ) -> None:
         self.rule, self.key, self.indices = opt, key, indices
+        self.options: Options | None = None
+        self.way: ways.Way = "leaf"
         self.wanted: ways.Wanted = _wanted(group)
         self.differentiable = bool(group.get("differentiable"))
         plain = key.kind.layout in ("regular", "strided") and not self.differentiable
@@ -143,26 +146,20 @@ class Bucket:
 
     def remember(self, params: list[Tensor], grads: list[Tensor]) -> None:
         """Keep what `holds` compares with; of counts, which have no strides, the address."""
-        counts = [x for counts in self.scalars.values() for x in counts.tensors]
-        self.kept = tuple(x for column in self.buffers.values() for x in column)
-        self.placed = (*self.kept, *counts)
-        self.guards = _torch.TensorGuards([*params, *grads])
-        self.kept_guards = _torch.TensorGuards(self.kept)
-        self.addresses = _addresses(params), _addresses(self.placed)
+        self.kept = [x for column in self.buffers.values() for x in column]
+        self.counted = [x for counts in self.scalars.values() for x in counts.tensors]
+        self.given, self.own = _Prints(params, grads), _Prints(self.kept, ())
+        self.addresses = _addresses(self.counted)
 
     def holds(self, params: list[Tensor], grads: list[Any], *, lent: bool) -> bool:
         """Whether all tensors are as they were."""
-        return (
-            self.guards.hold((*params, *grads))
-            and _addresses(params) == self.addresses[0]
-            and (not lent or self._kept_hold())
-        )
+        return self.given.fit(params, grads) and (not lent or self._kept_hold())
 
     def _kept_hold(self) -> bool:
         """Whether those of the state are."""
         return (
-            self.kept_guards.hold(self.kept)
-            and _addresses(self.placed) == self.addresses[1]
+            self.own.fit(self.kept, ())
+            and _addresses(self.counted) == self.addresses
             and all(counts.equal() for counts in self.scalars.values())
         )
 
@@ -173,10 +170,11 @@ class Bucket:
         known = [x.item() if x.device.type == "cpu" else id(self) for x in values]
         return (*self.key._replace(scalars=()), *known)
 
-    def step_(self, optimizer: Any, values: list[Any], params: Any, grads: Any) -> None:
-        values = filled(values, params[0])
+    def step_(self, optimizer: Any, options: Options, params: Any, grads: Any) -> None:
+        if options is not self.options:
+            self._read(options)
         if self.differentiable:
-            self._differentiable_step_(values, params, grads)
+            self._differentiable_step_(params, grads)
             return
         columns = self._columns(params, grads)
         amp = {
@@ -184,13 +182,18 @@ class Bucket:
             for name in ("grad_scale", "found_inf")
             if (scale := getattr(optimizer, name, None)) is not None
         }
-        numbers, wanted = self._for_kernels(values)
-        way = ways.choose(self.rule, self.key.kind, [0.0, *numbers[1:]], wanted)
+        way = self.way
         if way == "native":
-            if self._native_step_(numbers, columns, amp):
+            if self._native_step_(columns, amp):
                 return
-            way = ways.choose(self.rule, self.key.kind, values, "unfused")
-        self._rule_step_(way, values, columns, amp)
+            way = ways.choose(self.rule, self.key.kind, self.values, "unfused")
+        self._rule_step_(way, columns, amp)
+
+    def _read(self, options: Options) -> None:
+        """Take the numbers of a group, and choose how to step with them."""
+        self.options, self.values = options, filled(options.values, self.key.dtype)
+        self.numbers, wanted = self._for_kernels(self.values)
+        self.way = ways.choose(self.rule, self.key.kind, [0.0, *self.numbers[1:]], wanted)
 
     def _columns(self, params: list[Tensor], grads: list[Tensor]) -> list[Any]:
         columns: list[Any] = [self._walk(params), self._walk(grads)]
@@ -222,7 +225,7 @@ class Bucket:
             lr = lr.to(self.key.device, torch.float32)
         return [lr, *rest], self.wanted
 
-    def _native_step_(self, values: list[Any], columns: list[Any], amp: dict[str, Tensor]) -> bool:
+    def _native_step_(self, columns: list[Any], amp: dict[str, Tensor]) -> bool:
         """By torch's fused kernel; False where that computes something else."""
         counts, steps = self.scalars.get("step"), list[Tensor]()
         first: bool | None = self.key.fresh
@@ -233,12 +236,12 @@ class Bucket:
                 count = torch.full((), count, dtype=torch.float32, device=self.key.device)
             # One tensor many times takes a kernel a fifth less time than as many tensors.
             steps = [count.to(self.key.device, torch.float32)] * len(columns[0])
-            # Else the state is past its initial values.
-            if not self.rule.initial(hyper.assemble(self.rule.hparams, values)):
-                first = None if isinstance(t, Tensor) else t == 0
+            first = None if isinstance(t, Tensor) else t == 0
+            if first is not False and self._initial():  # the state is past its initial values
+                first = False
             counts.add_(1)  # at the last moment: Ctrl-C is handled after the kernel
         try:
-            done = running.native_(self.rule, steps, first, values, columns, **amp)
+            done = running.native_(self.rule, steps, first, self.numbers, columns, **amp)
         except Exception:
             if counts:
                 counts.add_(-1)
@@ -248,6 +251,10 @@ class Bucket:
         if done and "found_inf" in amp:
             self._uncount(amp["found_inf"])
         return done
+
+    def _initial(self) -> bool:
+        """Whether hyperparameters determine initial values."""
+        return bool(self.rule.initial(hyper.assemble(self.rule.hparams, self.numbers)))
 
     def _uncount(self, found_inf: Tensor) -> None:
         """Do not count a step that the kernel has skipped."""
@@ -261,9 +268,7 @@ class Bucket:
         for row in self.rows if self.key.fresh else ():
             row.clear()
 
-    def _rule_step_(
-        self, way: ways.Way, values: list[Any], columns: list[Any], amp: dict[str, Tensor]
-    ) -> None:
+    def _rule_step_(self, way: ways.Way, columns: list[Any], amp: dict[str, Tensor]) -> None:
         """Step by the rule. Where it writes parameter by parameter, it counts in the same way."""
         if "found_inf" in amp and amp["found_inf"].item():
             self._forget()
@@ -273,7 +278,7 @@ class Bucket:
         t: Any = 1.0 if self.key.fresh else 2.0
         if "step" in self.scalars:
             t = _modes.number_of(self.scalars["step"].first) + 1
-        placed = running.on_device(values, self.key.device)
+        placed = running.on_device(self.values, self.key.device)
         numbers = running.numbers_of(self.rule, t, placed)
         if way not in ("leaf", "sparse"):
             ways.RUN[way](self.rule, numbers, columns)
@@ -292,9 +297,7 @@ class Bucket:
             if isinstance(column, Shared):
                 self.scalars[name].fill_(column.new, i)
 
-    def _differentiable_step_(
-        self, values: list[Any], params: list[Tensor], grads: list[Any]
-    ) -> None:
+    def _differentiable_step_(self, params: list[Tensor], grads: list[Any]) -> None:
         """Parameter by parameter, in the autograd graph; the state is replaced, not changed."""
         for param, grad, row in zip(params, grads, self.rows, strict=True):
             t: Any = 1.0 if self.key.fresh else 2.0
@@ -303,7 +306,7 @@ class Bucket:
                 t = _modes.number_of(row["step"])
             old = [row[name] if name else () for name in self.fields]
             # The derivative needs the old value, which is about to be overwritten.
-            new_param, *new = _stepped(self.rule, t, values, [param.clone(), grad, *old])
+            new_param, *new = _stepped(self.rule, t, self.values, [param.clone(), grad, *old])
             row.update((name, x) for name, x in zip(self.fields, new, strict=True) if name)
             param.copy_(new_param)
 
@@ -312,13 +315,39 @@ def _missing(grads: Sequence[Any]) -> list[int]:
     return [i for i, grad in enumerate(grads) if grad is None]
 
 
+class _Prints:
+    """What tensors were: types, dtypes, devices, shapes, strides, and the addresses of some."""
+
+    def __init__(self, placed: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        self.kept = [
+            (_torch.TensorGuards([*some, *more]), _addresses(some))
+            for some, more in _chunks(placed, others)
+        ]
+
+    def fit(self, placed: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+        return all(
+            guards.hold((*some, *more)) and _addresses(some) == addresses
+            for (guards, addresses), (some, more) in zip(
+                self.kept, _chunks(placed, others), strict=True
+            )
+        )
+
+
+_CHUNK = 100  # tensors that stay in a core's cache while they are read twice
+
+
+def _chunks(*columns: Sequence[Tensor]) -> Iterator[list[Sequence[Tensor]]]:
+    for i in range(0, len(columns[0]), _CHUNK):
+        yield [column[i : i + _CHUNK] for column in columns]
+
+
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def filled(values: list[Any], param: Tensor) -> list[Any]:
+def filled(values: list[Any], dtype: torch.dtype) -> list[Any]:
     """Torch's None for a number, Adafactor's eps1, is the dtype's machine epsilon."""
-    eps = torch.finfo(param.dtype).eps
+    eps = torch.finfo(dtype).eps
     return [eps if value is None else value for value in values]
 
 
@@ -334,7 +363,7 @@ def trace_(
     names = [name if name in used else "" for name in opt.State._fields[1:]]
     old: list[Any] = [row.get(name) if name else () for name in names]
     old = [param.new_empty(0) if x is None else x for x in old]  # what its shape does without
-    stepped = _stepped(opt, t, filled(values, param), [param, grad, *old])
+    stepped = _stepped(opt, t, filled(values, param.dtype), [param, grad, *old])
     for x, new in zip([param, *old], stepped, strict=True):
         if isinstance(x, Tensor):
             x.copy_(new)
