@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, cast, dataclass_transform
 
 from torch import Tensor
 
 
+@dataclass_transform(eq_default=False, frozen_default=True)
 class Value:
-    """The base of a frozen dataclass whose fields may hold tensors, trees and functions.
+    """Makes every subclass a frozen dataclass, whose fields may hold tensors, trees and functions.
 
     Two are equal if they have the same class and equal fields: trees are compared by contents, and
-    tensors by identity, since their values are never read. Declare subclasses with
-    `dataclass(frozen=True, eq=False, repr=False)`.
+    tensors by identity, since their values are never read.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):

@@ -16,7 +16,6 @@ which holds copies of its tensors, is a different schedule.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
 from abc import ABC, abstractmethod
@@ -49,7 +48,6 @@ class Formula(_value.Value, ABC):
         """The value; all tensors are in float64 here."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Constant(Formula):
     """What `constant` returns."""
 
@@ -79,7 +77,6 @@ def constant(value: Number) -> Constant:
     return Constant(_number("value", value))
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Linear(Formula):
     """What `linear` and `warmup` return."""
 
@@ -144,7 +141,6 @@ def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Linear:
     return linear(init, _number("peak", peak), steps)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Polynomial(Formula):
     """What `polynomial` returns."""
 
@@ -187,7 +183,6 @@ def polynomial(init: Number, steps: Number, power: Number = 1.0, final: Number =
     return Polynomial(init, steps, power, final)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Cosine(Formula):
     """What `cosine` returns."""
 
@@ -230,7 +225,6 @@ def cosine(init: Number, steps: Number, final: Number = 0.0) -> Cosine:
     return Cosine(init, _number("steps", steps, gt=0), final)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Exponential(Formula):
     """What `exponential` returns."""
 
@@ -265,7 +259,6 @@ def exponential(init: Number, gamma: Number) -> Exponential:
     return Exponential(_number("init", init), _number("gamma", gamma, ge=0))
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Step(Formula):
     """What `step` returns."""
 
@@ -302,7 +295,6 @@ def step(init: Number, gamma: Number, every: Number) -> Step:
     return Step(init, gamma, _number("every", every, gt=0))
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class OneCycle(Formula):
     """What `one_cycle` returns."""
 
@@ -388,7 +380,6 @@ def one_cycle(
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Piecewise(Formula):
     """What `piecewise` returns."""
 
@@ -428,7 +419,6 @@ def piecewise(values: Sequence[Number] | Tensor, boundaries: Sequence[Number]) -
     return Piecewise(tuple(checked), starts)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Joined(Formula):
     """What `joined` returns."""
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from diffopt.optimizer import Optimizer
 
 S = TypeVar("S")
 H = TypeVar("H")
+Tensors: TypeAlias = list[Tensor]
 
 
 class Transformation(ABC, Generic[S, H]):
@@ -73,7 +73,7 @@ class Transformation(ABC, Generic[S, H]):
 
 def stateless(
     hparams: type[H],
-    function: Callable[[list[Tensor], list[Tensor], list[H]], Iterable[Tensor]],
+    function: Callable[[Tensors, Tensors, list[H]], Iterable[Tensor]],
 ) -> FromFunction[H]:
     """Make a gradient transformation without a state.
 
@@ -114,48 +114,34 @@ def stateless(
 class Stateless(Value, Transformation[tuple[()], H]):
     """A gradient transformation without a state, leaf by leaf or of all leaves together."""
 
-    hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (no narrower type is ever assigned)
-
     def init(self, params: Tree) -> tuple[()]:
         return ()
 
     @abstractmethod
-    def transform(
-        self, grads: list[Tensor], params: list[Tensor], records: list[H]
-    ) -> Iterable[Tensor]:
+    def transform(self, grads: Tensors, params: Tensors, records: list[H]) -> Iterable[Tensor]:
         """New gradients, for lists with one entry for each leaf that has a gradient."""
 
     def apply(
         self, grads: Tree, params: Tree, state: tuple[()], hparams: H
     ) -> tuple[Tree, tuple[()]]:
-        tensors, spec = _tree.flatten(params)
-        new = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        numbers = spread(self.hparams, hparams, tensors, spec, params)
-        some = [i for i, grad in enumerate(new) if grad is not None]
-        records = records_at(self.hparams, numbers, [(i, tensors[i].device) for i in some])
-        old = [new[i] for i in some]
-        results = list(self.transform(old, [tensors[i] for i in some], records))
-        if len(results) != len(old):
-            raise ValueError(f"{self!r} returned {len(results)} gradients for {len(old)}")
-        for i, grad, result in zip(some, old, results, strict=True):
-            new[i] = result.to(grad.dtype)
-        return _tree.unflatten(new, spec), state
+        leaves = matched(grads, params)
+        old, records = leaves.gradients(), leaves.records(self.hparams, hparams, params)
+        new = list(self.transform(old, leaves.moved(leaves.params), records))
+        if len(new) != len(old):
+            raise ValueError(f"{self!r} returned {len(new)} gradients for {len(old)}")
+        return leaves.filled(n.to(o.dtype) for n, o in zip(new, old, strict=True)), state
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FromFunction(Stateless[H]):
     """What `stateless` returns."""
 
-    hparams: type[H]
-    function: Callable[[list[Tensor], list[Tensor], list[H]], Iterable[Tensor]]
+    hparams: type[H]  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (frozen)
+    function: Callable[[Tensors, Tensors, list[H]], Iterable[Tensor]]
 
-    def transform(
-        self, grads: list[Tensor], params: list[Tensor], records: list[H]
-    ) -> Iterable[Tensor]:
+    def transform(self, grads: Tensors, params: Tensors, records: list[H]) -> Iterable[Tensor]:
         return self.function(grads, params, records)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Wrapper(Value, Optimizer[S, Any]):
     """An optimizer made from another one, by default with the same state and hyperparameters."""
 
@@ -176,25 +162,69 @@ class Leaves(NamedTuple):
     """Params and their gradients, checked, in the order of the leaves."""
 
     spec: _tree.Spec
-    params: list[Tensor]
+    params: Tensors
     grads: list[Tensor | None]
 
     def tree(self, values: Iterable[Any]) -> Tree:
         return _tree.unflatten(values, self.spec)
 
+    def moved(self, values: Iterable[Any]) -> list[Any]:
+        """Of values for all leaves, those of the leaves that have a gradient."""
+        return [x for x, grad in zip(values, self.grads, strict=True) if grad is not None]
+
+    def gradients(self) -> Tensors:
+        return self.moved(self.grads)
+
+    def filled(self, values: Iterable[Any], others: Iterable[Any] | None = None) -> Tree:
+        """The tree with these values where there is a gradient, and others (or None) elsewhere."""
+        new, old = iter(values), [None] * len(self.grads) if others is None else others
+        pairs = zip(self.grads, old, strict=True)
+        return self.tree([x if grad is None else next(new) for grad, x in pairs])
+
     def wide(self) -> tuple[Tree, Tree]:
         """Params and grads, with half precision converted to float32 where there is a gradient."""
-        moved = [g is not None for g in self.grads]
-        params = [wide(p) if m else p for p, m in zip(self.params, moved, strict=True)]
-        return self.tree(params), self.tree(g if g is None else wide(g) for g in self.grads)
+        params = self.filled(map(wide, self.moved(self.params)), self.params)
+        return params, self.filled(map(wide, self.gradients()))
 
     def narrow(self, new: Tree, wide: Tree) -> Tree:
         """The new params, converted back to the dtypes of the old ones, which `wide` came from."""
         rows = zip(_tree.leaves(new), _tree.leaves(wide), self.params, strict=True)
         return self.tree(old if n is w else n.to(old.dtype) for n, w, old in rows)
 
-    def gradients(self) -> list[Tensor]:
-        return [grad for grad in self.grads if grad is not None]
+    def records(self, kind: Any, hparams: Any, params: Tree) -> list[Any]:
+        """The record of each leaf that has a gradient; one object where hyperparameters are equal.
+
+        `kind` is the class that hparams must have.
+        """
+        checks.instance(hparams, kind, "hparams", "hparams(...)")
+        numbers = hyper.broadcast(hparams, self.spec, params)
+        checks.numbers(numbers, self.params, params)
+        made: dict[Any, Any] = {}
+
+        def record(i: int) -> Any:
+            device = self.params[i].device
+            key = device, *(number.cover[i] for number in numbers)
+            if key not in made:
+                made[key] = hyper.assemble(kind, [near(n.at(i), device) for n in numbers])
+            return made[key]
+
+        return [record(i) for i in self.moved(range(len(self.params)))]
+
+    def averages(self, state: Any, kind: type[Any], name: str, params: Tree) -> Tensors:
+        """The field of a state that holds averages or sums, and that state, checked."""
+        checks.instance(state, kind, "state", "init()")
+        checks.step(state.step, self.params, params)
+        names = (f"state.{name}", "params")
+        buffers = _tree.leaves_like(getattr(state, name), self.spec, params, names)
+        checks.buffers(buffers, self.params, params, names[0])
+        for i, (buffer, param) in enumerate(zip(buffers, self.params, strict=True)):
+            if _kind(buffer) < _kind(param):
+                mine, theirs = (_tree.paths(params, n)[i] for n in names)
+                raise ValueError(
+                    f"{mine} has dtype {buffer.dtype}, but {theirs} has dtype {param.dtype}: "
+                    "create the state with init()"
+                )
+        return buffers
 
 
 def gather(params: Tree, grads: Tree, *, writable: bool = False, sparse: bool = False) -> Leaves:
@@ -208,16 +238,10 @@ def gather(params: Tree, grads: Tree, *, writable: bool = False, sparse: bool = 
     return Leaves(spec, tensors, gradients)
 
 
-def averages(buffers: list[Any], params: list[Tensor], tree: Tree, name: str) -> None:
-    """Raise unless the buffers match the params and can hold averages of them or of gradients."""
-    checks.buffers(buffers, params, tree, name)
-    for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
-        if _kind(buffer) < _kind(param):
-            mine, theirs = (_tree.paths(tree, n)[i] for n in (name, "params"))
-            raise ValueError(
-                f"{mine} has dtype {buffer.dtype}, but {theirs} has dtype {param.dtype}: create "
-                "the state with init()"
-            )
+def matched(grads: Tree, params: Tree) -> Leaves:
+    """The leaves; only the structures are checked."""
+    tensors, spec = _tree.flatten(params)
+    return Leaves(spec, tensors, _tree.leaves_like(grads, spec, params, ("grads", "params")))
 
 
 def _kind(tensor: Tensor) -> int:
@@ -229,29 +253,6 @@ def wide(tensor: Tensor) -> Tensor:
     """The tensor in the precision it is computed in: at least float32."""
     dtype = WORKING_DTYPE.get(tensor.dtype)
     return tensor if dtype is None else tensor.to(dtype)
-
-
-def spread(
-    record: type[Any], hparams: Any, tensors: list[Tensor], spec: _tree.Spec, params: Tree
-) -> list[hyper.Covered]:
-    """The hyperparameters of a record for each leaf, checked."""
-    checks.instance(hparams, record, "hparams", "hparams(...)")
-    numbers = hyper.broadcast(hparams, spec, params)
-    checks.numbers(numbers, tensors, params)
-    return numbers
-
-
-def records_at(
-    record: type[H], numbers: list[hyper.Covered], places: list[tuple[int, torch.device]]
-) -> list[H]:
-    """The record of each leaf; one object for all leaves if their hyperparameters are the same."""
-    made: dict[Any, H] = {}
-    keys = [(device, *(number.cover[i] for number in numbers)) for i, device in places]
-    for key, (i, device) in zip(keys, places, strict=True):
-        if key not in made:
-            values = [near(number.at(i), device) for number in numbers]
-            made[key] = hyper.assemble(record, values)
-    return [made[key] for key in keys]
 
 
 def near(value: Any, device: torch.device) -> Any:
@@ -284,11 +285,3 @@ def check_optimizer(value: object, name: str) -> None:
         )
     if not isinstance(value, Optimizer):
         raise TypeError(f"{name} is {brief(value)}, not a diffopt optimizer such as adam()")
-
-
-def check_record(hparams: object, maker: object) -> None:
-    """Raise where it can be told that `maker` did not make the record."""
-    if isinstance(maker, type) and maker in hyper.FIELDS and not isinstance(hparams, maker):
-        raise TypeError(
-            f"hparams is {brief(hparams)}, not a {maker.__name__}: make it with hparams(...)"
-        )

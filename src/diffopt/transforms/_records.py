@@ -39,9 +39,7 @@ class _Records:
                 f"{list(numbers)}"
             )
         for key, maker in self.parts:
-            if maker in hyper.FIELDS and not isinstance(records[key], cast(type, maker)):
-                found, expected = type(records[key]).__name__, cast(type, maker).__name__
-                raise TypeError(f"hparams[{key!r}] is a {found}, but must be a {expected}")
+            check_record(records[key], maker, f"hparams[{key!r}]")
         return [records[key] for key, _ in self.parts]
 
     def _routed(self, numbers: dict[str, Any]) -> list[Any]:
@@ -72,6 +70,20 @@ class ByLabel(_Records):
         if records is not None and not isinstance(records, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
             raise TypeError(f"hparams() takes keywords or a dict of records, not {brief(records)}")
         return dict(zip(self.makers, self.made(records or {}, numbers), strict=True))
+
+
+def check_record(record: object, maker: Maker, name: str = "hparams") -> None:
+    """Raise where it can be told that `maker` did not make the record."""
+    if isinstance(maker, type) and maker in hyper.FIELDS and not isinstance(record, maker):
+        raise TypeError(f"{name} is a {type(record).__name__}, but must be a {maker.__name__}")
+
+
+def check_tuple(values: Any, length: int, name: str, maker: str) -> None:
+    """Raise unless it is a tuple with an entry for each part."""
+    if type(values) is not tuple or len(cast(tuple[Any, ...], values)) != length:
+        raise TypeError(
+            f"{name} must be a tuple of {length}, one for each part: create it with {maker}"
+        )
 
 
 def _names(maker: Maker) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import numbers
 from typing import Any, NamedTuple
 
@@ -15,14 +14,14 @@ from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
+    Tensors,
     Wrapper,
-    averages,
-    check_record,
     copy_,
     gather,
     select,
     wide,
 )
+from diffopt.transforms._records import check_record
 
 
 class AccumulateState(NamedTuple):
@@ -76,7 +75,6 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
     return Accumulate(optimizer, int(k))
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Accumulate(Wrapper[AccumulateState]):
     """What `accumulate` returns."""
 
@@ -90,62 +88,46 @@ class Accumulate(Wrapper[AccumulateState]):
     def update(
         self, params: Tree, grads: Tree, state: AccumulateState, hparams: Any
     ) -> tuple[Tree, AccumulateState]:
-        leaves, sums = self._gather(params, grads, state)
-        step, new_sums = state.step + 1, _sums(leaves, sums)
+        leaves, old = self._gather(params, grads, state)
+        step, sums = state.step + 1, _sums(leaves, old)
         due = step % self.k == 0
-        means = [
-            None if mean is None else torch.where(due.to(mean.device), mean, 0)
-            for mean in self._means(leaves, new_sums)
-        ]
+        means = (torch.where(due.to(m.device), m, 0) for m in self._means(leaves, sums))
         wide_params, _ = leaves.wide()
-        new, inner = self.optimizer.update(wide_params, leaves.tree(means), state.inner, hparams)
-        rest = [
-            old if new is None else torch.where(due.to(new.device), 0, new)
-            for old, new in zip(sums, new_sums, strict=True)
-        ]
+        new, inner = self.optimizer.update(wide_params, leaves.filled(means), state.inner, hparams)
         kept, inner = select(due, (leaves.narrow(new, wide_params), inner), (params, state.inner))
-        return kept, AccumulateState(step, leaves.tree(rest), inner)
+        rest = (torch.where(due.to(s.device), 0, s) for s in sums)
+        return kept, AccumulateState(step, leaves.filled(rest, old), inner)
 
     def update_(self, params: Tree, grads: Tree, state: AccumulateState, hparams: Any) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            leaves, sums = self._gather(params, grads, state)
+            leaves, old = self._gather(params, grads, state)
             calls = _modes.number_of(state.step)
             if isinstance(calls, Tensor):  # cannot branch on it
                 return super().update_(params, grads, state, hparams)
-            checks.writable({"params": leaves.params, "state.grad_sum": sums}, params, state.step)
+            checks.writable({"params": leaves.params, "state.grad_sum": old}, params, state.step)
             check_record(hparams, self.hparams)
-            new_sums, due = _sums(leaves, sums), (calls + 1) % self.k == 0
+            sums, due = _sums(leaves, old), (calls + 1) % self.k == 0
             if due:
-                means, (wide_params, _) = leaves.tree(self._means(leaves, new_sums)), leaves.wide()
+                means, (wide_params, _) = leaves.filled(self._means(leaves, sums)), leaves.wide()
                 pairs = overwriting({"params": params}, {"params": wide_params})
                 self.optimizer.update_(wide_params, means, state.inner, hparams)
                 copy_(pairs)
-            for old, new in zip(sums, new_sums, strict=True):
-                if new is not None:
-                    old.zero_() if due else old.copy_(new)
+            for tensor, new in zip(leaves.moved(old), sums, strict=True):
+                tensor.zero_() if due else tensor.copy_(new)
             state.step.add_(1)
 
-    def _means(self, leaves: Leaves, sums: list[Tensor | None]) -> list[Tensor | None]:
+    def _means(self, leaves: Leaves, sums: Tensors) -> Tensors:
         """The means of k gradients, in the dtypes they are computed in."""
-        pairs = zip(sums, leaves.grads, strict=True)
-        return [
-            None if s is None or g is None else (s / self.k).to(wide(g).dtype) for s, g in pairs
-        ]
+        pairs = zip(sums, leaves.gradients(), strict=True)
+        return [(s / self.k).to(wide(grad).dtype) for s, grad in pairs]
 
-    def _gather(
-        self, params: Tree, grads: Tree, state: AccumulateState
-    ) -> tuple[Leaves, list[Tensor]]:
+    def _gather(self, params: Tree, grads: Tree, state: Any) -> tuple[Leaves, Tensors]:
         leaves = gather(params, grads)
-        checks.instance(state, AccumulateState, "state", "init()")
-        checks.step(state.step, leaves.params, params)
-        names = ("state.grad_sum", "params")
-        sums = _tree.leaves_like(state.grad_sum, leaves.spec, params, names)
-        averages(sums, leaves.params, params, names[0])
-        return leaves, sums
+        return leaves, leaves.averages(state, AccumulateState, "grad_sum", params)
 
 
-def _sums(leaves: Leaves, sums: list[Tensor]) -> list[Tensor | None]:
-    """The sums with the new gradients added; None where there is no gradient."""
-    pairs = zip(sums, leaves.grads, strict=True)
-    return [None if grad is None else wide(s) + wide(grad) for s, grad in pairs]
+def _sums(leaves: Leaves, old: Tensors) -> Tensors:
+    """The sums with the new gradients added, of the leaves that have one."""
+    pairs = zip(leaves.moved(old), leaves.gradients(), strict=True)
+    return [wide(s) + wide(grad) for s, grad in pairs]

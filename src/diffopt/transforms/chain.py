@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from diffopt._tree import Tree
 from diffopt._value import Value, brief
 from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
-from diffopt.transforms._records import InOrder
+from diffopt.transforms._records import InOrder, check_tuple
 
 
 def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
@@ -61,7 +60,6 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
     return Chain(parts)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
     """What `chain` returns."""
 
@@ -98,12 +96,8 @@ class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
         self, leaves: Leaves, state: tuple[Any, ...], hparams: tuple[Any, ...]
     ) -> tuple[Tree, Tree, tuple[Any, ...]]:
         """Params and grads for the optimizer, and the new states of the transformations."""
-        for name, values in (("state", state), ("hparams", hparams)):
-            if type(values) is not tuple or len(values) != len(self.parts):
-                raise TypeError(
-                    f"{name} must be a tuple of {len(self.parts)}, one for each part: create it "
-                    "with " + ("init(params)" if name == "state" else "hparams(...)")
-                )
+        check_tuple(state, len(self.parts), "state", "init(params)")
+        check_tuple(hparams, len(self.parts), "hparams", "hparams(...)")
         params, grads = leaves.wide()
         states: list[Any] = []
         for part, old, record in zip(self.parts[:-1], state[:-1], hparams[:-1], strict=True):

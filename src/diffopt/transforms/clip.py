@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from diffopt import _modes, _torch
 from diffopt._modes import exact, real
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
-from diffopt.transforms._base import Stateless, wide
+from diffopt.transforms._base import Stateless, Tensors, wide
 from diffopt.transforms._sharded import beside, mesh_of, whole
 
 
@@ -62,24 +60,23 @@ def clip_by_global_norm() -> ClipByGlobalNorm:
     return ClipByGlobalNorm()
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ClipByGlobalNorm(Stateless[MaxNorm]):
     """What `clip_by_global_norm` returns."""
 
     hparams = MaxNorm
 
-    def transform(
-        self, grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]
-    ) -> Iterator[Tensor]:
+    def transform(self, grads: Tensors, params: Tensors, records: list[MaxNorm]) -> Tensors:
         if not grads:
-            return
+            return []
         norm = _global_norm(grads)
         made: dict[Any, Tensor] = {}
+        new: Tensors = []
         for grad, record in zip(grads, records, strict=True):
             key = id(record), mesh_of(grad)
             if key not in made:
                 made[key] = _coefficient(norm, record, grad)
-            yield grad * made[key]
+            new.append(grad * made[key])
+        return new
 
 
 def clip_by_norm() -> ClipByNorm:
@@ -106,17 +103,14 @@ def clip_by_norm() -> ClipByNorm:
     return ClipByNorm()
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ClipByNorm(Stateless[MaxNorm]):
     """What `clip_by_norm` returns."""
 
     hparams = MaxNorm
 
-    def transform(
-        self, grads: list[Tensor], params: list[Tensor], records: list[MaxNorm]
-    ) -> Iterator[Tensor]:
-        for grad, record in zip(grads, records, strict=True):
-            yield grad * _coefficient(whole(ops.sqrt(_square(grad))), record, grad)
+    def transform(self, grads: Tensors, params: Tensors, records: list[MaxNorm]) -> Tensors:
+        norms = [whole(ops.sqrt(_square(grad))) for grad in grads]
+        return [g * _coefficient(n, r, g) for g, n, r in zip(grads, norms, records, strict=True)]
 
 
 def clip_by_value() -> ClipByValue:
@@ -142,25 +136,21 @@ def clip_by_value() -> ClipByValue:
     return ClipByValue()
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ClipByValue(Stateless[ClipValue]):
     """What `clip_by_value` returns."""
 
     hparams = ClipValue
 
-    def transform(
-        self, grads: list[Tensor], params: list[Tensor], records: list[ClipValue]
-    ) -> Iterator[Tensor]:
-        for grad, record in zip(grads, records, strict=True):
-            yield _between(grad, record.clip_value)
+    def transform(self, grads: Tensors, params: Tensors, records: list[ClipValue]) -> Tensors:
+        return [_between(g, r.clip_value) for g, r in zip(grads, records, strict=True)]
 
 
-def _global_norm(grads: list[Tensor]) -> Tensor:
+def _global_norm(grads: Tensors) -> Tensor:
     """The norm of all tensors together, a plain 0-d tensor in float64."""
     device = grads[0].device
     if _modes.differentiated(grads):
         return ops.sqrt(sum(whole(_square(grad)).to(device) for grad in grads))
-    groups: dict[Any, list[Tensor]] = {}  # a kernel does not accept DTensors of several meshes
+    groups: dict[Any, Tensors] = {}  # a kernel does not accept DTensors of several meshes
     for grad in grads:
         groups.setdefault(mesh_of(grad), []).append(real(wide(grad)))
     norms = [norm for group in groups.values() for norm in _torch.foreach_norm(group)]

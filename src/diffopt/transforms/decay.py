@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from torch import Tensor
-
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
-from diffopt.transforms._base import Stateless
+from diffopt.transforms._base import Stateless, Tensors
 
 
 @hparams
@@ -44,14 +40,11 @@ def add_decayed_weights() -> AddDecayedWeights:
     return AddDecayedWeights()
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AddDecayedWeights(Stateless[WeightDecay]):
     """What `add_decayed_weights` returns."""
 
     hparams = WeightDecay
 
-    def transform(
-        self, grads: list[Tensor], params: list[Tensor], records: list[WeightDecay]
-    ) -> list[Tensor]:
+    def transform(self, grads: Tensors, params: Tensors, records: list[WeightDecay]) -> Tensors:
         triples = zip(grads, params, records, strict=True)
         return [ops.add_decay(g, p, record.weight_decay) for g, p, record in triples]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +13,8 @@ from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import (
-    Leaves,
-    Wrapper,
-    averages,
-    gather,
-    near,
-    records_at,
-    spread,
-    wide,
-)
-from diffopt.transforms._records import InOrder
+from diffopt.transforms._base import Leaves, Tensors, Wrapper, copy_, gather, near, wide
+from diffopt.transforms._records import InOrder, check_tuple
 
 
 class EMAState(NamedTuple):
@@ -90,7 +80,6 @@ def ema(
     return EMA(optimizer, bias_correction)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class EMA(Wrapper[EMAState]):
     """What `ema` returns."""
 
@@ -110,10 +99,11 @@ class EMA(Wrapper[EMAState]):
     def update(
         self, params: Tree, grads: Tree, state: EMAState, hparams: tuple[EMAHParams, Any]
     ) -> tuple[Tree, EMAState]:
-        work = self._gather(params, grads, state, hparams)
+        leaves, old, records = self._gather(params, grads, state, hparams)
         new, inner = self.optimizer.update(params, grads, state.inner, hparams[1])
         step = exact(state.step) + 1
-        average = work.leaves.tree(self._averages(work, _tree.leaves(new), step))
+        moved = leaves.moved(old), leaves.moved(_tree.leaves(new))
+        average = leaves.filled(self._averages(*moved, records, step), old)
         return new, EMAState(step.to(state.step.dtype), average, inner)
 
     def update_(
@@ -121,23 +111,18 @@ class EMA(Wrapper[EMAState]):
     ) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            work = self._gather(params, grads, state, hparams)
-            columns = {"params": work.leaves.params, "state.average": work.averages}
-            checks.writable(columns, params, state.step)
+            leaves, old, records = self._gather(params, grads, state, hparams)
+            checks.writable({"params": leaves.params, "state.average": old}, params, state.step)
             self.optimizer.update_(params, grads, state.inner, hparams[1])
             step = exact(state.step) + 1
-            for old, new in zip(
-                work.averages, self._averages(work, work.leaves.params, step), strict=True
-            ):
-                if new is not old:
-                    old.copy_(new)
+            moved = leaves.moved(old), leaves.moved(leaves.params)
+            copy_(zip(moved[0], self._averages(*moved, records, step), strict=True))
             state.step.copy_(step)
 
-    def _averages(self, work: _Work, params: list[Tensor], step: Tensor) -> list[Tensor]:
+    def _averages(
+        self, old: Tensors, new: Tensors, records: list[EMAHParams], step: Tensor
+    ) -> Tensors:
         t = _modes.number_of(step)
-        records = records_at(
-            EMAHParams, work.numbers, [(i, p.device) for i, p in enumerate(params)]
-        )
 
         def mean(old: Tensor, new: Tensor, decay: Any) -> Tensor:
             now, dtype = near(t, new.device), torch.promote_types(old.dtype, wide(new).dtype)
@@ -147,33 +132,12 @@ class EMA(Wrapper[EMAState]):
                 weight = 1 - decay * ops.after_first(now)
             return ops.lerp(old.to(dtype), new.to(dtype), weight).to(dtype)
 
-        return [
-            old if grad is None else mean(old, new, record.decay)
-            for old, grad, new, record in zip(
-                work.averages, work.leaves.grads, params, records, strict=True
-            )
-        ]
+        return [mean(x, y, r.decay) for x, y, r in zip(old, new, records, strict=True)]
 
     def _gather(
-        self,
-        params: Tree,
-        grads: Tree,
-        state: EMAState,
-        hparams: tuple[EMAHParams, Any],
-    ) -> _Work:
+        self, params: Tree, grads: Tree, state: Any, hparams: Any
+    ) -> tuple[Leaves, Tensors, list[EMAHParams]]:
         leaves = gather(params, grads)
-        checks.instance(state, EMAState, "state", "init()")
-        checks.step(state.step, leaves.params, params)
-        names = ("state.average", "params")
-        old = _tree.leaves_like(state.average, leaves.spec, params, names)
-        averages(old, leaves.params, params, names[0])
-        if type(hparams) is not tuple or len(hparams) != 2:  # pyright: ignore[reportUnnecessaryComparison]
-            raise TypeError("hparams must be a tuple of 2 records, created with hparams(...)")
-        numbers = spread(EMAHParams, hparams[0], leaves.params, leaves.spec, params)
-        return _Work(leaves, old, numbers)
-
-
-class _Work(NamedTuple):
-    leaves: Leaves
-    averages: list[Tensor]
-    numbers: list[Any]
+        old = leaves.averages(state, EMAState, "average", params)
+        check_tuple(hparams, 2, "hparams", "hparams(...)")
+        return leaves, old, leaves.records(EMAHParams, hparams[0], params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -62,7 +61,6 @@ def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     return Flatten(optimizer)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Flatten(Wrapper[Any]):
     """What `flatten` returns."""
 

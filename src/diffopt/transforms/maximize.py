@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, Wrapper, gather
+from diffopt.transforms._base import Wrapper, gather
 
 
 def maximize(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
@@ -36,18 +35,18 @@ def maximize(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     return Maximize(optimizer)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Maximize(Wrapper[Any]):
     """What `maximize` returns."""
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
-        return self.optimizer.update(params, _negated(gather(params, grads)), state, hparams)
+        return self.optimizer.update(params, _negated(params, grads), state, hparams)
 
     def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            self.optimizer.update_(params, _negated(gather(params, grads)), state, hparams)
+            self.optimizer.update_(params, _negated(params, grads), state, hparams)
 
 
-def _negated(leaves: Leaves) -> Tree:
-    return leaves.tree(grad if grad is None else -grad for grad in leaves.grads)
+def _negated(params: Tree, grads: Tree) -> Tree:
+    leaves = gather(params, grads)
+    return leaves.filled(-grad for grad in leaves.gradients())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,11 +21,13 @@ from diffopt.transforms._base import (
     check_optimizer,
     copy_,
     gather,
+    matched,
 )
 from diffopt.transforms._records import ByLabel
 
 S = TypeVar("S")
 H = TypeVar("H")
+Parts: TypeAlias = dict[Hashable, Any]
 
 
 def partition(
@@ -72,8 +73,7 @@ def partition(
     return Partition(dict(optimizers), labels)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
+class Partition(Value, Optimizer[Parts, Parts]):
     """What `partition` returns."""
 
     optimizers: dict[Hashable, Optimizer[Any, Any]]
@@ -83,7 +83,7 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
     def hparams(self) -> ByLabel:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
         return ByLabel(tuple((label, opt.hparams) for label, opt in self.optimizers.items()))
 
-    def init(self, params: Tree) -> dict[Hashable, Any]:
+    def init(self, params: Tree) -> Parts:
         tensors, spec = _tree.flatten(params)
         checks.params(tensors, params)
         return {
@@ -91,13 +91,7 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
             for label, chosen in self._split(params, spec).items()
         }
 
-    def update(
-        self,
-        params: Tree,
-        grads: Tree,
-        state: dict[Hashable, Any],
-        hparams: dict[Hashable, Any],
-    ) -> tuple[Tree, dict[Hashable, Any]]:
+    def update(self, params: Tree, grads: Tree, state: Parts, hparams: Parts) -> tuple[Tree, Parts]:
         leaves = gather(params, grads, sparse=True)  # if its optimizer accepts that
         parts = self._parts(leaves, params, state, hparams)
         new_params, new_state = list(leaves.params), dict(state)
@@ -106,42 +100,22 @@ class Partition(Value, Optimizer[dict[Hashable, Any], dict[Hashable, Any]]):
             _put(new_params, new, chosen, arguments[0])
         return leaves.tree(new_params), new_state
 
-    def update_(
-        self,
-        params: Tree,
-        grads: Tree,
-        state: dict[Hashable, Any],
-        hparams: dict[Hashable, Any],
-    ) -> None:
+    def update_(self, params: Tree, grads: Tree, state: Parts, hparams: Parts) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
             leaves = gather(params, grads, writable=True, sparse=True)
             parts = self._parts(leaves, params, state, hparams)
-            _update_all_(
-                [(label, self.optimizers[label], args) for label, (_, args) in parts.items()]
-            )
+            _update_all_([(name, self.optimizers[name], args) for name, (_, args) in parts.items()])
 
     def _parts(
-        self,
-        leaves: Leaves,
-        params: Tree,
-        state: dict[Hashable, Any],
-        hparams: dict[Hashable, Any],
+        self, leaves: Leaves, params: Tree, state: Parts, hparams: Parts
     ) -> dict[Hashable, tuple[list[bool], tuple[Any, ...]]]:
         """For each label, its leaves and the arguments of its update."""
         for name, values in (("state", state), ("hparams", hparams)):
             if not isinstance(values, dict) or values.keys() != self.optimizers.keys():  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"{name} must be a dict with the keys {list(self.optimizers)}")
         return {
-            label: (
-                chosen,
-                (
-                    _pruned(leaves.params, leaves.spec, chosen),
-                    _pruned(leaves.grads, leaves.spec, chosen),
-                    state[label],
-                    hparams[label],
-                ),
-            )
+            label: (chosen, (*_part(leaves, chosen), state[label], hparams[label]))
             for label, chosen in self._split(params, leaves.spec).items()
         }
 
@@ -248,7 +222,6 @@ def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) ->
     return MaskedOptimizer(optimizer, frozen, "frozen")
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaskedOptimizer(Wrapper[Any]):
     """What `masked` returns for an optimizer, and `freeze`, whose argument is the negated mask."""
 
@@ -262,29 +235,25 @@ class MaskedOptimizer(Wrapper[Any]):
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
         leaves = gather(params, grads, sparse=True)
-        chosen, mine = self._parts(leaves, params)
-        new, new_state = self.optimizer.update(*mine, state, hparams)
+        chosen = self._chosen(params, leaves.spec)
+        part = _part(leaves, chosen)
+        new, new_state = self.optimizer.update(*part, state, hparams)
         new_params = list(leaves.params)
-        _put(new_params, new, chosen, mine[0])
+        _put(new_params, new, chosen, part[0])
         return leaves.tree(new_params), new_state
 
     def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            _, mine = self._parts(gather(params, grads, writable=True, sparse=True), params)
-            self.optimizer.update_(*mine, state, hparams)
-
-    def _parts(self, leaves: Leaves, params: Tree) -> tuple[list[bool], tuple[Tree, Tree]]:
-        chosen = self._chosen(params, leaves.spec)
-        pruned = (_pruned(column, leaves.spec, chosen) for column in (leaves.params, leaves.grads))
-        return chosen, (next(pruned), next(pruned))
+            leaves = gather(params, grads, writable=True, sparse=True)
+            part = _part(leaves, self._chosen(params, leaves.spec))
+            self.optimizer.update_(*part, state, hparams)
 
     def _chosen(self, params: Tree, spec: _tree.Spec) -> list[bool]:
         flags = _flags(self.mask, params, spec, self.name)
         return [flag is (self.name == "mask") for flag in flags]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaskedTransformation(Value, Transformation[Any, Any]):
     """What `masked` returns for a gradient transformation."""
 
@@ -297,20 +266,17 @@ class MaskedTransformation(Value, Transformation[Any, Any]):
 
     def init(self, params: Tree) -> Any:
         tensors, spec = _tree.flatten(params)
-        return self.transformation.init(
-            _pruned(tensors, spec, _flags(self.mask, params, spec, "mask"))
-        )
+        chosen = _flags(self.mask, params, spec, "mask")
+        return self.transformation.init(_pruned(tensors, spec, chosen))
 
     def apply(self, grads: Tree, params: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
-        tensors, spec = _tree.flatten(params)
-        chosen = _flags(self.mask, params, spec, "mask")
-        all_grads = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        mine = _pruned(all_grads, spec, chosen)
-        new, new_state = self.transformation.apply(
-            mine, _pruned(tensors, spec, chosen), state, hparams
-        )
-        _put(all_grads, new, chosen, mine)
-        return _tree.unflatten(all_grads, spec), new_state
+        leaves = matched(grads, params)
+        chosen = _flags(self.mask, params, leaves.spec, "mask")
+        part = _part(leaves, chosen)
+        new, new_state = self.transformation.apply(part[1], part[0], state, hparams)
+        new_grads = list(leaves.grads)
+        _put(new_grads, new, chosen, part[1])
+        return leaves.tree(new_grads), new_state
 
 
 def _spread(
@@ -339,6 +305,12 @@ def _pruned(leaves: Sequence[Any], spec: _tree.Spec, chosen: list[bool]) -> Tree
     So a prefix tree of all params is also one of the pruned tree.
     """
     return _tree.unflatten((x if c else [] for x, c in zip(leaves, chosen, strict=True)), spec)
+
+
+def _part(leaves: Leaves, chosen: list[bool]) -> tuple[Tree, Tree]:
+    """The params and the gradients, pruned."""
+    spec = leaves.spec
+    return _pruned(leaves.params, spec, chosen), _pruned(leaves.grads, spec, chosen)
 
 
 def _put(leaves: list[Any], pruned: Tree, chosen: list[bool], like: Tree) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -52,15 +51,13 @@ def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     return SkipNonfinite(optimizer)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SkipNonfinite(Wrapper[Any]):
     """What `skip_nonfinite` returns."""
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
         leaves = gather(params, grads)
         finite = _all_finite(leaves)
-        safe = iter(_finite_only(finite, leaves.gradients()))
-        grads = leaves.tree(grad if grad is None else next(safe) for grad in leaves.grads)
+        grads = leaves.filled(_finite_only(finite, leaves.gradients()))
         new = self.optimizer.update(params, grads, state, hparams)
         return select(finite, new, (params, state))
 
