@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -24,8 +25,8 @@ from diffopt._arguments import (
 from diffopt._diff.isolation import isolated, refuse_captured
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
-from diffopt.linear._base import LinearSystem, method, operator_of
-from diffopt.linear._derivative import Equation, attach
+from diffopt.linear._base import LinearSystem, constant_solution, operator_of
+from diffopt.linear._derivative import Equation, Method, attach
 from diffopt.linear._failure import fail, refuse_tracing
 from diffopt.linear._vectors import (
     Linear,
@@ -332,8 +333,8 @@ def attach_root(
         tree, names = warm_start() if warm_start else None, ("the output of warm_start", "x")
         return None if tree is None else ravel_like(tree, like, names, system)
 
-    equation = Equation(flat, jacobian, method(solver, unravel, on_solve, start))
-    return unravel(attach(equation, vector, *inputs))
+    method = Method(partial(constant_solution, solver), unravel, on_solve, start)
+    return unravel(attach(Equation(flat, jacobian, method), vector, *inputs))
 
 
 def attach_minimum(

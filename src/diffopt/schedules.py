@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree, _value
+from diffopt import _arguments, _modes, _tree, _value
 from diffopt._rule import hyper
 
 Number: TypeAlias = Any
@@ -367,8 +367,7 @@ def one_cycle(
     learning rates", 2018, as in torch.
     """
     hyper.check_flags(three_phase=three_phase)
-    if anneal not in ("cos", "linear"):
-        raise ValueError(f"anneal is {anneal!r}, but must be 'cos' or 'linear'")
+    _arguments.check_choice(anneal, "anneal", "cos", "linear")
     return OneCycle(
         _number("peak", peak),
         _number("steps", steps, gt=0),
@@ -476,10 +475,9 @@ def _number(name: str, value: Number, **bounds: float) -> Number:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {_tree.describe(value)}, not a number or a tensor")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} is an integer too large for a float") from None
+    if _arguments.too_large(value):
+        raise ValueError(f"{name} is an integer too large for a float")
+    number = float(value)
     if not hyper.in_range(number, {**bounds}) or math.isnan(number):
         needed = hyper.describe_range({**bounds}) or "a number"
         raise ValueError(f"{name} is {value}, but must be {needed}")

@@ -21,8 +21,7 @@ from diffopt.adjoint import (
     Reversible,
     Unrolled,
 )
-from diffopt.inspect._graph import Graph, Node, graph
-from diffopt.inspect._names import named
+from diffopt.inspect._graph import Graph, Node, graph, named
 from diffopt.inspect._trace import Event, Trace
 
 
@@ -132,10 +131,10 @@ def explain(
     grads = _grads(meta_grads, inputs, names)
     picture = graph(outer, inputs) if outer is not None and outer.requires_grad else None
     events = tuple(trace.events) if trace is not None else ()
-    rows: list[Row] = []
-    for (name, leaf), grad in zip(names, grads, strict=True):
-        search = _Search(name, leaf, outer, picture, trace, events)
-        rows.append(_row(name, grad, search))
+    rows = (
+        _row(grad, _Search(name, leaf, outer, picture, trace, events))
+        for (name, leaf), grad in zip(names, grads, strict=True)
+    )
     return Explanation(tuple(rows), events)
 
 
@@ -161,10 +160,10 @@ def _is_grad(leaf: Any) -> bool:
     return leaf is None or isinstance(leaf, Tensor)
 
 
-def _row(name: str, grad: Tensor | None, search: _Search) -> Row:
+def _row(grad: Tensor | None, search: _Search) -> Row:
+    name = search.name
     if grad is None:
-        step, reason = search.none()
-        return Row(name, "None", torch.nan, 0, 0, 0, step, reason)
+        return Row(name, "None", torch.nan, 0, 0, 0, *search.none())
     grad = grad.detach().to_dense() if grad.is_sparse else grad.detach()
     entries, zeros = grad.numel(), int((grad == 0).sum())
     nonfinite = int((~grad.isfinite()).sum())

@@ -12,7 +12,6 @@ from torch.autograd.graph import get_gradient_edge
 from diffopt import _modes, _tree
 from diffopt._tree import Tree
 from diffopt.inspect import _plots
-from diffopt.inspect._names import named
 from diffopt.inspect._run import Region, region_of
 
 if TYPE_CHECKING:
@@ -100,9 +99,7 @@ class Graph:
         lines = ["digraph {", "  rankdir=LR;"]
         for node, identity in ids.items():
             label = node.name.replace("\\", "\\\\").replace('"', '\\"')
-            style = f"shape={_SHAPES[node.kind]}"
-            if node.kind == "input" and not self._reached(node):
-                style += ", style=dashed"
+            style = f"shape={_SHAPES[node.kind]}" + ", style=dashed" * self._lost(node)
             lines.append(f'  {identity} [label="{label}", {style}];')
         lines += sorted(f"  {ids[x]} -> {ids[y]};" for x, y in self.edges)
         return "\n".join([*lines, "}"])
@@ -126,10 +123,8 @@ class Graph:
         figure, (axes,) = _plots.subplots(1, (inches * width + 0.5, height + 0.5))
         boxes: dict[Node, Any] = {}
         for node, (x, y) in places.items():
-            lost = node.kind == "input" and not shown._reached(node)
-            style = {"boxstyle": _BOXES[node.kind], "facecolor": "white"}
-            style["linestyle"] = "dashed" if lost else "solid"
-            color = "gray" if lost else "black"
+            line, color = ("dashed", "gray") if shown._lost(node) else ("solid", "black")
+            style = {"boxstyle": _BOXES[node.kind], "facecolor": "white", "linestyle": line}
             box = axes.text(x, y, node.name, ha="center", va="center", bbox=style, color=color)
             boxes[node] = box.get_bbox_patch()
         for source, target in shown.edges:
@@ -154,8 +149,9 @@ class Graph:
             lines.append(f"{node.name:{width}} -> {names or 'nothing'}")
         return "\n".join(lines)
 
-    def _reached(self, node: Node) -> bool:
-        return any(x == node for x, _ in self.edges)
+    def _lost(self, node: Node) -> bool:
+        """Whether it is an input that feeds nothing."""
+        return node.kind == "input" and all(x != node for x, _ in self.edges)
 
     def _places(self) -> dict[Node, tuple[float, float]]:
         """Loops in rows from the top, the outer loss to their right, inputs in the bottom row."""
@@ -227,19 +223,32 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             starts.setdefault(get_gradient_edge(leaf)[:2], []).append(Node("input", name))
     pairs, leaves = _walk(outer, {edge: tuple(nodes) for edge, nodes in starts.items()})
-    regions = {x for pair in pairs for x in pair if isinstance(x, Region)}
-    nodes = _step_nodes(regions)
+    nodes = _step_nodes({x for pair in pairs for x in pair if isinstance(x, Region)})
 
     def nodes_of(region: Any) -> tuple[Node, ...]:
         return (nodes[region],) if isinstance(region, Region) else region
 
-    edges = {(x, y) for a, b in pairs for x in nodes_of(a) for y in nodes_of(b)}
     return Graph(
         tuple(Node("input", name) for name, _ in names),
         tuple(sorted(nodes.values(), key=lambda node: (node.loop, node.first))),
-        frozenset(edges),
+        frozenset((x, y) for a, b in pairs for x in nodes_of(a) for y in nodes_of(b)),
         tuple(leaves),
     )
+
+
+def named(inputs: Tree) -> list[tuple[str, Any]]:
+    """Name and value of every leaf: `lr` and `params['w']` of `{"lr": ..., "params": {...}}`."""
+    if type(inputs) is dict and all(isinstance(key, str) for key in inputs):
+        names = [path for key, child in inputs.items() for path in _tree.paths(child, key)]
+    else:
+        names = _tree.paths(inputs, "inputs")
+    leaves = _tree.leaves(inputs)
+    if not leaves:
+        raise ValueError(f"inputs is {inputs!r}, which holds no tensor")
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, (Tensor, float, int, type(None))) or isinstance(leaf, bool):
+            raise TypeError(f"{name} of the inputs is {_tree.describe(leaf)}, not a tensor")
+    return list(zip(names, leaves, strict=True))
 
 
 def _walk(outer: Tensor, starts: dict[Any, tuple[Node, ...]]) -> tuple[set[Any], list[Tensor]]:
@@ -248,12 +257,8 @@ def _walk(outer: Tensor, starts: dict[Any, tuple[Node, ...]]) -> tuple[set[Any],
     A region is the part of the graph behind the mark of a step, behind inputs, or behind neither.
     """
     edge = get_gradient_edge(outer)[:2]
-    first: Any = region_of(edge[0]) or (OUTER,)
-    pairs: set[Any] = set()
-    if edge in starts:
-        first = starts[edge]
-    if first != (OUTER,):
-        pairs.add((first, (OUTER,)))
+    first: Any = starts.get(edge) or region_of(edge[0]) or (OUTER,)
+    pairs: set[Any] = {(first, (OUTER,))} if first != (OUTER,) else set()
     leaves: dict[Any, Tensor] = {}
     seen = {(first, edge[0])}
     todo = list(seen)
@@ -277,16 +282,17 @@ def _walk(outer: Tensor, starts: dict[Any, tuple[Node, ...]]) -> tuple[set[Any],
 def _step_nodes(regions: set[Region]) -> dict[Region, Node]:
     loops = sorted({region.run for region in regions}, key=lambda run: run.number)
     nodes: dict[Region, Node] = {}
-    for run, step in regions:
-        first, last = (0, run.steps - 1) if step is None else (step, step)
-        node = _step(loops.index(run), first, last, len(loops) > 1)
-        nodes[Region(run, step)] = node._replace(whole=step is None)
+    for region in regions:
+        run, step = region
+        loop = loops.index(run)
+        ends = (0, run.steps - 1) if step is None else (step, step)
+        name = _numbered(*ends, f" of loop {loop}" if len(loops) > 1 else "")
+        nodes[region] = Node("step", name, loop, *ends, whole=step is None)
     return nodes
 
 
-def _step(loop: int, first: int, last: int, several: bool) -> Node:
-    name = f"step {first}" if first == last else f"steps {first}-{last}"
-    return Node("step", f"{name} of loop {loop}" if several else name, loop, first, last)
+def _numbered(first: int, last: int, of_loop: str) -> str:
+    return (f"step {first}" if first == last else f"steps {first}-{last}") + of_loop
 
 
 def _adjacent(node: Node, after: Node) -> bool:
@@ -302,16 +308,14 @@ def _boxes(nodes: Iterable[Node], alike: Callable[[Node, Node], bool]) -> dict[N
             groups[-1].append(node)
         else:
             groups.append([node])
-    return {node: _box(group) for group in groups for node in group}
+    return {node: _box(group[0], group[-1]) for group in groups for node in group}
 
 
-def _box(nodes: list[Node]) -> Node:
-    first, last = nodes[0], nodes[-1]
+def _box(first: Node, last: Node) -> Node:
     if first is last:
         return first
-    _, of, loop = first.name.partition(" of ")
-    name = f"steps {first.first}-{last.last}{of}{loop}"
-    return Node("step", name, first.loop, first.first, last.last)
+    of_loop = "".join(first.name.partition(" of ")[1:])
+    return first._replace(name=_numbered(first.first, last.last, of_loop), last=last.last)
 
 
 _MOST_STEPS = 20  # that are drawn one by one

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Run:
     def watched(self, step: Step) -> Step:
         """The step, which records what it does here, unless an adjoint passes its own x."""
         if isinstance(step, GradientStep):
-            return _WatchedGradientStep(**_fields(step), run=self)
+            return _WatchedGradientStep(**vars(step), run=self)
 
         def watched(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
             if not isinstance(x, _Numbered):
@@ -82,7 +82,9 @@ class Run:
     def leave(self, step: int, old: Tree, new: Tree, output: Any) -> tuple[Tree, Any]:
         """What a step returns, watched by the backward pass."""
         if self.of_gradients:
-            self.see("updates", step, _tree.map(_difference, old[0], new[0]))
+            self.see(
+                "updates", step, _tree.map(lambda x, y: y.detach() - x.detach(), old[0], new[0])
+            )
         region = Region(self, step)
         return self._watch(new, step + 1, region), self._marked(output, region)
 
@@ -191,16 +193,13 @@ class _WatchedGradientStep(GradientStep):
     run: Run
 
     def __call__(self, carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
-        step, (own, batch) = GradientStep(**_fields(self)), x
+        own, batch = x
         if not isinstance(batch, _Numbered):
-            return step(carry, args, x)
+            return super().__call__(carry, args, x)
         see = functools.partial(self.run.see, "grads", batch.number)
-        step = replace(step, optimizer=_Watched(self.optimizer, see))
-        return self.run.leave(batch.number, carry, *step(carry, args, (own, tuple(batch))))
-
-
-def _fields(step: GradientStep) -> dict[str, Any]:
-    return {field.name: getattr(step, field.name) for field in fields(GradientStep)}
+        step = replace(self, optimizer=_Watched(self.optimizer, see))
+        results = GradientStep.__call__(step, carry, args, (own, tuple(batch)))
+        return self.run.leave(batch.number, carry, *results)
 
 
 class _Watched(Optimizer[Any, Any]):
@@ -229,19 +228,11 @@ class _Numbered(tuple[Any, ...]):
         return numbered
 
 
-def _flatten_numbered(x: _Numbered) -> tuple[list[Any], int]:
-    return list(x), x.number
-
-
-def _unflatten_numbered(values: Iterable[Any], number: Any) -> _Numbered:
-    return _Numbered.of(number, values)
-
-
-_tree.register_node(_Numbered, _flatten_numbered, _unflatten_numbered)
-
-
-def _difference(old: Tensor, new: Tensor) -> Tensor:
-    return new.detach() - old.detach()
+_tree.register_node(
+    _Numbered,
+    lambda x: (list(x), x.number),
+    lambda values, number: _Numbered.of(cast(int, number), values),
+)
 
 
 def _norm(tensor: Tensor) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -172,18 +172,10 @@ class LinearSolver(ABC):
         transposed_at = flat(transpose, "transpose") if transpose else None
         refuse_captured(lambda v, *point: at(*point)(v), "operator", vector, *tensors)
         matrix = operator_of(self, at, transposed_at, unravel, vector)
-        solution = solve(method(self, unravel), matrix, vector, start, *tensors)
+        solution = solve(
+            Method(partial(constant_solution, self), unravel), matrix, vector, start, *tensors
+        )
         return solution._replace(value=unravel(solution.value))
-
-
-def method(
-    solver: LinearSolver,
-    unravel: Callable[[Tensor], Tree],
-    report: Callable[[LinearSolution], object] | None = None,
-    start: Callable[[Sequence[Tensor]], Tensor | None] | None = None,
-) -> Method:
-    """The solver as the `Method` of an `Equation`."""
-    return Method(partial(_constant_solution, solver), unravel, report, start)
 
 
 def operator_of(
@@ -225,12 +217,15 @@ def operator_of(
     if symmetric or solver.symmetric:
         one = damped(one)
         return Operator(one, one, precondition, precondition)
-    at = at or (lambda *point: adjoint(one(*point)))
-    transposed_at = transposed_at or (lambda *point: adjoint(one(*point)))
-    return Operator(damped(at), damped(transposed_at), precondition, adjoint_precondition)
+
+    def other(*point: Tensor) -> Linear:
+        return adjoint(one(*point))
+
+    at, transposed_at = damped(at or other), damped(transposed_at or other)
+    return Operator(at, transposed_at, precondition, adjoint_precondition)
 
 
-def _constant_solution(
+def constant_solution(
     solver: LinearSolver, operator: Operator, b: Tensor, x0: Tensor | None, *point: Tensor
 ) -> LinearSolution:
     """The solution as a constant; warns or raises on failure."""

@@ -134,11 +134,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         equation, (x, *inputs) = ctx.equation, map(_torch.unwrap_if_dead, ctx.saved_tensors)
-        needed = [
-            i
-            for i, needed in enumerate(ctx.needs_input_grad[2:])
-            if needed and functions.has_derivative(inputs[i])
-        ]
+        needed = _differentiable(inputs, ctx.needs_input_grad[2:])
         results: list[Tensor | None] = [None] * len(inputs)
         if needed:
             system, start = (grads[0], x, *inputs), equation.method.start
@@ -151,11 +147,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         equation, (x, *inputs) = ctx.equation, map(_torch.unwrap_if_dead, ctx.saved_tensors)
-        given = [
-            i
-            for i, tangent in enumerate(tangents[2:])
-            if tangent is not None and functions.has_derivative(inputs[i])
-        ]
+        given = _differentiable(inputs, [tangent is not None for tangent in tangents[2:]])
         if not given:
             return torch.zeros_like(x)
         moved = [tangents[2 + i] for i in given]
@@ -177,6 +169,11 @@ _MADE_INSIDE = (
     "Perhaps a residual, operator or preconditioner closes over a tensor that was created inside a "
     "function that is being differentiated, forward over reverse: pass it as an argument."
 )
+
+
+def _differentiable(inputs: Sequence[Tensor], asked: Sequence[bool]) -> list[int]:
+    pairs = enumerate(zip(inputs, asked, strict=True))
+    return [i for i, (x, wanted) in pairs if wanted and functions.has_derivative(x)]
 
 
 def _pullback(

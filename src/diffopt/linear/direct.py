@@ -31,7 +31,7 @@ class Direct(LinearSolver):
     """
 
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
-        x = _solve(_columns(system, range(x0.numel())).T, system.b)
+        x = _solve(torch.vmap(system.matvec)(_identity(x0)).T, system.b)
         return Run(x, torch.ones_like(system.tolerance, dtype=torch.int64), "it may be singular")
 
 
@@ -83,18 +83,15 @@ class Nystrom(LinearSolver):
         rank = min(self.rank, n)
         # Python's generator, since torch's cannot be used under vmap.
         indices = sorted(random.Random(self.seed).sample(range(n), rank))
-        units = torch.eye(n, dtype=b.dtype, device=b.device)[indices]
-        columns = _columns(system, indices) - damping * units
+        units = _identity(b)[indices]
+        columns = torch.vmap(system.matvec)(units) - damping * units  # as rows
         core = columns[:, indices] + columns @ columns.T / damping
         x = b / damping - _solve(core, columns @ b) @ columns / damping**2
         return Run(x, torch.full_like(system.tolerance, rank, dtype=torch.int64))
 
 
-def _columns(system: LinearSystem, indices: range | list[int]) -> Tensor:
-    """Columns of the matrix, as rows."""
-    n, b = system.b.numel(), system.b
-    units = torch.eye(n, dtype=b.dtype, device=b.device)[list(indices)]
-    return torch.vmap(system.matvec)(units)
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(like.numel(), dtype=like.dtype, device=like.device)
 
 
 def _solve(matrix: Tensor, b: Tensor) -> Tensor:

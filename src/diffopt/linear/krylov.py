@@ -42,10 +42,6 @@ class Krylov(LinearSolver):
         max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
         preconditioner: `v -> M^-1 v` on trees like b, linear, an approximate inverse of A. A solve
             with A^T, as in derivatives, uses its adjoint.
-        rtol: see `LinearSolver`.
-        atol: see `LinearSolver`.
-        damping: see `LinearSolver`.
-        on_failure: see `LinearSolver`.
     """
 
     max_steps: int | None = None

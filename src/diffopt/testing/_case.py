@@ -15,6 +15,7 @@ from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
+from diffopt.transforms._base import check_optimizer
 
 Reference: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -35,23 +36,17 @@ class Case:
     """An optimizer in one configuration: the argument of every check.
 
     Attributes:
-        optimizer: the optimizer to check.
-        hparams: keyword arguments of `optimizer.hparams`, usually numbers; the others have their
-            defaults. A tuple holds positional arguments: the records of a composition's parts.
-            Values are compared at these. So are derivatives, except that a number within 0.05 of
-            the end of its range is moved to a distance of 0.05, so that finite differences stay
-            inside.
-        reference: creates the `torch.optim` optimizer (or one like it) for a list of tensors, with
-            the numbers in `hparams`; None if there is nothing to compare with.
-        shapes: shapes of tensors that it can update. The first two, not empty, are those of the
-            trees on which derivatives are checked.
-        dtypes: dtypes of tensors that it can update; float64 must be among them.
-        backend: the backend of `torch.compile`. "aot_eager" traces everything and generates no
-            code; "inductor" compiles for real and takes ten times as long.
-        elementwise: whether each element depends only on its own gradient. A `Leafwise` optimizer
-            is assumed to be elementwise if it is batchable.
-        frozen: `params -> tree of bools`: which tensors it never updates. They are returned as the
-            very same tensors.
+        optimizer: see `check`.
+        hparams: see `check`. Values are compared at these. So are derivatives, except that a number
+            within 0.05 of the end of its range is moved to a distance of 0.05, so that finite
+            differences stay inside.
+        reference: see `check`; None if there is nothing to compare with.
+        shapes: see `check`. The first two are those of the trees on which derivatives are checked.
+        dtypes: see `check`.
+        backend: see `check`. "aot_eager" traces everything and generates no code; "inductor" takes
+            ten times as long.
+        elementwise: see `check`.
+        frozen: see `check`. Frozen tensors are returned as the very same tensors.
     """
 
     optimizer: Optimizer[Any, Any]
@@ -70,9 +65,7 @@ class Case:
 
     def _check(self) -> None:
         """Raise where an argument is not of its kind."""
-        if not isinstance(self.optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
-            found = _tree.describe(self.optimizer)
-            raise TypeError(f"optimizer is {found}, not a diffopt optimizer such as adam()")
+        check_optimizer(self.optimizer, "optimizer")
         if not isinstance(self.hparams, (Mapping, tuple)):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
             found = _tree.describe(self.hparams)
             raise TypeError(f"hparams is {found}, not a dict of keywords or a tuple of records")
@@ -90,11 +83,8 @@ class Case:
 
     def record(self) -> Any:
         """The hyperparameters as given."""
-        positional = isinstance(self.hparams, tuple)
-        make = self.optimizer.hparams
-        return map_fields(
-            whole, make(*self.hparams) if positional else make(**cast(Any, self.hparams))
-        )
+        make, given = self.optimizer.hparams, cast(Any, self.hparams)
+        return map_fields(whole, make(*given) if isinstance(given, tuple) else make(**given))
 
     def interior(self) -> Any:
         """The hyperparameters at which derivatives are checked: 0-d float64 tensors."""
@@ -172,9 +162,9 @@ def clone(tree: Any) -> Any:
     return _tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def as_dtype(dtype: torch.dtype | None, tree: Any) -> Any:
-    """All leaves as tensors of this dtype; unchanged if None."""
-    return tree if dtype is None else _tree.map(lambda v: torch.as_tensor(v, dtype=dtype), tree)
+def as_dtype(dtype: torch.dtype, tree: Any) -> Any:
+    """All leaves as tensors of this dtype."""
+    return _tree.map(lambda leaf: torch.as_tensor(leaf, dtype=dtype), tree)
 
 
 def scalars_as(dtype: torch.dtype | None, hparams: Any) -> Any:
@@ -190,26 +180,22 @@ def scalars_as(dtype: torch.dtype | None, hparams: Any) -> Any:
     return hparams if dtype is None else _tree.map(convert, hparams)
 
 
-def record_fields(hparams: Any) -> tuple[hyper.Field, ...]:
-    """The fields that `number` declared for this record; none if it is another kind of record."""
-    return hyper.FIELDS.get(type(hparams), ())
-
-
 def records(hparams: Any) -> list[Any]:
     """All records in a tree of them: one for each part of a composition."""
-    nodes = _tree.flatten(hparams, is_leaf=lambda node: bool(record_fields(node)))[0]
-    return [node for node in nodes if record_fields(node)]
+    return list(filter(hyper.is_record, _tree.flatten(hparams, is_leaf=hyper.is_record)[0]))
 
 
 def map_fields(function: Callable[[hyper.Field, Any], Any], hparams: Any) -> Any:
     """Replace the value of every field in every record with `function(field, value)`."""
 
     def on_record(node: Any) -> Any:
-        fields = record_fields(node)
-        values = [function(field, getattr(node, field.name)) for field in fields]
-        return hyper.assemble(type(node), values) if fields else node
+        if not hyper.is_record(node):
+            return node
+        kind: type[Any] = type(node)
+        values = [function(field, getattr(node, field.name)) for field in hyper.FIELDS[kind]]
+        return hyper.assemble(kind, values)
 
-    return _tree.map(on_record, hparams, is_leaf=lambda node: bool(record_fields(node)))
+    return _tree.map(on_record, hparams, is_leaf=hyper.is_record)
 
 
 def whole(field: hyper.Field, value: Any) -> Any:

@@ -6,9 +6,7 @@ count, since a rule may treat the first step as a special case.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +100,7 @@ def meta_gradients(case: Case, point: Point) -> list[tuple[Tree, Tree, Any]]:
         found = torch.autograd.grad(value, inputs, create_graph=True, materialize_grads=True)
         return _tree.unflatten(found, spec)
 
-    with anomaly_mode():
+    with torch.autograd.set_detect_anomaly(True):
         end, _ = run_steps(case, Point(params, grads, state, hparams), steps=3)
         first = derive(objective(end))
         return [first, derive(total(first[2])), derive(total(first))]
@@ -118,14 +116,6 @@ def with_zeros(case: Case, point: Point) -> Point:
     params = {**_tree.map(longer, point.params), "zero": zero.clone()}
     grads = {**_tree.map(longer, point.grads), "zero": zero.clone()}
     return point._replace(params=params, grads=grads)
-
-
-@contextlib.contextmanager
-def anomaly_mode() -> Generator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Anomaly Detection")
-        with torch.autograd.set_detect_anomaly(True):
-            yield
 
 
 def as_function(

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from diffopt import _tree
+from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.testing._assertions import Snapshot
-from diffopt.testing._case import (
-    Case,
-    Point,
-    clone,
-    generic_point,
-    map_fields,
-    record_fields,
-    records,
-)
+from diffopt.testing._case import Case, Point, clone, generic_point, records
 
 
 class Wrong(NamedTuple):
@@ -70,47 +65,44 @@ def raises(call: Callable[[], object], wrong: Wrong) -> None:
 
 
 def wrong_params(point: Point) -> Iterator[Wrong]:
-    tied = torch.zeros_like(point.params["first"])
-    for what, params, error, says in (
-        ("a number", {**point.params, "rest": [2.0]}, TypeError, ("params['rest'][0]", "2.0")),
-        ("None", {**point.params, "rest": [None]}, TypeError, ("params['rest'][0]", "None")),
+    rest, tied = "params['rest'][0]", torch.zeros_like(point.params["first"])
+    for what, changes, error, says in (
+        ("a number", {"rest": [2.0]}, TypeError, (rest, "2.0")),
+        ("None", {"rest": [None]}, TypeError, (rest, "None")),
         (
             "a tied tensor",
             {"first": tied, "rest": [tied]},
             ValueError,
-            ("params['first']", "params['rest'][0]", "same tensor"),
+            ("params['first']", rest, "same tensor"),
         ),
     ):
-        yield Wrong(f"params with {what}", {"params": params}, error, says)
+        yield Wrong(f"params with {what}", {"params": {**point.params, **changes}}, error, says)
 
 
 def wrong_grads(point: Point) -> Iterator[Wrong]:
     first, rest = point.grads["first"], point.grads["rest"]
     path, theirs = "grads['first']", "params['first']"
     longer = torch.zeros(7, *first.shape, dtype=first.dtype)
-    shapes = (str(tuple(longer.shape)), str(tuple(first.shape)))
-    for what, grads, error, says in (
-        ("a list for a dict", [first, rest], ValueError, ("grads", "list", "dict")),
-        ("a missing key", {"rest": rest}, ValueError, (path, "missing")),
-        ("an extra key", {**point.grads, "more": first}, ValueError, ("grads['more']",)),
-        ("a list for a tensor", {"first": [first], "rest": rest}, ValueError, (path, "list")),
-        ("a tensor for a list", {"first": first, "rest": first}, ValueError, ("grads['rest']",)),
-        ("a number", {"first": 1.5, "rest": rest}, TypeError, (path, "1.5")),
-        ("other shapes", {"first": longer, "rest": rest}, ValueError, (path, theirs, *shapes)),
-        (
-            "another dtype",
-            {"first": first.float(), "rest": rest},
-            ValueError,
-            (path, theirs, "float32", "float64"),
-        ),
-        (
-            "another device",
-            {"first": first.to("meta"), "rest": rest},
-            ValueError,
-            (path, theirs, "meta", "cpu"),
-        ),
+    for what, grads, says in (
+        ("a list for a dict", [first, rest], ("grads", "list", "dict")),
+        ("a missing key", {"rest": rest}, (path, "missing")),
+        ("an extra key", {**point.grads, "more": first}, ("grads['more']",)),
+        ("a list for a tensor", {**point.grads, "first": [first]}, (path, "list")),
+        ("a tensor for a list", {**point.grads, "rest": first}, ("grads['rest']",)),
     ):
-        yield Wrong(f"grads with {what}", {"grads": grads}, error, says)
+        yield Wrong(f"grads with {what}", {"grads": grads}, ValueError, says)
+    for what, grad, error, says in (
+        ("a number", 1.5, TypeError, ("1.5",)),
+        ("other shapes", longer, ValueError, (theirs, *map(_shape, (longer, first)))),
+        ("another dtype", first.float(), ValueError, (theirs, "float32", "float64")),
+        ("another device", first.to("meta"), ValueError, (theirs, "meta", "cpu")),
+    ):
+        grads = {"first": grad, "rest": rest}
+        yield Wrong(f"grads with {what}", {"grads": grads}, error, (path, *says))
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
 
 
 def wrong_state(point: Point) -> Iterator[Wrong]:
@@ -120,32 +112,25 @@ def wrong_state(point: Point) -> Iterator[Wrong]:
         tree, path = getattr(state, name), f"state.{name}['first']"
         longer = torch.zeros(7, *tree["first"].shape, dtype=torch.float64)
         for what, field, error, says in (
-            ("no tensor", {**tree, "first": 1.5}, TypeError, (path, "1.5")),
-            ("a missing key", {"rest": tree["rest"]}, ValueError, (path, "missing")),
-            (
-                "another shape",
-                {**tree, "first": longer},
-                ValueError,
-                (path, str(tuple(longer.shape))),
-            ),
+            ("no tensor", {**tree, "first": 1.5}, TypeError, "1.5"),
+            ("a missing key", {"rest": tree["rest"]}, ValueError, "missing"),
+            ("another shape", {**tree, "first": longer}, ValueError, _shape(longer)),
         ):
             changes = {"state": state._replace(**{name: field})}
-            yield Wrong(f"state.{name} with {what}", changes, error, says)
+            yield Wrong(f"state.{name} with {what}", changes, error, (path, says))
 
 
 def wrong_hparams(point: Point) -> Iterator[Wrong]:
     yield Wrong("a dict as hparams", {"hparams": {"lr": 0.1}}, TypeError, ("hparams", "dict"))
     shape = (7, *point.params["first"].shape)
-    for field in [f for f in record_fields(point.hparams) if f.per_parameter]:
+    for field in [f for f in hyper.FIELDS[type(point.hparams)] if f.per_parameter]:
         path = f"hparams.{field.name}"
         for what, value, says in (
-            ("no prefix", {"nope": 0.1}, (path, "prefix", "params")),
+            ("no prefix", {"nope": torch.tensor(0.1)}, (path, "prefix", "params")),
             ("a shape that is too long", torch.ones(shape), (path, str(shape), "params['first']")),
         ):
-            changed = map_fields(
-                lambda f, v, x=(field, value): x[1] if f is x[0] else v, point.hparams
-            )
-            yield Wrong(f"{path} with {what}", {"hparams": changed}, ValueError, says)
+            hparams = dataclasses.replace(point.hparams, **{field.name: value})
+            yield Wrong(f"{path} with {what}", {"hparams": hparams}, ValueError, says)
 
 
 def waiting(point: Point) -> Iterator[Wrong]:
@@ -153,10 +138,9 @@ def waiting(point: Point) -> Iterator[Wrong]:
     for name in ("grads", "hparams"):
         tree = _tree.map(lambda x: x.requires_grad_(), clone(getattr(point, name)))
         if _tree.leaves(tree):
+            what = f"update_ with {name} that require a gradient"
             says = (_tree.paths(tree, name)[0], "requires a gradient")
-            yield Wrong(
-                f"update_ with {name} that require a gradient", {name: tree}, ValueError, says
-            )
+            yield Wrong(what, {name: tree}, ValueError, says)
 
 
 def wrong_numbers(case: Case) -> Iterator[tuple[Callable[..., object], Wrong]]:
@@ -166,7 +150,7 @@ def wrong_numbers(case: Case) -> Iterator[tuple[Callable[..., object], Wrong]]:
         alone = record is whole
         maker = case.optimizer.hparams if alone else type(record)
         given = case.hparams if alone and isinstance(case.hparams, Mapping) else {}
-        for field in record_fields(record):
+        for field in hyper.FIELDS[type(record)]:
             path = f"hparams.{field.name}"
             text = {**given, field.name: "0.1"}
             yield maker, Wrong(f"{path} as text", text, TypeError, (path, "'0.1'"))
@@ -174,6 +158,6 @@ def wrong_numbers(case: Case) -> Iterator[tuple[Callable[..., object], Wrong]]:
             for kind, bound in field.bounds.items():
                 if bound is not None:
                     bad = bound + beyond[kind]
-                    beyond_it = {**given, field.name: bad}
                     says = (path, str(bad), str(bound))
-                    yield maker, Wrong(f"{path} out of range", beyond_it, ValueError, says)
+                    wrong = {**given, field.name: bad}
+                    yield maker, Wrong(f"{path} out of range", wrong, ValueError, says)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._arguments import check_function
 from diffopt._modes import exact
 from diffopt._rule import checks, hyper
 from diffopt._rule.rule import WORKING_DTYPE
@@ -106,8 +107,7 @@ def stateless(
     """
     if not isinstance(hparams, type) or hparams not in hyper.FIELDS:  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
         raise TypeError(f"hparams is {brief(hparams)}, not a class made by diffopt.rules.hparams")
-    if not callable(function):
-        raise TypeError(f"function is {brief(function)}, not a function")
+    check_function(function, "function")
     return FromFunction(hparams, function)
 
 

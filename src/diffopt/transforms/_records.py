@@ -2,63 +2,57 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias, cast
 
 from diffopt._rule import hyper
-from diffopt._value import brief
+from diffopt._value import Value, brief
 
 Maker: TypeAlias = Callable[..., Any]
 """What creates the record of a part: its `hparams`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Records:
+class _Records(Value):
     """Creates the records of several parts, from keywords or from one record for each."""
 
-    parts: tuple[tuple[Hashable, Maker], ...]
-
-    @property
-    def makers(self) -> dict[Hashable, Maker]:
-        return dict(self.parts)
+    parts: dict[Hashable, Maker]
 
     def names(self) -> list[str]:
         """The keywords that any part accepts."""
-        return [name for _, maker in self.parts for name in _names(maker)]
+        return [name for maker in self.parts.values() for name in _names(maker)]
 
-    def made(self, records: Mapping[Hashable, Any], numbers: dict[str, Any]) -> list[Any]:
+    def made(self, records: Mapping[Hashable, Any], numbers: dict[str, Any]) -> dict[Hashable, Any]:
         """One record for each part."""
         if not records:
             return self._routed(numbers)
-        if numbers or records.keys() != self.makers.keys():
+        if numbers or records.keys() != self.parts.keys():
             raise TypeError(
                 "hparams() takes keywords, or one record for each of the parts "
-                f"{list(self.makers)}, but got records for {list(records)} and the keywords "
+                f"{list(self.parts)}, but got records for {list(records)} and the keywords "
                 f"{list(numbers)}"
             )
-        for key, maker in self.parts:
+        for key, maker in self.parts.items():
             check_record(records[key], maker, f"hparams[{key!r}]")
-        return [records[key] for key, _ in self.parts]
+        return {key: records[key] for key in self.parts}
 
-    def _routed(self, numbers: dict[str, Any]) -> list[Any]:
+    def _routed(self, numbers: dict[str, Any]) -> dict[Hashable, Any]:
         """Pass every keyword to the one part whose record has that field."""
-        fields = {key: _names(maker) for key, maker in self.parts}
+        fields = {key: _names(maker) for key, maker in self.parts.items()}
         chosen: dict[Hashable, dict[str, Any]] = {key: {} for key in fields}
         for name, value in numbers.items():
             owners = [key for key, known in fields.items() if name in known]
             if len(owners) != 1:
                 raise TypeError(_unclear(name, owners, fields))
             chosen[owners[0]][name] = value
-        return [maker(**chosen[key]) for key, maker in self.parts]
+        return {key: maker(**chosen[key]) for key, maker in self.parts.items()}
 
 
 class InOrder(_Records):
     """Creates a tuple of records: `hparams(lr=0.1)`, or `hparams(record, record)`."""
 
     def __call__(self, *records: Any, **numbers: Any) -> tuple[Any, ...]:
-        return tuple(self.made(dict(enumerate(records)), numbers))
+        return tuple(self.made(dict(enumerate(records)), numbers).values())
 
 
 class ByLabel(_Records):
@@ -69,7 +63,7 @@ class ByLabel(_Records):
     ) -> dict[Hashable, Any]:
         if records is not None and not isinstance(records, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
             raise TypeError(f"hparams() takes keywords or a dict of records, not {brief(records)}")
-        return dict(zip(self.makers, self.made(records or {}, numbers), strict=True))
+        return self.made(records or {}, numbers)
 
 
 def check_record(record: object, maker: Maker, name: str = "hparams") -> None:

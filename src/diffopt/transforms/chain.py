@@ -67,7 +67,7 @@ class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
 
     @property
     def hparams(self) -> InOrder:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
-        return InOrder(tuple(enumerate(part.hparams for part in self.parts)))
+        return InOrder(dict(enumerate(part.hparams for part in self.parts)))
 
     def init(self, params: Tree) -> tuple[Any, ...]:
         return tuple(part.init(params) for part in self.parts)

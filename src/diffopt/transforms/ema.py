@@ -87,7 +87,7 @@ class EMA(Wrapper[EMAState]):
 
     @property
     def hparams(self) -> InOrder:
-        return InOrder(((0, EMAHParams), (1, self.optimizer.hparams)))
+        return InOrder({0: EMAHParams, 1: self.optimizer.hparams})
 
     def init(self, params: Tree) -> EMAState:
         inner = super().init(params)

@@ -15,7 +15,7 @@ from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import working_real
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, Wrapper, gather, wide
+from diffopt.transforms._base import Leaves, Wrapper, copy_, gather, wide
 
 
 def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
@@ -70,30 +70,27 @@ class Flatten(Wrapper[Any]):
         return self.optimizer.init([_ravel(tensors, group) for group in _groups(tensors)])
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
-        leaves = gather(params, grads)
-        layout = _Layout.of(leaves)
-        vectors, *others = _arguments(leaves, layout, state, params, hparams)
+        layout = _Layout.of(gather(params, grads))
+        vectors, *others = layout.arguments(params, state, hparams)
         new_vectors, new_state = self.optimizer.update(vectors, *others)
-        new_params = leaves.tree(_unravel(new_vectors, leaves, layout))
-        return new_params, layout.whole(new_state, state)
+        return layout.leaves.tree(layout.params(new_vectors)), layout.whole(new_state, state)
 
     def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            leaves = gather(params, grads, writable=True)
-            layout = _Layout.of(leaves)
+            layout = _Layout.of(gather(params, grads, writable=True))
             if layout.groups != layout.some:
                 return super().update_(params, grads, state, hparams)
-            vectors, *others = _arguments(leaves, layout, state, params, hparams)
+            vectors, *others = layout.arguments(params, state, hparams)
             self.optimizer.update_(vectors, *others)
-            for old, new in zip(leaves.params, _unravel(vectors, leaves, layout), strict=True):
-                if new is not old:
-                    old.copy_(new)
+            pairs = zip(layout.leaves.params, layout.params(vectors), strict=True)
+            copy_((old, new) for old, new in pairs if new is not old)
 
 
 class _Layout(NamedTuple):
     """Which leaves each vector holds, which of them have a gradient, and their lengths."""
 
+    leaves: Leaves
     groups: list[list[int]]
     some: list[list[int]]
     sizes: list[int]
@@ -102,7 +99,36 @@ class _Layout(NamedTuple):
     def of(cls, leaves: Leaves) -> _Layout:
         groups = _groups(leaves.params)
         some = [[i for i in group if leaves.grads[i] is not None] for group in groups]
-        return cls(groups, some, [real(param).numel() for param in leaves.params])
+        return cls(leaves, groups, some, [real(param).numel() for param in leaves.params])
+
+    def arguments(self, params: Tree, state: Any, hparams: Any) -> Any:
+        """The arguments of the optimizer's update, as vectors."""
+        spec, tensors, grads = self.leaves
+
+        def flat(record: Any) -> Any:
+            if not hyper.is_record(record):
+                return record
+            numbers = hyper.broadcast(record, spec, params)
+            checks.numbers(numbers, tensors, params)
+            values = [_flat_number(number, tensors, self.groups) for number in numbers]
+            return hyper.assemble(type(record), values)
+
+        filled = [p if g is None else g for p, g in zip(tensors, grads, strict=True)]
+        vectors = ([_ravel(column, g) for g in self.groups] for column in (tensors, filled))
+        return self.part((*vectors, state, _tree.map(flat, hparams, is_leaf=hyper.is_record)))
+
+    def params(self, vectors: list[Tensor]) -> list[Tensor]:
+        """The params in these vectors; those without a gradient are unchanged."""
+        params = list(self.leaves.params)
+        for vector, group in zip(vectors, self.some, strict=True):
+            # Copies instead of views of one vector: no two params may share memory.
+            pieces: Any = torch.split_with_sizes_copy(vector, [self.sizes[i] for i in group])
+            for i, piece in zip(group, pieces, strict=True):
+                old = params[i]
+                piece = piece.reshape(real(old).shape)
+                new = torch.view_as_complex(piece) if old.is_complex() else piece
+                params[i] = new.to(old.dtype)
+        return params
 
     def part(self, tree: Any) -> Any:
         """The tree with its vectors restricted to the leaves that have a gradient."""
@@ -134,30 +160,11 @@ class _Layout(NamedTuple):
 
         nodes, spec = _tree.flatten(trees[0], is_leaf=is_column)
         rows = zip(nodes, *(spec.flatten_up_to(tree) for tree in trees[1:]), strict=True)
-        return _tree.unflatten(
-            [
-                [*map(function, *row, self.groups, self.some)] if is_column(row[0]) else row[-1]
-                for row in rows
-            ],
-            spec,
+        new = (
+            [*map(function, *row, self.groups, self.some)] if is_column(row[0]) else row[-1]
+            for row in rows
         )
-
-
-def _arguments(leaves: Leaves, layout: _Layout, state: Any, params: Tree, hparams: Any) -> Any:
-    """The arguments of the optimizer's update, as vectors."""
-
-    def flat(record: Any) -> Any:
-        if not hyper.is_record(record):
-            return record
-        numbers = hyper.broadcast(record, leaves.spec, params)
-        checks.numbers(numbers, leaves.params, params)
-        values = [_flat_number(number, leaves.params, layout.groups) for number in numbers]
-        return hyper.assemble(type(record), values)
-
-    grads = [p if g is None else g for p, g in zip(leaves.params, leaves.grads, strict=True)]
-    vectors = [[_ravel(tensors, g) for g in layout.groups] for tensors in (leaves.params, grads)]
-    records = _tree.map(flat, hparams, is_leaf=hyper.is_record)
-    return layout.part((*vectors, state, records))
+        return _tree.unflatten(new, spec)
 
 
 def _flat_number(number: hyper.Covered, params: list[Tensor], groups: list[list[int]]) -> Any:
@@ -189,16 +196,3 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def _ravel(tensors: Sequence[Tensor], group: list[int]) -> Tensor:
     return torch.cat([real(wide(tensors[i])).reshape(-1) for i in group])
-
-
-def _unravel(vectors: list[Tensor], leaves: Leaves, layout: _Layout) -> list[Tensor]:
-    """The params; those without a gradient are unchanged."""
-    params = list(leaves.params)
-    for vector, group in zip(vectors, layout.some, strict=True):
-        # Copies instead of views of one vector: no two params may share memory.
-        pieces: Any = torch.split_with_sizes_copy(vector, [layout.sizes[i] for i in group])
-        for i, piece in zip(group, pieces, strict=True):
-            old = params[i]
-            piece = piece.reshape(real(old).shape)
-            params[i] = (torch.view_as_complex(piece) if old.is_complex() else piece).to(old.dtype)
-    return params

@@ -81,7 +81,7 @@ class Partition(Value, Optimizer[Parts, Parts]):
 
     @property
     def hparams(self) -> ByLabel:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
-        return ByLabel(tuple((label, opt.hparams) for label, opt in self.optimizers.items()))
+        return ByLabel({label: optimizer.hparams for label, optimizer in self.optimizers.items()})
 
     def init(self, params: Tree) -> Parts:
         tensors, spec = _tree.flatten(params)
