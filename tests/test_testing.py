@@ -326,6 +326,11 @@ def test_the_check_finds_the_defect(name, defect):
         CHECKS[name](Case(optimizer, reference=Reference))
 
 
+def test_what_was_not_kept_is_named():
+    with pytest.raises(AssertionError, match=r"has dtype torch\.\w+, but had torch\.\w+$"):
+        CHECKS["kept"](Case(Promoting(), dtypes=(torch.float64, torch.float32)))
+
+
 def test_no_check_is_without_a_defect_that_it_finds():
     assert {name for name, _ in DEFECTS} == CHECKS.keys()
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -103,8 +104,9 @@ def kept(case: Case, point: Point) -> None:
             _tree.paths(old, "result"), _tree.leaves(new), _tree.leaves(old), strict=True
         ):
             for attribute in ("shape", "dtype", "device", "layout"):
-                if getattr(mine, attribute) != getattr(theirs, attribute):
-                    raise AssertionError(f"{path} has {attribute} {mine}, but had {theirs}")
+                now, before = getattr(mine, attribute), getattr(theirs, attribute)
+                if now != before:
+                    raise AssertionError(f"{path} has {attribute} {now}, but had {before}")
 
 
 @drawn
@@ -130,13 +132,11 @@ def no_gradient(case: Case, point: Point) -> None:
     """A parameter without a gradient, and its state, are the very same tensors afterwards."""
     if _tree.is_leaf(point.params):
         return
-    params, state = case.optimizer.update(*point)
-    old = kept_columns(case, point, point.params, point.state)
-    for (before, stays), (after, _) in zip(
-        old, kept_columns(case, point, params, state), strict=True
-    ):
+    ends = (point.params, point.state), case.optimizer.update(*point)
+    columns = (kept_columns(case, point, params, state) for params, state in ends)
+    for (old, stays), (new, _) in zip(*columns, strict=True):
+        both = leaves_at(point, old), leaves_at(point, new)
         paths = _tree.paths(point.params, "params")
-        both = (leaves_at(point, column) for column in (before, after))
         for path, stay, x, y in zip(paths, stays, *both, strict=True):
             if stay and isinstance(x, Tensor) and x is not y:
                 raise AssertionError(f"{path} has no gradient, but it or its state was replaced")
@@ -235,19 +235,13 @@ def prefixes(draw: st.DrawFn, point: Point) -> tuple[Any, Any]:
         both = [cut(child, number) for child in children]
         return tuple(_tree.unflatten([pair[i] for pair in both], spec) for i in (0, 1))
 
-    def choose(field: hyper.Field, value: Any) -> Choice:
+    def choose(field: hyper.Field, value: Any) -> SimpleNamespace:
         free = field.per_parameter and isinstance(value, (int, float))
-        return Choice(*(cut(point.params, value) if free else (value, value)))
+        short, long = cut(point.params, value) if free else (value, value)
+        return SimpleNamespace(short=short, long=long)  # as one leaf
 
     chosen = map_fields(choose, point.hparams)
-    return tuple(_tree.map(lambda c, i=i: c.trees[i], chosen) for i in (0, 1))
-
-
-class Choice:
-    """A short and a long tree, as one leaf."""
-
-    def __init__(self, *trees: Tree) -> None:
-        self.trees = trees
+    return _tree.map(lambda c: c.short, chosen), _tree.map(lambda c: c.long, chosen)
 
 
 def columns(point: Point, state: Any) -> list[Tree]:
