@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -273,60 +273,29 @@ def _used(state: tuple[Any, ...], fields: tuple[str, ...]) -> Mapping[str, torch
     return {name: field.dtype for name, field in pairs if not unused(field)}
 
 
-class Functions(NamedTuple):
-    """The arguments of `leafwise`."""
-
-    state: type[Any]
-    hparams: type[Any]
-    init: Callable[[Tensor, Tensor], Any]
-    rule: Callable[..., tuple[Any, Any]]
-    scalars: Callable[[Any, Any], Any] | None
-    initial: Callable[[Any], dict[str, Any]] | None
-    native: Callable[..., bool] | None
-    elementwise: bool
-    batchable: bool
-    shapes: Callable[[Shape], tuple[Shape, ...]] | None
-    refuse: Callable[[Tensor], str | None] | None
-    stackable: bool
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class FunctionRule(Leafwise[S, H]):
-    """What `leafwise` returns: a rule whose methods are the functions passed to it."""
+    """What `leafwise` returns: a rule whose methods and attributes are the arguments.
 
-    functions: Functions
+    Attributes:
+        members: each by its name in `Rule`.
+    """
 
-    # What other rules define as class attributes comes from the functions here.
-    State = property(lambda self: self.functions.state)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
-    hparams = property(lambda self: self.functions.hparams)  # pyright: ignore[reportIncompatibleVariableOverride]
-    native = property(lambda self: self.functions.native)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
-    elementwise = property(lambda self: self.functions.elementwise)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
-    batchable = property(lambda self: self.functions.batchable)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
-    stackable = property(lambda self: self.functions.stackable)  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+    members: tuple[tuple[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, member in self.members:
+            object.__setattr__(self, name, member)
 
     def __repr__(self) -> str:
         """The functions and classes by name, on one line."""
-        named = [f.__name__ for f in self.functions[:4]]
+        named = [member.__name__ for _, member in self.members[:4]]
         flags = [f"{k}={v!r}" for k, v in self._inherited().items()]
         return f"leafwise({', '.join([*named, *flags])})"
 
-    def begin(self, p: Tensor, step: Tensor) -> S:
-        return self.functions.init(p, step)
-
-    def scalars(self, t: Any, hp: H) -> Any:
-        return self.functions.scalars(t, hp) if self.functions.scalars else None
-
     def rule(self, p: Any, g: Any, s: S, hp: H, c: Any) -> tuple[Any, S]:
-        return self.functions.rule(p, g, s, hp, c)
-
-    def initial(self, hp: H) -> dict[str, Any]:
-        return self.functions.initial(hp) if self.functions.initial else {}
-
-    def shapes(self, shape: Shape) -> tuple[Shape, ...] | None:
-        return self.functions.shapes(shape) if self.functions.shapes else None
-
-    def refuse(self, p: Tensor) -> str | None:
-        return self.functions.refuse(p) if self.functions.refuse else None
+        raise NotImplementedError  # a member takes its place
 
 
 def leafwise(
@@ -406,33 +375,27 @@ def leafwise(
         >>> opt.update(p, g, opt.init(p), opt.hparams(lr=0.5))[0]
         tensor([-0.5000,  0.5000])
     """
-    _check_functions(state, hparams, init=init, rule=rule)
-    optional = {"scalars": scalars, "initial": initial, "native": native, "shapes": shapes}
-    for name, function in {**optional, "refuse": refuse}.items():
-        check_function(function, name, optional=True)
-    hyper.check_flags(
-        maximize=maximize, elementwise=elementwise, batchable=batchable, stackable=stackable
-    )
+    _check_classes(state, hparams)
+    required = {"init": init, "rule": rule}
+    optional = {
+        "scalars": scalars,
+        "initial": initial,
+        "native": native,
+        "shapes": shapes,
+        "refuse": refuse,
+    }
+    flags = {"elementwise": elementwise, "batchable": batchable, "stackable": stackable}
+    for name, function in {**required, **optional}.items():
+        check_function(function, name, optional=name in optional)
+    hyper.check_flags(maximize=maximize, **flags)
     if not _modes.compiling():  # it cannot be traced
         torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
-    functions = Functions(
-        state,
-        hparams,
-        init,
-        rule,
-        scalars,
-        initial,
-        native,
-        elementwise,
-        batchable,
-        shapes,
-        refuse,
-        stackable,
-    )
-    return FunctionRule(functions=functions, maximize=maximize, execution=execution)
+    given = {name: function for name, function in optional.items() if function is not None}
+    members = {"State": state, "hparams": hparams, "begin": init, "rule": rule, **given, **flags}
+    return FunctionRule(members=(*members.items(),), maximize=maximize, execution=execution)
 
 
-def _check_functions(state: Any, hparams: Any, **functions: Any) -> None:
+def _check_classes(state: Any, hparams: Any) -> None:
     """Raise unless `leafwise` can make an optimizer of these."""
     if not isinstance(state, type) or getattr(state, "_fields", ())[:1] != ("step",):
         raise TypeError(
@@ -442,8 +405,6 @@ def _check_functions(state: Any, hparams: Any, **functions: Any) -> None:
         raise TypeError(
             f"hparams is {_tree.describe(hparams)}, not a class made by diffopt.rules.hparams"
         )
-    for name, function in functions.items():
-        check_function(function, name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,9 +66,9 @@ class Rule(ABC, Generic[S, H]):
     maximize = False
     native: Callable[..., bool] | None = None
 
-    @abstractmethod
     def begin(self, p: Tensor, step: Tensor) -> S:
-        """The state of one tensor before its first step; create buffers with `zeros_like`."""
+        """The state of one tensor before its first step: unless overridden, zeros in its shape."""
+        return self.State(step, *(zeros_like(p) for _ in self.State._fields[1:]))
 
     def scalars(self, t: Any, hp: H) -> Any:
         """What is computed once per step instead of once per tensor, such as bias corrections."""

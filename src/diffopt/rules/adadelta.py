@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -37,9 +37,6 @@ class Adadelta(Leafwise[AdadeltaState, AdadeltaHParams]):
     State = AdadeltaState
     hparams: ClassVar[type[AdadeltaHParams]] = AdadeltaHParams
     elementwise = True
-
-    def begin(self, p: Any, step: Any) -> AdadeltaState:
-        return AdadeltaState(step, zeros_like(p), zeros_like(p))
 
     def rule(
         self, p: Any, g: Any, s: AdadeltaState, hp: AdadeltaHParams, c: Any

@@ -9,7 +9,7 @@ from diffopt import _torch
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -38,9 +38,6 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
     State = AdagradState
     hparams: ClassVar[type[AdagradHParams]] = AdagradHParams
     elementwise = True
-
-    def begin(self, p: Any, step: Any) -> AdagradState:
-        return AdagradState(step, zeros_like(p))
 
     def scalars(self, t: Any, hp: AdagradHParams) -> Any:
         return -hp.lr / (1 + (t - 1) * hp.lr_decay)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -38,9 +38,6 @@ class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
     State = AdamaxState
     hparams: ClassVar[type[AdamaxHParams]] = AdamaxHParams
     elementwise = True
-
-    def begin(self, p: Any, step: Any) -> AdamaxState:
-        return AdamaxState(step, zeros_like(p), zeros_like(p))
 
     def scalars(self, t: Any, hp: AdamaxHParams) -> Any:
         return -hp.lr / (1 - hp.beta1**t)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -39,9 +39,6 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
     State = ASGDState
     hparams: ClassVar[type[ASGDHParams]] = ASGDHParams
     elementwise = True
-
-    def begin(self, p: Any, step: Any) -> ASGDState:
-        return ASGDState(step, zeros_like(p), zeros_like(p), zeros_like(p))
 
     def scalars(self, t: Any, hp: ASGDHParams) -> tuple[Any, Any]:
         next_eta = hp.lr / (1 + hp.lambd * hp.lr * t) ** hp.alpha

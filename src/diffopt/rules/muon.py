@@ -12,7 +12,7 @@ from diffopt._arguments import check_choice
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -52,9 +52,6 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_iteration(self.ns_steps, self.adjust_lr_fn, self.precision)
-
-    def begin(self, p: Any, step: Any) -> MuonState:
-        return MuonState(step, zeros_like(p))
 
     def rule(self, p: Any, g: Any, s: MuonState, hp: MuonHParams, c: Any) -> tuple[Any, MuonState]:
         b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -42,9 +42,6 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
     State = NAdamState
     hparams: ClassVar[type[NAdamHParams]] = NAdamHParams
     elementwise = True
-
-    def begin(self, p: Any, step: Any) -> NAdamState:
-        return NAdamState(step, zeros_like(p), zeros_like(p), zeros_like(p))
 
     def scalars(self, t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any]:
         shrinkage = 1 - hp.lr * hp.weight_decay

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -40,9 +40,6 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
     State = RAdamState
     hparams: ClassVar[type[RAdamHParams]] = RAdamHParams
     elementwise = True
-
-    def begin(self, p: Any, step: Any) -> RAdamState:
-        return RAdamState(step, zeros_like(p), zeros_like(p))
 
     def scalars(self, t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any, Any, Any]:
         shrinkage = 1 - hp.lr * hp.weight_decay

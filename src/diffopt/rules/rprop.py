@@ -10,7 +10,7 @@ import torch
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -40,9 +40,6 @@ class Rprop(Leafwise[RpropState, RpropHParams]):
     State = RpropState
     hparams: ClassVar[type[RpropHParams]] = RpropHParams
     elementwise = True
-
-    def begin(self, p: Any, step: Any) -> RpropState:
-        return RpropState(step, zeros_like(p), zeros_like(p))
 
     def rule(
         self, p: Any, g: Any, s: RpropState, hp: RpropHParams, c: Any

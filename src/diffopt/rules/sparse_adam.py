@@ -12,7 +12,6 @@ from diffopt import _modes, _tree
 from diffopt._rule import checks, hyper, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import zeros_like
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 
@@ -110,9 +109,6 @@ class EntriesAdam(Leafwise[SparseAdamState, SparseAdamHParams]):
     State = SparseAdamState
     hparams: ClassVar[type[SparseAdamHParams]] = SparseAdamHParams
     elementwise = True
-
-    def begin(self, p: Any, step: Any) -> SparseAdamState:
-        return SparseAdamState(step, zeros_like(p), zeros_like(p))
 
     def scalars(self, t: Any, hp: SparseAdamHParams) -> Any:
         return -hp.lr * (1 - hp.beta2**t) ** 0.5 / (1 - hp.beta1**t)
