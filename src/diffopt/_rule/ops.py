@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _torch
+from diffopt import _modes
 from diffopt._rule.recording import Recorded
 from diffopt._rule.tensorlist import TensorList
 
@@ -45,8 +45,6 @@ def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
     coefficient = _modes.number_of(coefficient)
     if isinstance(coefficient, _TENSORS):
         return x + y * coefficient
-    if isinstance(x, TensorList):
-        return TensorList(_torch.foreach_add(x.tensors, y.tensors, alpha=coefficient))
     return torch.add(x, y, alpha=coefficient)
 
 
@@ -62,8 +60,6 @@ def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
         return y if isinstance(y, Recorded) else y * 1  # a new tensor
     if isinstance(weight, _TENSORS):
         return x + weight * (y - x)
-    if isinstance(x, TensorList):
-        return TensorList(_torch.foreach_lerp(x.tensors, y.tensors, weight))
     return torch.lerp(x, y, weight)
 
 
@@ -72,8 +68,6 @@ def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     coefficient = _modes.number_of(coefficient)
     if isinstance(coefficient, _TENSORS):
         return x + a * coefficient * b
-    if isinstance(x, TensorList):
-        return TensorList(_torch.foreach_addcmul(x.tensors, a.tensors, b.tensors, coefficient))
     return torch.addcmul(x, a, b, value=coefficient)
 
 
@@ -82,8 +76,6 @@ def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     coefficient = _modes.number_of(coefficient)
     if isinstance(coefficient, _TENSORS):
         return x + a * coefficient / b
-    if isinstance(x, TensorList):
-        return TensorList(_torch.foreach_addcdiv(x.tensors, a.tensors, b.tensors, coefficient))
     return torch.addcdiv(x, a, b, value=coefficient)
 
 
@@ -115,8 +107,6 @@ def at_least(x: Any, least: Any) -> Any:
 
 def maximum(x: Leaf, y: Leaf) -> Leaf:
     """The greater of the two, element by element."""
-    if isinstance(x, TensorList):
-        return TensorList(_torch.foreach_maximum(x.tensors, y.tensors))
     return torch.maximum(x, y)
 
 
@@ -129,9 +119,7 @@ def sqrt(x: Any) -> Any:
     """
     if isinstance(x, float):
         return math.sqrt(x)
-    if isinstance(x, TensorList):
-        return TensorList(_torch.foreach_sqrt(x.tensors))
-    if not _modes.differentiable():
+    if isinstance(x, TensorList) or not _modes.differentiable():
         return x.sqrt()
     if _modes.transformed() or _modes.forward_differentiated():
         zero = x == 0

@@ -7,8 +7,10 @@ the cache. Since the operations are elementwise, a result may overwrite its own 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,12 +64,6 @@ class Tape:
         self.operations: list[Operation] = []
         self.whole, self.sums = whole, iter(sums)
 
-    def add(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Recorded:
-        index = len(self.inputs) + len(self.operations)
-        result = Recorded(self, index, boolean=name in _COMPARISONS)
-        self.operations.append(Operation(_FUNCTIONS[name], arguments, options, result))
-        return result
-
 
 class Recorded:
     """Stands for a tensor; every operation on it is recorded and returns another `Recorded`."""
@@ -91,7 +87,10 @@ class Recorded:
             arguments = tuple(
                 torch.tensor(x) if isinstance(x, (int, float)) else x for x in arguments
             )
-        return self.tape.add(name, arguments, options)
+        index = len(self.tape.inputs) + len(self.tape.operations)
+        result = Recorded(self.tape, index, boolean=name in _COMPARISONS)
+        self.tape.operations.append(Operation(_FUNCTIONS[name], arguments, options, result))
+        return result
 
     @classmethod
     def __torch_function__(
@@ -135,6 +134,15 @@ for _name in ("add", "mul"):
     setattr(Recorded, f"__r{_name}__", _operator(_name))
 
 
+@dataclasses.dataclass
+class _Register:
+    """Memory for one value after another."""
+
+    boolean: bool
+    until: float  # the operation, by the index of its result, that needs the present value last
+    due: float = math.inf  # the operation that makes the value it holds in the end
+
+
 class Program:
     """The operations of a tape, on tensors some of which they overwrite.
 
@@ -144,74 +152,65 @@ class Program:
     """
 
     def __init__(self, tape: Tape, outputs: Sequence[Any]) -> None:
-        inputs, operations = tape.inputs, tape.operations
         if not all(x is None or isinstance(x, Recorded) for x in outputs):
             raise Unrecordable("a new value that is not the result of an operation")
-        wanted: dict[int, int] = {}  # a value that is used twice is written to its first place
-        for k, x in enumerate(outputs):
-            if x is not None:
-                wanted.setdefault(x.index, k)
-        last = dict.fromkeys(wanted, len(operations))  # the last operation that needs each value
-        for i, operation in reversed([*enumerate(operations)]):
-            if operation.result.index in last:
-                for x in operation.arguments:
-                    if isinstance(x, Recorded):
-                        last.setdefault(x.index, i)
-        made = {operation.result.index: i for i, operation in enumerate(operations)}
-        place = {x.index: k for k, x in enumerate(inputs)}  # the register of each value
-        self.inputs = len(inputs)
-        # For each register: its kind, when its value is last needed, and when it must be free
-        # again.
-        self.boolean = [False] * len(inputs)
-        until = [last.get(x.index, -1) for x in inputs]
-        due = [-1 if x is None else made.get(x.index, -1) for x in outputs]
-        self.lines: list[tuple[Any, ...]] = []
-        self.constants: list[Any] = []  # they are placed after the registers
-        for i, (function, arguments, options, result) in enumerate(operations):
-            if result.index not in last:
-                continue
-            sources: list[int] = []
-            for x in arguments:
-                if not isinstance(x, Recorded):
-                    self.constants.insert(0, x)
-                sources.append(place[x.index] if isinstance(x, Recorded) else -len(self.constants))
-            needed = last[result.index]
-            free = [
-                k
-                for k, boolean in enumerate(self.boolean)
-                if until[k] <= i and needed <= due[k] and boolean == result.boolean
-            ]
-            k = wanted.get(result.index)
-            if k is not None and until[k] <= i:
-                target = k
-            elif free:
-                target = max(free, key=until.__getitem__)  # the most recently used
-            else:
-                target = len(self.boolean)
-                self.boolean.append(result.boolean)
-                until.append(i)
-                due.append(len(operations))
-            place[result.index], until[target] = target, needed
-            self.lines.append((function, sources, options, target))
-        self.copies = [
-            (k, place[x.index])
-            for k, x in enumerate(outputs)
-            if x is not None and place[x.index] != k
+        new = {k: x.index for k, x in enumerate(outputs) if x is not None}
+        wanted = {index: k for k, index in reversed(new.items())}  # of several places, the first
+        last = _last_uses(tape.operations, wanted)
+        self.operations = [x for x in tape.operations if x.result.index in last]
+        self.inputs = len(tape.inputs)
+        self.memory = [
+            _Register(False, last.get(k, -1), new.get(k, -1)) for k in range(self.inputs)
         ]
+        self.place = {k: k for k in range(self.inputs)}  # the register of each value
+        for _, _, _, result in self.operations:
+            index = result.index
+            self.place[index] = self._register(result, last[index], wanted.get(index))
+        self.copies = [(k, self.place[i]) for k, i in new.items() if self.place[i] != k]
         if {k for k, _ in self.copies} & {source for _, source in self.copies}:
             raise Unrecordable("a new value is the old value of an overwritten tensor")
 
+    def _register(self, result: Recorded, needed: float, wanted: int | None) -> int:
+        """A register for a result: the one wanted if free, the last one used, or a new one."""
+        free = [
+            k
+            for k, register in enumerate(self.memory)
+            if register.boolean == result.boolean
+            and register.until <= result.index
+            and (needed <= register.due or k == wanted)
+        ]
+        if not free:
+            free = [len(self.memory)]
+            self.memory.append(_Register(result.boolean, result.index))
+        best = max(free, key=lambda k: (k == wanted, self.memory[k].until))
+        self.memory[best].until = needed
+        return best
+
     def registers(self, size: int, like: Tensor) -> list[Tensor]:
         """Memory for everything but the inputs, for pieces of up to `size` elements."""
-        dtypes = (torch.bool if boolean else like.dtype for boolean in self.boolean[self.inputs :])
+        dtypes = (torch.bool if x.boolean else like.dtype for x in self.memory[self.inputs :])
         return [torch.empty(size, dtype=dtype, device=like.device) for dtype in dtypes]
 
     def run(self, inputs: Sequence[Tensor], registers: Sequence[Tensor]) -> None:
         """Overwrite the inputs that have new values."""
         size = inputs[0].numel()
-        pieces = (x if x.numel() == size else x[:size] for x in registers)
-        values = [*inputs, *pieces, *self.constants]
-        for function, sources, options, target in self.lines:
-            function(*map(values.__getitem__, sources), **options, out=values[target])
+        values = [*inputs, *(x if x.numel() == size else x[:size] for x in registers)]
+
+        def value(x: Any) -> Any:
+            return values[self.place[x.index]] if isinstance(x, Recorded) else x
+
+        for function, arguments, options, result in self.operations:
+            function(*map(value, arguments), **options, out=value(result))
         for target, source in self.copies:
             values[target].copy_(values[source])
+
+
+def _last_uses(operations: Sequence[Operation], wanted: Iterable[int]) -> dict[int, float]:
+    """The last operation that needs each value; values that are not needed are left out."""
+    last: dict[int, float] = dict.fromkeys(wanted, math.inf)
+    for operation in reversed(operations):
+        if operation.result.index in last:
+            for x in operation.arguments:
+                if isinstance(x, Recorded):
+                    last.setdefault(x.index, operation.result.index)
+    return last

@@ -6,9 +6,19 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
+
+_KERNELS = {
+    torch.add: _torch.foreach_add,
+    torch.lerp: _torch.foreach_lerp,
+    torch.addcmul: _torch.foreach_addcmul,
+    torch.addcdiv: _torch.foreach_addcdiv,
+    torch.maximum: _torch.foreach_maximum,
+    Tensor.sqrt: _torch.foreach_sqrt,
+}
 
 
 class TensorList:
@@ -59,7 +69,10 @@ class TensorList:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> TensorList:
-        """`torch.sign(list)` and the like: `function` of each tensor."""
+        """By a foreach kernel, or as `function` of each tensor."""
+        kernel = _KERNELS.get(function)
+        if kernel and isinstance(args[0], cls) and not any(isinstance(a, Tensor) for a in args):
+            return TensorList(kernel(*map(_operand, args), **(kwargs or {})))
         given = args, kwargs or {}  # lists among the arguments are those of stack and cat
         length = next(len(a) for a in _tree.leaves(given) if isinstance(a, TensorList))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,7 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     alone: list[int] = []
 
     def leaf(*tensors: Tensor) -> list[Tensor]:
-        rest = iter(tensors)
-        row = [next(rest) if isinstance(c, list) else c for c in columns]
+        row = _in_place_of_lists(tensors, columns)
         return [x for x in apply(rule, numbers, row) if isinstance(x, Tensor)]
 
     for batch in _alike(columns[0]):
@@ -125,51 +124,56 @@ def _up_to_a_sum(
     The terms go to an extra tensor behind the row; without an unknown sum the row is updated.
     """
     tape = recording.Tape(len(lists) + 1, row[0], sums)
-    inputs = list(row)
-    for k, x in zip(lists, tape.inputs, strict=False):
-        inputs[k] = x
     try:
-        new_p, *new = run(rule, numbers, inputs)
+        outputs = _recorded(rule, numbers, row, lists, tape)
     except recording.Summed as stop:
         return recording.Program(tape, [*(None for _ in lists), stop.terms]), True
-    except TypeError as error:
-        raise recording.Unrecordable(*error.args) from error
-    outputs = [x for k, x in enumerate([new_p, None, *new]) if k in lists]
-    return recording.Program(tape, [*outputs, None]), False
+    return recording.Program(tape, [*(outputs[k] for k in lists), None]), False
 
 
 def _prepared(
     rule: AnyRule, numbers: Numbers, columns: Sequence[Any]
 ) -> tuple[int, Callable[[Sequence[Tensor]], None]]:
     """The size of pieces, and a function that updates one piece of each column in place."""
-    size = torch.get_num_threads() * _TILE
+    size, like = torch.get_num_threads() * _TILE, columns[0][0]
     lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
-    like = columns[0][0]
 
     def eagerly(piece: Sequence[Tensor]) -> None:
-        row = list(columns)
-        for k, tensor in zip(lists, piece, strict=True):
-            row[k] = [tensor]
-        leaf_(rule, numbers, row)
+        leaf_(rule, numbers, _in_place_of_lists([[tensor] for tensor in piece], columns))
 
     if any(x.dtype != like.dtype or x.dtype not in AS_IS for k in lists for x in columns[k]):
         return size, eagerly
     tape = recording.Tape(len(lists))
-    row = [c.value if isinstance(c, Shared) else c for c in columns]
-    for k, x in zip(lists, tape.inputs, strict=True):
-        row[k] = x
     try:
-        new_p, *new = run(rule, numbers, row)
-        outputs = [value for k, value in enumerate([new_p, None, *new]) if k in lists]
-        program = recording.Program(tape, outputs)
-    except (recording.Unrecordable, TypeError):
+        outputs = _recorded(rule, numbers, columns, lists, tape)
+        program = recording.Program(tape, [outputs[k] for k in lists])
+    except recording.Unrecordable:
         return size, eagerly
-    for column, value in zip(columns[2:], new, strict=True):
+    for column, value in zip(columns, outputs, strict=True):
         if isinstance(column, Shared):
             column.new = value
-    size = size * _USUAL // len(program.boolean)
+    size = size * _USUAL // len(program.memory)
     registers = program.registers(size, like)
     return size, lambda piece: program.run(piece, registers)
+
+
+def _recorded(
+    rule: AnyRule, numbers: Numbers, row: Sequence[Any], lists: list[int], tape: recording.Tape
+) -> list[Any]:
+    """The new values of a row, where the inputs of a tape take the places `lists`."""
+    values = [x.value if isinstance(x, Shared) else x for x in row]
+    for k, x in zip(lists, tape.inputs, strict=False):
+        values[k] = x
+    try:
+        new_p, *new = run(rule, numbers, values)
+    except TypeError as error:
+        raise recording.Unrecordable(*error.args) from error
+    return [new_p, None, *new]
+
+
+def _in_place_of_lists(values: Iterable[Any], columns: Sequence[Any]) -> list[Any]:
+    rest = iter(values)
+    return [next(rest) if isinstance(column, list) else column for column in columns]
 
 
 def _batches(indices: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:
