@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes
+
+LOCKED = "is an inference tensor, which can only be written to inside torch.inference_mode()"
+
+
+def check_apart(
+    path: Callable[[int], str], tensors: Sequence[Tensor], read: Sequence[Any] = ()
+) -> None:
+    """Raise if writing to one of the tensors changes another one, or one of those in `read`.
+
+    `path` names the tensor with an index, as `overlap` counts them.
+    """
+    pair = overlap(tensors, read)
+    if pair is None:
+        return
+    first, second = map(path, pair)
+    if first == second:
+        raise ValueError(f"{first} is an expanded tensor, which cannot be written to: clone it")
+    raise ValueError(
+        f"{second} and {first} share memory, so updating one would overwrite the other: clone one "
+        "of them"
+    )
 
 
 def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, int] | None:

@@ -108,18 +108,15 @@ def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
     if kind is None:
         values.append(tree)
         return isinstance(tree, Tensor) or pytree.tree_is_leaf(tree)
-    mine: Any
-    if kind is list or kind is tuple:
-        same, mine = type(tree) is kind, tree
-    elif kind is pytree.namedtuple:
-        same, mine = type(tree) is context, tree
-    elif kind is dict:
-        same = type(tree) is dict and list(tree) == context
-        mine = tree.values() if same else ()
-    else:
-        same = type(tree) is kind
-        mine = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)[0] if same else ()
-    if not same or len(mine) != len(children):
+    same = type(tree) is (context if kind is pytree.namedtuple else kind)
+    if not same or (kind is dict and list(tree) != context):
+        return False
+    mine: Any = tree
+    if kind is dict:
+        mine = tree.values()
+    elif kind not in (list, tuple, pytree.namedtuple):
+        mine = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)[0]
+    if len(mine) != len(children):
         return False
     for child, structure in zip(mine, children):  # noqa: B905 (`strict` is slower)
         if structure is _LEAF and isinstance(child, Tensor):

@@ -91,13 +91,8 @@ def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor
     for k, (leaf, value) in enumerate(pairs):
         if fault := _fault(leaf, value):
             raise ValueError(f"{path(k)} {fault}")
-    both = None if _modes.transformed() else _memory.overlap([leaf for leaf, _ in pairs])
-    if both:
-        first, second = map(path, both)
-        raise ValueError(
-            f"{second} and {first} share memory, so one update would overwrite the other: clone "
-            "one of them"
-        )
+    if not _modes.transformed():
+        _memory.check_apart(path, [leaf for leaf, _ in pairs])
     return pairs
 
 
@@ -114,7 +109,7 @@ def _fault(old: Any, new: Any) -> str | None:
     if not torch.can_cast(new.dtype, old.dtype):
         return f"has dtype {old.dtype}, which cannot hold its new value of dtype {new.dtype}"
     if _modes.locked(old):
-        return "is an inference tensor, which can only be written to inside torch.inference_mode()"
+        return _memory.LOCKED
     return None
 
 

@@ -25,7 +25,7 @@ def params(
         if not isinstance(tensor, Tensor):
             raise TypeError(_not_a_tensor(tensor, _tree.paths(tree, "params")[i]))
         if refuse is not None and (reason := refuse(tensor)):
-            raise ValueError(f"{_tree.paths(tree, 'params')[i]} {reason}")
+            raise _error(tree, "params", i, reason)
     if _modes.compiling() or len({id(tensor) for tensor in tensors}) == len(tensors):
         return
     first = dict[int, str]()
@@ -62,23 +62,19 @@ def grads(grads: list[Any], params: list[Tensor], tree: Tree, *, sparse: bool = 
     for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
         if grad is None:
             continue
-        _leaf(grad, param, tree, i, "grads", ("shape", "dtype", "device"))
+        _alike(grad, param, tree, i, "grads", ("shape", "dtype", "device"))
         if not (param.is_floating_point() or param.is_complex()):
-            path = _tree.paths(tree, "params")[i]
-            raise ValueError(
-                f"{path} has dtype {param.dtype}, but only floating-point and complex params can "
-                "be updated"
-            )
+            only = "only floating-point and complex params can be updated"
+            raise _error(tree, "params", i, f"has dtype {param.dtype}, but {only}")
         if param.layout is not torch.strided:
-            path = _tree.paths(tree, "params")[i]
-            raise ValueError(f"{path} has layout {param.layout}, but must be dense")
+            raise _error(tree, "params", i, f"has layout {param.layout}, but must be dense")
         if grad.layout is not torch.strided and not sparse:
-            path = _tree.paths(tree, "grads")[i]
-            raise ValueError(
-                f"{path} has layout {grad.layout}, but must be dense: create the embedding it "
-                "comes from with sparse=False, or update that parameter with sparse_adam (see "
+            fault = (
+                f"has layout {grad.layout}, but must be dense: create the embedding it comes from "
+                "with sparse=False, or update that parameter with sparse_adam (see "
                 "transforms.partition)"
             )
+            raise _error(tree, "grads", i, fault)
 
 
 def buffers(
@@ -92,24 +88,22 @@ def buffers(
     """Raise unless each has its parameter's device, a fitting dtype, and its shape or these."""
     attributes = ("device",) if shapes else ("shape", "device")
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
-        _leaf(buffer, param, tree, i, name, attributes)
+        _alike(buffer, param, tree, i, name, attributes)
         if buffer.layout is not torch.strided:
-            path = _tree.paths(tree, name)[i]
-            raise ValueError(f"{path} has layout {buffer.layout}, but must be dense")
+            raise _error(tree, name, i, f"has layout {buffer.layout}, but must be dense")
         if dtype and buffer.dtype != param.dtype:
-            kinds = _kind(buffer.dtype), _kind(dtype), _kind(param.dtype)
-            if kinds[0] not in kinds[1:]:
-                path = _tree.paths(tree, name)[i]
-                raise ValueError(
-                    f"{path} has dtype {buffer.dtype}, but must be {kinds[1]}: create the state "
-                    "with init()"
+            kind = _kind(dtype)
+            if _kind(buffer.dtype) not in (kind, _kind(param.dtype)):
+                fault = (
+                    f"has dtype {buffer.dtype}, but must be {kind}: create the state with init()"
                 )
+                raise _error(tree, name, i, fault)
         if shapes and buffer.shape != shapes[i]:
-            paths = [_tree.paths(tree, n)[i] for n in (name, "params")]
-            raise ValueError(
-                f"{paths[0]} has shape {tuple(buffer.shape)}, but must have shape "
-                f"{tuple(shapes[i])}, since {paths[1]} has shape {tuple(param.shape)}"
+            fault = (
+                f"has shape {tuple(buffer.shape)}, but must have shape {tuple(shapes[i])}, since "
+                f"{_tree.paths(tree, 'params')[i]} has shape {tuple(param.shape)}"
             )
+            raise _error(tree, name, i, fault)
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -118,7 +112,7 @@ def _kind(dtype: torch.dtype) -> str:
     return "floating-point" if dtype.is_floating_point else "integer"
 
 
-def _leaf(
+def _alike(
     leaf: Any, param: Tensor, tree: Tree, i: int, name: str, attributes: tuple[str, ...]
 ) -> None:
     if not isinstance(leaf, Tensor):
@@ -131,31 +125,38 @@ def _leaf(
         if mine != theirs:
             if attribute == "shape":
                 mine, theirs = tuple(mine), tuple(theirs)
-            paths = [_tree.paths(tree, n)[i] for n in (name, "params")]
-            raise ValueError(
-                f"{paths[0]} has {attribute} {mine}, but {paths[1]} has {attribute} {theirs}"
-            )
+            other = f"{_tree.paths(tree, 'params')[i]} has {attribute} {theirs}"
+            raise _error(tree, name, i, f"has {attribute} {mine}, but {other}")
+
+
+def _error(tree: Tree, name: str, i: int, fault: str) -> ValueError:
+    """The error that leaf `i` of a tree like params, `name`, has this fault."""
+    return ValueError(f"{_tree.paths(tree, name)[i]} {fault}")
 
 
 def step(step: Any, params: list[Tensor], tree: Tree) -> None:
     """Raise unless it is a real, dense 0-d tensor."""
-    if not isinstance(step, Tensor):
-        raise TypeError(f"state.step is {_tree.describe(step)}, not a tensor")
-    if step.dim() != 0:
-        raise ValueError(f"state.step has shape {tuple(step.shape)}, but must be a 0-d tensor")
-    if step.layout is not torch.strided:
-        raise ValueError(f"state.step has layout {step.layout}, but must be dense")
-    if step.is_complex() or step.dtype == torch.bool:
-        raise ValueError(f"state.step has dtype {step.dtype}, which cannot count")
-    if params:
-        _reachable(step, params[0], tree, 0, "state.step")
+    scalar(step, "state.step", params, tree)
 
 
-def _reachable(scalar: Tensor, param: Tensor, tree: Tree, i: int, name: str) -> None:
+def scalar(x: Any, name: str, params: list[Tensor], tree: Tree) -> None:
+    """The same for another 0-d tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {_tree.describe(x)}, not a tensor")
+    if x.dim() != 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be a 0-d tensor")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {x.layout}, but must be dense")
+    if x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {x.dtype}, but must be real")
+    _reachable(x, name, params, tree)
+
+
+def _reachable(scalar: Tensor, name: str, params: list[Tensor], tree: Tree) -> None:
     """Raise for a meta tensor; a 0-d tensor may be on any other device."""
-    if scalar.is_meta and not param.is_meta:
-        path = _tree.paths(tree, "params")[i]
-        raise ValueError(f"{name} has device meta, but {path} has device {param.device}")
+    if scalar.is_meta and params and not params[0].is_meta:
+        path = _tree.paths(tree, "params")[0]
+        raise ValueError(f"{name} has device meta, but {path} has device {params[0].device}")
 
 
 def writable(
@@ -172,52 +173,39 @@ def writable(
     """
     if _modes.transformed():
         return
-    names: list[tuple[Any, int]] = [
-        (n, i) for n, column in columns.items() for i in range(len(column))
-    ]
-    tensors = [tensor for column in columns.values() for tensor in column]
+    written = [(tree, name, column) for name, column in columns.items()]
     if step is not None:
-        names, tensors = [*names, ("state.step", -1)], [*tensors, step]
+        written.append((step, "state.step", [step]))
         if step.dtype in WORKING_DTYPE:
             raise ValueError(f"state.step has dtype {step.dtype}, which cannot count steps exactly")
+    read = [(tree, "grads", grads), *((n.tree, f"hparams.{n.name}", n.values) for n in numbers)]
+    tensors = [tensor for *_, column in written for tensor in column]
 
     def path(k: int) -> str:
-        name, i = names[k]
-        if isinstance(name, hyper.Covered):
-            return name.path(i)
-        return name if i < 0 else _tree.paths(tree, name)[i]
+        for tree, name, column in (*written, *read):
+            if k < len(column):
+                return _tree.paths(tree, name)[k]
+            k -= len(column)
+        raise IndexError(k)
 
     for k, tensor in enumerate(tensors):
         if _modes.locked(tensor):
-            raise ValueError(
-                f"{path(k)} is an inference tensor, which can only be written to inside "
-                "torch.inference_mode(): clone it"
-            )
+            raise ValueError(f"{path(k)} {_memory.LOCKED}: clone it")
     for name, column in columns.items():
         _precise(column, columns["params"], tree, name)
-    values = [(number, k) for number in numbers for k in range(len(number.values))]
-    names += [*(("grads", i) for i in range(len(grads))), *values]
-    read = [*grads, *(number.values[k] for number, k in values)]
-    if (pair := _memory.overlap(tensors, read)) is None:
-        return
-    first, second = map(path, pair)
-    if first == second:
-        raise ValueError(f"{first} is an expanded tensor, which cannot be written to: clone it")
-    raise ValueError(
-        f"{second} and {first} share memory, so updating one would overwrite the other: clone one "
-        "of them"
-    )
+    _memory.check_apart(path, tensors, [x for *_, column in read for x in column])
 
 
 def _precise(buffers: list[Tensor], params: list[Tensor], tree: Tree, name: str) -> None:
     """Raise for half-precision buffers of wider params: a slow average would stop moving."""
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
         if buffer.dtype in WORKING_DTYPE and param.dtype not in WORKING_DTYPE:
-            mine, theirs = (_tree.paths(tree, n)[i] for n in (name, "params"))
-            raise ValueError(
-                f"{mine} has dtype {buffer.dtype}, too coarse for {theirs} of dtype {param.dtype}: "
-                f"convert it to {param.dtype}, or use update, which converts it"
+            fault = (
+                f"has dtype {buffer.dtype}, too coarse for {_tree.paths(tree, 'params')[i]} of "
+                f"dtype {param.dtype}: convert it to {param.dtype}, or use update, which converts "
+                "it"
             )
+            raise _error(tree, name, i, fault)
 
 
 def numbers(numbers: list[hyper.Covered], params: list[Tensor], tree: Tree) -> None:
@@ -233,7 +221,7 @@ def numbers(numbers: list[hyper.Covered], params: list[Tensor], tree: Tree) -> N
                 raise ValueError(f"{number.path(k)} has layout {value.layout}, but must be dense")
             if value.dim() == 0:
                 if value.is_meta:
-                    _reachable(value, params[0], tree, 0, number.path(k))
+                    _reachable(value, number.path(k), params, tree)
                 continue
             for i, param in enumerate(params):
                 if number.at(i) is value and (fault := _misfit(value, param, number.per_weight)):

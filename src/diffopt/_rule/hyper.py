@@ -130,20 +130,17 @@ def hparams(cls: type[T]) -> type[T]:
 
     record.__init__ = init
 
-    def flatten(node: T) -> tuple[list[Any], None]:
+    def flatten(node: Any) -> tuple[list[Any], None]:
         return [getattr(node, name) for name in names], None
 
-    def flatten_with_keys(node: T) -> tuple[list[tuple[Any, Any]], None]:
+    def flatten_with_keys(node: Any) -> tuple[list[tuple[Any, Any]], None]:
         return [(_tree.GetAttrKey(name), getattr(node, name)) for name in names], None
-
-    def unflatten(values: Any, _: None) -> T:
-        return assemble(record, values)
 
     torch.serialization.add_safe_globals([record])  # pyright: ignore[reportUnknownMemberType]
     _tree.register_node(
         record,
         flatten,
-        unflatten,  # pyright: ignore[reportArgumentType]
+        lambda values, _: assemble(record, values),
         serialized_type_name=f"{record.__module__}.{record.__qualname__}",
         flatten_with_keys_fn=flatten_with_keys,  # pyright: ignore[reportArgumentType]
     )
@@ -245,23 +242,22 @@ def _check(record: Any) -> None:
         value = getattr(record, field.name)
         leaves = _tree.leaves(value)
         for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
-                continue
-            if isinstance(leaf, bool) or not (isinstance(leaf, numbers.Real) or _is_scalar(leaf)):
-                path, found = _path(value, field.name, i), _tree.describe(leaf)
-                raise TypeError(f"{path} is {found}, not a number or a tensor{_instead(leaf)}")
-            if too_large(leaf):
-                path = _path(value, field.name, i)
-                raise ValueError(f"{path} is an integer too large for a float")
-            if not in_range(float(leaf), field.bounds):
-                path = _path(value, field.name, i)
-                raise ValueError(f"{path} is {leaf}, but must be {describe_range(field.bounds)}")
+            if not isinstance(leaf, Tensor) and (fault := _fault(leaf, field.bounds)):
+                path = _tree.paths(value, f"hparams.{field.name}")[i]
+                raise type(fault)(f"{path} {fault}")
         if not all(type(leaf) in (int, float) or isinstance(leaf, Tensor) for leaf in leaves):
             object.__setattr__(record, field.name, _tree.map(_plain, value))
 
 
-def _path(value: Any, name: str, i: int) -> str:
-    return _tree.paths(value, f"hparams.{name}")[i]
+def _fault(leaf: Any, bounds: dict[str, float | None]) -> Exception | None:
+    """What is wrong with a leaf, unless it is a number within the bounds."""
+    if isinstance(leaf, bool) or not (isinstance(leaf, numbers.Real) or _is_scalar(leaf)):
+        return TypeError(f"is {_tree.describe(leaf)}, not a number or a tensor{_instead(leaf)}")
+    if too_large(leaf):
+        return ValueError("is an integer too large for a float")
+    if not in_range(float(leaf), bounds):
+        return ValueError(f"is {leaf}, but must be {describe_range(bounds)}")
+    return None
 
 
 def _instead(leaf: Any) -> str:

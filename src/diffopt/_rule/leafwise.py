@@ -97,7 +97,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         return self._pack(step, columns, spec)
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
-        work = self._gather(params, grads, state, hparams)
+        work = self.gather(params, grads, state, hparams)
         step = exact(state[0]) + 1
         differentiated = _modes.differentiated(work.tensors(step))
         if self.execution == "foreach" and differentiated:
@@ -106,12 +106,9 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
                 "use update_, call it under torch.no_grad(), or use another execution"
             )
         new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
+        compute, t = self._leaf_by_leaf if differentiated else self._updated, _modes.number_of(step)
         for indices in work.groups():
-            values, columns = work.values(indices), work.columns(indices)
-            if differentiated:
-                results = self._leaf_by_leaf(step, values, columns)
-            else:
-                results = self._updated(step, values, columns)
+            results = compute(t, work.values(indices), work.columns(indices))
             for column, result in zip(new, results, strict=True):
                 for i, tensor in zip(indices, result, strict=False):
                     column[i] = tensor
@@ -122,93 +119,92 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         work = self._checked(params, grads, state, hparams)
         with torch.no_grad():
             step = exact(state[0]) + 1
+            t = _modes.number_of(step)
             for indices in work.groups():
-                self._step_(step, work.values(indices), work.columns(indices))
+                self._step_(t, work.values(indices), work.columns(indices))
             torch.ops.aten.copy_.default(state[0], step)  # see running.leaf_
 
     def check(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
         """Raise what `update_` would raise for these arguments; changes nothing."""
         self._checked(params, grads, state, hparams)
 
-    def _checked(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
+    def _checked(self, params: Tree, grads: Tree, state: S, hparams: H) -> Work:
         refuse_gradients(grads, hparams)
-        work = self._gather(params, grads, state, hparams)
-        columns = {"params": work.params}
-        for name, column in zip(self._fields(), work.buffers, strict=True):
-            if column and not unused(column[0]):
-                columns[f"state.{name}"] = column
+        work = self.gather(params, grads, state, hparams)
+        fields = zip(self._fields(), work.buffers, strict=True)
+        used = {f"state.{name}": c for name, c in fields if c and not unused(c[0])}
+        columns = {"params": work.params, **used}
         checks.writable(columns, params, state[0], work.grads, work.numbers)
         return work
 
-    def _leaf_by_leaf(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any]:
+    def _leaf_by_leaf(self, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
         """The new columns, out of place, computed tensor by tensor."""
-        numbers = running.numbers_at(self, _modes.number_of(step), values, columns[0][0])
+        numbers = running.numbers_at(self, t, values, columns[0][0])
         rows = [[running.pick(column, k) for column in columns] for k in range(len(columns[0]))]
         new = [running.apply(self, numbers, row, widen=True) for row in rows]
         return list(map(list, zip(*new, strict=True)))
 
-    def _updated(self, step: Tensor, values: list[Any], columns: list[Any]) -> list[Any]:
+    def _updated(self, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
         """The same, computed in the fastest way; only where no derivative is needed."""
         exact_values = [ops.coefficient(value) for value in values]  # as kernels take them
-        way = self._way(step, exact_values, columns)
+        way = self._way(t, exact_values, columns)
         if way == "native" and columns[0][0].device.type == "cpu":
             # A native kernel on copies: one pass over the memory instead of ten.
             params, grads, *buffers = columns
             params, *buffers = ([x.clone() for x in column] for column in (params, *buffers))
             copies = [params, grads, *(column or () for column in buffers)]
-            if self._native_(step, exact_values, copies):
+            if self._native_(t, exact_values, copies):
                 return [params, *buffers]
         if way == "foreach":
-            numbers = running.numbers_at(self, _modes.number_of(step), values, columns[0][0])
+            numbers = running.numbers_at(self, t, values, columns[0][0])
             return running.apply(self, numbers, columns, widen=True)
-        return self._leaf_by_leaf(step, values, columns)
+        return self._leaf_by_leaf(t, values, columns)
 
-    def _step_(self, step: Tensor, values: list[Any], columns: list[Any]) -> None:
+    def _step_(self, t: Any, values: list[Any], columns: list[Any]) -> None:
         """Update tensors that share device, dtype and hyperparameters, in place."""
-        way = self._way(step, values, columns)
+        way = self._way(t, values, columns)
         if way == "native":
-            if self._native_(step, values, columns):
+            if self._native_(t, values, columns):
                 return
-            way = self._way(step, values, columns, kernel=False)
+            way = self._way(t, values, columns, kernel=False)
         if way == "compiled":
-            running.compiled_(self, step, values, columns)
+            running.compiled_(self, t, values, columns)
             return
-        numbers = running.numbers_at(self, _modes.number_of(step), values, columns[0][0])
-        ways.RUN[way](self, numbers, columns)
+        ways.RUN[way](self, running.numbers_at(self, t, values, columns[0][0]), columns)
 
     def _way(
-        self, step: Tensor, values: list[Any], columns: list[Any], *, kernel: bool = True
+        self, t: Any, values: list[Any], columns: list[Any], *, kernel: bool = True
     ) -> ways.Way:
         """The way to run the rule; never "native" where that kernel has refused."""
-        number = _modes.number_of(step)
         # Kernels take the step in float32, which is exact for whole numbers only.
-        kernel = kernel and (isinstance(number, Tensor) or float(number).is_integer())
+        kernel = kernel and (isinstance(t, Tensor) or float(t).is_integer())
         wanted = "unfused" if self.execution == "auto" and not kernel else self.execution
-        if step.is_meta and wanted != "compiled":  # foreach kernels ask for the value of a scalar
-            wanted = "leaf"
+        if isinstance(t, Tensor) and t.is_meta and wanted != "compiled":
+            wanted = "leaf"  # foreach kernels ask for the value of a scalar
         return ways.choose(self, ways.survey(columns), values, wanted)
 
-    def _native_(self, step: Tensor, values: list[Any], columns: list[Any]) -> bool:
+    def _native_(self, t: Any, values: list[Any], columns: list[Any]) -> bool:
         """Run a native kernel; False, with nothing changed, where none applies."""
-        number = _modes.number_of(step)
         # At the first step a kernel ignores the buffers; they may hold values that a user has set.
-        first = None if isinstance(number, Tensor) or number == 1 else False
-        steps = [step.to(columns[0][0].device, torch.float32)] * len(columns[0])
-        return running.native_(self, steps, first, values, columns)
+        first = None if isinstance(t, Tensor) or t == 1 else False
+        step = torch.as_tensor(t, dtype=torch.float32, device=columns[0][0].device)
+        return running.native_(self, [step] * len(columns[0]), first, values, columns)
 
-    def _gather(self, params: Tree, grads: Tree, state: S, hparams: H) -> _Work:
-        """Check the arguments, and flatten them to lists in the order of the leaves of params."""
+    def gather(
+        self, params: Tree, grads: Tree, state: S, hparams: H, *, sparse: bool = False
+    ) -> Work:
+        """The arguments, checked, as lists in the order of the leaves of params."""
         tensors, spec = _tree.flatten(params)
         checks.params(tensors, params, self.refuse)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        checks.grads(gradients, tensors, params)
+        checks.grads(gradients, tensors, params, sparse=sparse)
         checks.instance(state, self.State, "state", "init()")
         checks.step(state[0], tensors, params)
         buffers = self._buffers(state, tensors, spec, params)
         checks.instance(hparams, self.hparams, "hparams", "optimizer.hparams(...)")
         numbers = hyper.broadcast(hparams, spec, params)
         checks.numbers(numbers, tensors, params)
-        return _Work(spec, tensors, gradients, buffers, numbers)
+        return Work(spec, tensors, gradients, buffers, numbers)
 
     def _buffers(
         self, state: S, tensors: list[Tensor], spec: _tree.Spec, params: Tree
@@ -326,14 +322,10 @@ def leafwise(
         hparams: a record class made by `diffopt.rules.hparams`.
         init: `(param, step) -> state` for one tensor; create buffers with `zeros_like`.
         rule: `(param, grad, state, hparams, scalars) -> (new_param, new_state)` for one tensor,
-            written with operators and the out-of-place operations of `diffopt.rules.ops`.
-            `state.step` has already been incremented: it is 1 at the first step. Each field of
-            `hparams` holds a number or a tensor that broadcasts. It must not raise for some tensors
-            only: `update_` checks all arguments first, and then writes one result after the other.
-        scalars: `(step, hparams) -> anything`: what is computed once per step instead of once per
-            tensor, such as bias corrections.
-        initial: `hparams -> {field: value}`: initial values that depend on hyperparameters, which
-            `init` does not know. The first step adds them to these fields.
+            written with operators and the out-of-place operations of `diffopt.rules.ops`: see
+            `Leafwise.rule`.
+        scalars: `(step, hparams) -> anything`: see `Leafwise.scalars`.
+        initial: `hparams -> {field: value}`: see `Leafwise.initial`.
         maximize: ascend instead of descend.
         native: `(params, grads, state, hparams, first, amp) -> bool`, the rule as one of torch's
             fused kernels, in place, on lists of contiguous tensors of one dtype on one CPU or CUDA
@@ -345,10 +337,8 @@ def leafwise(
             old ones. Then big tensors may be updated in pieces, and small ones together.
         batchable: False where the rule mixes the elements of a tensor, as a mean or a matrix
             product does: then it is called with one tensor at a time, never with a list of several.
-        shapes: `(shape of the param) -> shapes of its buffers`, one for each field of the state
-            after `step`, where they differ from the parameter's. Such a rule must refuse complex
-            parameters.
-        refuse: `(param) -> reason or None`: why the rule cannot update it, such as "is complex".
+        shapes: `(shape of the param) -> shapes of its buffers`: see `Leafwise.shapes`.
+        refuse: `(param) -> reason or None`: see `Leafwise.refuse`.
         stackable: for rules that are not elementwise: whether small tensors of one shape may be
             updated as one batch, by `torch.vmap` of the rule, and big ones in pieces if the rule
             uses nothing but elementwise operations and `ops.total`. Both change the order in which
@@ -408,7 +398,7 @@ def _check_classes(state: Any, hparams: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
+class Work:
     """The arguments of one update, leaf by leaf."""
 
     spec: _tree.Spec

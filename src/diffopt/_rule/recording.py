@@ -157,13 +157,13 @@ class Program:
         new = {k: x.index for k, x in enumerate(outputs) if x is not None}
         wanted = {index: k for k, index in reversed(new.items())}  # of several places, the first
         last = _last_uses(tape.operations, wanted)
-        self.operations = [x for x in tape.operations if x.result.index in last]
+        self.lines = [x for x in tape.operations if x.result.index in last]
         self.inputs = len(tape.inputs)
         self.memory = [
             _Register(False, last.get(k, -1), new.get(k, -1)) for k in range(self.inputs)
         ]
         self.place = {k: k for k in range(self.inputs)}  # the register of each value
-        for _, _, _, result in self.operations:
+        for _, _, _, result in self.lines:
             index = result.index
             self.place[index] = self._register(result, last[index], wanted.get(index))
         self.copies = [(k, self.place[i]) for k, i in new.items() if self.place[i] != k]
@@ -199,7 +199,7 @@ class Program:
         def value(x: Any) -> Any:
             return values[self.place[x.index]] if isinstance(x, Recorded) else x
 
-        for function, arguments, options, result in self.operations:
+        for function, arguments, options, result in self.lines:
             function(*map(value, arguments), **options, out=value(result))
         for target, source in self.copies:
             values[target].copy_(values[source])

@@ -46,15 +46,7 @@ class Rule(ABC, Generic[S, H]):
     Attributes:
         State: the class of the state.
         hparams: the class of the record of hyperparameters, made by `diffopt.rules.hparams`.
-        elementwise: whether each element of the new tensors depends only on the same element of the
-            old ones. Then big tensors may be updated in pieces, and small ones together.
-        batchable: False where the rule mixes the elements of a tensor, as a mean or a matrix
-            product does: then it is called with one tensor at a time, never with a list of several.
-        stackable: for rules that are not elementwise: whether small tensors of one shape may be
-            updated as one batch, by `torch.vmap` of the rule, and big ones in pieces if the rule
-            uses nothing but elementwise operations and `ops.total`. Both change the order in which
-            sums are rounded.
-        native: the rule as one of torch's fused kernels, or None: see `native` of `leafwise`.
+        elementwise, batchable, stackable, native: see `leafwise`.
         maximize: ascend instead of descend.
     """
 

@@ -74,7 +74,8 @@ def apply(
     """
     dtype = _widest(columns)
     new = run(rule, numbers, [_enter(column, dtype) for column in columns])
-    wide = _first(columns[0]).dtype if widen else None
+    like = columns[0][0] if isinstance(columns[0], list) else columns[0]
+    wide = like.dtype if widen else None
     return [_leave(x, old, wide) for x, old in zip(new, written(columns), strict=True)]
 
 
@@ -105,7 +106,7 @@ def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
             _torch.foreach_copy_(old, new)
 
 
-def compiled_(rule: AnyRule, step: Tensor, values: Sequence[Any], columns: Sequence[Any]) -> None:
+def compiled_(rule: AnyRule, t: Any, values: Sequence[Any], columns: Sequence[Any]) -> None:
     """In place, by the rule compiled by torch.compile for these shapes.
 
     torch.compile has been seen to silently compute wrong values, so its first result is compared
@@ -114,6 +115,7 @@ def compiled_(rule: AnyRule, step: Tensor, values: Sequence[Any], columns: Seque
     # Compiled by torch 2.13, copy_ of a reshaped tensor to a 0-d one does nothing.
     columns = [[x.view(1) if x.dim() == 0 else x for x in c] if c else c for c in columns]
     tensors = [x for column in columns for x in column]
+    step = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
     numbers = [torch.as_tensor(value, dtype=torch.float64) for value in values]
     key = (rule, *((x.shape, x.dtype, x.device, x.stride()) for x in tensors))
     if key in _COMPILED:
@@ -212,10 +214,6 @@ def _rows_of(columns: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def written(columns: Sequence[Any]) -> list[Any]:
     """All columns but the gradients."""
     return [columns[0], *columns[2:]]
-
-
-def _first(column: Any) -> Tensor:
-    return column[0] if isinstance(column, list) else column
 
 
 # Tensors as a rule sees them: real, all of one dtype, at least one-dimensional (a 0-d float32

@@ -63,13 +63,7 @@ def strong_wolfe(
             left, right = min(end.t for end in ends), max(end.t for end in ends)
             if (right - left) * scale < tolerance_change:
                 break
-            t = cubic_minimizer(ends[0], ends[1], left, right)
-            margin = 0.1 * (right - left)
-            at_end = min(right - t, t - left) < margin
-            if at_end and (stalled or not left < t < right):
-                t = right - margin if abs(t - right) < abs(t - left) else left + margin
-                at_end = False
-            stalled = at_end
+            t, stalled = _trial(ends, left, right, stalled=stalled)
             point = evaluate(t)
             if too_high(point) or point.value >= ends[low].value:
                 ends[1 - low] = point
@@ -97,6 +91,17 @@ def strong_wolfe(
         previous, point = point, evaluate(t)
     ends = [start, point]
     return ends[_lower(ends)]
+
+
+def _trial(ends: list[Point], left: Any, right: Any, *, stalled: bool) -> tuple[Any, bool]:
+    """A length in an interval, and whether it is near an end, as it may be only once in a row."""
+    t = cubic_minimizer(ends[0], ends[1], left, right)
+    margin = 0.1 * (right - left)
+    if min(right - t, t - left) >= margin:
+        return t, False
+    if left < t < right and not stalled:
+        return t, True
+    return right - margin if abs(t - right) < abs(t - left) else left + margin, False
 
 
 def cubic_minimizer(a: Point, b: Point, least: Any, most: Any) -> Any:

@@ -180,10 +180,7 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
     hparams = LBFGSHParams
 
     def init(self, params: Tree) -> LBFGSState:
-        tensors, _ = _tree.flatten(params)
-        checks.params(tensors, params)
-        checks.undistributed(params, "params", "lbfgs")
-        device = _device(tensors, params)
+        tensors, _, device = _flatten(params)
         dtype = _dtype(tensors)
         buffers = {
             name: torch.zeros(shape, dtype=dtype, device=device)
@@ -281,13 +278,16 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
         self, params: Tree, grads: Tree, state: LBFGSState, hparams: LBFGSHParams
     ) -> _Problem:
         """Check the arguments and flatten them to vectors."""
-        tensors, spec = _tree.flatten(params)
-        checks.params(tensors, params)
-        checks.undistributed(params, "params", "lbfgs")
+        tensors, spec, device = _flatten(params)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         checks.grads(gradients, tensors, params)
-        self._check_state(state, tensors, _device(tensors, params))
-        _check_lr(hparams)
+        self._check_state(state, tensors, device)
+        checks.instance(hparams, LBFGSHParams, "hparams", "optimizer.hparams(...)")
+        if not _tree.is_leaf(hparams.lr):
+            kind = type(hparams.lr).__name__
+            raise ValueError(f"hparams.lr is a {kind}, but lbfgs takes one lr for all params")
+        if isinstance(hparams.lr, Tensor):
+            checks.scalar(hparams.lr, "hparams.lr", tensors, params)
         active = None
         if any(grad is None for grad in gradients):
             active = flat(
@@ -363,10 +363,8 @@ def _move(
     problem: _Problem, old: LBFGSState, new: LBFGSState, step: Tensor
 ) -> tuple[Tree, LBFGSState]:
     """The params after a step, and the state with that step."""
-    params = [
-        p if g is None else q
-        for p, g, q in zip(problem.params, problem.grads, _moved(problem, step), strict=True)
-    ]
+    moved = zip(problem.params, problem.grads, _moved(problem, step), strict=True)
+    params = [p if g is None else q for p, g, q in moved]
     new = new._replace(prev_flat_step=problem.where_active(step, new.prev_flat_step))
     fields = [field.to(before.dtype) for field, before in zip(new, old, strict=True)]
     return _tree.unflatten(params, problem.spec), LBFGSState(*fields)
@@ -399,29 +397,17 @@ def _dtype(params: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _device(params: Sequence[Tensor], tree: Tree) -> torch.device:
-    for i, param in enumerate(params):
-        if param.device != params[0].device:
-            first, path = (_tree.paths(tree, "params")[k] for k in (0, i))
+def _flatten(params: Tree) -> tuple[list[Tensor], _tree.Spec, torch.device]:
+    """The leaves of the params, checked, their structure and their device."""
+    tensors, spec = _tree.flatten(params)
+    checks.params(tensors, params)
+    checks.undistributed(params, "params", "lbfgs")
+    devices = [tensor.device for tensor in tensors] or [torch.get_default_device()]
+    for i, device in enumerate(devices):
+        if device != devices[0]:
+            first, path = (_tree.paths(params, "params")[k] for k in (0, i))
             raise ValueError(
-                f"{path} has device {param.device}, but {first} has device {params[0].device}: "
-                "lbfgs needs all params on one device"
+                f"{path} has device {device}, but {first} has device {devices[0]}: lbfgs needs all "
+                "params on one device"
             )
-    return params[0].device if params else torch.get_default_device()
-
-
-def _check_lr(hparams: Any) -> None:
-    checks.instance(hparams, LBFGSHParams, "hparams", "optimizer.hparams(...)")
-    lr = hparams.lr
-    if not isinstance(lr, (int, float, Tensor)):
-        raise ValueError(
-            f"hparams.lr is a {type(lr).__name__}, but lbfgs takes one lr for all params"
-        )
-    if isinstance(lr, Tensor) and (lr.dim() != 0 or lr.is_complex() or lr.dtype == torch.bool):
-        raise ValueError(
-            f"hparams.lr has shape {tuple(lr.shape)} and dtype {lr.dtype}, but must be 0-d and real"
-        )
-    if isinstance(lr, Tensor) and (lr.layout is not torch.strided or lr.is_meta):
-        raise ValueError(
-            f"hparams.lr has layout {lr.layout} and device {lr.device}, but must be a dense number"
-        )
+    return tensors, spec, devices[0]

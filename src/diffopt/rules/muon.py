@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from diffopt._arguments import check_choice
+from diffopt._arguments import check_choice, check_integer
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
+
+Adjustment: TypeAlias = Literal["original", "match_rms_adamw", "spectral_unclamped"]
+
+_ADJUSTMENTS = get_args(Adjustment)
 
 
 class MuonState(NamedTuple):
@@ -42,7 +46,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
 
     nesterov: bool = True
     ns_steps: int = 5
-    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] | None = None
+    adjust_lr_fn: Adjustment | None = None
     precision: torch.dtype | None = torch.bfloat16
 
     State = MuonState
@@ -51,7 +55,12 @@ class Muon(Leafwise[MuonState, MuonHParams]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_iteration(self.ns_steps, self.adjust_lr_fn, self.precision)
+        check_integer(self.ns_steps, "ns_steps", 0, 99)
+        check_choice(self.adjust_lr_fn, "adjust_lr_fn", None, *_ADJUSTMENTS)
+        if self.precision is not None and not isinstance(self.precision, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+            raise TypeError(f"precision is {self.precision!r}, not a dtype")
+        if self.precision is not None and not self.precision.is_floating_point:
+            raise ValueError(f"precision is {self.precision}, but must be a floating-point dtype")
 
     def rule(self, p: Any, g: Any, s: MuonState, hp: MuonHParams, c: Any) -> tuple[Any, MuonState]:
         b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)
@@ -78,7 +87,7 @@ def muon(
     *,
     nesterov: bool = True,
     ns_steps: int = 5,
-    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] | None = None,
+    adjust_lr_fn: Adjustment | None = None,
     precision: torch.dtype | None = torch.bfloat16,
     maximize: bool = False,
     execution: Execution = "auto",
@@ -168,14 +177,3 @@ def _addmm(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
     if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
         return beta * x + alpha * (a @ b)
     return torch.addmm(x, a, b, beta=beta, alpha=alpha)
-
-
-def _check_iteration(ns_steps: object, adjust_lr_fn: object, precision: object) -> None:
-    if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or not 0 <= ns_steps < 100:
-        raise ValueError(f"ns_steps is {ns_steps!r}, but must be an integer >= 0 and < 100")
-    choices = None, "original", "match_rms_adamw", "spectral_unclamped"
-    check_choice(adjust_lr_fn, "adjust_lr_fn", *choices)
-    if precision is not None and not isinstance(precision, torch.dtype):
-        raise TypeError(f"precision is {precision!r}, not a dtype")
-    if precision is not None and not precision.is_floating_point:
-        raise ValueError(f"precision is {precision}, but must be a floating-point dtype")

@@ -196,39 +196,26 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
         self, params: Tree, grads: Tree, state: SparseAdamState, hparams: SparseAdamHParams
     ) -> _Entries:
         """Check the arguments and gather the specified entries."""
-        tensors, spec = _tree.flatten(params)
-        checks.params(tensors, params)
-        gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        _check_grads(gradients, tensors, params)
-        # Without gradients this only checks params, state and hparams.
-        self.entries.update(params, _tree.unflatten([None] * len(tensors), spec), state, hparams)
-
-        coalesced = [None if grad is None else grad.coalesce() for grad in gradients]
-        coalesced = [None if grad is None or not len(grad.values()) else grad for grad in coalesced]
-        values = [None if grad is None else _values(grad) for grad in coalesced]
-        where = [None if grad is None else tuple(grad.indices()) for grad in coalesced]
-        buffers = (_tree.leaves_like(tree, spec, params, ("state", "params")) for tree in state[1:])
-        columns = [tensors, *buffers]
+        work = self.entries.gather(params, grads, state, hparams, sparse=True)
+        given = [_specified(grad, params, i) for i, grad in enumerate(work.grads)]
+        values = [None if grad is None else _values(grad) for grad in given]
+        where = [None if grad is None else tuple(grad.indices()) for grad in given]
+        columns = [work.params, *work.buffers]
         entries, m, v = ([*map(_take, column, where)] for column in columns)
-        numbers = [_pick(n, tensors, where) for n in hyper.broadcast(hparams, spec, params)]
-        arguments = (
-            entries,
-            values,
-            SparseAdamState(state.step, m, v),
-            hyper.assemble(SparseAdamHParams, numbers),
+        numbers = [_pick(number, work.params, where) for number in work.numbers]
+        picked = SparseAdamState(state.step, m, v), hyper.assemble(SparseAdamHParams, numbers)
+        return _Entries((entries, values, *picked), where, columns, work.spec)
+
+
+def _specified(grad: Tensor | None, params: Tree, i: int) -> Tensor | None:
+    """The gradient of leaf `i`, coalesced; None where no entry is specified."""
+    if grad is not None and grad.layout is not torch.sparse_coo:
+        raise ValueError(
+            f"{_tree.paths(params, 'grads')[i]} has layout {grad.layout}, but must be sparse COO: "
+            "use adam() or sparse_adam(masked=True) for dense gradients"
         )
-        return _Entries(arguments, where, columns, spec)
-
-
-def _check_grads(grads: list[Any], params: list[Tensor], tree: Tree) -> None:
-    """Raise unless each is None or a sparse tensor of the parameter's shape, dtype and device."""
-    checks.grads(grads, params, tree, sparse=True)
-    for i, grad in enumerate(grads):
-        if grad is not None and grad.layout is not torch.sparse_coo:
-            raise ValueError(
-                f"{_tree.paths(tree, 'grads')[i]} has layout {grad.layout}, but must be sparse "
-                "COO: use adam() or sparse_adam(masked=True) for dense gradients"
-            )
+    grad = None if grad is None else grad.coalesce()
+    return None if grad is None or not len(grad.values()) else grad
 
 
 def _take(leaf: Tensor, where: tuple[Tensor, ...] | None) -> Tensor:
@@ -249,11 +236,11 @@ def _pick(number: hyper.Covered, params: list[Tensor], where: list[Any]) -> Any:
     """A hyperparameter, restricted to the specified entries."""
     if len(number.values) == 1 and not _per_weight(number.values[0]):
         return number.values[0]
-    picked: list[Any] = []
-    for i, (param, indices) in enumerate(zip(params, where, strict=True)):
-        value = number.at(i)
-        picked.append(_take(value.expand(param.shape), indices) if _per_weight(value) else value)
-    return picked
+    values = map(number.at, range(len(params)))
+    return [
+        _take(value.expand(param.shape), indices) if _per_weight(value) else value
+        for value, param, indices in zip(values, params, where, strict=True)
+    ]
 
 
 def _per_weight(value: Any) -> bool:
