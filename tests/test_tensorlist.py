@@ -15,6 +15,8 @@ EXPRESSIONS = {
     "0-d tensors": lambda x, y: (SCALAR * x + y - SCALAR) / SCALAR,
     "methods": lambda x, y: x.sign() * y.abs().clamp_min(0.7),
     "functions": lambda x, y: torch.where(x > y, torch.sign(x), y) + torch.exp(x),
+    "kernels": lambda x, y: torch.add(x, y, alpha=2) + torch.lerp(x, y, 0.5) + torch.maximum(x, y),
+    "kernels and tensors": lambda x, y: torch.lerp(x, y, y) + torch.add(x, SCALAR),
     "operators": lambda x, y: abs(x) ** 2 + 2**y + 1 / x,
     "comparisons": lambda x, y: (x >= 1) & (y < 2) | (x == y),
     "add": lambda x, y: ops.add(x, y, 0.5) + ops.add(x, y, SCALAR) + ops.add(x, y, 0),

@@ -178,6 +178,13 @@ def test_memory_is_written_once():
         assert state.step == 0
 
 
+def test_an_expanded_tensor_is_refused_also_where_update_does_the_work():
+    opt, p = diffopt.lbfgs(), torch.zeros(1).expand(4)
+    with pytest.raises(ValueError, match="params is an expanded tensor"):
+        opt.update_(p, torch.ones(4), opt.init(p), opt.hparams())
+    assert not p.any()
+
+
 @pytest.mark.parametrize(
     "split",
     [lambda m: [m[:2], m[2:]], lambda m: [m[::2], m[1::2]], lambda m: list(m.view(2, 2).T)],

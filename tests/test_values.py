@@ -122,6 +122,18 @@ def test_flags_cannot_be_set_afterwards(name):
         opt.execution = "leaf"
 
 
+class Averaging(Lion):
+    begin = Leafwise.begin
+
+
+def test_buffers_start_at_zero_unless_begin_says_otherwise():
+    params = [torch.ones(3, 2, dtype=torch.bfloat16), torch.ones(())]
+    state = Averaging().init(params)
+    assert state.step == 0
+    torch.testing.assert_close(state.exp_avg, [torch.zeros(3, 2), torch.zeros(())])
+    torch.testing.assert_close(step_of(Averaging()), step_of(Lion()))
+
+
 def test_functions_at_the_top_of_a_module_travel():
     opt = leafwise(LionState, LionHParams, begin, lion, elementwise=True)
     twin = pickle.loads(pickle.dumps(opt))
