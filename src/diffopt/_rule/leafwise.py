@@ -217,18 +217,16 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         used = self.buffers_of(tensors[0])
         for k, (name, field) in enumerate(zip(self._fields(), state[1:], strict=True)):
             dtype, name = used.get(name), f"state.{name}"
-            absent = dtype is None
-            if absent != unused(field):
-                expected = "()" if absent else "a tree like params"
+            if (dtype is None) != unused(field):
+                expected = "()" if dtype is None else "a tree like params"
                 raise ValueError(
                     f"{name} must be {expected}: create the state with this optimizer's init()"
                 )
-            column: list[Any] = [()] * len(tensors)
+            columns.append([()] * len(tensors))
             if dtype is not None:
-                column = _tree.leaves_like(field, spec, params, (name, "params"))
+                columns[-1] = _tree.leaves_like(field, spec, params, (name, "params"))
                 own = [row[k] for row in shapes if row is not None]
-                checks.buffers(column, tensors, params, name, dtype, own)
-            columns.append(column)
+                checks.buffers(columns[-1], tensors, params, name, dtype, own)
         return columns
 
     def buffers_of(self, p: Tensor) -> Mapping[str, torch.dtype]:

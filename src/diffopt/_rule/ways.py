@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -50,13 +51,9 @@ def survey(columns: Sequence[Any]) -> Kind:
 def _layout(lists: list[list[Tensor]]) -> Layout:
     if lists[1][0].is_sparse:
         return "sparse"
-    if _modes.observed() or not all(map(_modes.ordinary, _all(lists))):
+    if _modes.observed() or not all(map(_modes.ordinary, itertools.chain(*lists))):
         return "foreign"
-    return "regular" if all(map(Tensor.is_contiguous, _all(lists))) else "strided"
-
-
-def _all(lists: list[list[Tensor]]) -> Iterator[Tensor]:
-    return (x for column in lists for x in column)
+    return "regular" if all(map(Tensor.is_contiguous, itertools.chain(*lists))) else "strided"
 
 
 class _Asked(NamedTuple):
@@ -67,10 +64,6 @@ class _Asked(NamedTuple):
     wanted: Wanted
     numeric: bool
     scalar: bool
-
-
-def _sparse(a: _Asked) -> bool:
-    return a.kind.layout == "sparse"
 
 
 def _native(a: _Asked) -> bool:
@@ -95,14 +88,19 @@ def _foreach(a: _Asked) -> bool:
     return a.rule.batchable and a.scalar and pays and a.kind.layout != "foreign"
 
 
+_EAGER: tuple[Wanted, ...] = ("auto", "fused", "unfused", "foreach", "leaf")
 _TABLE: tuple[tuple[Way, Callable[[_Asked], bool], tuple[Wanted, ...]], ...] = (
-    ("sparse", _sparse, ("auto", "fused", "unfused", "foreach", "leaf")),
+    (
+        "sparse",
+        lambda a: a.kind.layout == "sparse",
+        ("auto", "fused", "unfused", "foreach", "leaf"),
+    ),
     ("compiled", lambda a: True, ("compiled",)),
     ("native", _native, ("auto", "fused")),
     ("tiles", _tiles, ("auto", "fused", "unfused")),
     ("stacks", _stacks, ("auto", "fused", "unfused")),
     ("foreach", _foreach, ("auto", "fused", "unfused", "foreach")),
-    ("leaf", lambda a: True, ("auto", "fused", "unfused", "foreach", "leaf")),
+    ("leaf", lambda a: True, _EAGER),
 )
 """Each way, whether it applies, and the wishes that allow it; the first that fits is taken."""
 

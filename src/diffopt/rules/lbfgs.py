@@ -98,17 +98,13 @@ def lbfgs(*, history_size: int = 100) -> LimitedMemoryBFGS:
     return LimitedMemoryBFGS(history_size)
 
 
-def _subtract(x: Tensor, y: Tensor, coefficient: Tensor) -> Tensor:
-    return ops.add(x, y, -coefficient)
-
-
 def direction(
     q: Tensor,
     old_dirs: Iterable[Tensor],
     old_stps: Iterable[Tensor],
     ro: Iterable[Tensor],
     H_diag: Any,
-    sub: Callable[[Tensor, Tensor, Tensor], Tensor] = _subtract,
+    sub: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda x, y, c: ops.add(x, y, -c),
     mul: Callable[[Tensor, Any], Tensor] = torch.mul,
 ) -> tuple[Tensor, list[Tensor]]:
     """`H q`, and the weights of the first loop (Nocedal and Wright, algorithm 7.4).
