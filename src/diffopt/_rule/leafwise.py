@@ -50,8 +50,6 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         ... class SignDescent(Leafwise[SignState, SignHParams]):
         ...     State = SignState
         ...     hparams = SignHParams
-        ...     def begin(self, p, step):
-        ...         return SignState(step)
         ...     def rule(self, p, g, s, hp, c):
         ...         return p - hp.lr * g.sign(), s
         >>> opt, p, g = SignDescent(), torch.zeros(2), torch.tensor([3.0, -2.0])
@@ -106,7 +104,8 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
                 "use update_, call it under torch.no_grad(), or use another execution"
             )
         new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
-        compute, t = self._leaf_by_leaf if differentiated else self._updated, _modes.number_of(step)
+        compute = self._leaf_by_leaf if differentiated else self._updated
+        t = _modes.number_of(step)
         for indices in work.groups():
             results = compute(t, work.values(indices), work.columns(indices))
             for column, result in zip(new, results, strict=True):

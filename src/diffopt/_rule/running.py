@@ -233,9 +233,7 @@ def _enter(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         if value.dtype == dtype and value.dim() > 0:
             return value
-        value = value.reshape(1) if value.dim() == 0 else value
-        if value.is_complex():
-            value = torch.view_as_real(value.resolve_conj())
+        value = _modes.real(value.reshape(1) if value.dim() == 0 else value)
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, Shared):
         return value.value
@@ -268,12 +266,11 @@ def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
     device, dtype = like.device, like.dtype
     result: list[Any] = []
     for value in on_device(values, device):
-        if isinstance(value, Tensor):
-            if value.dim() == 0:
-                value = _modes.exact(value)
-            else:
-                value = value.to(working_real(dtype))
-                value = value.unsqueeze(-1) if dtype.is_complex else value
+        if isinstance(value, Tensor) and value.dim() == 0:
+            value = _modes.exact(value)
+        elif isinstance(value, Tensor):
+            value = value.to(working_real(dtype))
+            value = value.unsqueeze(-1) if dtype.is_complex else value
         result.append(value)
     return result
 

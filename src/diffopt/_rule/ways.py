@@ -89,12 +89,9 @@ def _foreach(a: _Asked) -> bool:
 
 
 _EAGER: tuple[Wanted, ...] = ("auto", "fused", "unfused", "foreach", "leaf")
+
 _TABLE: tuple[tuple[Way, Callable[[_Asked], bool], tuple[Wanted, ...]], ...] = (
-    (
-        "sparse",
-        lambda a: a.kind.layout == "sparse",
-        ("auto", "fused", "unfused", "foreach", "leaf"),
-    ),
+    ("sparse", lambda a: a.kind.layout == "sparse", _EAGER),
     ("compiled", lambda a: True, ("compiled",)),
     ("native", _native, ("auto", "fused")),
     ("tiles", _tiles, ("auto", "fused", "unfused")),

@@ -65,17 +65,15 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     def rule(self, p: Any, g: Any, s: MuonState, hp: MuonHParams, c: Any) -> tuple[Any, MuonState]:
         b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)
         n = ops.lerp(g, b, hp.momentum) if self.nesterov else b
-        rows, columns = p.shape
-        x = n.to(self.precision or n.dtype)
-        x = _newton_schulz(x.mT if rows > columns else x, hp, self.ns_steps)
-        x = (x.mT if rows > columns else x).to(p.dtype)
-        if self.adjust_lr_fn == "match_rms_adamw":
-            ratio = 0.2 * max(rows, columns) ** 0.5
-        else:
-            least = 0 if self.adjust_lr_fn == "spectral_unclamped" else 1
-            ratio = max(least, rows / max(columns, 1)) ** 0.5
+        x = _newton_schulz(n.to(self.precision or n.dtype), hp, self.ns_steps).to(p.dtype)
         p = p * (1 - hp.lr * hp.weight_decay)
-        return ops.add(p, x, -hp.lr * ratio), MuonState(s.step, b)
+        return ops.add(p, x, -hp.lr * self._ratio(*p.shape)), MuonState(s.step, b)
+
+    def _ratio(self, rows: int, columns: int) -> float:
+        if self.adjust_lr_fn == "match_rms_adamw":
+            return 0.2 * max(rows, columns) ** 0.5
+        least = 0 if self.adjust_lr_fn == "spectral_unclamped" else 1
+        return max(least, rows / max(columns, 1)) ** 0.5
 
     def refuse(self, p: Tensor) -> str | None:
         if p.dim() != 2:
@@ -158,7 +156,9 @@ def muon(
 
 
 def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:
-    """A matrix with rows <= columns, its singular values brought near 1."""
+    """A matrix with its singular values brought near 1."""
+    if x.shape[0] > x.shape[1]:
+        return _newton_schulz(x.mT, hp, steps).mT
     x = x / _norm(x).clamp(min=hp.eps)
     for _ in range(steps):
         a = x @ x.mT
