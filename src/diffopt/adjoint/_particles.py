@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffopt import _torch, _tree
 from diffopt._arguments import check_integer, check_number
-from diffopt._diff.functions import AmbientState
+from diffopt._diff.functions import AmbientState, Flat, replaced
 from diffopt._tree import Tree
 
 NO_SECOND = "an estimate by evolution strategies has no second derivative"
@@ -49,8 +49,8 @@ def advance(
     """
 
     def at(sign: int) -> list[Tensor]:
-        moved = {i: (theta[i] + sign * sigma * eps).to(theta[i].dtype) for i, eps in fresh.items()}
-        return [moved.get(i, x) for i, x in enumerate(theta)]
+        moved = [(theta[i] + sign * sigma * eps).to(theta[i].dtype) for i, eps in fresh.items()]
+        return replaced(theta, fresh, moved)
 
     ambient = AmbientState(inputs)
     with torch.no_grad():
@@ -64,18 +64,11 @@ def each(function: Callable[[Any], Tree], arguments: Sequence[Any]) -> list[Tree
     """`function` of each of the arguments; by vmap if there are several."""
     if len(arguments) == 1:
         return [function(arguments[0])]
-    _, join = _tree.split(arguments[0])
+    flat = Flat(function, _tree.split(arguments[0])[1])
     columns = zip(*(_tree.split(argument)[0] for argument in arguments), strict=True)
-    joins: list[Callable[..., Tree]] = []
-
-    def tensors(*xs: Tensor) -> list[Tensor]:
-        results, join_results = _tree.split(function(join(xs)))
-        joins.append(join_results)
-        return results
-
-    batched = torch.func.vmap(tensors, randomness="same")
+    batched = torch.func.vmap(flat, randomness="same")
     results = batched(*(torch.stack(column) for column in columns))
-    return [joins[0](row) for row in zip(*results, strict=True)]
+    return [flat.join(row) for row in zip(*results, strict=True)]
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
