@@ -39,10 +39,7 @@ def custom(
     first part is returned here; the second is passed to the pullback, after the inputs.
     """
     tensors, join = _tree.split(inputs)
-    call = _Call(Flat(function, join), pullback, sparse, varies, keep)
-    outputs: Any = _Custom.apply(call, *tensors)
-    # Under vmap torch ignores that an output is marked as a constant.
-    results = call.function.join(x if v else x.detach() for x, v in carriers(outputs, varies))
+    results = _Call(Flat(function, join), pullback, sparse, varies, keep).apply(tensors)
     return results[0] if keep else results
 
 
@@ -57,7 +54,8 @@ def recomputed(
     if not torch.is_grad_enabled():
         return function(inputs)
     ambient = AmbientState(inputs)
-    flat = Flat(function, _tree.split(inputs)[1])
+    leaves, join = _tree.split(inputs)
+    flat = Flat(function, join)
 
     def pullback(
         inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
@@ -69,7 +67,7 @@ def recomputed(
         # If the product is itself differentiated, it keeps only its inputs too.
         return recomputed(product, (list(inputs), list(cotangents)))
 
-    return custom(function, inputs, pullback, sparse=True, varies=varies)
+    return _Call(flat, pullback, sparse=True, varies=varies).apply(leaves)
 
 
 def independent(tree: Tree, others: Tree) -> Tree:
@@ -293,7 +291,12 @@ class _Call:
     pullback: Pullback
     sparse: bool
     varies: Sequence[bool]
-    keep: bool
+    keep: bool = False
+
+    def apply(self, tensors: Sequence[Tensor]) -> Tree:
+        outputs: Any = _Custom.apply(self, *tensors)
+        # Under vmap torch ignores that an output is marked as a constant.
+        return self.function.join(x if v else x.detach() for x, v in carriers(outputs, self.varies))
 
 
 class _Custom(torch.autograd.Function):
@@ -306,8 +309,8 @@ class _Custom(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
-        kept = ctx.call.function.join(output)[1] if ctx.call.keep else ()
-        ctx.save_for_backward(*tensors, *_tree.split(kept)[0])
+        kept = _tree.split(ctx.call.function.join(output)[1])[0] if ctx.call.keep else ()
+        ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(not ctx.call.sparse)
         ctx.mark_non_differentiable(*(x for x, v in carriers(output, ctx.call.varies) if not v))
 

@@ -132,15 +132,13 @@ def _forward_over_reverse(
     ambient = functions.AmbientState((params, inputs))
     _, join = _tree.split((params, inputs))
     used: list[bool] = []  # which params have a gradient
+    results = functions.Flat(lambda trees: value_and_grad(function, *trees), join)
 
     def outputs(xs: Sequence[Tensor]) -> list[Tensor]:
         value, aux = function(*join(xs))
         results = [value, *_tree.split(aux)[0]]
         refuse_varying(results, (True, *varies))
         return results
-
-    def results(*xs: Tensor) -> list[Tensor]:
-        return _tree.split(value_and_grad(function, *join(xs)))[0]
 
     def pullback(
         xs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]

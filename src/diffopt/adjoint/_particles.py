@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,20 +61,17 @@ def advance(
     return Pair(ahead, behind, plus(pair.total, fresh)), up, down
 
 
-def each(function: Callable[[Any], Tree], arguments: Sequence[Any]) -> list[Tree]:
-    """`function` of each of the arguments; by vmap if there are several."""
-    if len(arguments) == 1:
-        return [function(arguments[0])]
-    flat = Flat(function, _tree.split(arguments[0])[1])
-    columns = zip(*(_tree.split(argument)[0] for argument in arguments), strict=True)
-    batched = torch.func.vmap(flat, randomness="same")
-    results = batched(*(torch.stack(column) for column in columns))
-    return [flat.join(row) for row in zip(*results, strict=True)]
-
-
-def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The items in pieces of this size; the last one may be shorter."""
-    return (items[start : start + size] for start in range(0, len(items), size))
+def each(function: Callable[[Any], Tree], items: Iterable[Any], size: int) -> Iterator[Tree]:
+    """`function` of each of the items; of `size` of them at once, by vmap, if that is above 1."""
+    rest = iter(items)
+    while chunk := list(itertools.islice(rest, size)):
+        if len(chunk) == 1:
+            yield function(chunk[0])
+            continue
+        flat = Flat(function, _tree.split(chunk[0])[1])
+        columns = zip(*(_tree.split(item)[0] for item in chunk), strict=True)
+        results = torch.func.vmap(flat, randomness="same")(*map(torch.stack, columns))
+        yield from map(flat.join, zip(*results, strict=True))
 
 
 def plus(mine: dict[int, Tensor], others: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -25,7 +25,6 @@ from diffopt.adjoint._particles import (
     Normal,
     advance,
     check_sampling,
-    chunks,
     each,
     plus,
     seeds,
@@ -188,10 +187,10 @@ class _Loops:
 
         truncations = list(self.entering(theta))
         gradient = dict[int, Tensor]()
-        for chunk in chunks(self.seeds, self.settings.chunk_size):
-            drawn = [noise(seed) if len(chunk) == 1 else list(noise(seed)) for seed in chunk]
-            for part in each(lambda n: self.of_pair(n, theta, cotangents), drawn):
-                gradient = plus(gradient, part)
+        size = self.settings.chunk_size
+        drawn = (noise(seed) if size == 1 else list(noise(seed)) for seed in self.seeds)
+        for part in each(lambda n: self.of_pair(n, theta, cotangents), drawn, size):
+            gradient = plus(gradient, part)
         return [gradient[i].to(x.dtype) if needed[i] else None for i, x in enumerate(theta)]
 
     def of_pair(

@@ -23,7 +23,6 @@ from diffopt.adjoint._particles import (
     Pair,
     advance,
     check_sampling,
-    chunks,
     each,
     plus,
     seeds,
@@ -143,15 +142,14 @@ def mean_loss(
     if torch.is_grad_enabled():
         refuse_closed_over("function (with theta held fixed)", run, pairs[0].ahead, frozen)
     value, gradient = torch.zeros(()), dict[int, Tensor]()
-    for chunk in chunks(pairs, settings.chunk_size):
-        calls = [(pair, {i: normal(x) for i, x in enumerate(frozen)}) for pair in chunk]
-        for pair, fresh in calls:
-            _check_total(pair.total, fresh)
-        for pair, ahead, behind in each(of_pair, calls):
-            value = value + (ahead + behind) / (2 * len(pairs))
-            difference = _modes.exact(ahead - behind)
-            gradient = plus(gradient, terms(pair, difference, len(pairs), settings.sigma))
-            keep(pair)
+    for pair in pairs:
+        _check_total(pair.total, frozen)
+    calls = ((pair, {i: normal(x) for i, x in enumerate(frozen)}) for pair in pairs)
+    for pair, ahead, behind in each(of_pair, calls, settings.chunk_size):
+        value = value + (ahead + behind) / (2 * len(pairs))
+        difference = _modes.exact(ahead - behind)
+        gradient = plus(gradient, terms(pair, difference, len(pairs), settings.sigma))
+        keep(pair)
     for i, grad in gradient.items():
         value = value + (grad.conj() * (tensors[i] - frozen[i])).real.sum()
     return first_order(value, NO_SECOND)
@@ -179,7 +177,7 @@ def _check_result(result: Any) -> tuple[Tree, Tensor]:
     return carry, loss if loss.is_floating_point() else _modes.exact(loss)
 
 
-def _check_total(total: dict[int, Tensor], fresh: dict[int, Tensor]) -> None:
-    mine, theirs = ([tuple(x.shape) for x in xs.values()] for xs in (fresh, total))
+def _check_total(total: dict[int, Tensor], theta: Sequence[Tensor]) -> None:
+    mine, theirs = ([tuple(x.shape) for x in xs] for xs in (theta, total.values()))
     if theirs and mine != theirs:
         raise ValueError(f"theta has tensors of shapes {mine}, but those in state are {theirs}")

@@ -205,8 +205,8 @@ class _Loop:
                 faults.check()
         carry = *weights.carry(len(xs))[:2], inputs[0][2]
         self.counts = [_tree.count(tree) for tree in (carry, *outputs)]
-        kept = weights.params, weights.buffers, list(map(vars, tapes))
-        self.join_kept = _tree.split(kept)[1]
+        last = weights.params, weights.buffers, list(map(vars, tapes))
+        kept, self.join_kept = _tree.split(last)
         return (carry, outputs), kept
 
     def pullback(
@@ -431,9 +431,10 @@ def _integers(carry: Tree, scale: float, faults: Faults) -> tuple[list[Tensor], 
     """Params and momentum buffers as integers in units of 2^-bits."""
 
     def integers(tree: Tree) -> list[Tensor]:
-        leaves = _tree.leaves(tree)
-        zeros = [torch.zeros((), dtype=torch.int64, device=x.device) for x in leaves]
-        return [faults.add(zero, exact(x) * scale) for zero, x in zip(zeros, leaves, strict=True)]
+        return [
+            faults.add(x.new_zeros((), dtype=torch.int64), exact(x) * scale)
+            for x in _tree.leaves(tree)
+        ]
 
     return integers(carry[0]), integers(carry[1].momentum_buffer)
 
