@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import diffopt
+from diffopt._diff import functions
 from diffopt.adjoint import (
     Checkpointed,
     FirstOrder,
@@ -726,3 +727,18 @@ def test_unroll_of_no_steps_is_the_identity():
         carry, outputs = unroll(lambda c, a, x: (2 * c, x), start, (), 0, adjoint=adjoint)
         assert carry is start
         assert outputs == []
+
+
+def test_a_thread_that_waits_too_long_for_forward_mode_says_so(monkeypatch):
+    class Held:
+        def acquire(self, timeout):
+            return False
+
+    opt, lr = diffopt.sgd(), torch.tensor(0.1, requires_grad=True)
+    sol = diffopt.minimize(
+        lambda w: w**2, torch.tensor(1.0), optimizer=opt, hparams=opt.hparams(lr=lr), steps=2,
+        adjoint=Checkpointed(hvp="forward-over-reverse"),
+    )  # fmt: skip
+    monkeypatch.setattr(functions, "_LEVELS", Held())
+    with pytest.raises(RuntimeError, match=r"^another thread"):
+        sol.params.backward()

@@ -9,8 +9,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import diffopt
 from diffopt.implicit import (
-    attach_minimum,
-    attach_root,
+    ImplicitDerivative,
     fixed_point_iteration,
     implicit_fixed_point,
     implicit_root,
@@ -571,11 +570,12 @@ def test_float32_stays_float32():
 def test_a_known_root_and_minimum_get_their_derivatives():
     def known(p):
         w = ridge_solve(None, X, Y, p)
-        return attach_minimum(ridge_loss, w, X, Y, p, solver=ConjugateGradient(**TIGHT))
+        derivative = ImplicitDerivative(ConjugateGradient(**TIGHT))
+        return derivative.attach(grad(ridge_loss), w, X, Y, p, symmetric=True)
 
     def as_root(p):
         w = ridge_solve(None, X, Y, p)
-        return attach_root(grad(ridge_loss), w, X, Y, p, solver=GMRES(**TIGHT))
+        return ImplicitDerivative(GMRES(**TIGHT)).attach(grad(ridge_loss), w, X, Y, p)
 
     exact = lambda p: ridge_solve(None, X, Y, p)  # noqa: E731
     for transform in (jacrev, jacfwd, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacrev(f))):

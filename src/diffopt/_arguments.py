@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 from diffopt import _tree
 
@@ -46,3 +46,10 @@ def check_function(value: Any, name: str, *, optional: bool = False) -> None:
     """Raise unless it is callable, or None if it is optional."""
     if not (callable(value) or (optional and value is None)):
         raise TypeError(f"{name} is {_tree.describe(value)}, not a function")
+
+
+def check_result(value: Any, name: str, *parts: str) -> tuple[Any, ...]:
+    """What a function returned; raises unless it is a tuple of these parts."""
+    if not isinstance(value, tuple) or len(cast(tuple[Any, ...], value)) != len(parts):
+        raise TypeError(f"{name} must return ({', '.join(parts)}), not {_tree.describe(value)}")
+    return cast(tuple[Any, ...], value)

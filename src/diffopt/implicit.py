@@ -6,9 +6,10 @@ dx = -(d_x residual)^-1 (d_args residual) dargs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +22,7 @@ from diffopt._arguments import (
     check_function,
     check_integer,
     check_number,
+    check_result,
 )
 from diffopt._diff.isolation import isolated, refuse_captured
 from diffopt._tree import Tree
@@ -48,6 +50,86 @@ _UNDER_TRANSFORMS = (
     "solver that leaves torch or branches on values can be called for each sample with "
     "sequential=True."
 )
+
+
+@dataclass(frozen=True)
+class ImplicitDerivative:
+    """How a solution gets its derivative; for the attributes see `implicit_root`."""
+
+    solver: LinearSolver
+    root_tolerance: float = math.inf
+    on_failure: OnFailure = "warn"
+    on_solve: Callable[[LinearSolution], object] | None = None
+    warm_start: Callable[[], Tree] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, LinearSolver):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+            raise TypeError(f"solver is {self.solver!r}, not one of diffopt.linear such as GMRES()")
+        if not (isinstance(self.root_tolerance, float) and self.root_tolerance == math.inf):
+            check_number(self.root_tolerance, "root_tolerance")
+        check_choice(self.on_failure, "on_failure", "warn", "raise")
+        check_function(self.on_solve, "on_solve", optional=True)
+        check_function(self.warm_start, "warm_start", optional=True)
+
+    def attach(
+        self,
+        residual: Callable[..., Tree],
+        x: Tree,
+        *args: Any,
+        symmetric: bool = False,
+        distance: bool = False,
+    ) -> Tree:
+        """A known solution x of residual(x, *args) = 0, made differentiable with respect to args.
+
+        Any derivative that x already had is dropped. See `implicit_root` for `symmetric`; with
+        `distance`, for a symmetric d_x residual, `root_tolerance` bounds the distance of x from a
+        solution, relative to max(1, |x|), instead of the residual.
+        """
+        x = isolated(lambda x: x, x)
+        vector, unravel = ravel(x, "x")
+        inputs, merge = _tree.split(args)
+        like = template(x)
+
+        def flat(v: Tensor, *inputs: Tensor) -> Tensor:
+            result = residual(unravel(v), *merge(inputs))
+            return ravel_like(result, like, ("the output of residual", "x"))
+
+        def transposed_at(v: Tensor, *inputs: Tensor) -> Linear:
+            pull = torch.func.vjp(lambda v: flat(v, *inputs), v)[1]
+            return lambda u: pull(u)[0]
+
+        def start(system: Sequence[Tensor]) -> Tensor | None:
+            tree = self.warm_start() if self.warm_start else None
+            names = "the output of warm_start", "x"
+            return None if tree is None else ravel_like(tree, like, names, system)
+
+        self._check(_distance if distance else _residual_norm, flat, vector, inputs)
+        refuse_captured(flat, "residual", vector, *inputs)
+        solver = self.solver
+        jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
+        solve = functools.partial(constant_solution, solver)
+        method = Method(solve, unravel, self.on_solve, start)
+        equation = Equation(flat, jacobian, method)
+        return unravel(attach(equation, vector, *inputs))
+
+    def _check(
+        self,
+        measure: Callable[..., Tensor],
+        residual: Callable[..., Tensor],
+        x: Tensor,
+        inputs: list[Tensor],
+    ) -> None:
+        """Warn or raise if x is not a solution."""
+        if anywhere(~torch.isfinite(x).all()):
+            fail("x is not a solution: it is not finite", self.on_failure)
+        elif self.root_tolerance < math.inf:
+            size: Tensor = isolated(functools.partial(measure, residual), x, *inputs)
+            if anywhere(~(size <= self.root_tolerance)):
+                fail(
+                    f"x is not a solution: {_MEASURED[measure]} {greatest(size):.2g}, above "
+                    f"root_tolerance={self.root_tolerance:.2g}, so its derivative would be wrong",
+                    self.on_failure,
+                )
 
 
 def implicit_root(
@@ -126,37 +208,8 @@ def implicit_root(
     Source: Blondel et al., "Efficient and modular implicit differentiation", 2022.
     """
     check_function(residual, "residual")
-    check_function(solve, "solve")
-    check_arguments(solver, root_tolerance, on_failure, on_solve, warm_start)
-    check_bool(symmetric, "symmetric")
-    check_bool(has_aux, "has_aux")
-    check_bool(sequential, "sequential")
-
-    def solution(init: Tree, *args: Any) -> Any:
-        refuse_tracing("implicit_root")
-        try:
-            result = isolated(solve, init, *args, plain=True, sequential=sequential)
-        except RuntimeError as error:
-            if _modes.transformed():
-                error.add_note(_UNDER_TRANSFORMS)
-            raise
-        if has_aux and not (isinstance(result, tuple) and len(result) == 2):  # pyright: ignore[reportUnknownArgumentType]
-            raise TypeError(f"solve must return (x, aux), not {_tree.describe(result)}")
-        x, aux = result if has_aux else (result, None)
-        x = attach_root(
-            residual,
-            x,
-            *args,
-            solver=solver,
-            symmetric=symmetric,
-            root_tolerance=root_tolerance,
-            on_failure=on_failure,
-            on_solve=on_solve,
-            warm_start=warm_start,
-        )
-        return (x, aux) if has_aux else x
-
-    return solution
+    derivative = ImplicitDerivative(solver, root_tolerance, on_failure, on_solve, warm_start)
+    return _differentiable(residual, solve, derivative, symmetric, has_aux, sequential)
 
 
 def implicit_fixed_point(
@@ -214,18 +267,39 @@ def implicit_fixed_point(
         after = ravel_like(step(x, *args), x, ("the output of step", "x"))
         return unravel(vector - after)
 
-    return implicit_root(
-        residual,
-        fixed_point_iteration(step, on_failure=on_failure) if solve is None else solve,
-        solver=solver,
-        symmetric=symmetric,
-        has_aux=has_aux,
-        sequential=sequential,
-        root_tolerance=root_tolerance,
-        on_failure=on_failure,
-        on_solve=on_solve,
-        warm_start=warm_start,
-    )
+    if solve is None:
+        solve = fixed_point_iteration(step, on_failure=on_failure)
+    derivative = ImplicitDerivative(solver, root_tolerance, on_failure, on_solve, warm_start)
+    return _differentiable(residual, solve, derivative, symmetric, has_aux, sequential)
+
+
+def _differentiable(
+    residual: Callable[..., Tree],
+    solve: Callable[..., Any],
+    derivative: ImplicitDerivative,
+    symmetric: bool,
+    has_aux: bool,
+    sequential: bool,
+) -> Callable[..., Any]:
+    check_function(solve, "solve")
+    check_bool(symmetric, "symmetric")
+    check_bool(has_aux, "has_aux")
+    check_bool(sequential, "sequential")
+
+    def solution(init: Tree, *args: Any) -> Any:
+        refuse_tracing("implicit_root")
+        try:
+            result = isolated(solve, init, *args, plain=True, sequential=sequential)
+        except RuntimeError as error:
+            if _modes.transformed():
+                error.add_note(_UNDER_TRANSFORMS)
+            raise
+        if not has_aux:
+            return derivative.attach(residual, result, *args, symmetric=symmetric)
+        x, aux = check_result(result, "solve", "x", "aux")
+        return derivative.attach(residual, x, *args, symmetric=symmetric), aux
+
+    return solution
 
 
 def fixed_point_iteration(
@@ -293,123 +367,11 @@ def fixed_point_iteration(
     return solve
 
 
-def attach_root(
-    residual: Callable[..., Tree],
-    x: Tree,
-    *args: Any,
-    solver: LinearSolver,
-    symmetric: bool = False,
-    distance: bool = False,
-    root_tolerance: float = math.inf,
-    on_failure: OnFailure = "warn",
-    on_solve: Callable[[LinearSolution], object] | None = None,
-    warm_start: Callable[[], Tree] | None = None,
-) -> Tree:
-    """A known solution x of residual(x, *args) = 0, made differentiable with respect to args.
-
-    Any derivative that x already had is dropped. See `implicit_root` for the arguments; with
-    `distance`, for a symmetric d_x residual, `root_tolerance` bounds the distance of x from a
-    solution, relative to max(1, |x|), instead of the residual.
-    """
-    check_arguments(solver, root_tolerance, on_failure, on_solve, warm_start)
-    x = isolated(lambda x: x, x)
-    vector, unravel = ravel(x, "x")
-    inputs, merge = _tree.split(args)
-    like = template(x)
-
-    def flat(v: Tensor, *inputs: Tensor) -> Tensor:
-        result = residual(unravel(v), *merge(inputs))
-        return ravel_like(result, like, ("the output of residual", "x"))
-
-    def transposed_at(v: Tensor, *inputs: Tensor) -> Linear:
-        pull = torch.func.vjp(lambda v: flat(v, *inputs), v)[1]
-        return lambda u: pull(u)[0]
-
-    _check_root(flat, vector, inputs, root_tolerance, on_failure, distance)
-    refuse_captured(flat, "residual", vector, *inputs)
-    jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
-
-    def start(system: Sequence[Tensor]) -> Tensor | None:
-        tree, names = warm_start() if warm_start else None, ("the output of warm_start", "x")
-        return None if tree is None else ravel_like(tree, like, names, system)
-
-    method = Method(partial(constant_solution, solver), unravel, on_solve, start)
-    return unravel(attach(Equation(flat, jacobian, method), vector, *inputs))
-
-
-def attach_minimum(
-    loss: Callable[..., Tensor],
-    x: Tree,
-    *args: Any,
-    solver: LinearSolver = ConjugateGradient(),  # noqa: B008 (frozen)
-    root_tolerance: float = math.inf,
-    on_failure: OnFailure = "warn",
-    on_solve: Callable[[LinearSolution], object] | None = None,
-    warm_start: Callable[[], Tree] | None = None,
-) -> Tree:
-    """A known stationary point x of loss(x, *args), made differentiable with respect to args.
-
-    Its equation is that the gradient is zero, so the linear systems are those of the Hessian.
-    `root_tolerance` bounds the distance to the stationary point, relative to max(1, |x|).
-    """
-    return attach_root(
-        torch.func.grad(loss),
-        x,
-        *args,
-        solver=solver,
-        symmetric=True,
-        distance=True,
-        root_tolerance=root_tolerance,
-        on_failure=on_failure,
-        on_solve=on_solve,
-        warm_start=warm_start,
-    )
-
-
-def check_arguments(
-    solver: Any, root_tolerance: Any, on_failure: Any, on_solve: Any, warm_start: Any
-) -> None:
-    """Raise if an argument of an implicit derivative is invalid."""
-    if not isinstance(solver, LinearSolver):
-        raise TypeError(f"solver is {solver!r}, not one of diffopt.linear such as GMRES()")
-    if not (isinstance(root_tolerance, float) and root_tolerance == math.inf):
-        check_number(root_tolerance, "root_tolerance")
-    check_choice(on_failure, "on_failure", "warn", "raise")
-    check_function(on_solve, "on_solve", optional=True)
-    check_function(warm_start, "warm_start", optional=True)
-
-
-def _check_root(
-    residual: Callable[..., Tensor],
-    x: Tensor,
-    inputs: list[Tensor],
-    tolerance: float,
-    on_failure: OnFailure,
-    distance: bool,
-) -> None:
-    """Warn or raise if x is not a solution."""
-    if anywhere(~torch.isfinite(x).all()):
-        fail("x is not a solution: it is not finite", on_failure)
-    elif tolerance < math.inf:
-        measure, what = (
-            (_distance, "its distance from one, in units of max(1, |x|), is estimated to be")
-            if distance
-            else (_residual_norm, "the norm of its residual is")
-        )
-        size: Tensor = isolated(lambda x, *inputs: measure(residual, x, inputs), x, *inputs)
-        if anywhere(~(size <= tolerance)):
-            fail(
-                f"x is not a solution: {what} {greatest(size):.2g}, above "
-                f"root_tolerance={tolerance:.2g}, so its derivative would be wrong",
-                on_failure,
-            )
-
-
-def _residual_norm(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def _residual_norm(residual: Callable[..., Tensor], x: Tensor, *inputs: Tensor) -> Tensor:
     return norm(residual(x, *inputs))
 
 
-def _distance(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def _distance(residual: Callable[..., Tensor], x: Tensor, *inputs: Tensor) -> Tensor:
     """A lower bound on |H^-1 r| / max(1, |x|), for the residual r and its derivative H.
 
     The norms of the iterates of conjugate gradients increase (Steihaug 1983, theorem 2.1), starting
@@ -429,3 +391,9 @@ def _distance(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tenso
     step = ConjugateGradient(max_steps=10).run(system, torch.zeros_like(b), b).x
     length = torch.maximum(norm(step), 1 / (b @ product(b)).abs())
     return torch.where(size > 0, size * length, size) / norm(x).clamp(min=1)
+
+
+_MEASURED = {
+    _residual_norm: "the norm of its residual is",
+    _distance: "its distance from one, in units of max(1, |x|), is estimated to be",
+}

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, jit, nn
@@ -14,6 +14,9 @@ from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsa
 from torch.nn.parameter import is_lazy
 
 from diffopt import _modes, _replica, _torch, _tree
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""Tensors of a module by name."""
 
 
 class Functional(NamedTuple):
@@ -30,11 +33,7 @@ class Functional(NamedTuple):
     buffers: dict[str, Tensor]
 
     def __call__(
-        self,
-        params: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        *inputs: Any,
-        **kwargs: Any,
+        self, params: Tensors, buffers: Tensors, *inputs: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """The module's outputs at these tensors, and the buffers after the call."""
         return self.apply(params, buffers, *inputs, **kwargs)
@@ -129,15 +128,10 @@ class _Apply:
         return type(self.module).__name__
 
     def __call__(
-        self,
-        params: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        *inputs: Any,
-        **kwargs: Any,
+        self, params: Tensors, buffers: Tensors, *inputs: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         self._check("params", params, self.params)
         self._check("buffers", buffers, self.buffers)
-        _check_shapes(params, self.params)
         # The module may write into its buffers. Frozen parameters are only read.
         tensors = {k: b if k in self.frozen else b.clone() for k, b in buffers.items()}
         tensors |= params
@@ -156,7 +150,7 @@ class _Apply:
             tensors |= _places(_parts(replica))[1]
         return outputs, {name: tensors[name] for name in self.buffers}
 
-    def _check(self, argument: str, given: Any, own: Mapping[str, Tensor]) -> None:
+    def _check(self, argument: str, given: Any, own: Tensors) -> None:
         if not isinstance(given, Mapping):
             call = "params, buffers" if self.buffers else "params, {}"
             raise TypeError(
@@ -176,9 +170,7 @@ class _Apply:
             if argument == "params" and (fault := _misfit(tensor, own[name])):
                 raise ValueError(f"{argument}[{name!r}] has {fault}")
 
-    def _same_places(
-        self, parts: Mapping[str, nn.Module], given: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _same_places(self, parts: Mapping[str, nn.Module], given: Tensors) -> dict[str, Tensor]:
         """Every place of the module that holds a tensor; raises if one has changed."""
         parameters, buffers = _places(parts)
         places = parameters | buffers
@@ -201,6 +193,8 @@ class _Apply:
 
 def _misfit(tensor: Tensor, own: Tensor) -> str | None:
     """What a tensor has that no parameter like the module's own can have."""
+    if tensor.shape != own.shape:
+        return f"shape {tuple(tensor.shape)}, but the module's has {tuple(own.shape)}"
     if tensor.is_floating_point() != own.is_floating_point() and not tensor.is_complex():
         return f"dtype {tensor.dtype}, but the module's parameter has {own.dtype}"
     if tensor.layout is not own.layout:
@@ -308,12 +302,3 @@ def _decays(module: nn.Module, name: str) -> bool:
     prefix, _, own = name.rpartition(".")
     bases = type(module.get_submodule(prefix)).__mro__
     return "bias" not in own and not any("norm" in base.__name__.lower() for base in bases)
-
-
-def _check_shapes(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    for name, tensor in own.items():
-        if params[name].shape != tensor.shape:
-            raise ValueError(
-                f"params[{name!r}] has shape {tuple(params[name].shape)}, but the module's has "
-                f"{tuple(tensor.shape)}"
-            )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import check_integer, too_large
-from diffopt._diff.functions import AmbientState
+from diffopt._arguments import check_integer, check_result, too_large
+from diffopt._diff.functions import AmbientState, has_derivative
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
@@ -244,31 +244,26 @@ def _check_params(params: Tree) -> None:
     leaves = _tree.leaves(params)
     if not leaves:
         raise ValueError(f"params is {params!r}, which holds no tensor")
-    checks.params(leaves, params)
-    for i, leaf in enumerate(leaves):
-        if leaf.layout is not torch.strided:
-            path = _tree.paths(params, "params")[i]
-            raise ValueError(f"{path} has layout {leaf.layout}, but must be dense")
-        if not (leaf.is_floating_point() or leaf.is_complex()):
-            path = _tree.paths(params, "params")[i]
-            raise ValueError(f"{path} has dtype {leaf.dtype}, not a floating-point or complex one")
+    checks.params(leaves, params, _fault)
+
+
+def _fault(param: Tensor) -> str | None:
+    if param.layout is not torch.strided:
+        return f"has layout {param.layout}, but must be dense"
+    if not has_derivative(param):
+        return f"has dtype {param.dtype}, not a floating-point or complex one"
+    return None
 
 
 def _check_hparams(hparams: Any, maker: Any) -> None:
     """Raise unless it is a record of the optimizer, as far as can be told, or a function."""
     if isinstance(hparams, type) or (type(hparams) is type(maker) and hparams == maker):
         raise TypeError(f"hparams is {hparams!r}, which must be called: optimizer.hparams(...)")
-    if not callable(hparams) and not _is_record(hparams, maker):
+    if not callable(hparams) and not hyper.made_by(hparams, maker):
         raise TypeError(
             f"hparams is {_tree.describe(hparams)}, not a record of this optimizer: create it with "
             "optimizer.hparams(...)"
         )
-
-
-def _is_record(record: Any, maker: Any) -> bool:
-    if isinstance(maker, type) and maker in hyper.FIELDS:  # otherwise it is a function
-        return isinstance(record, maker)
-    return record is not None
 
 
 def _check_state(state: Any, optimizer: Optimizer[Any, Any], params: Tree) -> None:
@@ -298,7 +293,7 @@ def _xs(
 
 def _own(record: Any, number: int, maker: Any) -> Any:
     """What `hparams` returned for this step, checked to be a record of the optimizer."""
-    if not _is_record(record, maker):
+    if not hyper.made_by(record, maker):
         raise TypeError(
             f"hparams({number}) returned {_tree.describe(record)}, but must return "
             "optimizer.hparams(...)"
@@ -323,9 +318,7 @@ def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:
     """What the loss returned as `(value, (buffers, aux))`."""
     parts = ["value", *(["buffers"] * stateful), *(["aux"] * has_aux)]
     values: Any = (result,) if len(parts) == 1 else result
-    if not isinstance(values, tuple) or len(cast(tuple[Any, ...], values)) != len(parts):
-        raise TypeError(f"loss must return ({', '.join(parts)}), not {_tree.describe(result)}")
-    named: dict[str, Any] = dict(zip(parts, cast(tuple[Any, ...], values), strict=True))
+    named = dict(zip(parts, check_result(values, "loss", *parts), strict=True))
     value = named["value"]
     if not isinstance(value, Tensor):
         hint = ": has_aux=True takes (value, aux)" if isinstance(value, tuple) else ""

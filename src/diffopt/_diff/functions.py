@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -27,16 +28,19 @@ def custom(
     *,
     sparse: bool = False,
     varies: Sequence[bool] = (),
+    keep: bool = False,
 ) -> Tree:
     """`function(inputs)`, for which autograd keeps only the tensors among the inputs.
 
     Its vector-Jacobian product is `pullback`, which may itself be differentiated, and so must
     compute with its arguments only; if `sparse`, it is passed None for zero cotangents. `function`
     must not hold tensors either, or they are kept alive too long. `varies`, for the first outputs,
-    is False for those that are constants.
+    is False for those that are constants. With `keep`, `function` returns a pair of which only the
+    first part is returned here; the second is passed to the pullback, after the inputs.
     """
     tensors, join = _tree.split(inputs)
-    return _Call(function, join, pullback, sparse, varies).apply(tensors)
+    results = _Call(Flat(function, join), pullback, sparse, varies, keep).apply(tensors)
+    return results[0] if keep else results
 
 
 def recomputed(
@@ -51,22 +55,19 @@ def recomputed(
         return function(inputs)
     ambient = AmbientState(inputs)
     leaves, join = _tree.split(inputs)
-
-    def tensors(*xs: Tensor) -> list[Tensor]:
-        return _tree.split(function(join(xs)))[0]
+    flat = Flat(function, join)
 
     def pullback(
         inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         def product(arguments: Tree) -> list[Tensor | None]:
             with ambient.restored():
-                return vjp(tensors, arguments[0], needed, arguments[1])
+                return vjp(flat, arguments[0], needed, arguments[1])
 
-        arguments = list(inputs), list(cotangents)
         # If the product is itself differentiated, it keeps only its inputs too.
-        return recomputed(product, arguments)
+        return recomputed(product, (list(inputs), list(cotangents)))
 
-    return _Call(function, join, pullback, sparse=True, varies=varies).apply(leaves)
+    return _Call(flat, pullback, sparse=True, varies=varies).apply(leaves)
 
 
 def independent(tree: Tree, others: Tree) -> Tree:
@@ -84,6 +85,34 @@ def independent(tree: Tree, others: Tree) -> Tree:
     return custom(lambda inputs: inputs[0], (tree, others), pullback)
 
 
+class Flat:
+    """A function of trees as one of tensors: `join` builds the tree of its last results again."""
+
+    def __init__(self, function: Callable[[Tree], Tree], join: Callable[..., Tree]) -> None:
+        self.function, self.join_inputs, self.join = function, join, join
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        results, self.join = _tree.split(self.function(self.join_inputs(tensors)))
+        return results
+
+    def apart(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The results as an autograd.Function requires them: distinct tensors, none an input."""
+        seen = {id(x) for x in tensors}
+        results: list[Tensor] = []
+        for result in self(*tensors):
+            results.append(result.clone() if id(result) in seen else result)
+            seen.add(id(result))
+        return tuple(batched_like(results, tensors))
+
+
+def replaced(values: Iterable[Any], places: Iterable[int], others: Iterable[Any]) -> list[Any]:
+    """The values, with the others in these places."""
+    result = list(values)
+    for place, other in zip(places, others, strict=True):
+        result[place] = other
+    return result
+
+
 def vjp(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor],
@@ -95,10 +124,7 @@ def vjp(
     chosen = [i for i, need in enumerate(needed) if need]
 
     def partial(*xs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        arguments = list(inputs)
-        for i, x in zip(chosen, xs, strict=True):
-            arguments[i] = x
-        pairs = zip(function(*arguments), cotangents, strict=True)
+        pairs = zip(function(*replaced(inputs, chosen, xs)), cotangents, strict=True)
         pairs = [(y, v) for y, v in pairs if v is not None and has_derivative(y)]
         return tuple(y for y, _ in pairs), tuple(v for _, v in pairs)
 
@@ -117,10 +143,7 @@ def vjp(
             results = torch.autograd.grad(
                 outputs, xs, vectors, create_graph=create_graph, allow_unused=True
             )
-    grads: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip(chosen, results, strict=True):
-        grads[i] = grad
-    return grads
+    return replaced([None] * len(inputs), chosen, results)
 
 
 def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -135,16 +158,6 @@ def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Te
         for i, output in enumerate(result):
             if not levels <= _modes.batches(output):
                 result[i] = output + x.new_zeros((), dtype=output.dtype, device=output.device)
-    return result
-
-
-def distinct(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs as distinct tensors, none of them an input, as autograd.Function requires."""
-    seen = {id(x) for x in inputs}
-    result: list[Tensor] = []
-    for output in outputs:
-        result.append(output.clone() if id(output) in seen else output)
-        seen.add(id(output))
     return result
 
 
@@ -270,29 +283,20 @@ def _default_generators(device: torch.device) -> list[torch.Generator]:
     return [generators[device.index]] if generators else []
 
 
+@dataclass(frozen=True)
 class _Call:
-    """One application of a function to a tree."""
+    """One application of a function to a tree; for the attributes see `custom`."""
 
-    def __init__(
-        self,
-        function: Callable[[Tree], Tree],
-        join: Callable[..., Tree],
-        pullback: Pullback,
-        sparse: bool,
-        varies: Sequence[bool] = (),
-    ) -> None:
-        self.function, self.join, self.pullback, self.varies = function, join, pullback, varies
-        self.sparse = sparse and not _modes.transformed()  # vmap's rule requires tensors
-        self.join_outputs: Callable[..., Tree] = join
+    function: Flat
+    pullback: Pullback
+    sparse: bool
+    varies: Sequence[bool]
+    keep: bool = False
 
     def apply(self, tensors: Sequence[Tensor]) -> Tree:
         outputs: Any = _Custom.apply(self, *tensors)
         # Under vmap torch ignores that an output is marked as a constant.
-        return self.join_outputs(x if v else x.detach() for x, v in carriers(outputs, self.varies))
-
-    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        outputs, self.join_outputs = _tree.split(self.function(self.join(inputs)))
-        return tuple(batched_like(distinct(outputs, inputs), inputs))
+        return self.function.join(x if v else x.detach() for x, v in carriers(outputs, self.varies))
 
 
 class _Custom(torch.autograd.Function):
@@ -300,12 +304,13 @@ class _Custom(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return call.run(inputs)
+        return call.function.apart(inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        kept = _tree.split(ctx.call.function.join(output)[1])[0] if ctx.call.keep else ()
+        ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(not ctx.call.sparse)
         ctx.mark_non_differentiable(*(x for x, v in carriers(output, ctx.call.varies) if not v))
 

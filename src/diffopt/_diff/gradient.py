@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -51,47 +51,34 @@ def value_and_grad(
     activations; by the symmetry of second derivatives they are exact with respect to params and
     inputs. It needs `varies`, False for those of the first auxiliary tensors that are constants.
     """
-    with contextlib.nullcontext() if _modes.compiling() else explained():
-        return _value_and_grad(function, params, inputs, second_order, hvp, varies)
-
-
-def _value_and_grad(
-    function: Objective,
-    params: Tree,
-    inputs: Tree,
-    second_order: bool,
-    hvp: HVP,
-    varies: Sequence[bool],
-) -> tuple[Tensor, Any, Tree]:
     recording, forward = torch.is_grad_enabled(), _modes.forward_differentiated()
-    if second_order and recording and hvp == "forward-over-reverse" and not forward:
-        return _forward_over_reverse(function, params, inputs, varies)
-    if _modes.transformed():
-        value, aux, grads = _functorch(function, params, inputs)
-    else:
-        value, aux, grads = _autograd(
-            function, params, inputs, second_order and (recording or forward)
-        )
+    with contextlib.nullcontext() if _modes.compiling() else explained():
+        if second_order and recording and hvp == "forward-over-reverse" and not forward:
+            return _forward_over_reverse(function, params, inputs, varies)
+        if _modes.transformed():
+            results = _functorch(function, params, inputs)
+        else:
+            create_graph = second_order and (recording or forward)
+            results = _autograd(function, params, inputs, create_graph)
     if not second_order:
-        return _tree.detach((value, aux, grads))
+        return _tree.detach(results)
     if forward and not recording:  # there are tangents without a graph, which `detach` would drop
-        tensors, join = _tree.split((value, aux, grads))
-        return join([x.clone() for x in tensors])
-    return value, aux, grads
+        return _tree.map_tensors(Tensor.clone, results)
+    return results
 
 
 def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor, Any, Tree]:
-    joins: list[Any] = []  # torch.func takes only tensors as auxiliary output
+    join: Any = None  # torch.func takes only tensors as auxiliary output
     arrived: set[int] = set()  # leaves with a gradient; for others torch.func returns zeros
 
     def tensors(params: Tree) -> tuple[Tensor, list[Tensor]]:
+        nonlocal join
         if not _modes.compiling():
             for i, leaf in enumerate(_tree.leaves(params)):
                 leaf.register_hook(lambda _, i=i: arrived.add(i))
         with repairs.mended():
             value, aux = function(params, inputs)
         values, join = _tree.split(aux)
-        joins.append(join)
         return value, values
 
     grads, (value, aux) = torch.func.grad_and_value(tensors, has_aux=True)(params)
@@ -99,7 +86,7 @@ def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor,
         leaves, spec = _tree.flatten(grads)
         found = [grad if i in arrived else None for i, grad in enumerate(leaves)]
         grads = _tree.unflatten(_dependent(found), spec)
-    return value, joins[0](aux), grads
+    return value, join(aux), grads
 
 
 def _autograd(
@@ -145,15 +132,13 @@ def _forward_over_reverse(
     ambient = functions.AmbientState((params, inputs))
     _, join = _tree.split((params, inputs))
     used: list[bool] = []  # which params have a gradient
+    results = functions.Flat(lambda trees: value_and_grad(function, *trees), join)
 
     def outputs(xs: Sequence[Tensor]) -> list[Tensor]:
         value, aux = function(*join(xs))
         results = [value, *_tree.split(aux)[0]]
         refuse_varying(results, (True, *varies))
         return results
-
-    def results(*xs: Tensor) -> list[Tensor]:
-        return _tree.split(value_and_grad(function, *join(xs)))[0]
 
     def pullback(
         xs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
@@ -195,11 +180,8 @@ def _hvp(
     zero, one = cotangents[0].new_zeros(()), cotangents[0].new_ones(())
 
     def total(e: Tensor, *chosen_xs: Tensor) -> Tensor:
-        arguments = list(xs)
-        for i, x in zip(chosen, chosen_xs, strict=True):
-            arguments[i] = x
         with repairs.mended():
-            outputs = function(arguments)
+            outputs = function(functions.replaced(xs, chosen, chosen_xs))
         plain = not _modes.transformed()
         if plain and any(id(leaf) not in aliases for leaf in graph_leaves(outputs)):
             refuse_closed_over("the loss", function, list(xs))
@@ -208,24 +190,27 @@ def _hvp(
         return outputs[0] + e * torch.stack(terms).sum()
 
     gradient_jvp = _functorch_jvp if _modes.transformed() else _autograd_jvp
-    try:
-        with functions.noticed() as aliases, functions.forward_level():
-            results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
-    except RuntimeError as error:
-        complaint = lacks_forward(error)
-        if complaint is None:
-            raise
-        raise NotImplementedError(
-            f"the loss cannot be differentiated with hvp='forward-over-reverse' ({complaint}): "
-            + (remedy(error) or "give hvp='reverse-over-reverse'")
-        ) from error
-    products: list[Tensor | None] = [None] * len(xs)
-    for i, result in zip(chosen, results, strict=True):
-        products[i] = result
-    return products
+    fault = "the loss cannot be differentiated with hvp='forward-over-reverse'"
+    with functions.noticed() as aliases, forward_mode(fault, "give hvp='reverse-over-reverse'"):
+        results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
+    return functions.replaced([None] * len(xs), chosen, results)
 
 
-def lacks_forward(error: RuntimeError) -> str | None:
+@contextlib.contextmanager
+def forward_mode(fault: str, advice: str) -> Generator[None]:
+    """For code in forward mode: operations without a forward derivative raise with this advice."""
+    with functions.forward_level():
+        try:
+            yield
+        except RuntimeError as error:
+            complaint = _lacks_forward(error)
+            if complaint is None:
+                raise
+            advice = remedy(error) or advice
+            raise NotImplementedError(f"{fault} ({complaint}): {advice}") from error
+
+
+def _lacks_forward(error: RuntimeError) -> str | None:
     """Torch's message about an operation without a forward derivative; None for any other error.
 
     It names the operation; for a torch.autograd.Function its name is prepended.

@@ -204,6 +204,13 @@ def is_record(node: Any) -> bool:
     return type(node) in FIELDS
 
 
+def made_by(record: Any, maker: Any) -> bool:
+    """Whether an optimizer's `hparams` may have made it: only a class of records can tell."""
+    if isinstance(maker, type) and maker in FIELDS:
+        return isinstance(record, maker)
+    return record is not None
+
+
 class Covered(NamedTuple):
     """A hyperparameter, its values, and the index of the value that applies to each leaf."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def divide(c: Tensor, n: Any) -> Tensor:
     return (c >> _SHIFT) * n + ((c & (DENOMINATOR - 1)) * n >> _SHIFT)
 
 
-def dividends(quotient: Tensor, n: Any) -> tuple[Tensor, Tensor]:
+def _dividends(quotient: Tensor, n: Any) -> tuple[Tensor, Tensor]:
     """The first integer c for which floor(c n / d) is the quotient, and how many there are."""
     whole = torch.div(quotient, n, rounding_mode="floor")
     part = quotient - whole * n
@@ -41,8 +42,11 @@ def dividends(quotient: Tensor, n: Any) -> tuple[Tensor, Tensor]:
     return whole * DENOMINATOR + first, least(part + 1) - first
 
 
+@dataclass
 class Tape:
-    """A stack of digits, each with its own base, for every weight: an integer of any length.
+    """What divisions lose: a stack of digits, each with its own base, for every weight.
+
+    They are the digits of an integer of any length.
 
     Attributes:
         top: its lowest 63 bits, to which the next digits go.
@@ -52,12 +56,15 @@ class Tape:
         bound: a strict upper bound on the entries of the top.
     """
 
-    def __init__(self, top: Tensor, words: list[Tensor], sizes: list[int], count: int = 0) -> None:
-        self.top, self.words, self.sizes, self.count = top, words, sizes, count
-        self.bound = 1
+    top: Tensor
+    words: list[Tensor] = field(default_factory=list[Tensor])
+    sizes: list[int] = field(default_factory=list[int])
+    count: int = 0
+    bound: int = 1
 
-    def push(self, digit: Tensor, base: Tensor, most: int) -> None:
-        """Add digits with 0 <= digit < base <= most."""
+    def push(self, c: Tensor, quotient: Tensor, n: Any, most: int) -> None:
+        """Add the position of c among the integers with this quotient, which are at most `most`."""
+        first, base = _dividends(quotient, n)
         if self.bound * most > _WORD:
             values = _modes.concrete(self.top)
             if values is not None and values.numel():
@@ -66,19 +73,20 @@ class Tape:
             self.words.append(self.top)
             self.sizes.append(self.count)
             self.top, self.bound = torch.zeros_like(self.top), 1
-        self.top = self.top * base + digit
+        self.top = self.top * base + (c - first)
         self.bound *= most
         self.count += 1
 
-    def pop(self, base: Tensor) -> Tensor:
-        """Remove and return the digits that were pushed last, with this base."""
+    def pop(self, quotient: Tensor, n: Any) -> Tensor:
+        """The c that was pushed last, which is removed."""
+        first, base = _dividends(quotient, n)
         whole = torch.div(self.top, base, rounding_mode="floor")
         digit, self.top = self.top - whole * base, whole
         self.count -= 1
         if self.sizes and self.sizes[-1] == self.count:
             self.sizes.pop()
             self.top = self.words.pop()
-        return digit
+        return first + digit
 
 
 class Faults:

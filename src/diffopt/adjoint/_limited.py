@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -41,21 +41,21 @@ def without_derivative(tree: Tree, sources: Tree, message: str) -> Tree:
     if _modes.compiling() or not chosen or not inputs:
         return tree
     results = cast(Any, _Lost.apply(message, len(chosen), *(tensors[i] for i in chosen), *inputs))
-    for i, result in zip(chosen, results, strict=True):
-        tensors[i] = result
-    return join(tensors)
+    return join(functions.replaced(tensors, chosen, results))
 
 
-def once(
-    message: str, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """`function(*inputs)`, whose derivatives raise `message`."""
-    return cast(Any, _Once.apply(message, function, *inputs))
+def once(message: str, function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
+    """`function(inputs)`, whose derivatives raise `message`."""
+    tensors, join = _tree.split(inputs)
+    flat = functions.Flat(function, join)
+    results: Any = _Once.apply(message, flat, *tensors)
+    return flat.join(results)
 
 
 def constant_in(gradient: Tensor, inputs: Iterable[Tensor], message: str) -> Tensor:
     """A gradient whose derivative with respect to the inputs raises `message`."""
-    zero = cast(Tensor, _Zero.apply(message, *filter(functions.has_derivative, inputs)))
+    sources = list(filter(functions.has_derivative, inputs))
+    zero = once(message, lambda sources: torch.zeros((), device=sources[0].device), sources)
     return gradient + zero.to(gradient.device, gradient.dtype)
 
 
@@ -100,20 +100,10 @@ class _Raising(torch.autograd.Function):
         raise NotImplementedError(ctx.message)
 
 
-class _Zero(_Raising):
-    """A separate node of the graph, so that it raises only if its derivative is computed."""
-
-    @staticmethod
-    def forward(message: str, *inputs: Tensor) -> Tensor:
-        return torch.zeros((), device=inputs[0].device)
-
-
 class _Once(_Raising):
     @staticmethod
-    def forward(
-        message: str, function: Callable[..., Sequence[Tensor]], *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        return tuple(functions.batched_like(function(*inputs), inputs))
+    def forward(message: str, function: functions.Flat, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return function.apart(inputs)
 
 
 class _Lost(_Raising):

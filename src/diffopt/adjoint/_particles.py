@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from diffopt import _torch, _tree
 from diffopt._arguments import check_integer, check_number
-from diffopt._diff.functions import AmbientState
+from diffopt._diff.functions import AmbientState, Flat, replaced
 from diffopt._tree import Tree
 
 NO_SECOND = "an estimate by evolution strategies has no second derivative"
@@ -49,8 +50,8 @@ def advance(
     """
 
     def at(sign: int) -> list[Tensor]:
-        moved = {i: (theta[i] + sign * sigma * eps).to(theta[i].dtype) for i, eps in fresh.items()}
-        return [moved.get(i, x) for i, x in enumerate(theta)]
+        moved = [(theta[i] + sign * sigma * eps).to(theta[i].dtype) for i, eps in fresh.items()]
+        return replaced(theta, fresh, moved)
 
     ambient = AmbientState(inputs)
     with torch.no_grad():
@@ -60,27 +61,17 @@ def advance(
     return Pair(ahead, behind, plus(pair.total, fresh)), up, down
 
 
-def each(function: Callable[[Any], Tree], arguments: Sequence[Any]) -> list[Tree]:
-    """`function` of each of the arguments; by vmap if there are several."""
-    if len(arguments) == 1:
-        return [function(arguments[0])]
-    _, join = _tree.split(arguments[0])
-    columns = zip(*(_tree.split(argument)[0] for argument in arguments), strict=True)
-    joins: list[Callable[..., Tree]] = []
-
-    def tensors(*xs: Tensor) -> list[Tensor]:
-        results, join_results = _tree.split(function(join(xs)))
-        joins.append(join_results)
-        return results
-
-    batched = torch.func.vmap(tensors, randomness="same")
-    results = batched(*(torch.stack(column) for column in columns))
-    return [joins[0](row) for row in zip(*results, strict=True)]
-
-
-def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The items in pieces of this size; the last one may be shorter."""
-    return (items[start : start + size] for start in range(0, len(items), size))
+def each(function: Callable[[Any], Tree], items: Iterable[Any], size: int) -> Iterator[Tree]:
+    """`function` of each of the items; of `size` of them at once, by vmap, if that is above 1."""
+    rest = iter(items)
+    while chunk := list(itertools.islice(rest, size)):
+        if len(chunk) == 1:
+            yield function(chunk[0])
+            continue
+        flat = Flat(function, _tree.split(chunk[0])[1])
+        columns = zip(*(_tree.split(item)[0] for item in chunk), strict=True)
+        results = torch.func.vmap(flat, randomness="same")(*map(torch.stack, columns))
+        yield from map(flat.join, zip(*results, strict=True))
 
 
 def plus(mine: dict[int, Tensor], others: dict[int, Tensor]) -> dict[int, Tensor]:

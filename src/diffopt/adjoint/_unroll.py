@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._arguments import check_function
+from diffopt._arguments import check_function, check_result
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint.unrolled import Unrolled
@@ -74,11 +74,7 @@ def _checked(step: Step) -> Step:
     """The step, which raises unless it returns a carry of the same structure and an output."""
 
     def checked(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
-        result: Any = step(carry, args, x)
-        if not isinstance(result, tuple) or len(cast(tuple[Any, ...], result)) != 2:
-            described = _tree.describe(cast(Any, result))
-            raise TypeError(f"step must return (carry, output), not {described}")
-        new, output = cast(tuple[Tree, Any], result)
+        new, output = check_result(step(carry, args, x), "step", "carry", "output")
         return like(new, carry, ("the carry that step returned", "carry")), output
 
     return checked

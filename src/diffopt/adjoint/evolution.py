@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from diffopt.adjoint._particles import (
     Normal,
     advance,
     check_sampling,
-    chunks,
     each,
     plus,
     seeds,
@@ -134,22 +133,14 @@ class Evolution(Adjoint):
         if isinstance(step, GradientStep):
             step = replace(step, second_order=False)
         tensors, join = split_distinct((carry, args, xs))
-        truncations = _truncations(tensors, carry, args, xs, self.persistent or len(xs))
-        loops = _Loops(self, step, join, truncations, AmbientState((carry, args, xs)), [])
+        size = self.persistent or len(xs)
+        loops = _Loops(self, step, join, size, AmbientState((carry, args, xs)), [])
         outputs, carry = functions.custom(loops.at, tensors, loops.pullback)
         # Only now, so that the loop uses the same random numbers as under every other adjoint.
         loops.seeds.extend(seeds(self.samples, self.generator))
         if isinstance(whole, GradientStep):
             carry = *carry[:2], detach_constants(carry[2], whole, start, args, xs)
         return carry, outputs
-
-
-class _Truncation(NamedTuple):
-    """Steps `start` to `stop - 1`, and the indices of the tensors that enter there."""
-
-    start: int
-    stop: int
-    entering: list[int]
 
 
 @dataclass(frozen=True)
@@ -162,7 +153,7 @@ class _Loops:
     settings: Evolution
     step: Step
     join: Callable[[Sequence[Tensor]], Tree]
-    truncations: list[_Truncation]
+    size: int  # of a truncation
     ambient: AmbientState
     seeds: list[int]  # of each pair's perturbations
 
@@ -191,14 +182,15 @@ class _Loops:
 
         def noise(seed: int) -> Iterator[dict[int, Tensor]]:
             normal = Normal(seed)
-            for truncation in self.truncations:
-                yield {i: normal(theta[i]) for i in truncation.entering if needed[i]}
+            for entering in truncations:
+                yield {i: normal(theta[i]) for i in entering if needed[i]}
 
+        truncations = list(self.entering(theta))
         gradient = dict[int, Tensor]()
-        for chunk in chunks(self.seeds, self.settings.chunk_size):
-            drawn = [noise(seed) if len(chunk) == 1 else list(noise(seed)) for seed in chunk]
-            for part in each(lambda n: self.of_pair(n, theta, cotangents), drawn):
-                gradient = plus(gradient, part)
+        size = self.settings.chunk_size
+        drawn = (noise(seed) if size == 1 else list(noise(seed)) for seed in self.seeds)
+        for part in each(lambda n: self.of_pair(n, theta, cotangents), drawn, size):
+            gradient = plus(gradient, part)
         return [gradient[i].to(x.dtype) if needed[i] else None for i, x in enumerate(theta)]
 
     def of_pair(
@@ -208,35 +200,29 @@ class _Loops:
         self.ambient.restore()
         settings, pair, gradient = self.settings, START, dict[int, Tensor]()
         rest, inputs = iter(cotangents), self.join(theta)
-        for truncation, fresh in zip(self.truncations, noise, strict=True):
-            run = functools.partial(self.run, truncation)
+        for number, fresh in enumerate(noise):
+            run = functools.partial(self.run, number * self.size)
             pair, ahead, behind = advance(run, pair, theta, fresh, settings.sigma, inputs)
             vectors = [next(rest) for _ in ahead]
             difference = _product(vectors, ahead, behind)
             gradient = plus(gradient, terms(pair, difference, settings.samples, settings.sigma))
         return gradient
 
-    def run(
-        self, truncation: _Truncation, carry: Tree, theta: Sequence[Tensor]
-    ) -> tuple[Tree, list[Tensor]]:
+    def entering(self, theta: Sequence[Tensor]) -> Iterator[list[int]]:
+        """Which tensors enter each truncation: its xs, args, and first of all the initial carry."""
+        index = {id(x): i for i, x in enumerate(theta)}
+        carry, args, xs = self.join(theta)
+        for start in range(0, len(xs), self.size):
+            trees = () if start else carry, args, xs[start : start + self.size]
+            yield sorted({index[id(x)] for x in _tree.split(trees)[0]})
+
+    def run(self, start: int, carry: Tree, theta: Sequence[Tensor]) -> tuple[Tree, list[Tensor]]:
         """The carry after a truncation, and the loop's results that are computed there."""
         first, args, xs = self.join(theta)
-        start, stop, _ = truncation
-        carry, outputs = Unrolled().run(self.step, carry if start else first, args, xs[start:stop])
-        return carry, _tree.split((outputs, carry if stop == len(xs) else ()))[0]
-
-
-def _truncations(
-    tensors: Sequence[Tensor], carry: Tree, args: Tree, xs: list[Any], size: int
-) -> list[_Truncation]:
-    """The initial carry enters the first truncation; args and its own xs enter every truncation."""
-    number = {id(x): i for i, x in enumerate(tensors)}
-    result: list[_Truncation] = []
-    for start in range(0, len(xs), size):
-        stop = min(start + size, len(xs))
-        entering = _tree.split((() if start else carry, args, xs[start:stop]))[0]
-        result.append(_Truncation(start, stop, sorted({number[id(x)] for x in entering})))
-    return result
+        steps = xs[start : start + self.size]
+        carry, outputs = Unrolled().run(self.step, carry if start else first, args, steps)
+        last = start + self.size >= len(xs)
+        return carry, _tree.split((outputs, carry if last else ()))[0]
 
 
 def _product(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,8 +16,7 @@ from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_integer
 from diffopt._diff import functions
 from diffopt._diff.captured import graph_leaves, refuse_closed_over
-from diffopt._diff.gradient import lacks_forward
-from diffopt._diff.lacking import remedy
+from diffopt._diff.gradient import forward_mode
 from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, Step
@@ -29,6 +27,7 @@ _SECOND_ORDER = (
     "ForwardMode has no second derivatives in reverse mode: use Unrolled() or Checkpointed(), or "
     "use Checkpointed(hvp='forward-over-reverse') for a loop around it"
 )
+_ADVICE = "use Checkpointed() or Unrolled()"
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,13 @@ class ForwardMode(Adjoint):
         if _as_it_stands():
             return Unrolled().run(step, carry, args, xs)
         inputs, outputs, tangents = _Inputs(self.max_inputs), list[Any](), list[Tensor | None]()
+        point = None
         for point in _points(step, carry, args, xs, inputs, 1.0):
-            carry, carry_tangents = point.carry, point.tangents[: point.size]
             outputs.append(point.output)
             tangents.extend(point.tangents[point.size :])
-        if not outputs:
+        if point is None:
             return carry, []
-        return _attach(inputs, (carry, outputs), [*carry_tangents, *tangents])  # pyright: ignore[reportPossiblyUnboundVariable]
+        return _attach(inputs, (point.carry, outputs), [*point.tangents[: point.size], *tangents])
 
     def iterate(
         self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any], *, discount: float = 1.0
@@ -223,20 +222,18 @@ def _points(
 ) -> Iterator[_Point]:
     for name, tree in (("carry", carry), ("args", args)):
         checks.undistributed(tree, name, "ForwardMode (Checkpointed supports it)")
-    iterator = iter(xs)
-    for x in itertools.islice(iterator, 1):
-        refuse_closed_over("the loss or step", step, carry, args, x)
-        iterator = itertools.chain([x], iterator)
     inputs.meet((carry, args))
     tangents = [_start(inputs, tensor) for tensor in _tree.split(carry)[0]]
-    carry, first = _tree.detach(carry), True
-    for x in iterator:
-        inputs.meet(x)
-        if not first and discount != 1:
+    carry = _tree.detach(carry)
+    for t, x in enumerate(xs):
+        if t == 0:
+            refuse_closed_over("the loss or step", step, carry, args, x)
+        elif discount != 1:
             tangents = [None if tangent is None else discount * tangent for tangent in tangents]
+        inputs.meet(x)
         point = _advance(step, carry, args, x, tangents, inputs)
         yield point
-        carry, tangents, first = point.carry, point.tangents[: point.size], False
+        carry, tangents = point.carry, point.tangents[: point.size]
 
 
 def _start(inputs: _Inputs, tensor: Tensor) -> Tensor | None:
@@ -262,16 +259,11 @@ def _advance(
     directions += map(inputs.basis, others)
     arguments = _tree.detach((carry, args, x))
     values, join = _tree.split(arguments)
+    flat = functions.Flat(lambda arguments: step(*arguments), join)
     chosen = [i for i, direction in enumerate(directions) if direction is not None]
-    rejoin: list[Any] = []
 
     def outputs(*xs: Tensor) -> list[Tensor]:
-        tensors = list(values)
-        for i, y in zip(chosen, xs, strict=True):
-            tensors[i] = y
-        results, join_results = _tree.split(step(*join(tensors)))
-        rejoin[:] = [join_results]
-        return results
+        return flat(*functions.replaced(values, chosen, xs))
 
     primals = [values[i] for i in chosen]
     with functions.noticed() as aliases:
@@ -287,7 +279,7 @@ def _advance(
             ]
     if any(id(leaf) not in aliases for leaf in graph_leaves(results)):
         refuse_closed_over("the loss or step", step, *arguments)
-    carry, output = _tree.detach(rejoin[0](results))
+    carry, output = _tree.detach(flat.join(results))
     return _Point(carry, output, tangents, _tree.count(carry))
 
 
@@ -306,21 +298,12 @@ def _pushforward(
     inputs: Tree,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The values of a function, and its derivatives along each row of the directions."""
-    try:
-        with functions.forward_level():
-            if _vmapped():
-                return _one_by_one(function, primals, directions, inputs)
-            if len(directions[0]) == 1 and not _modes.transformed():
-                return _dual(function, primals, directions)
-            return _batched(function, primals, directions)
-    except RuntimeError as error:
-        complaint = lacks_forward(error)
-        if complaint is None:
-            raise
-        raise NotImplementedError(
-            f"the loss or step has no forward derivative ({complaint}): "
-            + (remedy(error) or "use Checkpointed() or Unrolled()")
-        ) from error
+    with forward_mode("the loss or step has no forward derivative", _ADVICE):
+        if _vmapped():
+            return _one_by_one(function, primals, directions, inputs)
+        if len(directions[0]) == 1 and not _modes.transformed():
+            return _dual(function, primals, directions)
+        return _batched(function, primals, directions)
 
 
 def _vmapped() -> bool:
@@ -413,46 +396,29 @@ def _directional(
 def _attach(inputs: _Inputs, tree: Tree, tangents: Sequence[Tensor | None]) -> Tree:
     """The tree with derivatives with respect to the inputs."""
     tensors, join = _tree.split(tree)
-    pairs = [(i, t) for i, t in enumerate(tangents) if t is not None]
-    if pairs:
-        rows = [inputs.rows[id(x)] for x in inputs.tensors]
-        primals = [tensors[i] for i, _ in pairs]
-        results = _Attached.apply(rows, *inputs.tensors, *primals, *(t for _, t in pairs))
-        for (i, _), result in zip(pairs, results, strict=True):
-            tensors[i] = result
-    return join(tensors)
+    given = [i for i, tangent in enumerate(tangents) if tangent is not None]
+    if not given:
+        return tree
+    rows = [inputs.rows[id(x)] for x in inputs.tensors]
+
+    def pullback(
+        saved: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        count = len(cotangents)
+        trees = list(saved[: -2 * count]), list(saved[-count:]), list(cotangents)
+        grads = once(_SECOND_ORDER, functools.partial(_contract, rows), trees)
+        return [*grads, *[None] * (2 * count)]
+
+    values, rates = ([xs[i] for i in given] for xs in (tensors, tangents))
+    results = functions.custom(lambda trees: trees[1], (inputs.tensors, values, rates), pullback)
+    return join(functions.replaced(tensors, given, results))
 
 
-class _Attached(torch.autograd.Function):
-    """`(rows, *inputs, *values, *tangents) -> values`, whose derivatives are the tangents."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows: list[slice], *tensors: Tensor) -> tuple[Tensor, ...]:
-        rest = tensors[len(rows) :]
-        return tuple(functions.batched_like([x.clone() for x in rest[: len(rest) // 2]], tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.rows, *tensors = inputs
-        count = len(ctx.rows)
-        ctx.save_for_backward(*tensors[:count], *tensors[count + len(output) :])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        saved = [_torch.unwrap_if_dead(x) for x in ctx.saved_tensors]
-        contract = functools.partial(_contract, ctx.rows)
-        grads = once(_SECOND_ORDER, contract, [*saved, *cotangents])
-        return (None, *grads, *[None] * (2 * len(cotangents)))
-
-
-def _contract(rows: list[slice], *tensors: Tensor) -> tuple[Tensor, ...]:
+def _contract(rows: list[slice], trees: Tree) -> list[Tensor]:
     """`(inputs, tangents, cotangents) -> gradients`: sums over outputs of <cotangent, tangent>."""
-    inputs, rest = tensors[: len(rows)], tensors[len(rows) :]
-    half = len(rest) // 2
-    pairs = list(zip(rest[:half], rest[half:], strict=True))
-    return tuple(_gradient(x, r, pairs) for x, r in zip(inputs, rows, strict=True))
+    inputs, tangents, cotangents = trees
+    pairs = list(zip(tangents, cotangents, strict=True))
+    return [_gradient(x, r, pairs) for x, r in zip(inputs, rows, strict=True)]
 
 
 def _gradient(x: Tensor, rows: slice, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

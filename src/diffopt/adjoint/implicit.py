@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint._limited import without_derivative
 from diffopt.adjoint.truncated import Truncated
-from diffopt.implicit import attach_minimum, check_arguments
-from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
+from diffopt.implicit import ImplicitDerivative
+from diffopt.linear import ConjugateGradient, LinearSolver
 from diffopt.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
-class Implicit(Adjoint):
+class Implicit(ImplicitDerivative, Adjoint):
     """The implicit function theorem at a stationary point of the loss.
 
     With g(x, args) the gradient of the loss with respect to params, g(x, args) = 0 gives
@@ -81,14 +81,6 @@ class Implicit(Adjoint):
 
     solver: LinearSolver = ConjugateGradient()  # noqa: RUF009 (frozen)
     root_tolerance: float = 1e-3
-    on_failure: Literal["warn", "raise"] = "warn"
-    on_solve: Callable[[LinearSolution], object] | None = None
-    warm_start: Callable[[], Tree] | None = None
-
-    def __post_init__(self) -> None:
-        check_arguments(
-            self.solver, self.root_tolerance, self.on_failure, self.on_solve, self.warm_start
-        )
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if not isinstance(step, GradientStep):
@@ -112,11 +104,8 @@ class Implicit(Adjoint):
 
         rest = inputs, _distinct(batch for _, batch in xs), buffers
         unknowns, merge = _unknowns(loss, params, carry[0], rest)
-        unknowns = attach_minimum(
-            lambda unknowns, rest: loss(merge(unknowns), rest), unknowns, rest,
-            solver=self.solver, root_tolerance=self.root_tolerance, on_failure=self.on_failure,
-            on_solve=self.on_solve, warm_start=self.warm_start,
-        )  # fmt: skip
+        gradient = torch.func.grad(lambda unknowns, rest: loss(merge(unknowns), rest))
+        unknowns = self.attach(gradient, unknowns, rest, symmetric=True, distance=True)
         params = merge(functions.independent(unknowns, (carry, hparams, own)))
         message = "Implicit gives derivatives of sol.params, not of losses, state, aux or buffers"
         rest = without_derivative((state, buffers, outputs), (carry, args, xs), message)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import check_function
+from diffopt._arguments import check_function, check_result
 from diffopt._diff import functions
 from diffopt._diff.captured import refuse_closed_over
 from diffopt._diff.functions import AmbientState
@@ -23,7 +23,6 @@ from diffopt.adjoint._particles import (
     Pair,
     advance,
     check_sampling,
-    chunks,
     each,
     plus,
     seeds,
@@ -114,54 +113,43 @@ class PersistentEvolution:
         if len(state) != self.samples:
             raise ValueError(f"state has {len(state)} pairs, but samples is {self.samples}")
         pairs: list[Pair] = []
-        value = mean_loss(
-            self.function, state, theta, args, pairs.append,
-            sigma=self.sigma, generator=self.generator, chunk_size=self.chunk_size,
-        )  # fmt: skip
+        value = mean_loss(self, state, theta, args, pairs.append)
         return tuple(pairs), value
 
 
 def mean_loss(
-    function: Callable[..., Any],
+    settings: PersistentEvolution,
     pairs: Sequence[Pair],
     theta: Tree,
     args: tuple[Any, ...],
     keep: Callable[[Pair], object],
-    *,
-    sigma: float,
-    generator: torch.Generator | None,
-    chunk_size: int,
 ) -> Tensor:
-    """The mean loss of pairs of particles; `keep` receives each pair after its run.
-
-    The arguments are those of `PersistentEvolution`.
-    """
+    """The mean loss of pairs of particles; `keep` receives each pair after its run."""
     if _modes.compiling():
         raise NotImplementedError("evolution strategies do not work under torch.compile")
     _check_theta(theta)
     tensors, join = split_distinct(theta)
     frozen, inputs = _tree.detach(tensors), (pairs[0], theta, args)
-    ambient, normal = AmbientState(inputs), Normal(*seeds(1, generator))
+    ambient, normal = AmbientState(inputs), Normal(*seeds(1, settings.generator))
 
     def run(carry: Tree, tensors: Sequence[Tensor]) -> tuple[Tree, Tensor]:
-        return _check_result(function(carry, join(tensors), *args))
+        return _check_result(settings.function(carry, join(tensors), *args))
 
     def of_pair(call: tuple[Pair, dict[int, Tensor]]) -> tuple[Pair, Tensor, Tensor]:
         ambient.restore()
-        return advance(run, call[0], frozen, call[1], sigma, inputs)
+        return advance(run, call[0], frozen, call[1], settings.sigma, inputs)
 
     if torch.is_grad_enabled():
         refuse_closed_over("function (with theta held fixed)", run, pairs[0].ahead, frozen)
     value, gradient = torch.zeros(()), dict[int, Tensor]()
-    for chunk in chunks(pairs, chunk_size):
-        calls = [(pair, {i: normal(x) for i, x in enumerate(frozen)}) for pair in chunk]
-        for pair, fresh in calls:
-            _check_total(pair.total, fresh)
-        for pair, ahead, behind in each(of_pair, calls):
-            value = value + (ahead + behind) / (2 * len(pairs))
-            difference = _modes.exact(ahead - behind)
-            gradient = plus(gradient, terms(pair, difference, len(pairs), sigma))
-            keep(pair)
+    for pair in pairs:
+        _check_total(pair.total, frozen)
+    calls = ((pair, {i: normal(x) for i, x in enumerate(frozen)}) for pair in pairs)
+    for pair, ahead, behind in each(of_pair, calls, settings.chunk_size):
+        value = value + (ahead + behind) / (2 * len(pairs))
+        difference = _modes.exact(ahead - behind)
+        gradient = plus(gradient, terms(pair, difference, len(pairs), settings.sigma))
+        keep(pair)
     for i, grad in gradient.items():
         value = value + (grad.conj() * (tensors[i] - frozen[i])).real.sum()
     return first_order(value, NO_SECOND)
@@ -179,9 +167,7 @@ def _check_theta(theta: Tree) -> None:
 
 
 def _check_result(result: Any) -> tuple[Tree, Tensor]:
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"function must return (carry, loss), not {_tree.describe(result)}")
-    carry, loss = result
+    carry, loss = check_result(result, "function", "carry", "loss")
     if isinstance(loss, numbers.Real):
         return carry, torch.tensor(float(loss), dtype=torch.float64)
     if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.is_complex():
@@ -191,7 +177,7 @@ def _check_result(result: Any) -> tuple[Tree, Tensor]:
     return carry, loss if loss.is_floating_point() else _modes.exact(loss)
 
 
-def _check_total(total: dict[int, Tensor], fresh: dict[int, Tensor]) -> None:
-    mine, theirs = ([tuple(x.shape) for x in xs.values()] for xs in (fresh, total))
+def _check_total(total: dict[int, Tensor], theta: Sequence[Tensor]) -> None:
+    mine, theirs = ([tuple(x.shape) for x in xs] for xs in (theta, total.values()))
     if theirs and mine != theirs:
         raise ValueError(f"theta has tensors of shapes {mine}, but those in state are {theirs}")

@@ -5,23 +5,23 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _torch, _tree
+from diffopt import _modes, _tree
 from diffopt._arguments import check_integer
 from diffopt._diff import functions
 from diffopt._diff.captured import refuse_closed_over, watched
 from diffopt._diff.functions import AmbientState
-from diffopt._diff.gradient import HVP, Objective, check_hvp, value_and_grad
+from diffopt._diff.gradient import HVP, check_hvp, value_and_grad
 from diffopt._modes import exact
 from diffopt._rule import checks, hyper, running
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
-from diffopt.adjoint._integers import DENOMINATOR, Faults, Tape, divide, dividends
+from diffopt.adjoint._integers import DENOMINATOR, Faults, Tape, divide
 from diffopt.adjoint._limited import once
 from diffopt.rules.sgd import SGD, MomentumHParams, SGDState
 
@@ -114,11 +114,14 @@ class Reversible(Adjoint):
         if not xs:
             return carry, []
         refuse_closed_over("the loss", step, carry, args, xs[0])
-        inputs, join = _tree.split((carry, args, xs))
+        inputs = carry, args, xs
+        join = _tree.split(inputs)[1]
         loop = _Loop(replace(step, hvp=self.hvp), 2.0**self.bits, join, _varying(carry))
-        if torch.is_grad_enabled():
-            return loop.public(_Reversed.apply(loop, *inputs))
-        return loop.public(loop.forward(inputs, record=False))
+        if not torch.is_grad_enabled():
+            return loop.forward(inputs, record=False)[0]
+        return functions.custom(
+            loop.forward, inputs, loop.pullback, sparse=True, varies=loop.varies, keep=True
+        )
 
 
 def _check_step(step: GradientStep) -> None:
@@ -164,39 +167,10 @@ def _varying(carry: Tree) -> list[bool]:
     ]
 
 
-class _Reversed(torch.autograd.Function):
-    """`(loop, *inputs) -> the loop's results, followed by what the way back needs`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(loop: _Loop, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(functions.batched_like(loop.forward(inputs), inputs))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.loop, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output[sum(ctx.loop.counts) :])
-        pairs = functions.carriers(output, ctx.loop.varies)
-        ctx.mark_non_differentiable(*(x for x, v in pairs if not v))
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = [_torch.unwrap_if_dead(x) for x in ctx.saved_tensors]
-        needed = ctx.needs_input_grad[1:]
-        public = cotangents[: sum(ctx.loop.counts)]
-        given = [c is not None and functions.has_derivative(c) for c in public]
-        vectors = [c for c in public if c is not None and functions.has_derivative(c)]
-        back = functools.partial(ctx.loop.backward, needed, given)
-        grads = iter(once(_SECOND_ORDER, back, [*saved, *vectors]))
-        return (None, *(next(grads) if need else None for need in needed))
-
-
 class _Loop:
     """One run of the loop, forwards and backwards.
 
-    It holds no tensors except states of generators. What else the way back needs is among the
+    It holds no tensors except states of generators. What else the way back needs is kept with the
     results of the forward run: the last params and momentum buffers as integers, and the tapes.
     """
 
@@ -207,109 +181,93 @@ class _Loop:
         self.noise: list[AmbientState] = []  # of each step
         self.moved: list[list[int]] = []  # which params have a gradient, at each step
         self.counts: list[int] = []  # of tensors in the last carry, and in the output of each step
-        self.sizes: list[list[int]] = []  # of the words on each tape
-        self.join_public: Callable[..., Tree] = join
+        self.join_kept: Callable[..., Tree] = join
 
-    def public(self, results: Sequence[Tensor]) -> Any:
-        """The last carry and the outputs."""
-        return self.join_public(results[: sum(self.counts)])
-
-    def forward(self, inputs: Sequence[Tensor], record: bool = True) -> tuple[Tensor, ...]:
-        inputs = _tree.detach(list(inputs))
-        start, args, xs = _with_fractions(*self.join(inputs))
+    def forward(self, inputs: Tree, record: bool = True) -> tuple[tuple[Tree, list[Any]], Tree]:
+        """The last carry and the outputs; and what the way back needs."""
+        start, args, xs = _with_fractions(*_tree.detach(inputs))
         objective = watched("the loss", self.step.objective) if record else self.step.objective
-        faults, outputs, rates = Faults(), list[Any](), list[_Rates]()
-        params, buffers = self.integers(start, faults)
-        tapes = [Tape(torch.zeros_like(b), [], []) for b in buffers]
-        quiet = AmbientState((start, args))
+        step, faults = replace(self.step, objective=objective), Faults()
+        params, buffers = _integers(start, self.scale, faults)
+        tapes = [Tape(torch.zeros_like(b)) for b in buffers]
+        weights = _Weights(step, self.scale, start, args, params, buffers, tapes, faults)
+        quiet, outputs = AmbientState((start, args)), list[Any]()
         for t, x in enumerate(xs):
-            if not rates or x[0] is not None:
-                rates = _rates(start[0], args, x, faults)
             before = AmbientState((start, args, x))
-            carry = self.carry(params, buffers, start, t)
-            value, (kept, aux), impulses = self.impulses(objective, carry, args, x, rates)
+            weights.meet(x)
+            value, (buffers, aux), impulses = weights.impulses(t, x)
+            weights.forth(impulses, record)
+            faults.note(_CHANGED, _differ(start[2], buffers))
             outputs.append((value, aux, None))
             self.noise.append(before if record and _drew(before) else quiet)
-            faults.note(_CHANGED, _differ(start[2], kept))
             self.moved.append(list(impulses))
-            for i, impulse in impulses.items():
-                rate = rates[i]
-                quotient = divide(buffers[i], rate.numerator)
-                if record:
-                    first, count = dividends(quotient, rate.numerator)
-                    tapes[i].push(buffers[i] - first, count, rate.most)
-                buffers[i] = faults.add(quotient, impulse)
-                params[i] = faults.add(params[i], self.move(buffers[i], rate))
             if t % _PATIENCE == 0 or t == len(xs) - 1:
                 faults.check()
-        carry = self.carry(params, buffers, start, len(xs))
-        results, self.join_public = _tree.split((carry, outputs))
+        carry = *weights.carry(len(xs))[:2], inputs[0][2]
         self.counts = [_tree.count(tree) for tree in (carry, *outputs)]
-        self.sizes = [tape.sizes for tape in tapes]
-        words = [word for tape in tapes for word in tape.words]
-        results += [*params, *buffers, *(tape.top for tape in tapes), *words]
-        return tuple(functions.distinct(results, inputs))
+        last = weights.params, weights.buffers, list(map(vars, tapes))
+        kept, self.join_kept = _tree.split(last)
+        return (carry, outputs), kept
 
-    def backward(
-        self, needed: Sequence[bool], given: Sequence[bool], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        """`(inputs, integers, tapes, the cotangents given) -> the gradients needed`."""
-        rest = iter(tensors)
-        inputs = [next(rest) for _ in needed]
+    def pullback(
+        self, tensors: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Any]
+    ) -> list[Tensor | None]:
+        count = len(needed)
+        trees = list(tensors[:count]), list(tensors[count:]), list(cotangents)
+        return once(_SECOND_ORDER, functools.partial(self.backward, needed), trees)
+
+    def backward(self, needed: Sequence[bool], trees: Tree) -> list[Tensor | None]:
+        """The gradients, given the inputs, what was kept, and the cotangents."""
+        inputs, kept, given = trees
         start, args, xs = _with_fractions(*self.join(inputs))
-        params, buffers, tops = ([next(rest) for _ in self.sizes] for _ in range(3))
-        tapes = [
-            Tape(top, [next(rest) for _ in sizes], list(sizes), sum(i in m for m in self.moved))
-            for i, (top, sizes) in enumerate(zip(tops, self.sizes, strict=True))
-        ]
-        cotangents, *later = _cut(
-            [next(rest) if is_given else None for is_given in given], self.counts
-        )
-        lengths = [_tree.count(tree) for tree in (start, args, *xs)]
-        _, of_args, *of_xs = _cut(needed, lengths)
+        params, buffers, tapes = self.join_kept(kept)
+        tapes = [Tape(**tape) for tape in tapes]
+        weights = _Weights(self.step, self.scale, start, args, params, buffers, tapes)
+        cotangents, *later = _cut(given, self.counts)
+        _, of_args, *of_xs = _cut(needed, [_tree.count(tree) for tree in (start, args, *xs)])
         totals: list[Tensor | None] = [None] * len(of_args)
-        by_step, rates = list[list[Tensor | None]](), list[_Rates]()
-        for t in reversed(range(len(xs))):
-            x = xs[t]
-            if not rates or x[0] is not None:
-                rates = _rates(start[0], args, x, Faults())
-            for i in self.moved[t]:
-                params[i] = params[i] - self.move(buffers[i], rates[i]).to(torch.int64)
-            carry = self.carry(params, buffers, start, t)
+        by_step: list[list[Tensor | None]] = [[]] * len(xs)
+        for t, x in reversed(list(enumerate(xs))):
+            weights.back(t, x, self.moved[t], self.noise[t])
+            wanted = self.varies, of_args, of_xs[t]
             with self.noise[t].restored():
-                _, _, impulses = self.impulses(self.step.objective, carry, args, x, rates)
-            for i in self.moved[t]:
-                quotient = buffers[i] - impulses[i].to(torch.int64)
-                first, count = dividends(quotient, rates[i].numerator)
-                buffers[i] = first + tapes[i].pop(count)
-            carry = self.carry(params, buffers, start, t)
-            with self.noise[t].restored():
-                wanted = [*self.varies, *of_args, *of_xs[t]]
-                grads = self.gradients((carry, args, x), wanted, [*cotangents, *later[t]])
-            lengths = [len(self.varies), len(of_args), len(of_xs[t])]
-            cotangents, parts, own = _cut(grads, lengths)
+                point = weights.carry(t), args, x
+                grads = self.gradients(point, [*itertools.chain(*wanted)], [*cotangents, *later[t]])
+            cotangents, parts, by_step[t] = _cut(grads, list(map(len, wanted)))
             totals = [_sum(total, part) for total, part in zip(totals, parts, strict=True)]
-            by_step.append(own)
-        _check_return(self.integers(start, Faults()), (params, buffers))
-        grads = [*cotangents, *totals, *(grad for own in reversed(by_step) for grad in own)]
-        return tuple(
-            torch.zeros_like(x) if grad is None else grad
+        _check_return(_integers(start, self.scale, Faults()), (weights.params, weights.buffers))
+        grads = itertools.chain(cotangents, totals, *by_step)
+        return [
+            (torch.zeros_like(x) if grad is None else grad) if need else None
             for x, grad, need in zip(inputs, grads, needed, strict=True)
-            if need
-        )
+        ]
 
-    def integers(self, carry: Tree, faults: Faults) -> tuple[list[Tensor], list[Tensor]]:
-        """Params and momentum buffers as integers in units of 2^-bits."""
-        params, state, _ = carry
-        trees = map(_tree.leaves, (params, state.momentum_buffer))
-        zero = torch.zeros((), dtype=torch.int64)
-        params, buffers = (
-            [faults.add(zero.to(x.device), exact(x) * self.scale) for x in leaves]
-            for leaves in trees
-        )
-        return params, buffers
+    def gradients(
+        self, inputs: Tree, needed: Sequence[bool], cotangents: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The vector-Jacobian product of the real-valued step."""
+        tensors, join = _tree.split(inputs)
+        if all(cotangent is None for cotangent in cotangents):
+            return [None] * len(tensors)
+        step = functions.Flat(lambda inputs: self.step(*inputs), join)
+        return functions.vjp(step, tensors, needed, cotangents)
 
-    def carry(self, params: list[Tensor], buffers: list[Tensor], start: Tree, t: int) -> Tree:
+
+@dataclass
+class _Weights:
+    """The params and momentum buffers at some step of a loop, as integers in units of 2^-bits."""
+
+    step: GradientStep
+    scale: float
+    start: Tree
+    args: Tree
+    params: list[Tensor]
+    buffers: list[Tensor]
+    tapes: list[Tape]
+    faults: Faults = field(default_factory=Faults)
+    rates: list[_Rates] = field(default_factory=list["_Rates"])
+
+    def carry(self, t: int) -> Tree:
         """The carry before step t, converted back to floating-point numbers."""
 
         def image(integers: list[Tensor], like: Tree) -> Tree:
@@ -317,35 +275,60 @@ class _Loop:
             pairs = zip(integers, leaves, strict=True)
             return _tree.unflatten([(exact(n) / self.scale).to(x) for n, x in pairs], spec)
 
-        old, state, kept = start
+        params, state, kept = self.start
         step = (exact(state.step) + t).to(state.step.dtype)
-        return image(params, old), SGDState(step, image(buffers, state.momentum_buffer)), kept
+        momentum = image(self.buffers, state.momentum_buffer)
+        return image(self.params, params), SGDState(step, momentum), kept
 
-    def impulses(
-        self, objective: Objective, carry: Tree, args: Tree, x: Any, rates: list[_Rates]
-    ) -> tuple[Tensor, Any, dict[int, Tensor]]:
+    def forth(self, impulses: dict[int, Tensor], record: bool) -> None:
+        """A step, given the increments of the momentum buffers."""
+        for i, impulse in impulses.items():
+            rate, buffer = self.rates[i], self.buffers[i]
+            quotient = divide(buffer, rate.numerator)
+            if record:
+                self.tapes[i].push(buffer, quotient, rate.numerator, rate.most)
+            self.buffers[i] = self.faults.add(quotient, impulse)
+            self.params[i] = self.faults.add(self.params[i], self.move(i))
+
+    def back(self, t: int, x: Any, moved: list[int], noise: AmbientState) -> None:
+        """Undo step t."""
+        self.meet(x)
+        for i in moved:
+            self.params[i] = self.params[i] - self.move(i).to(torch.int64)
+        with noise.restored():
+            impulses = self.impulses(t, x)[2]
+        for i in moved:
+            quotient = self.buffers[i] - impulses[i].to(torch.int64)
+            self.buffers[i] = self.tapes[i].pop(quotient, self.rates[i].numerator)
+
+    def meet(self, x: Any) -> None:
+        """Use the hyperparameters of a step."""
+        if not self.rates or x[0] is not None:
+            self.rates = _rates(self.start[0], self.args, x, self.faults)
+
+    def impulses(self, t: int, x: Any) -> tuple[Tensor, Any, dict[int, Tensor]]:
         """Value and auxiliary output of the loss, and the increments of the momentum buffers.
 
         The increments are by index of the leaf, for params that have a gradient.
         """
-        (params, state, buffers), (_, inputs), (_, batch) = carry, args, x
-        arguments = (buffers, inputs, batch)
-        value, aux, grads = value_and_grad(objective, params, arguments)
+        params, state, buffers = self.carry(t)
+        arguments = buffers, self.args[1], x[1]
+        value, aux, grads = value_and_grad(self.step.objective, params, arguments)
         impulses: dict[int, Tensor] = {}
         for i, (p, g) in enumerate(zip(_tree.leaves(params), _tree.leaves(grads), strict=True)):
             if g is not None:
-                p, g, t = exact(p), exact(g), exact(state.step) + 1
-                _, impulse = self.by_rule(rates[i], t, p, g, torch.zeros_like(p))
+                p, g = exact(p), exact(g)
+                impulse = self.by_rule(i, exact(state.step) + 1, p, g, torch.zeros_like(p))[1]
                 impulses[i] = (impulse * self.scale).round()
         return value, aux, impulses
 
-    def move(self, buffer: Tensor, rate: _Rates) -> Tensor:
+    def move(self, i: int) -> Tensor:
         """-[lr b], as floating-point numbers."""
-        b = exact(buffer)
+        b = exact(self.buffers[i])
         zero = torch.zeros_like(b)
-        return self.by_rule(rate, 1, zero, zero, b)[0].round()
+        return self.by_rule(i, 1, zero, zero, b)[0].round()
 
-    def by_rule(self, rate: _Rates, t: Any, *tensors: Tensor) -> list[Tensor]:
+    def by_rule(self, i: int, t: Any, *tensors: Tensor) -> list[Tensor]:
         """`(p, g, b) -> (p, b)`, by the optimizer's own rule at step t with a momentum of 1.
 
         With zeros for all but one tensor it gives the contribution of that tensor, which can be
@@ -354,24 +337,8 @@ class _Loop:
         """
         optimizer: Any = self.step.optimizer
         row = [torch.atleast_1d(x) for x in tensors]
-        numbers = running.numbers_at(optimizer, t, rate.values, row[0])
+        numbers = running.numbers_at(optimizer, t, self.rates[i].values, row[0])
         return [x.reshape(tensors[0].shape) for x in running.run(optimizer, numbers, row)]
-
-    def gradients(
-        self, inputs: Tree, needed: Sequence[bool], cotangents: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The vector-Jacobian product of the real-valued step."""
-        tensors, join = _tree.split(inputs)
-        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
-        if not given:
-            return [None] * len(tensors)
-
-        def outputs(*xs: Tensor) -> list[Tensor]:
-            results = _tree.split(self.step(*join(xs)))[0]
-            return [results[i] for i in given]
-
-        vectors = [c for c in cotangents if c is not None]
-        return functions.vjp(outputs, tensors, needed, vectors)
 
 
 class _Rates(NamedTuple):
@@ -445,15 +412,10 @@ def _integral_numerator(momentum: Any, faults: Faults) -> tuple[Any, int]:
 
 
 def _differ(old: Tree, new: Tree) -> Tensor | None:
-    """Whether any tensor of one tree differs from that of the other."""
-    (before, spec), (after, new_spec) = _tree.flatten(old), _tree.flatten(new)
-    if spec != new_spec:
-        return torch.tensor(True)
+    """Whether any leaf of one tree differs from that of the other, of the same structure."""
     unequal = [
-        (x != y).any()
-        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape
-        else torch.tensor(isinstance(x, Tensor) or isinstance(y, Tensor) or x != y)
-        for x, y in zip(before, after, strict=True)
+        torch.as_tensor(isinstance(x, Tensor) != isinstance(y, Tensor) or x != y).any()
+        for x, y in zip(_tree.leaves(old), _tree.leaves(new), strict=True)
         if x is not y
     ]
     return functools.reduce(torch.logical_or, unequal) if unequal else None
@@ -465,15 +427,26 @@ def _drew(before: AmbientState) -> bool:
     return any(not torch.equal(generator.get_state(), state) for generator, state in pairs)
 
 
+def _integers(carry: Tree, scale: float, faults: Faults) -> tuple[list[Tensor], list[Tensor]]:
+    """Params and momentum buffers as integers in units of 2^-bits."""
+
+    def integers(tree: Tree) -> list[Tensor]:
+        return [
+            faults.add(x.new_zeros((), dtype=torch.int64), exact(x) * scale)
+            for x in _tree.leaves(tree)
+        ]
+
+    return integers(carry[0]), integers(carry[1].momentum_buffer)
+
+
 def _check_return(start: tuple[list[Tensor], ...], found: tuple[list[Tensor], ...]) -> None:
     for name, before, after in zip(("params", "momentum buffers"), start, found, strict=True):
-        for x, y in zip(before, after, strict=True):
-            if _modes.holds_anywhere(x != y):
-                raise RuntimeError(
-                    f"the loop run backwards did not recover the initial {name}: recomputed with "
-                    "the same random numbers, the gradient of the loss was different; see "
-                    "torch.use_deterministic_algorithms"
-                )
+        if any(_modes.holds_anywhere(x != y) for x, y in zip(before, after, strict=True)):
+            raise RuntimeError(
+                f"the loop run backwards did not recover the initial {name}: recomputed with the "
+                "same random numbers, the gradient of the loss was different; see "
+                "torch.use_deterministic_algorithms"
+            )
 
 
 def _cut(values: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:

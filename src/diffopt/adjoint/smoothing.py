@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffopt._arguments import check_function
 from diffopt._tree import Tree
-from diffopt.adjoint._particles import START, check_sampling
-from diffopt.adjoint.persistent_evolution import mean_loss
+from diffopt.adjoint._particles import START
+from diffopt.adjoint.persistent_evolution import PersistentEvolution, mean_loss
 
 
 def smooth(
@@ -69,16 +69,9 @@ def smooth(
     Source: Nesterov and Spokoiny, "Random gradient-free minimization of convex functions", 2017.
     """
     check_function(function, "function")
-    check_sampling(samples, sigma, generator, chunk_size)
 
     def run(carry: Tree, theta: Tree) -> tuple[Tree, Any]:
         return carry, function(theta)
 
-    def smoothed(theta: Tree) -> Tensor:
-        pairs = [START] * samples
-        return mean_loss(
-            run, pairs, theta, (), lambda pair: None,
-            sigma=sigma, generator=generator, chunk_size=chunk_size,
-        )  # fmt: skip
-
-    return smoothed
+    settings = PersistentEvolution(run, samples, sigma, generator, chunk_size)
+    return lambda theta: mean_loss(settings, [START] * samples, theta, (), lambda pair: None)
