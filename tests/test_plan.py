@@ -510,6 +510,28 @@ def test_a_step_that_is_refused_has_changed_nothing(name, spoil):
     assert str(before) == str(after)
 
 
+@pytest.mark.parametrize(
+    ("name", "param"),
+    [
+        ("Muon", torch.ones(2, 2, 2)),
+        ("Muon", torch.ones(2, 2, dtype=torch.complex64)),
+        ("Adafactor", torch.ones(2, 2, dtype=torch.complex64)),
+    ],
+)
+def test_a_parameter_that_the_rule_refuses_is_named_before_anything_changes(name, param):
+    params = parameters((3, 3))
+    optimizer = make(optim, name, params)
+    step(optimizer, params)
+    optimizer.add_param_group({"params": [Parameter(param)]})
+    params += optimizer.param_groups[1]["params"]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = picture(optimizer, params)
+    with pytest.raises(RuntimeError, match=rf"param_groups\[1\]\['params'\]\[0\] .*{name}"):
+        optimizer.step()
+    assert str(picture(optimizer, params)) == str(before)
+
+
 @pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), torch.tensor([0.5])], ids=repr)
 @every_class
 def test_numbers_of_other_kinds_are_rates(name, value):

@@ -40,49 +40,31 @@ def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, i
 
     Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """
-    known = [i for i, x in enumerate(tensors) if _modes.ordinary(x)]
-    ordinary = [tensors[i] for i in known]
-    whole = list(map(Tensor.is_contiguous, ordinary))
-    for i, x, contiguous in zip(known, ordinary, whole, strict=True):
-        if not contiguous and _folds(x):
+    n, every = len(tensors), [*tensors, *read]
+    known = [i for i, x in enumerate(every) if _modes.ordinary(x) and x.layout is torch.strided]
+    whole = [every[i].is_contiguous() for i in known]
+    for i, contiguous in zip(known, whole, strict=True):
+        if not contiguous and i < n and _folds(every[i]):
             return i, i
-    starts, order = _integers(map(Tensor.data_ptr, ordinary)).sort(stable=True)
-    spans = [x.nbytes if c else span(x) for x, c in zip(ordinary, whole, strict=True)]
-    ends = (starts + _integers(spans)[order]).cummax(0).values
-    meeting = (starts[1:] < ends[:-1]) & (starts[1:] != 0)
-    for k in meeting.nonzero().flatten().tolist():
-        this = int(order[k + 1])
+    spans = [every[i].nbytes if c else span(every[i]) for i, c in zip(known, whole, strict=True)]
+    starts, order = _integers(every[i].data_ptr() for i in known).sort(stable=True)
+    ends = starts + _integers(spans)[order]
+    written = order < sum(i < n for i in known)
+    # What is written meets all that begin before it; what is read, only those that are written.
+    reach, reach_written = ends.cummax(0).values, (ends * written).cummax(0).values
+    meeting = starts[1:] < torch.where(written[1:], reach[:-1], reach_written[:-1])
+    for k in (meeting & (starts[1:] != 0)).nonzero().flatten().tolist():
+        this = known[int(order[k + 1])]
         for before in order[: k + 1].tolist():
-            if _meet(ordinary[before], ordinary[this]):
-                return known[before], known[this]
-    if not read or not known:
-        return None
-    pair = _clash(read, [(known[k], ordinary[k]) for k in order.tolist()], starts, ends)
-    return pair and (pair[1], pair[0] + len(tensors))
+            i, j = sorted((known[before], this))
+            x, y = every[i], every[j]
+            if i < n and _meet(x, y) and not (j == i + n and x.is_set_to(y)):
+                return i, j
+    return None
 
 
 def _integers(values: Iterable[int]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int64)
-
-
-def _clash(
-    read: Sequence[Any], written: list[tuple[int, Tensor]], starts: Tensor, ends: Tensor
-) -> tuple[int, int] | None:
-    """The indices of a tensor that is read and of one that is written that share an element.
-
-    Those that are written begin at `starts`, in ascending order; all up to one end by its `ends`.
-    """
-    reads = [(i, x) for i, x in enumerate(read) if _modes.ordinary(x) and x.layout is torch.strided]
-    first = _integers(x.data_ptr() for _, x in reads)
-    last = first + _integers(x.nbytes if x.is_contiguous() else span(x) for _, x in reads)
-    before = torch.searchsorted(starts, last)  # how many begin before the end of what is read
-    meeting = (torch.cat([ends.new_zeros(1), ends])[before] > first) & (first != 0)
-    for m in meeting.nonzero().flatten().tolist():
-        i, x = reads[m]
-        for k, y in written[: int(before[m])]:
-            if _meet(x, y) and not (i == k and x.is_set_to(y)):
-                return i, k
-    return None
 
 
 def span(tensor: Tensor) -> int:

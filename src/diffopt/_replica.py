@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
+import operator
 import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from diffopt import _torch
+
+_Build: TypeAlias = Callable[[Any, list[Any]], Any]
 
 
 def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Module:
@@ -50,101 +54,39 @@ class _Copies:
 
     def of(self, value: Any) -> Any:
         """The replacement of `value`: itself, if nothing in it has to be replaced."""
-        kind: type = type(value)
-        if kind in _ATOMS:
+        if type(value) in _ATOMS:
             return value
         key = id(value)
         if key not in self.known:
             self.known[key] = value  # in case it refers to itself
-            follow = next((f for known, f in _FOLLOW if issubclass(kind, known)), None)
-            self.known[key] = follow(self, value) if follow else self.of_object(value)
+            self.known[key] = self._followed(value)
         return self.known[key]
 
-    def of_values(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {name: self.of(value) for name, value in values.items()}
-
-    def changed(self, values: Any) -> bool:
-        return any(self.of(value) is not value for value in values)
-
-    def of_dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
-        if not self.changed(value) and not self.changed(value.values()):
+    def _followed(self, value: Any) -> Any:
+        kind: type = type(value)
+        for kinds, parts, build in _FOLLOW:
+            if issubclass(kind, kinds):
+                return self._rebuilt(value, parts(value), build)
+        if self.inner is None or issubclass(kind, _SHARED):
             return value
-        result = copy.copy(value)
-        result.clear()
-        result.update((self.of(key), self.of(child)) for key, child in value.items())
-        return result
+        return self.inner._rebuilt(value, _attributes(value), _object)
 
-    def of_list(self, value: Any) -> Any:
-        if not self.changed(value):
-            return value
-        result = copy.copy(value)
-        result.clear()
-        result.extend(map(self.of, value))
-        return result
+    def _rebuilt(self, value: Any, parts: list[Any], build: _Build) -> Any:
+        new = list(map(self.of, parts))
+        return value if all(map(operator.is_, new, parts)) else build(value, new)
 
-    def of_proxy(self, value: types.MappingProxyType[Any, Any]) -> Any:
-        content = dict(value)
-        result = self.of_dict(content)
-        return value if result is content else types.MappingProxyType(result)
 
-    def of_reference(self, value: weakref.ref[Any]) -> Any:
-        target = value()
-        result = self.of(target)
-        return value if result is target else weakref.ref(result)
+def _attributes(value: Any) -> list[Any]:
+    return [*getattr(value, "__dict__", {}).values(), *_slotted(value).values()]
 
-    def of_weak_method(self, value: weakref.WeakMethod[Any]) -> Any:
-        target = value()
-        if target is None or (result := self.of_method(target)) is target:
-            return value
-        return weakref.WeakMethod(result)
 
-    def of_tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not self.changed(value):
-            return value
-        return getattr(value, "_make", type(value))(map(self.of, value))
-
-    def of_set(self, value: set[Any] | frozenset[Any]) -> Any:
-        return type(value)(map(self.of, value)) if self.changed(value) else value
-
-    def of_method(self, value: types.MethodType) -> Any:
-        owner = self.of(value.__self__)
-        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-
-    def of_partial(self, value: functools.partial[Any]) -> Any:
-        parts = value.func, value.args, value.keywords
-        if not self.changed(parts):
-            return value
-        function, args, keywords = map(self.of, parts)
-        return functools.partial(function, *args, **keywords)
-
-    def of_function(self, value: types.FunctionType) -> Any:
-        cells = value.__closure__ or ()
-        contents = [_content(cell) for cell in cells]
-        if not self.changed([*contents, value.__defaults__, value.__kwdefaults__]):
-            return value
-        pairs = zip(cells, contents, strict=True)
-        closure = tuple(
-            cell if self.of(content) is content else types.CellType(self.of(content))
-            for cell, content in pairs
-        )
-        result = types.FunctionType(
-            value.__code__, value.__globals__, value.__name__, self.of(value.__defaults__), closure
-        )
-        result.__kwdefaults__ = self.of(value.__kwdefaults__)
-        vars(result).update(vars(value))
-        return result
-
-    def of_object(self, value: Any) -> Any:
-        attributes: dict[str, Any] = getattr(value, "__dict__", {})
-        slots = _slotted(value)
-        if self.inner is None or not self.inner.changed([*attributes.values(), *slots.values()]):
-            return value
-        result = copy.copy(value)
-        if attributes:
-            vars(result).update(self.inner.of_values(attributes))
-        for slot, content in slots.items():
-            slot.__set__(result, self.inner.of(content))
-        return result
+def _object(value: Any, new: list[Any]) -> Any:
+    result, contents = copy.copy(value), iter(new)
+    for name in getattr(value, "__dict__", {}):
+        vars(result)[name] = next(contents)
+    for slot in _slotted(value):
+        slot.__set__(result, next(contents))
+    return result
 
 
 def _slotted(value: Any) -> dict[types.MemberDescriptorType, Any]:
@@ -170,28 +112,69 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _shared(copies: _Copies, value: Any) -> Any:
-    return value
+def _captured(function: types.FunctionType) -> list[Any]:
+    contents = map(_content, function.__closure__ or ())
+    return [*contents, function.__defaults__, function.__kwdefaults__]
+
+
+def _function(value: types.FunctionType, new: list[Any]) -> types.FunctionType:
+    *contents, defaults, kwdefaults = new
+    closure = tuple(
+        cell if _content(cell) is content else types.CellType(content)
+        for cell, content in zip(value.__closure__ or (), contents, strict=True)
+    )
+    result = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, defaults, closure
+    )
+    result.__kwdefaults__ = kwdefaults
+    vars(result).update(vars(value))
+    return result
+
+
+def _method(value: types.MethodType, new: list[Any]) -> types.MethodType:
+    return types.MethodType(value.__func__, *new)
+
+
+def _items(value: Mapping[Any, Any]) -> list[Any]:
+    return list(itertools.chain(*value.items()))
+
+
+def _dict(value: dict[Any, Any], new: list[Any]) -> dict[Any, Any]:
+    result = copy.copy(value)
+    result.clear()
+    result.update(zip(new[::2], new[1::2], strict=True))
+    return result
+
+
+def _list(value: Any, new: list[Any]) -> Any:
+    result = copy.copy(value)
+    result.clear()
+    result.extend(new)
+    return result
 
 
 _ATOMS = {bool, int, float, complex, str, bytes, type(None)}
 _DICTS = {dict, OrderedDict}  # most attributes of a module are empty dicts for hooks
 _TABLES = _torch.MODULE_TABLES
-_FOLLOW: list[tuple[type, Callable[[_Copies, Any], Any]]] = [
-    (dict, _Copies.of_dict),
-    (list, _Copies.of_list),
-    (deque, _Copies.of_list),
-    (types.MappingProxyType, _Copies.of_proxy),
-    (weakref.WeakMethod, _Copies.of_weak_method),
-    (weakref.ref, _Copies.of_reference),
-    (tuple, _Copies.of_tuple),
-    (set, _Copies.of_set),
-    (frozenset, _Copies.of_set),
-    (types.MethodType, _Copies.of_method),
-    (functools.partial, _Copies.of_partial),
-    (types.FunctionType, _Copies.of_function),
-    (Tensor, _shared),
-    (nn.Module, _shared),  # one that is not a part of the module
-    (type, _shared),
-    (types.ModuleType, _shared),
-]
+_SHARED = (Tensor, nn.Module, type, types.ModuleType)  # those that are not parts of the module
+_FOLLOW: tuple[tuple[Any, Callable[[Any], list[Any]], _Build], ...] = (
+    (dict, _items, _dict),
+    ((list, deque), list, _list),
+    (types.MappingProxyType, _items, lambda value, new: type(value)(_dict(dict(value), new))),
+    (
+        weakref.WeakMethod,
+        lambda value: [getattr(value(), "__self__", None)],
+        lambda value, new: weakref.WeakMethod(_method(value(), new)),
+    ),
+    (weakref.ref, lambda value: [value()], lambda value, new: weakref.ref(*new)),
+    (tuple, list, lambda value, new: getattr(value, "_make", type(value))(new)),
+    ((set, frozenset), list, lambda value, new: type(value)(new)),
+    (types.MethodType, lambda value: [value.__self__], _method),
+    (
+        functools.partial,
+        lambda value: [value.func, value.args, value.keywords],
+        lambda value, new: functools.partial(new[0], *new[1], **new[2]),
+    ),
+    (types.FunctionType, _captured, _function),
+)
+"""The kinds of objects that are followed: their parts, and how one is built of other parts."""

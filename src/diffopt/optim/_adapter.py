@@ -19,8 +19,9 @@ from diffopt._arguments import check_function
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim import _state
-from diffopt.optim._checkpoints import Checkpoints
-from diffopt.optim._options import Group, Options, name_of, values_of
+from diffopt.optim._checkpoints import Checkpoints, check_dense
+from diffopt.optim._groups import Group, name_of, plain_number, values_of
+from diffopt.optim._options import Options
 from diffopt.optim._plan import Plan, trace_
 from diffopt.optim._state import State
 
@@ -36,14 +37,24 @@ class RuleOptimizer(Checkpoints):
     integer_steps: ClassVar[bool] = False
     foreach_unrolls: ClassVar[bool] = False
     """Whether torch accepts foreach=True together with differentiable=True."""
+    refusal: ClassVar[type[Exception]] = RuntimeError
+    """What a parameter that the rule refuses raises."""
+    make: ClassVar[Callable[..., Leafwise[Any, Any]]]
+    """Makes a pure optimizer."""
+    flags: ClassVar[tuple[str, ...]] = ("maximize",)
+    """The options of a group that are arguments of `make`."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         """The pure optimizer of a parameter group."""
-        raise NotImplementedError
+        return type(self).make(**{name: group[name] for name in self.flags})
 
-    def buffers(self, opt: Leafwise[Any, Any], param: Tensor) -> Sequence[str]:
-        """The fields of the state, after the step, that this parameter has."""
-        return list(opt.buffers_of(param))
+    def fields(self, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, torch.Size]:
+        """The state of a parameter as in torch: the shape of each buffer, () for scalars."""
+        used, names = opt.buffers_of(param), opt.State._fields[1:]
+        shapes = opt.shapes(param.shape) or [param.shape] * len(names)
+        buffers = {k: torch.Size(v) for k, v in zip(names, shapes, strict=True) if k in used}
+        scalars = dict.fromkeys(self.scalar_state, torch.Size())
+        return scalars | buffers | scalars  # in this order
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,8 +143,7 @@ class RuleOptimizer(Checkpoints):
 
     def _names(self, opt: Leafwise[Any, Any], group: Group) -> list[str]:
         """What the state of some parameter has."""
-        buffers = (name for param in group["params"] for name in self.buffers(opt, param))
-        return list(dict.fromkeys([*self.scalar_state, *buffers]))
+        return list(dict.fromkeys(k for param in group["params"] for k in self.fields(opt, param)))
 
     @_torch.disable_dynamo
     def _eager_step(self) -> None:
@@ -196,42 +206,39 @@ class RuleOptimizer(Checkpoints):
             self.state = State(self.state)
 
     def new_states(self, params: Sequence[Tensor], group: Group) -> list[dict[str, Any]]:
-        """The state of parameters before their first step: torch's names, shapes and dtypes."""
+        """The state of parameters before their first step."""
         opt = self.rule(group)
-        numbers = hyper.assemble(opt.hparams, values_of(opt, group))
-        initial = opt.initial(numbers)
-        rows: list[dict[str, Any]] = [{} for _ in params]
-        for name in ("step", *opt.State._fields[1:]):
-            value = initial.get(name, 0.0)
-            if name in self.scalar_state:
-                for row, param in zip(rows, params, strict=True):
-                    row[name] = self.new_scalar(value, param, group)
-            elif name != "step":
-                owners = [i for i, param in enumerate(params) if name in self.buffers(opt, param)]
-                shapes = [self._shapes(opt, params[i])[name] for i in owners]
-                buffers = _filled([params[i] for i in owners], shapes, value)
-                for i, buffer in zip(owners, buffers, strict=True):
-                    rows[i][name] = buffer
-        return rows
+        initial = opt.initial(hyper.assemble(opt.hparams, values_of(opt, group)))
+        scalars = {name: initial.get(name, 0.0) for name in self.scalar_state}
+        return [
+            {name: self.new_scalar(value, param, group) for name, value in scalars.items()} | row
+            for param, row in zip(params, self.new_buffers(opt, params, initial), strict=True)
+        ]
 
-    def _shapes(self, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, Any]:
-        """The shape of each buffer."""
-        names = opt.State._fields[1:]
-        shapes = opt.shapes(param.shape) or [param.shape] * len(names)
-        return dict(zip(names, map(torch.Size, shapes), strict=True))
+    def new_buffers(
+        self, opt: Leafwise[Any, Any], params: Sequence[Tensor], initial: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The buffers of parameters before their first step, with torch's shapes and dtypes."""
+        fields = [self.fields(opt, param) for param in params]
+        rows: list[dict[str, Any]] = [{} for _ in params]
+        for name in [name for name in opt.State._fields[1:] if name not in self.scalar_state]:
+            owners = [i for i, shapes in enumerate(fields) if name in shapes]
+            shapes = [fields[i][name] for i in owners]
+            buffers = _filled([params[i] for i in owners], shapes, initial.get(name, 0.0))
+            for i, buffer in zip(owners, buffers, strict=True):
+                rows[i][name] = buffer
+        return rows
 
     def new_scalar(self, value: Any, param: Tensor, group: Group) -> Tensor:
         """A 0-d tensor of the state, where torch has it and in torch's dtype."""
-        fused = bool(group.get("fused"))
-        dtype = torch.float32
-        if torch.get_default_dtype() == torch.float64 and not fused:
-            dtype = torch.float64
-        on_device = fused or group.get("capturable") or self.scalars_follow
-        device = param.device if on_device else "cpu"
         if isinstance(value, Tensor) and torch.is_grad_enabled():  # a differentiable step
             return value.clone()
-        value = value.detach() if isinstance(value, Tensor) else value
-        return torch.as_tensor(value, dtype=dtype, device=device).clone().reshape(())
+        fused = group.get("fused")
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        on_device = fused or group.get("capturable") or self.scalars_follow
+        device = param.device if on_device else "cpu"
+        value = torch.as_tensor(value, dtype=torch.float32 if fused else dtype, device=device)
+        return value.clone().reshape(())
 
     def _check(self, group: Group, index: int, grads: list[Any]) -> None:
         """Raise for what cannot be stepped."""
@@ -241,25 +248,28 @@ class RuleOptimizer(Checkpoints):
                 continue
             name = name_of(group, index, i)
             self.check_param(param, group, name)
-            row = self.state.get(param) or {}
+            if reason := opt.refuse(param):
+                raise self.refusal(f"{name} {reason}")
             _check_tensor(grad, param, param.shape, f"the gradient of {name}")
             _check_written(param, name)
             if not opt.elementwise:
                 _check_shards(param, name)
-            self._check_row(opt, row, param, name)
+            self._check_row(opt, self.state.get(param) or {}, param, name)
 
     def _check_row(self, opt: Leafwise[Any, Any], row: Any, param: Tensor, name: str) -> None:
-        shapes, counted = self._shapes(opt, param), "step" in self.scalar_state
-        needed = [*self.scalar_state, *self.buffers(opt, param)] if row else []
-        for key in needed:
-            where, value = f"{key!r} in the state of {name}", row.get(key)
-            if key not in row and counted:
-                raise KeyError(f"the state of {name} has no {key!r}, only {sorted(row)}")
+        """Raise where the state of a parameter is not complete or does not fit it."""
+        for key, value in row.items():
+            check_dense(value, param, f"{key} of {name}")
+        for key, shape in self.fields(opt, param).items() if row else ():
+            where, value = f"{key} of {name}", row.get(key)
+            if value is None and "step" not in self.scalar_state:
+                continue  # made at the first step that needs it, as in torch
+            if key not in row:
+                raise KeyError(f"the state of {name} has {sorted(map(str, row))}, but no {key}")
             if key in self.scalar_state:
-                if not isinstance(value, (int, float)) and getattr(value, "numel", int)() != 1:
-                    raise TypeError(f"{where} is {_tree.describe(value)}, not a 0-d tensor")
-            elif value is not None or counted:
-                _check_tensor(value, param, shapes[key], where)
+                plain_number(value, where)
+            else:
+                _check_tensor(value, param, shape, where)
             if isinstance(value, Tensor):
                 _check_written(value, where)
 
@@ -291,20 +301,10 @@ class RuleOptimizer(Checkpoints):
             )
 
     def check_state(self, row: dict[str, Any], param: Tensor, group: Group, name: str) -> None:
-        opt = self.rule(group)
-        shapes = self._shapes(opt, param)
-        buffers = self.buffers(opt, param)
-        for key in (*self.scalar_state, *buffers) if row else ():
-            if "step" not in self.scalar_state and row.get(key) is None:
-                continue  # made at the first step that needs it, as in torch
-            if key not in row:
-                raise ValueError(
-                    f"loaded state dict does not match the optimizer: the state of {name} has "
-                    f"{sorted(map(str, row))}, but no {key}"
-                )
-            if key not in self.scalar_state:
-                where = f"loaded state dict: {key} of {name}"
-                _check_tensor(row[key], param, shapes[key], where)
+        try:
+            self._check_row(self.rule(group), row, param, name)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"loaded state dict: {error.args[0]}") from None
 
 
 def _check_tensor(value: Any, param: Tensor, shape: torch.Size, name: str) -> None:
@@ -370,8 +370,5 @@ def _filled_like(param: Tensor, shape: torch.Size, value: Any) -> Tensor:
         return torch.complex(whole, whole) if param.is_complex() else whole
     value = value.item() if isinstance(value, Tensor) else value
     value = complex(value, value) if param.is_complex() else value
-    if value == 0 and shape == param.shape:
-        return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
-    if shape != param.shape:
-        return param.new_zeros(shape) if value == 0 else param.new_full(shape, value)
-    return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
+    same = shape == param.shape  # and then memory format, too
+    return torch.full_like(param, value) if same else param.new_full(shape, value)

@@ -13,8 +13,7 @@ from torch import Tensor
 from diffopt import _torch, _tree
 from diffopt._diff.functions import has_derivative
 from diffopt.optim import _state
-from diffopt.optim._groups import check_numbers, plain_number, with_betas
-from diffopt.optim._options import Group, name_of
+from diffopt.optim._groups import Group, check_numbers, name_of, plain_number, with_betas
 
 
 class Checkpoints(torch.optim.Optimizer):
@@ -25,6 +24,8 @@ class Checkpoints(torch.optim.Optimizer):
     """The fields of the state that torch keeps as one 0-d tensor per parameter."""
     scalars_follow: ClassVar[bool] = False
     """Whether torch keeps those on the parameter's device even without graph capture."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Options that older checkpoints lack, which keep what the constructor was given."""
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, which may have its own options.
@@ -40,18 +41,13 @@ class Checkpoints(torch.optim.Optimizer):
         for hook in _torch.hooks(self, "state_dict_pre"):
             hook(self)
         index: dict[int, int] = {}
-        for group in self.param_groups:
-            for param in group["params"]:
-                index.setdefault(id(param), len(index))
         groups: list[Group] = []
         for group in self.param_groups:
-            params = [index[id(param)] for param in group["params"]]
-            groups.append(copied({k: v for k, v in group.items() if k != "params"}))
-            groups[-1]["params"] = params
+            indices = [index.setdefault(id(param), len(index)) for param in group["params"]]
+            options = {k: v for k, v in group.items() if k != "params"}
+            groups.append(copied(options) | {"params": indices})
         with _state.unread():
-            state = {
-                index.get(id(key), key): copied(_plain(row)) for key, row in self.state.items()
-            }
+            state = {index.get(id(k), k): copied(_plain(row)) for k, row in self.state.items()}
         saved: dict[str, Any] = {"state": state, "param_groups": groups}
         for hook in _torch.hooks(self, "state_dict_post"):
             result = hook(self, saved)
@@ -113,6 +109,12 @@ class Checkpoints(torch.optim.Optimizer):
             self.check_state(self.state.get(param, {}), param, group, name)
         _state.made(self.state)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in self.later:
+                group.setdefault(name, self.defaults[name])
+
     def check_numbers(self) -> None:
         """Raise if a group has something other than a number for a number."""
         check_numbers(self.param_groups, self.defaults)
@@ -149,19 +151,16 @@ class Checkpoints(torch.optim.Optimizer):
             dtype = self.state_dtype(leaf, param, group) if has_derivative(leaf) else leaf.dtype
             return leaf.detach().to(param.device, dtype, copy=True)
 
-        row = _as_dict(row, f"state of {name}")
-        for key, value in row.items():
-            for leaf in filter(torch.is_tensor, _tree.leaves(value)):
-                if leaf.layout is not torch.strided or (leaf.is_meta and not param.is_meta):
-                    raise ValueError(
-                        f"loaded state dict: {key} of {name} has layout {leaf.layout} and device "
-                        f"{leaf.device}, but must be a dense tensor with values"
-                    )
-        loaded = {k: v for k, v in row.items() if k in self.scalar_state}
+        loaded = _as_dict(row, f"state of {name}")
         for key, value in loaded.items():
-            check_scalar(key, value, name)
-            loaded[key] = self.loaded_scalar(key, value, param, group)
-        return {k: loaded[k] if k in loaded else _tree.map(widened, v) for k, v in row.items()}
+            for leaf in _tree.leaves(value):
+                check_dense(leaf, param, f"loaded state dict: {key} of {name}")
+            if key in self.scalar_state:
+                check_scalar(key, value, name)
+                loaded[key] = self.loaded_scalar(key, value, param, group)
+            else:
+                loaded[key] = _tree.map(widened, value)
+        return loaded
 
     def state_dtype(self, value: Tensor, param: Tensor, group: Group) -> torch.dtype:
         """The dtype for a saved buffer: its own, or the parameter's if that is wider."""
@@ -182,6 +181,17 @@ class Checkpoints(torch.optim.Optimizer):
 def copied(tree: Any) -> Any:
     """A copy of the tree, whose tensors share neither memory nor history with the old ones."""
     return _tree.map_tensors(lambda x: x.detach().clone(), tree)
+
+
+def check_dense(value: Any, param: Tensor, name: str) -> None:
+    """Raise for a tensor of the state that has no values to compute with."""
+    if not isinstance(value, Tensor):
+        return
+    if value.layout is not torch.strided or (value.is_meta and not param.is_meta):
+        raise ValueError(
+            f"{name} has layout {value.layout} and device {value.device}, but must be a dense "
+            "tensor with values"
+        )
 
 
 def check_scalar(key: str, value: Any, name: str) -> None:

@@ -6,6 +6,7 @@ function that creates its optimizer.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from diffopt import rules
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._adapter import RuleOptimizer
-from diffopt.optim._options import Group
+from diffopt.optim._groups import Group
 
 
 class SGD(RuleOptimizer, torch.optim.SGD):
@@ -25,11 +26,8 @@ class SGD(RuleOptimizer, torch.optim.SGD):
     foreach_unrolls = True
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.sgd(
-            momentum=bool(group["momentum"] != 0),
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
+        momentum = bool(group["momentum"] != 0)
+        return rules.sgd(momentum=momentum, nesterov=group["nesterov"], maximize=group["maximize"])
 
 
 class Adam(RuleOptimizer, torch.optim.Adam):
@@ -47,117 +45,77 @@ class AdamW(Adam, torch.optim.AdamW):
 class Adamax(RuleOptimizer, torch.optim.Adamax):
     """`torch.optim.Adamax`, stepped by `diffopt.adamax`."""
 
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.adamax(maximize=group["maximize"])
+    make = staticmethod(rules.adamax)
 
 
 class NAdam(RuleOptimizer, torch.optim.NAdam):
     """`torch.optim.NAdam`, stepped by `diffopt.nadam`."""
 
+    make = staticmethod(rules.nadam)
+    flags = ("decoupled_weight_decay", "maximize")
     scalar_state = ("step", "mu_product")
-
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.nadam(
-            decoupled_weight_decay=group["decoupled_weight_decay"], maximize=group["maximize"]
-        )
 
 
 class RAdam(RuleOptimizer, torch.optim.RAdam):
     """`torch.optim.RAdam`, stepped by `diffopt.radam`."""
 
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.radam(
-            decoupled_weight_decay=group["decoupled_weight_decay"], maximize=group["maximize"]
-        )
+    make = staticmethod(rules.radam)
+    flags = ("decoupled_weight_decay", "maximize")
 
 
 class RMSprop(RuleOptimizer, torch.optim.RMSprop):
     """`torch.optim.RMSprop`, stepped by `diffopt.rmsprop`."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.rmsprop(
-            centered=group["centered"],
-            momentum=bool(group["momentum"] > 0),
-            maximize=group["maximize"],
-        )
+        flags = {name: group[name] for name in ("centered", "maximize")}
+        return rules.rmsprop(momentum=bool(group["momentum"] > 0), **flags)
 
 
 class Adagrad(RuleOptimizer, torch.optim.Adagrad):
     """`torch.optim.Adagrad`, stepped by `diffopt.adagrad`."""
 
+    make = staticmethod(rules.adagrad)
     sparse_gradients = True
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault(
-                "initial_accumulator_value", self.defaults["initial_accumulator_value"]
-            )
-
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.adagrad(maximize=group["maximize"])
+    later = ("initial_accumulator_value",)
 
 
 class Adadelta(RuleOptimizer, torch.optim.Adadelta):
     """`torch.optim.Adadelta`, stepped by `diffopt.adadelta`."""
 
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.adadelta(maximize=group["maximize"])
+    make = staticmethod(rules.adadelta)
 
 
 class ASGD(RuleOptimizer, torch.optim.ASGD):
     """`torch.optim.ASGD`, stepped by `diffopt.asgd`."""
 
+    make = staticmethod(rules.asgd)
     scalar_state = ("step", "eta", "mu")
     scalars_follow = True
-
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.asgd(maximize=group["maximize"])
 
 
 class Rprop(RuleOptimizer, torch.optim.Rprop):
     """`torch.optim.Rprop`, stepped by `diffopt.rprop`."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("lr", self.defaults["lr"])
-
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.rprop(maximize=group["maximize"])
+    make = staticmethod(rules.rprop)
+    later = ("lr",)
 
 
 class Adafactor(RuleOptimizer, torch.optim.Adafactor):
     """`torch.optim.Adafactor`, stepped by `diffopt.adafactor`."""
 
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.adafactor(eps1=True, maximize=group["maximize"])
+    make = staticmethod(functools.partial(rules.adafactor, eps1=True))
 
-    def buffers(self, opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
-        return ["row_var", "col_var"] if param.dim() > 1 else ["variance"]
-
-    def check_param(self, param: Tensor, group: Group, name: str) -> None:
-        super().check_param(param, group, name)
-        if param.is_complex():
-            raise RuntimeError(f"Adafactor does not support complex parameters: {name} is one")
+    def fields(self, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, torch.Size]:
+        absent = ["variance"] if param.dim() > 1 else ["row_var", "col_var"]
+        return {k: v for k, v in super().fields(opt, param).items() if k not in absent}
 
 
 class Muon(RuleOptimizer, torch.optim.Muon):
     """`torch.optim.Muon`, stepped by `diffopt.muon`."""
 
+    make = staticmethod(rules.muon)
+    flags = ("nesterov", "ns_steps", "adjust_lr_fn")
     scalar_state = ()
-
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        return rules.muon(
-            nesterov=group["nesterov"],
-            ns_steps=group["ns_steps"],
-            adjust_lr_fn=group["adjust_lr_fn"],
-        )
-
-    def check_param(self, param: Tensor, group: Group, name: str) -> None:
-        super().check_param(param, group, name)
-        if param.is_complex():
-            raise RuntimeError(f"Muon does not support complex parameters: {name} is one")
 
 
 class SparseAdam(RuleOptimizer, torch.optim.SparseAdam):

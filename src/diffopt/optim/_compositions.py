@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from diffopt import _torch, _tree
 from diffopt._arguments import check_function
 from diffopt._tree import Tree
 from diffopt.optim._checkpoints import Checkpoints, check_scalar
-from diffopt.optim._groups import check_number, records, short_names
-from diffopt.optim._options import Group, name_of
+from diffopt.optim._groups import Group, check_length, check_number, name_of, records, short_names
 from diffopt.optimizer import Optimizer
 
 Rows = list[dict[str, Any]]
@@ -72,13 +71,16 @@ class TreeOptimizer(Checkpoints):
             self._layouts[i] = layout
             rows = [new | old for new, old in zip(fresh, rows, strict=True)]
             self.state.update({p: row for p, row in zip(params, rows, strict=True) if row})
-        return layout.join(rows, [name_of(self.param_groups[i], i, j) for j in range(len(params))])
+        return layout.join(rows, self._names(i))
+
+    def _names(self, i: int) -> list[str]:
+        group = self.param_groups[i]
+        return [name_of(group, i, j) for j in range(len(group["params"]))]
 
     def _begin(self, i: int) -> tuple[Layout, Rows]:
         """The layout of the state of a group, and the state before the first step."""
-        state = self.optimizer.init(self.params_of(i))
-        layout = Layout(state, self.params_of(i))
-        return layout, layout.split(state)
+        params = self.params_of(i)
+        return _laid_out(self.optimizer.init(params), params)
 
     def tree(self, i: int, leaves: list[Any]) -> Tree:
         """Leaves for the params of a group, in the structure in which the params were given."""
@@ -90,9 +92,8 @@ class TreeOptimizer(Checkpoints):
         for i, group in enumerate(self.param_groups):
             for key in self.defaults.keys() & group.keys():
                 name, value = f"param_groups[{i}][{key!r}]", group[key]
-                pair = type(value) in (tuple, list) and len(value) == 2
-                if type(self.defaults[key]) is tuple and not pair:
-                    raise TypeError(f"{name} is {_tree.describe(value)}, but must be two numbers")
+                if type(self.defaults[key]) is tuple:
+                    check_length(value, 2, name)
                 for leaf in _tree.leaves(value):
                     if not (isinstance(leaf, Tensor) and leaf.dim()):
                         check_number(leaf, name, group)
@@ -105,17 +106,15 @@ class TreeOptimizer(Checkpoints):
         self._layouts = {}
         for i, group in enumerate(self.param_groups):
             if any(self.state.get(param) for param in group["params"]):
-                self._fit(i)
+                self._fit(i, group["params"])
 
-    def _fit(self, i: int) -> None:
+    def _fit(self, i: int, params: list[Tensor]) -> None:
         """Convert a saved state to the dtypes and devices that `init` chooses."""
-        params = self.param_groups[i]["params"]
-        names = [name_of(self.param_groups[i], i, j) for j in range(len(params))]
         layout, fresh = self._begin(i)
-        for param, row, name in zip(params, fresh, names, strict=True):
+        for param, row, name in zip(params, fresh, self._names(i), strict=True):
             old = self.state.get(param, {})
             self.state[param] = old | {k: _like(old, k, row[k], name) for k in row}
-        layout.join([self.state[param] for param in params], names)
+        layout.join([self.state[param] for param in params], self._names(i))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"optimizer": self.optimizer, "template": self.template, "structure": self.structure}
@@ -126,7 +125,7 @@ class TreeOptimizer(Checkpoints):
         self._layouts = {}
 
 
-class Layout:
+class Layout(NamedTuple):
     """How the leaves of a state are distributed over the states of single parameters.
 
     Of a tree like params, each parameter has its own leaf. Of what belongs to the whole tree, all
@@ -134,53 +133,18 @@ class Layout:
     larger tensors, such as the history of L-BFGS.
     """
 
-    def __init__(self, state: Any, params: Tree) -> None:
-        tensors, self.params = _tree.flatten(params)
-        nodes, self.state = _tree.flatten(state, lambda node: self._leaves(node) is not None)
-        paths = _tree.paths(_tree.unflatten(range(len(nodes)), self.state), "")
-        self.names = short_names([re.findall(r"[^\[\]'.]+", path) or ["state"] for path in paths])
-        self.rest: dict[str, Any] = {}
-        """Leaves that are not tensors and never change."""
-        self.shared: set[str] = set()
-        self.owners: dict[str, list[bool]] = {}
-        for name, node in zip(self.names, nodes, strict=True):
-            leaves = self._leaves(node)
-            if leaves is not None:
-                self.owners[name] = [isinstance(leaf, Tensor) for leaf in leaves]
-            elif isinstance(node, Tensor):
-                self.shared.add(name)
-                self.owners[name] = [node.dim() == 0 or j == 0 for j in range(len(tensors))]
-            else:
-                self.rest[name] = node
-
-    def _leaves(self, node: Any) -> list[Any] | None:
-        """The leaves of a tree like params; [] if a part of a partition has none."""
-        try:
-            leaves = self.params.flatten_up_to(node)
-        except ValueError:
-            return None
-        fits = all(isinstance(leaf, Tensor) or leaf == [] for leaf in leaves)
-        return leaves if fits and not isinstance(node, Tensor) else None
-
-    def split(self, state: Any) -> Rows:
-        """The states of the parameters."""
-        rows: Rows = [{} for _ in range(self.params.num_leaves)]
-        for name, node in zip(self.names, self.state.flatten_up_to(state), strict=True):
-            owners = self.owners.get(name, [])
-            leaves = [node] * len(rows) if name in self.shared else self._leaves(node)
-            for row, leaf, own in zip(rows, leaves or (), owners, strict=False):
-                if own:
-                    row[name] = leaf
-        return rows
+    params: _tree.Spec
+    state: _tree.Spec
+    names: list[str]
+    owned: list[set[str]]
+    """The names of what each parameter has."""
+    shared: set[str]
+    rest: dict[str, Any]
+    """Leaves that are not tensors and never change."""
 
     def fits(self, rows: Rows) -> bool:
         """Whether the parameters have all parts of the state."""
-        return all(
-            name in row
-            for name, owners in self.owners.items()
-            for row, own in zip(rows, owners, strict=True)
-            if own
-        )
+        return all(own <= row.keys() for own, row in zip(self.owned, rows, strict=True))
 
     def join(self, rows: Rows, names: list[str]) -> Any:
         """The state, from the states of the parameters with these names."""
@@ -191,16 +155,16 @@ class Layout:
             elif name in self.shared:
                 nodes.append(self._one(name, rows, names))
             else:
-                pairs = zip(rows, self.owners[name], strict=True)
-                leaves = [row[name] if own else [] for row, own in pairs]
+                pairs = zip(rows, self.owned, strict=True)
+                leaves = [row[name] if name in own else [] for row, own in pairs]
                 nodes.append(_tree.unflatten(leaves, self.params))
         return _tree.unflatten(nodes, self.state)
 
     def _one(self, name: str, rows: Rows, names: list[str]) -> Tensor:
         """A tensor that parameters share; if each has its own, they must be equal."""
         first = rows[0][name]
-        for row, param, own in zip(rows, names, self.owners[name], strict=True):
-            if own and row[name] is not first:
+        for row, param, own in zip(rows, names, self.owned, strict=True):
+            if name in own and row[name] is not first:
                 if not torch.equal(torch.as_tensor(row[name]), torch.as_tensor(first)):
                     raise ValueError(
                         f"{name} of {param} is {row[name]}, but {name} of {names[0]} is {first}: "
@@ -208,6 +172,38 @@ class Layout:
                     )
                 row[name] = first
         return first
+
+
+def _laid_out(state: Any, params: Tree) -> tuple[Layout, Rows]:
+    """The layout of a state, and the states of the parameters."""
+    tensors, spec = _tree.flatten(params)
+    nodes, structure = _tree.flatten(state, lambda node: _leaves(node, spec) is not None)
+    paths = _tree.paths(_tree.unflatten(range(len(nodes)), structure), "")
+    names = short_names([re.findall(r"[^\[\]'.]+", path) or ["state"] for path in paths])
+    rows: Rows = [{} for _ in tensors]
+    shared, rest = set[str](), dict[str, Any]()
+    for name, node in zip(names, nodes, strict=True):
+        if isinstance(node, Tensor):
+            shared.add(name)
+            for row in rows if node.dim() == 0 else rows[:1]:
+                row[name] = node
+        elif (leaves := _leaves(node, spec)) is None:
+            rest[name] = node
+        else:
+            for row, leaf in zip(rows, leaves, strict=True):
+                if isinstance(leaf, Tensor):
+                    row[name] = leaf
+    return Layout(spec, structure, names, list(map(set, rows)), shared, rest), rows
+
+
+def _leaves(node: Any, params: _tree.Spec) -> list[Any] | None:
+    """The leaves of a tree like params; [] if a part of a partition has none."""
+    try:
+        leaves = params.flatten_up_to(node)
+    except ValueError:
+        return None
+    fits = all(isinstance(leaf, Tensor) or leaf == [] for leaf in leaves)
+    return leaves if fits and not isinstance(node, Tensor) else None
 
 
 def _like(row: dict[str, Any], key: str, fresh: Tensor, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The numbers in parameter groups, which users and schedulers may overwrite between steps.
+"""Reading parameter groups, which users and schedulers may overwrite between steps.
 
 A group has the fields of a record under the names that torch's schedulers use: `lr`, and `betas`
 for beta1 and beta2.
@@ -10,7 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, SupportsFloat, cast
+from typing import Any, SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,11 +18,44 @@ from torch import Tensor
 from diffopt import _tree
 from diffopt._arguments import too_large
 from diffopt._rule import hyper
+from diffopt._rule.leafwise import Leafwise
+
+Group: TypeAlias = dict[str, Any]
 
 _BETAS = hyper.TORCH_PAIRS["betas"]
-_PLAIN = (float, int)
+_PAIRS = {
+    field: (pair, k) for pair, fields in hyper.TORCH_PAIRS.items() for k, field in enumerate(fields)
+}
 _FLAGS = (bool, str, type(None))
 _MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon
+
+
+def name_of(group: Group, i: int, j: int) -> str:
+    """The name of a parameter in errors."""
+    names = group.get("param_names")
+    return names[j] if names else f"param_groups[{i}]['params'][{j}]"
+
+
+def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
+    """The hyperparameters of a group in the order of the rule's record.
+
+    Raises:
+        TypeError: one of them is not a number.
+    """
+    values: list[Any] = []
+    for field in hyper.FIELDS[opt.hparams]:
+        value = _option(group, field.name)
+        epsilon = field.name == "eps1" and value is None
+        values.append(value if epsilon else plain_number(value, field.name))
+    return values
+
+
+def _option(group: Mapping[str, Any], name: str) -> Any:
+    """A hyperparameter, which torch.optim may keep in a tuple."""
+    if name in group:
+        return group[name]
+    pair, k = _PAIRS[name]
+    return group[pair][k]
 
 
 def plain_number(value: Any, name: str) -> Any:
@@ -83,10 +116,15 @@ def _is_real(value: Tensor) -> bool:
     return not value.is_complex() and value.dtype != torch.bool and value.layout is torch.strided
 
 
-def _check_tuple(key: str, values: Any, length: int, i: int, group: dict[str, Any]) -> None:
-    name = f"param_groups[{i}][{key!r}]"
+def check_length(values: Any, length: int, name: str) -> None:
+    """Raise unless it is a sequence of this length."""
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != length:
         raise TypeError(f"{name} is {_tree.describe(values)}, but must be {length} numbers")
+
+
+def _check_tuple(key: str, values: Any, length: int, i: int, group: dict[str, Any]) -> None:
+    name = f"param_groups[{i}][{key!r}]"
+    check_length(values, length, name)
     for k, value in enumerate(values):
         if not _is_plain(value) and not (value is None and (key, k) == _MAY_BE_NONE):
             check_number(value, f"{name}[{k}]", group)
@@ -108,14 +146,12 @@ def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict
     """
     given = dict(given)
     if "betas" in given:
-        betas: Any = given.pop("betas")
-        if not isinstance(betas, (tuple, list)) or len(cast(Sequence[Any], betas)) != len(_BETAS):
-            raise TypeError(f"betas is {_tree.describe(betas)}, but must be 2 numbers")
-        given |= zip(_BETAS, cast(Sequence[Any], betas), strict=True)
+        betas = given.pop("betas")
+        check_length(betas, len(_BETAS), "betas")
+        given |= zip(_BETAS, betas, strict=True)
     template = _made(maker, given)
-    template = _tree.map(
-        _checked, records(template, _numbers(template) | given), is_leaf=hyper.is_record
-    )
+    template = records(template, _numbers(template) | given)
+    template = _tree.map(lambda x: type(x)(**vars(x)), template, is_leaf=hyper.is_record)
     numbers = _numbers(template)
     if numbers.keys() >= set(_BETAS):
         numbers["betas"] = tuple(numbers.pop(name) for name in _BETAS)
@@ -129,15 +165,13 @@ def _made(maker: Callable[..., Any], given: dict[str, Any]) -> Any:
     try:
         template = maker(**{name: value for name, value in given.items() if "." not in name})
     except TypeError:
-        _refuse_unknown(given, _numbers(maker()))
-        raise
-    _refuse_unknown(given, _numbers(template))
-    return template
-
-
-def _refuse_unknown(given: dict[str, Any], known: dict[str, Any]) -> None:
+        template = maker()
+        if given.keys() <= _numbers(template).keys():
+            raise
+    known = _numbers(template)
     if unknown := given.keys() - known.keys():
         raise TypeError(f"there is no hyperparameter {min(unknown)!r}, only {list(known)}")
+    return template
 
 
 def records(template: Any, group: Mapping[str, Any]) -> Any:
@@ -145,40 +179,30 @@ def records(template: Any, group: Mapping[str, Any]) -> Any:
     values = iter([_value(group, name) for name in _numbers(template)])
 
     def filled(record: Any) -> Any:
-        return hyper.assemble(type(record), [next(values) for _ in _fields(record)])
+        return hyper.assemble(type(record), [next(values) for _ in vars(record)])
 
     return _tree.map(filled, template, is_leaf=hyper.is_record)
 
 
 def _value(group: Mapping[str, Any], name: str) -> Any:
-    if name in _BETAS and name not in group:
-        return _plain(group["betas"][_BETAS.index(name)], name)
+    """A hyperparameter, all of whose numbers are Python's or tensors."""
+    value = _option(group, name)
+    if not _is_plain(value):
+        value = _tree.map(lambda x: x if isinstance(x, Tensor) else plain_number(x, name), value)
     factor = group.get("lr", 1.0) if name.endswith(".lr") else 1.0
-    rate = _plain(group[name], name)
     if type(factor) is float and factor == 1:
-        return rate
-    return _tree.map(lambda x: x * factor, rate)
-
-
-def _plain(tree: Any, name: str) -> Any:
-    """The hyperparameter with all numbers converted to Python numbers or tensors."""
-    if type(tree) in _PLAIN:
-        return tree
-    return _tree.map(lambda x: x if isinstance(x, Tensor) else plain_number(x, name), tree)
-
-
-def _checked(record: Any) -> Any:
-    return type(record)(**{field.name: getattr(record, field.name) for field in _fields(record)})
+        return value
+    return _tree.map(lambda x: x * factor, value)
 
 
 def _numbers(template: Any) -> dict[str, Any]:
     """The hyperparameters by name; names that are not unique are prefixed by their part's."""
-    fields = [
-        ((*path, field.name), getattr(record, field.name))
+    fields = {
+        (*path, name): value
         for path, record in _records(template)
-        for field in _fields(record)
-    ]
-    return dict(zip(short_names([path for path, _ in fields]), [v for _, v in fields], strict=True))
+        for name, value in vars(record).items()
+    }
+    return dict(zip(short_names([*fields]), fields.values(), strict=True))
 
 
 def short_names(paths: Sequence[Sequence[str]]) -> list[str]:
@@ -197,7 +221,3 @@ def _records(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     elif isinstance(tree, (tuple, list)):
         for i, child in enumerate(tree):
             yield from _records(child, (*path, str(i)))
-
-
-def _fields(record: Any) -> tuple[hyper.Field, ...]:
-    return hyper.FIELDS[type(record)]

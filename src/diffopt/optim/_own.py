@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._adapter import RuleOptimizer
-from diffopt.optim._groups import options
-from diffopt.optim._options import Group, values_of
+from diffopt.optim._groups import Group, options
 
 _WAYS: dict[str, Any] = {"foreach": None, "capturable": False, "differentiable": False}
 
@@ -22,22 +19,17 @@ _WAYS: dict[str, Any] = {"foreach": None, "capturable": False, "differentiable":
 class OwnInit(RuleOptimizer):
     """A class whose initial state is that of the rule's `init`."""
 
-    def new_states(self, params: Sequence[Tensor], group: Group) -> list[dict[str, Any]]:
-        opt = self.rule(group)
-        numbers = hyper.assemble(opt.hparams, values_of(opt, group))
-        initial = opt.initial(numbers)
-        state = opt.init([param.detach() for param in params])
-        rows: list[dict[str, Any]] = []
-        for i, param in enumerate(params):
-            rows.append({"step": self.new_scalar(0.0, param, group)})
-            for name in opt.buffers_of(param):
-                rows[i][name] = _raised(getattr(state, name)[i], initial.get(name))
-        return rows
+    refusal = ValueError
 
-    def check_param(self, param: Tensor, group: Group, name: str) -> None:
-        super().check_param(param, group, name)
-        if reason := self.rule(group).refuse(param):
-            raise ValueError(f"{name} {reason}")
+    def new_buffers(
+        self, opt: Leafwise[Any, Any], params: Sequence[Tensor], initial: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        state = opt.init([param.detach() for param in params])
+        names = opt.buffers_of(params[0])
+        return [
+            {name: _raised(getattr(state, name)[i], initial.get(name)) for name in names}
+            for i in range(len(params))
+        ]
 
 
 class LeafwiseOptimizer(OwnInit):
@@ -83,28 +75,18 @@ class OwnClass(OwnInit):
         tensor([1.1000, 1.1000])
     """
 
-    make: ClassVar[Callable[..., Leafwise[Any, Any]]]
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "make" in vars(cls):
+            cls.flags = tuple(inspect.signature(cls.make).parameters)
 
     def __init__(self, params: Iterable[Any], lr: Any = None, **others: Any) -> None:
         others |= {} if lr is None else {"lr": lr}
-        known = _flags(self.make) | _WAYS
+        arguments = inspect.signature(type(self).make).parameters
+        known = {name: argument.default for name, argument in arguments.items()} | _WAYS
         flags = {name: others.pop(name, default) for name, default in known.items()}
         _, numbers = options(self.rule(flags).hparams, others)
         super().__init__(params, {**numbers, **flags})
-
-    def rule(self, group: Group) -> Leafwise[Any, Any]:
-        make = type(self).make
-        return _made(make, *(group[name] for name in _flags(make)))
-
-
-@functools.cache
-def _flags(make: Callable[..., Any]) -> dict[str, Any]:
-    return {name: flag.default for name, flag in inspect.signature(make).parameters.items()}
-
-
-@functools.cache
-def _made(make: Callable[..., Leafwise[Any, Any]], *flags: Any) -> Leafwise[Any, Any]:
-    return make(**dict(zip(_flags(make), flags, strict=True)))
 
 
 def _raised(buffer: Tensor, initial: Any) -> Tensor:

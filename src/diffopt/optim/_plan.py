@@ -29,8 +29,8 @@ from diffopt._rule import hyper, running, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.running import Shared
 from diffopt.optim import _state
-from diffopt.optim._groups import plain_number
-from diffopt.optim._options import Group, Options
+from diffopt.optim._groups import Group
+from diffopt.optim._options import Options
 from diffopt.optim._state import Counts, Integers, State
 
 KEPT = True
@@ -48,20 +48,22 @@ class Plan:
         self.complete = not self.absent
         live = [i for i, grad in enumerate(grads) if grad is not None]
         new = _begin(optimizer, group, opt, [params[i] for i in live])
-        rows = {i: _row(optimizer, group, opt, params[i]) for i in live}
+        rows = {i: _row(optimizer, group, params[i]) for i in live}
         entangled = set[int]() if group.get("differentiable") else _entangled(params, rows)
         members: dict[_Key, list[int]] = {}
         for i in live:
-            fresh = "step" not in rows[i] and id(params[i]) in new
-            key = _key(optimizer, group, opt, params[i], grads[i], rows[i], fresh)
-            members.setdefault(key._replace(alone=i) if i in entangled else key, []).append(i)
+            key = _key(optimizer, group, opt, params[i], grads[i], rows[i])
+            key = key._replace(
+                fresh=id(params[i]) in new and "step" not in rows[i],
+                alone=i if i in entangled else None,
+            )
+            members.setdefault(key, []).append(i)
         whole = len(members) == 1 and not self.absent
         self.buckets: list[Bucket] = []
         for key, indices in members.items():
-            picked: list[Any] = [[column[i] for i in indices] for column in (params, grads, rows)]
-            picked.append([] if whole else indices)
-            bucket = Bucket(optimizer, group, opt, key, *picked)
-            self.buckets.append(bucket)
+            some = [params[i] for i in indices], [rows[i] for i in indices]
+            indices = [] if whole else indices
+            self.buckets.append(Bucket(optimizer, group, opt, key, indices, *some))
         self.lasting = (
             KEPT
             and type(optimizer.state) is State
@@ -109,10 +111,9 @@ class Bucket:
         group: Group,
         opt: Leafwise[Any, Any],
         key: _Key,
-        params: list[Tensor],
-        grads: list[Tensor],
-        rows: list[dict[str, Any]],
         indices: list[int],
+        params: list[Tensor],
+        rows: list[dict[str, Any]],
     ) -> None:
         self.rule, self.key, self.indices = opt, key, indices
         self.options: Options | None = None
@@ -122,19 +123,16 @@ class Bucket:
         plain = key.kind.layout in ("regular", "strided") and not self.differentiable
         self.lasting = plain and not (key.fresh or optimizer.integer_steps)
         self.rows = [] if self.lasting else rows
-        used = opt.buffers_of(params[0])
-        self.fields = [name if name in used else "" for name in opt.State._fields[1:]]
+        self.fields = _fields(opt, params[0])
         self.scalars: dict[str, Any] = {}
+        for name in optimizer.scalar_state:
+            whole = optimizer.integer_steps
+            self.scalars[name] = Integers(rows, name) if whole else Counts([r[name] for r in rows])
         self.buffers: dict[str, list[Any]] = {}
-        for name in dict.fromkeys([*optimizer.scalar_state, *used]):
-            column: list[Any] = [row.get(name) for row in rows]
-            if column[0] is None:  # what these shapes do without
-                self.buffers[name] = [param.new_empty(0) for param in params]
-            elif name in optimizer.scalar_state and not self.differentiable:
-                whole = optimizer.integer_steps
-                self.scalars[name] = Integers(rows, name) if whole else Counts(column)
-            else:
-                self.buffers[name] = column
+        for name in [name for name in self.fields if name and name not in self.scalars]:
+            column = [row.get(name) for row in rows]
+            absent = column[0] is None  # these shapes do without it
+            self.buffers[name] = [param.new_empty(0) for param in params] if absent else column
         orders = [_order(opt, param) for param in params] if key.kind.layout == "regular" else []
         self.orders = orders if any(orders) else []
 
@@ -345,6 +343,12 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
+def _fields(opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
+    """The fields of the state after the step; "" for one that this configuration lacks."""
+    used = opt.buffers_of(param)
+    return [name if name in used else "" for name in opt.State._fields[1:]]
+
+
 def filled(values: list[Any], dtype: torch.dtype) -> list[Any]:
     """Torch's None for a number, Adafactor's eps1, is the dtype's machine epsilon."""
     eps = torch.finfo(dtype).eps
@@ -359,9 +363,7 @@ def trace_(
     if "step" in row:
         row["step"].add_(1)
         t = _modes.exact(row["step"])
-    used = opt.buffers_of(param)
-    names = [name if name in used else "" for name in opt.State._fields[1:]]
-    old: list[Any] = [row.get(name) if name else () for name in names]
+    old: list[Any] = [row.get(name) if name else () for name in _fields(opt, param)]
     old = [param.new_empty(0) if x is None else x for x in old]  # what its shape does without
     stepped = _stepped(opt, t, filled(values, param.dtype), [param, grad, *old])
     for x, new in zip([param, *old], stepped, strict=True):
@@ -384,24 +386,18 @@ class _Key(NamedTuple):
     kind: ways.Kind
     device: torch.device
     dtype: torch.dtype
-    fresh: bool
-    """Whether a momentum begins, in a class that keeps no count."""
     dtypes: tuple[Any, ...]
     scalars: tuple[Any, ...]
+    fresh: bool = False
+    """Whether a momentum begins, in a class that keeps no count."""
     alone: int | None = None
     """Its index, for a parameter whose memory or state another has as well: one after the other."""
 
 
 def _key(
-    optimizer: Any,
-    group: Group,
-    opt: Leafwise[Any, Any],
-    param: Tensor,
-    grad: Any,
-    row: dict[str, Any],
-    fresh: bool,
+    optimizer: Any, group: Group, opt: Leafwise[Any, Any], param: Tensor, grad: Any, row: Any
 ) -> _Key:
-    names = [name for name in optimizer.buffers(opt, param) if name not in optimizer.scalar_state]
+    names = [name for name in optimizer.fields(opt, param) if name not in optimizer.scalar_state]
     tensors = [param, grad, *(row[name] for name in names)]
     plain = all(map(_modes.ordinary, tensors)) and not grad.is_sparse
     order = _order(opt, param) if plain else None
@@ -414,7 +410,7 @@ def _key(
         else:
             scalars.append(value)  # SparseAdam's
     dtypes = (*names, *(x.dtype for x in tensors))
-    return _Key(kind, param.device, param.dtype, fresh, dtypes, tuple(scalars))
+    return _Key(kind, param.device, param.dtype, dtypes, tuple(scalars))
 
 
 def _wanted(group: Group) -> ways.Wanted:
@@ -468,33 +464,20 @@ def _begin(optimizer: Any, group: Group, opt: Leafwise[Any, Any], params: list[T
 
 def _lacking(optimizer: Any, opt: Leafwise[Any, Any], param: Tensor) -> bool:
     """Whether a parameter has no state, or that of a class without counts is not complete."""
-    needed = [*optimizer.scalar_state, *optimizer.buffers(opt, param)]
+    needed = optimizer.fields(opt, param)
     row = optimizer.state.get(param)
     if not row:
         return bool(needed)
     return "step" not in needed and any(row.get(name) is None for name in needed)
 
 
-def _row(optimizer: Any, group: Group, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, Any]:
+def _row(optimizer: Any, group: Group, param: Tensor) -> dict[str, Any]:
     """The state of a parameter, with a tensor for a count that is a number, as in old states."""
     row: dict[str, Any] = optimizer.state.get(param, {})
-    for key, value in row.items():
-        _check_dense(value, param, key)
     for key in optimizer.scalar_state:
-        plain_number(row[key], f"state[p][{key!r}]")
         if not isinstance(row[key], Tensor) and not optimizer.integer_steps:
             row[key] = optimizer.new_scalar(row[key], param, group)
     return row
-
-
-def _check_dense(value: Any, param: Tensor, key: str) -> None:
-    if not isinstance(value, Tensor):
-        return
-    if value.layout is not torch.strided or (value.is_meta and not param.is_meta):
-        raise ValueError(
-            f"state[p][{key!r}] has layout {value.layout} and device {value.device}, but must be a "
-            "dense tensor with values"
-        )
 
 
 def _order(opt: Leafwise[Any, Any], tensor: Tensor) -> tuple[int, ...] | None:
@@ -505,14 +488,11 @@ def _order(opt: Leafwise[Any, Any], tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
 
 
-def _known(value: Any) -> Any:
+def _known(value: Tensor) -> Any:
     """The number in a 0-d tensor; where that must not be asked for, the tensor itself."""
-    if not isinstance(value, Tensor) or value.is_meta:
+    if value.is_meta:
         return None
-    if type(value) is not Tensor or _modes.intercepted() or _capturing():
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if type(value) is not Tensor or _modes.intercepted() or capturing:
         return id(value)
     return value.item()
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -16,9 +16,9 @@ from diffopt.optim import _classes
 from diffopt.optim._adapter import RuleOptimizer
 from diffopt.optim._checkpoints import copied
 from diffopt.optim._compositions import TreeOptimizer
-from diffopt.optim._groups import options, with_betas
-from diffopt.optim._options import Group, values_of
+from diffopt.optim._groups import Group, options, values_of, with_betas
 from diffopt.optim._own import LeafwiseOptimizer
+from diffopt.optim._plan import filled
 from diffopt.optim.lbfgs import LBFGS
 from diffopt.optimizer import Optimizer
 from diffopt.rules.lbfgs import lbfgs
@@ -150,8 +150,8 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
         columns = {name: [row[name] for _, row in rows] for name in opt.buffers_of(owners[0][1])}
         buffers = {name: _tree.unflatten(column, spec) for name, column in columns.items()}
         state = state._replace(step=torch.full_like(state.step, step), **buffers)
-    values = zip(*(_pure_values(opt, group, p) for group, p in owners), strict=True)
-    record = hyper.assemble(opt.hparams, [_shared(column, spec) for column in values])
+    values = zip(*(filled(values_of(opt, group), p.dtype) for group, p in owners), strict=True)
+    record = hyper.assemble(opt.hparams, [_shared(copied(column), spec) for column in values])
     if isinstance(shell, _classes.SparseAdam):  # whose rule is for the rows of its gradients
         return Pure(sparse_adam(maximize=opt.maximize), params, state, record)
     return Pure(opt, params, state, record)
@@ -162,10 +162,8 @@ def _tree_to_pure(optimizer: TreeOptimizer) -> Pure:
     if len(groups) != 1:
         raise ValueError(f"there are {len(groups)} parameter groups, but only one is supported")
     params = optimizer.params_of(0) if optimizer.structure else _tree_of(groups)
-    return Pure(
-        optimizer.optimizer,
-        *copied((params, optimizer.state_of(0), optimizer.record_of(0))),
-    )
+    state = optimizer.state_of(0)
+    return Pure(optimizer.optimizer, *copied((params, state, optimizer.record_of(0))))
 
 
 def _lbfgs_to_pure(optimizer: torch.optim.Optimizer) -> Pure:
@@ -175,16 +173,14 @@ def _lbfgs_to_pure(optimizer: torch.optim.Optimizer) -> Pure:
     params = copied(_tree_of(optimizer.param_groups))
     state, row = opt.init(params), optimizer.state.get(group["params"][0], {})
     if row.get("n_iter"):
-        k = len(row["old_dirs"])
-        pairs = {name: getattr(state, name).clone() for name in ("old_dirs", "old_stps", "ro")}
-        for name, rows in pairs.items() if k else ():
-            rows[-k:] = torch.stack([torch.as_tensor(x) for x in row[name]])
+        for name in ("old_dirs", "old_stps", "ro") if row["old_dirs"] else ():
+            kept = torch.stack([torch.as_tensor(x) for x in row[name]])
+            getattr(state, name)[-len(kept) :] = kept
         state = state._replace(
             step=torch.full_like(state.step, row["n_iter"]),
             H_diag=torch.as_tensor(row["H_diag"]).to(state.H_diag, copy=True),
             prev_flat_grad=copied(row["prev_flat_grad"]),
             prev_flat_step=copied(row["d"] * row["t"]),
-            **pairs,
         )
     return Pure(opt, params, state, opt.hparams(lr=copied(group["lr"])))
 
@@ -229,12 +225,6 @@ def _pure_row(
         buffers[name] = copied(value.to_dense() if value.is_sparse else value)
     # Where torch keeps no count, it only matters that the next step is not the first.
     return float(row.get("step", begun)), buffers
-
-
-def _pure_values(opt: Leafwise[Any, Any], group: Group, p: Tensor) -> list[Any]:
-    """The hyperparameters of one parameter."""
-    eps = torch.finfo(p.dtype).eps  # torch's None for Adafactor's eps1
-    return [eps if value is None else copied(value) for value in values_of(opt, group)]
 
 
 def _shared(values: Sequence[Any], spec: _tree.Spec) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -63,7 +63,7 @@ def _drop(mapping: Any) -> None:
 
 
 def _lend(row: Any) -> None:
-    if not _here.unread:
+    if not _unread.get():
         row.plans.lent = True
 
 
@@ -115,23 +115,18 @@ class State(defaultdict[Any, Any]):
         return all(type(row) is Row and row.plans is self.plans for row in rows)
 
 
-class _Here(threading.local):
-    """Of each thread: another one may read at the same time."""
-
-    unread = False
-
-
-_here = _Here()
+_unread = contextvars.ContextVar("_unread", default=False)
+"""Each thread has its own value: another one may read at the same time."""
 
 
 @contextlib.contextmanager
 def unread() -> Generator[None]:
     """What this thread reads and puts in meanwhile stays within this package."""
-    before, _here.unread = _here.unread, True
+    token = _unread.set(True)
     try:
         yield
     finally:
-        _here.unread = before
+        _unread.reset(token)
 
 
 def made(state: Any) -> None:

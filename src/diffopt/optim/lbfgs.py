@@ -92,24 +92,21 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         state = self.state[group["params"][0]]  # for all parameters, as in torch
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)
-        memory = {name: state.get(name) for name in MEMORY}
-        sign = -1 if group.get("maximize") else 1
-        objective = _Objective(group["params"], torch.enable_grad()(closure), sign, state, memory)
+        run = _Run(group, closure, state)
 
-        first_loss, loss, grad = objective.evaluate()
+        first_loss, loss, grad = run.evaluate()
         if _greatest(grad) <= group["tolerance_grad"]:
             return first_loss
         try:
-            _iterate(objective, loss, grad, group)
+            run.iterate(loss, grad)
         finally:
-            state.update(memory)
+            state.update(run.memory)
         return first_loss
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
-            if "maximize" in self.defaults:  # from torch 2.14 on
-                group.setdefault("maximize", False)
+        for group in self.param_groups if "maximize" in self.defaults else ():  # torch >= 2.14
+            group.setdefault("maximize", False)
 
     def state_dtype(self, value: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
         whole = flat(p.new_empty(0) for p in group["params"])  # all state consists of such vectors
@@ -151,26 +148,24 @@ def _check_vector(vector: Any, size: int, name: str) -> None:
         )
 
 
-class _Objective:
-    """The closure's loss, times a sign, as a function of the parameters, which it moves."""
+class _Run:
+    """The closure's loss, times a sign, as a function of the parameters, which are moved."""
 
     def __init__(
-        self,
-        params: list[Tensor],
-        closure: Callable[[], Any],
-        sign: int,
-        state: dict[str, Any],
-        memory: dict[str, Any],
+        self, group: dict[str, Any], closure: Callable[[], Any], state: dict[str, Any]
     ) -> None:
-        self.leaves, self.params = params, list(map(real, params))
+        self.group, self.state = group, state
+        self.memory: dict[str, Any] = {name: state.get(name) for name in MEMORY}
+        self.params = list(map(real, group["params"]))
         self.sizes = list(map(Tensor.numel, self.params))
-        self.closure, self.sign, self.state, self.memory = closure, sign, state, memory
+        self.closure = torch.enable_grad()(closure)
+        self.sign = -1 if group.get("maximize") else 1
 
     def evaluate(self) -> tuple[Any, float, Tensor]:
         """The closure's result, the objective, and its gradient as one vector."""
         loss = self.closure()
         self.state["func_evals"] += 1
-        grad = flat(map(_dense_grad, self.leaves))
+        grad = flat(map(_dense_grad, self.group["params"]))
         return loss, self.sign * float(loss), grad if self.sign > 0 else grad.neg_()
 
     def move(self, origin: list[Tensor], t: Any) -> None:
@@ -200,59 +195,56 @@ class _Objective:
         self.move(origin, found.t)
         return found
 
+    def iterate(self, loss: float, grad: Tensor) -> None:
+        """Iterate until a stopping rule holds."""
+        state, memory, group = self.state, self.memory, self.group
+        most = state["func_evals"] - 1 + group["max_eval"]
+        tolerance_change = group["tolerance_change"]
+        for n in range(1, group["max_iter"] + 1):
+            state["n_iter"] += 1
+            self.choose_direction(grad)
+            memory |= {"prev_flat_grad": grad, "prev_loss": loss}
+            slope = grad.dot(memory["d"]).cpu()
+            if slope > -tolerance_change:
+                return
+            if group["line_search_fn"] is not None:
+                start = Point(0, loss, slope, grad)
+                end = self.search(start, tolerance_change, max_ls=most - state["func_evals"])
+                loss, grad = end.value, end.grad
+            else:
+                self.move(self.params, memory["t"])
+                if n < group["max_iter"]:
+                    _, loss, grad = self.evaluate()
+            if (
+                n == group["max_iter"]
+                or state["func_evals"] >= most
+                or _greatest(grad) <= group["tolerance_grad"]
+                or _greatest(memory["d"]) * abs(number_of(memory["t"])) <= tolerance_change
+                or abs(loss - memory["prev_loss"]) < tolerance_change
+            ):
+                return
 
-def _iterate(objective: _Objective, loss: float, grad: Tensor, group: dict[str, Any]) -> None:
-    """Iterate until a stopping rule holds."""
-    state, memory, tolerance_change = objective.state, objective.memory, group["tolerance_change"]
-    most = state["func_evals"] - 1 + group["max_eval"]
-    for n in range(1, group["max_iter"] + 1):
-        state["n_iter"] += 1
-        _choose_direction(state, memory, grad, group)
-        memory |= {"prev_flat_grad": grad, "prev_loss": loss}
-        slope = grad.dot(memory["d"]).cpu()
-        if slope > -tolerance_change:
+    def choose_direction(self, grad: Tensor) -> None:
+        """Store the last step, and set the direction and first length of the next."""
+        state, memory = self.state, self.memory
+        lr, size = self.group["lr"], self.group["history_size"]
+        if state["n_iter"] == 1:
+            memory |= {"d": -grad, "old_dirs": [], "old_stps": [], "ro": [], "H_diag": 1}
+            memory["t"] = min(1.0, first_length(grad)) * lr
             return
-        if group["line_search_fn"] is not None:
-            start = Point(0, loss, slope, grad)
-            end = objective.search(start, tolerance_change, max_ls=most - state["func_evals"])
-            loss, grad = end.value, end.grad
-        else:
-            objective.move(objective.params, memory["t"])
-            if n < group["max_iter"]:
-                _, loss, grad = objective.evaluate()
-        if (
-            n == group["max_iter"]
-            or state["func_evals"] >= most
-            or _greatest(grad) <= group["tolerance_grad"]
-            or _greatest(memory["d"]) * abs(number_of(memory["t"])) <= tolerance_change
-            or abs(loss - memory["prev_loss"]) < tolerance_change
-        ):
-            return
-
-
-def _choose_direction(
-    state: dict[str, Any], memory: dict[str, Any], grad: Tensor, group: dict[str, Any]
-) -> None:
-    """Store the last step, and set the direction and first length of the next."""
-    lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
-    if state["n_iter"] == 1:
-        memory |= {"d": -grad, "old_dirs": [], "old_stps": [], "ro": [], "H_diag": 1}
-        memory["t"] = min(1.0, first_length(grad)) * lr
-        return
-    last = memory["prev_flat_grad"]  # a search that finds no lower loss ends with this gradient
-    y = torch.sub(grad, last, out=None if grad is last else last)
-    s = memory["d"].mul_(memory["t"])
-    ys = y.dot(s)
-    if ys > LEAST_CURVATURE:
-        ro, H_diag = curvature(ys, y.dot(y))
-        for name, new in (("old_dirs", y), ("old_stps", s), ("ro", ro)):
-            rows = [*memory[name], new]
-            memory[name] = rows[max(0, len(rows) - group["history_size"]) :]
-        memory["H_diag"] = H_diag
-    rows = memory["old_dirs"], memory["old_stps"], memory["ro"]
-    memory["d"], al = direction(-grad, *rows, memory["H_diag"], _subtract_, Tensor.mul_)
-    state.setdefault("al", [None] * group["history_size"])[: len(al)] = al
-    memory["t"] = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may overwrite it
+        last = memory["prev_flat_grad"]  # a search that finds no lower loss ends with this gradient
+        y = torch.sub(grad, last, out=None if grad is last else last)
+        s = memory["d"].mul_(memory["t"])
+        ys = y.dot(s)
+        if ys > LEAST_CURVATURE:
+            ro, memory["H_diag"] = curvature(ys, y.dot(y))
+            for name, new in (("old_dirs", y), ("old_stps", s), ("ro", ro)):
+                rows = [*memory[name], new]
+                memory[name] = rows[max(0, len(rows) - size) :]
+        rows = memory["old_dirs"], memory["old_stps"], memory["ro"]
+        memory["d"], al = direction(-grad, *rows, memory["H_diag"], _subtract_, Tensor.mul_)
+        state.setdefault("al", [None] * size)[: len(al)] = al
+        memory["t"] = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may overwrite it
 
 
 def _dense_grad(p: Tensor) -> Tensor:

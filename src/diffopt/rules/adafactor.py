@@ -90,7 +90,9 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
         return (*batch, rows, 1), (*batch, 1, columns), (0,)
 
     def refuse(self, p: Tensor) -> str | None:
-        return "is complex, which Adafactor does not support" if p.is_complex() else None
+        return (
+            "is complex: Adafactor does not support complex parameters" if p.is_complex() else None
+        )
 
 
 def adafactor(

@@ -78,7 +78,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     def refuse(self, p: Tensor) -> str | None:
         if p.dim() != 2:
             return f"has shape {tuple(p.shape)}, but Muon updates only matrices"
-        return "is complex, which Muon does not support" if p.is_complex() else None
+        return "is complex: Muon does not support complex parameters" if p.is_complex() else None
 
 
 def muon(
