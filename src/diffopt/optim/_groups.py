@@ -23,6 +23,7 @@ _BETAS = hyper.TORCH_PAIRS["betas"]
 _PLAIN = (float, int)
 _FLAGS = (bool, str, type(None))
 _MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon
+_MAY_BE_UNSET = ("foreach", "fused")  # checkpoints from before there were these flags
 
 
 def plain_number(value: Any, name: str) -> Any:
@@ -53,7 +54,8 @@ def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
         for key, default in defaults.items():
             value = group.get(key)
             if type(default) in _FLAGS:
-                if type(default) is bool and type(value) is not bool and key in group:
+                unset = value is None and (key in _MAY_BE_UNSET or key not in group)
+                if type(default) is bool and not (unset or type(value) is bool):
                     found = _tree.describe(value)
                     raise TypeError(f"param_groups[{i}][{key!r}] is {found}, but must be a bool")
             elif type(default) is tuple:
