@@ -23,6 +23,7 @@ from diffopt._arguments import (
     check_number,
 )
 from diffopt._diff.isolation import isolated, refuse_captured
+from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
 from diffopt.linear._base import LinearSystem, constant_solution, operator_of
@@ -317,7 +318,10 @@ def attach_root(
     inputs, merge = _tree.split(args)
     like = template(x)
 
+    captured = Captured("residual")
+
     def flat(v: Tensor, *inputs: Tensor) -> Tensor:
+        captured.check()
         result = residual(unravel(v), *merge(inputs))
         return ravel_like(result, like, ("the output of residual", "x"))
 
@@ -326,7 +330,7 @@ def attach_root(
         return lambda u: pull(u)[0]
 
     _check_root(flat, vector, inputs, root_tolerance, on_failure, distance)
-    refuse_captured(flat, "residual", vector, *inputs)
+    refuse_captured(flat, captured, vector, *inputs)
     jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
 
     def start(system: Sequence[Tensor]) -> Tensor | None:

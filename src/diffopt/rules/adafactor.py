@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -93,6 +94,7 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
         return "is complex, which Adafactor does not support" if p.is_complex() else None
 
 
+@factory
 def adafactor(
     *, eps1: bool = False, maximize: bool = False, execution: Execution = "auto"
 ) -> Adafactor:
