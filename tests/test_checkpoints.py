@@ -173,6 +173,22 @@ def test_a_key_that_older_versions_lack_is_needed_only_where_torch_needs_it(name
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize(
+    ("name", "flag"), [("Adam", "fused"), ("SGD", "fused"), ("NAdam", "foreach")]
+)
+def test_a_flag_that_an_older_checkpoint_lacks_may_have_been_given(name, flag, value):
+    saved, start = saved_by(torch.optim, name)
+    del saved["param_groups"][0][flag]
+    results: list[list[Parameter]] = []
+    for library in (optim, torch.optim):
+        optimizer, params = loaded(library, name, saved, start, **{flag: value})
+        assert not optimizer.param_groups[0][flag]
+        advance(optimizer, params, 2)
+        results.append(params)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
 def test_an_older_sparse_adam_minimized_and_an_adagrad_keeps_its_constructors_start():
     saved, start = saved_by(torch.optim, "SparseAdam")
     del saved["param_groups"][0]["maximize"]

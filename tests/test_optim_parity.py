@@ -318,6 +318,21 @@ def test_sparse_gradients(name, numbers, maximize):
     torch.testing.assert_close(params[0], params[1], **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "SparseAdam"])
+def test_a_sparse_gradient_may_have_no_dimensions(name, empty):
+    params = [Parameter(torch.tensor(2.0, dtype=torch.float64)) for _ in BOTH]
+    both = [getattr(lib, name)([p], lr=0.1) for lib, p in zip(BOTH, params, strict=True)]
+    for t in range(3):
+        size = 0 if empty and t == 1 else 2  # two values for one place: not coalesced
+        parts = torch.zeros(0, size, dtype=torch.long), normal(rng(t), (size,), torch.float64)
+        for optimizer, p in zip(both, params, strict=True):
+            p.grad = torch.sparse_coo_tensor(*parts, (), check_invariants=True)
+            optimizer.step()
+    torch.testing.assert_close(params[0], params[1], **CLOSE)
+
+
 @several_groups
 def test_a_step_leaves_gradients_alone(name):
     run = Run(optim, name).advance(3)

@@ -5,12 +5,14 @@ import copy
 import dataclasses
 import multiprocessing
 import pickle
+import re
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import diffopt
+from diffopt import transforms
 from diffopt.rules import Leafwise, hparams, leafwise, number, zeros_like
 
 FACTORIES = {
@@ -58,6 +60,11 @@ class Lion(Leafwise[LionState, LionHParams]):
         direction = (hp.beta1 * s.exp_avg + (1 - hp.beta1) * g).sign()
         average = hp.beta2 * s.exp_avg + (1 - hp.beta2) * g
         return p - hp.lr * direction, LionState(s.step, average)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Flagged(Lion):
+    flag: object = ()
 
 
 def begin(p, step):
@@ -243,11 +250,32 @@ def test_a_rule_of_matrices_is_only_shown_matrices():
         (lambda: diffopt.adam().hparams(betas=(0, 0)), TypeError, "pass beta1 and beta2"),
         (lambda: diffopt.muon().hparams(ns_coefficients=0), TypeError, "pass ns_a and ns_b and"),
         (lambda: diffopt.sgd().hparams(q=1), TypeError, "no hyperparameter 'q': pass lr, "),
+        (lambda: diffopt.sgd(0.1), TypeError, r"go to sgd\(\).hparams\(...\)"),
+        (lambda: diffopt.adam(amsgard=True), TypeError, "no argument amsgard, only amsgrad, "),
+        (lambda: diffopt.adam(betas=(0, 0)), TypeError, "pass beta1 and beta2"),
+        (
+            lambda: transforms.chain(diffopt.sgd(), lr=torch.ones(())),
+            TypeError,
+            r"lr: hyperparameters go to chain\(...\).hparams\(lr=...\)",
+        ),
+        (
+            lambda: transforms.ema(diffopt.sgd(), decay=0.9),
+            TypeError,
+            r"decay: hyperparameters go to ema\(...\).hparams\(decay=0.9\)",
+        ),
+        (lambda: Flagged(flag=[1]), TypeError, r"flag is \[1\] of type list, which has no hash"),
     ],
 )
 def test_a_wrong_argument_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@every_factory
+def test_a_factory_says_where_hyperparameters_go(name):
+    call = re.escape(f"lr: hyperparameters go to {name}().hparams(lr=0.1)")
+    with pytest.raises(TypeError, match=call):
+        getattr(diffopt, name)(**FACTORIES[name], lr=0.1)
 
 
 # State of another dtype than its parameter's

@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import sys
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from diffopt import _tree
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def factory(make: Callable[P, R]) -> Callable[P, R]:
+    """`make`, which says where hyperparameters go if it is called with one.
+
+    What it returns has a function `hparams`, which raises for what is not a hyperparameter.
+    """
+    flags = inspect.signature(make).parameters
+    positional = any(flag.kind is not flag.KEYWORD_ONLY for flag in flags.values())
+    call = f"{make.__name__}({'...' if positional else ''})"
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> R:
+        if args and not positional:
+            raise TypeError(f"{call} takes no numbers: hyperparameters go to {call}.hparams(...)")
+        others = {name: kwargs[name] for name in kwargs if name not in flags}
+        if not others:
+            return make(*args, **kwargs)
+        maker: Any = make
+        value = maker(*args, **{name: kwargs[name] for name in kwargs if name in flags})
+        try:
+            value.hparams(**others)
+        except TypeError as error:
+            unknown = f"{call} has no argument {', '.join(others)}, only {', '.join(flags)}"
+            raise TypeError(f"{unknown}; as a hyperparameter: {error}") from None
+        given = ", ".join(
+            f"{name}={x if isinstance(x, (int, float)) else '...'}" for name, x in others.items()
+        )
+        raise TypeError(f"{', '.join(others)}: hyperparameters go to {call}.hparams({given})")
+
+    return made
 
 
 def check_number(value: Any, name: str, *, positive: bool = False) -> None:

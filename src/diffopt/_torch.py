@@ -25,8 +25,12 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,  # pyright: ignore[reportPrivateUsage]
 )
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
+from torch.utils._python_dispatch import (  # pyright: ignore[reportPrivateUsage]
+    TorchDispatchMode as DispatchMode,
+)
 
 __all__ = [
+    "DispatchMode",  # the base class of modes that see every operation
     "outside_transforms",  # run code as if no transform of torch.func were active
     "pytree",  # the registry of containers, and traversal of trees
 ]

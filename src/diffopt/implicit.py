@@ -25,6 +25,7 @@ from diffopt._arguments import (
     check_result,
 )
 from diffopt._diff.isolation import isolated, refuse_captured
+from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
 from diffopt.linear._base import LinearSystem, constant_solution, operator_of
@@ -88,9 +89,10 @@ class ImplicitDerivative:
         x = isolated(lambda x: x, x)
         vector, unravel = ravel(x, "x")
         inputs, merge = _tree.split(args)
-        like = template(x)
+        like, captured = template(x), Captured("residual")
 
         def flat(v: Tensor, *inputs: Tensor) -> Tensor:
+            captured.check()
             result = residual(unravel(v), *merge(inputs))
             return ravel_like(result, like, ("the output of residual", "x"))
 
@@ -104,7 +106,7 @@ class ImplicitDerivative:
             return None if tree is None else ravel_like(tree, like, names, system)
 
         self._check(_distance if distance else _residual_norm, flat, vector, inputs)
-        refuse_captured(flat, "residual", vector, *inputs)
+        refuse_captured(flat, captured, vector, *inputs)
         solver = self.solver
         jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
         solve = functools.partial(constant_solution, solver)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,22 +11,28 @@ from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
 from diffopt._diff import functions
+from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 
 
-def refuse_closed_over(name: str, function: Callable[..., Any], *arguments: Tree) -> list[Tensor]:
+def refuse_closed_over(
+    name: str, function: Callable[..., Any], *arguments: Tree, captured: Captured | None = None
+) -> list[Tensor]:
     """The tensors of `function(*arguments)` as constants, if it captures none that need a gradient.
 
     Raises if the result depends on a tensor that needs a gradient and is not an argument. Such a
     tensor is a leaf of the graph of the result at detached arguments. So are tensors that
-    `function` creates itself, but those are different ones in a second run.
+    `function` creates itself, but those are different ones in a second run. What it captures
+    otherwise is noticed for `captured`.
     """
     found: dict[int, Tensor] = {}
     outputs: Tree = None
     for run in range(2):
         with functions.AmbientState(arguments).restored(), functions.noticed() as aliases:
-            with torch.enable_grad():
-                outputs = function(*_tree.detach(arguments))
+            inputs = _tree.detach(arguments)
+            notice = captured.noticed(inputs) if captured and run == 0 else nullcontext()
+            with torch.enable_grad(), notice:
+                outputs = function(*inputs)
             leaves = {id(x): x for x in graph_leaves(outputs) if id(x) not in aliases}
         found = leaves if run == 0 else {key: leaves[key] for key in found.keys() & leaves.keys()}
         if not found:

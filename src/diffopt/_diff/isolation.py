@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import _modes, _torch, _tree
+from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 
 
@@ -106,21 +107,23 @@ def batched(tensor: Any, dim: int, others: Sequence[Tensor]) -> Any:
     return tensor
 
 
-def refuse_captured(function: Callable[..., Tree], name: str, *trees: Tree) -> None:
+def refuse_captured(function: Callable[..., Tree], captured: Captured, *trees: Tree) -> None:
     """Raise if `function` closes over a tensor that takes part in a derivative or a batch.
 
     An implicit rule cannot differentiate with respect to such a tensor, and its batch is gone when
-    the rule runs. Tensors used where gradients are disabled are not detected.
+    the rule runs. Tensors used where gradients are disabled are not detected. What it captures
+    otherwise is noticed for `captured`.
     """
     if not (_modes.differentiable() or _modes.transformed()):
         return
-    with torch.enable_grad():
-        outputs = function(*_tree.map_tensors(_one_sample, trees))
+    inputs = _tree.map_tensors(_one_sample, trees)
+    with torch.enable_grad(), captured.noticed(inputs):
+        outputs = function(*inputs)
     if any(map(_belongs, _tree.split(outputs)[0])):
         raise ValueError(
-            f"{name} closes over a tensor that needs a gradient or is batched by vmap: pass it as "
-            "an argument (a module's params by diffopt.nn.functionalize), or detach it; compute "
-            "gradients inside with torch.func.grad"
+            f"{captured.name} closes over a tensor that needs a gradient or is batched by vmap: "
+            "pass it as an argument (a module's params by diffopt.nn.functionalize), or detach it; "
+            "compute gradients inside with torch.func.grad"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,8 +70,11 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         if _modes.compiling():  # which does not trace dataclasses.fields
             return
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if isinstance(field.default, bool):
-                hyper.check_flags(**{field.name: getattr(self, field.name)})
+                hyper.check_flags(**{field.name: value})
+            if not isinstance(value, Hashable):
+                raise TypeError(f"{field.name} is {_tree.describe(value)}, which has no hash")
         check_choice(self.execution, "execution", *EXECUTIONS)
 
     def __repr__(self) -> str:

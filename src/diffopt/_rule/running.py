@@ -148,14 +148,15 @@ def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     rowwise = all(ops.is_zero(getattr(numbers.hparams, name, 0)) for name in _MOVING)
     for i, grad in enumerate(columns[1]):
         row = [pick(column, i) for column in columns]
-        if not rowwise:
+        if rowwise:
+            grad = grad.coalesce()
+            if not len(grad.values()):
+                continue
+        if not (rowwise and grad.sparse_dim()):
             row[1] = grad.to_dense()
             leaf_(rule, numbers, [[x] if isinstance(x, Tensor) else x for x in row])
             continue
-        grad = grad.coalesce()
         where = tuple(grad.indices())
-        if not len(where[0]):
-            continue
         picked = [_rows(x, where) if isinstance(x, Tensor) else x for x in row[2:]]
         new = apply(rule, numbers, [_rows(row[0], where), grad.values(), *picked])
         for old, pieces in zip(written(row), new, strict=True):

@@ -22,6 +22,7 @@ from diffopt._diff.captured import (
 )
 from diffopt._diff.functions import AmbientState, has_derivative, recomputed
 from diffopt._diff.gradient import HVP, check_hvp
+from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
 from diffopt.adjoint.unrolled import Unrolled
@@ -96,7 +97,8 @@ class Checkpointed(Adjoint):
             return Unrolled().run(step, carry, args, xs)
         if not xs:
             return carry, []
-        results = refuse_closed_over("the loss or step", step, carry, args, xs[0])
+        captured = Captured("the loss or step")
+        results = refuse_closed_over(captured.name, step, carry, args, xs[0], captured=captured)
         if isinstance(step, GradientStep):
             varies = varying(step, carry, args, xs, results)
             buffers = varies[_tree.count(carry[:2]) :]
@@ -108,7 +110,8 @@ class Checkpointed(Adjoint):
             with torch.no_grad(), AmbientState((carry, args, xs[0])).restored():
                 refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
-        loop = _Loop(step, self.segments or _root(len(xs), self.levels + 1), frugal, varies)
+        pieces = self.segments or _root(len(xs), self.levels + 1)
+        loop = _Loop(step, pieces, frugal, varies, captured)
         with self._offloaded(args, xs):
             return loop.by_pieces(self.levels, (carry, args, xs))
 
@@ -146,12 +149,14 @@ class _Loop:
         pieces: the number of pieces that a run is cut into.
         frugal: whether the graph of a step holds little more than carries.
         varies: which tensors of a carry depend on what may be differentiated.
+        captured: what the step captures.
     """
 
     step: Step
     pieces: int
     frugal: bool
     varies: list[bool]
+    captured: Captured
 
     def by_pieces(self, level: int, inputs: Tree) -> tuple[Tree, list[Any]]:
         """The steps in pieces, each cut again at levels above 1; at level 0 one by one."""
@@ -168,6 +173,7 @@ class _Loop:
 
     def run(self, inputs: Tree) -> tuple[Tree, list[Any]]:
         """The steps one after another; raises if a derivative would be lost."""
+        self.captured.check()
         # The graph of a frugal step does not show the loss, which is checked elsewhere.
         step = self.step if self.frugal else watched("the loss or step", self.step)
         carry, outputs = Unrolled().run(step, *inputs)

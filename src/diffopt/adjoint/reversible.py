@@ -17,6 +17,7 @@ from diffopt._diff import functions
 from diffopt._diff.captured import refuse_closed_over, watched
 from diffopt._diff.functions import AmbientState
 from diffopt._diff.gradient import HVP, check_hvp, value_and_grad
+from diffopt._diff.unmodified import Captured
 from diffopt._modes import exact
 from diffopt._rule import checks, hyper, running
 from diffopt._tree import Tree
@@ -113,10 +114,12 @@ class Reversible(Adjoint):
         carry, xs = _checked_carry(carry), list(xs)
         if not xs:
             return carry, []
-        refuse_closed_over("the loss", step, carry, args, xs[0])
+        captured = Captured("the loss")
+        refuse_closed_over(captured.name, step, carry, args, xs[0], captured=captured)
         inputs = carry, args, xs
         join = _tree.split(inputs)[1]
-        loop = _Loop(replace(step, hvp=self.hvp), 2.0**self.bits, join, _varying(carry))
+        step = replace(step, hvp=self.hvp)
+        loop = _Loop(step, 2.0**self.bits, join, _varying(carry), captured)
         if not torch.is_grad_enabled():
             return loop.forward(inputs, record=False)[0]
         return functions.custom(
@@ -175,9 +178,15 @@ class _Loop:
     """
 
     def __init__(
-        self, step: GradientStep, scale: float, join: Callable[..., Tree], varies: list[bool]
+        self,
+        step: GradientStep,
+        scale: float,
+        join: Callable[..., Tree],
+        varies: list[bool],
+        captured: Captured,
     ) -> None:
         self.step, self.scale, self.join, self.varies = step, scale, join, varies
+        self.captured = captured
         self.noise: list[AmbientState] = []  # of each step
         self.moved: list[list[int]] = []  # which params have a gradient, at each step
         self.counts: list[int] = []  # of tensors in the last carry, and in the output of each step
@@ -218,6 +227,7 @@ class _Loop:
 
     def backward(self, needed: Sequence[bool], trees: Tree) -> list[Tensor | None]:
         """The gradients, given the inputs, what was kept, and the cotangents."""
+        self.captured.check()
         inputs, kept, given = trees
         start, args, xs = _with_fractions(*self.join(inputs))
         params, buffers, tapes = self.join_kept(kept)

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffopt import _tree
 from diffopt._arguments import check_choice, check_function, check_number
 from diffopt._diff.isolation import refuse_captured
+from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 from diffopt.linear._derivative import LinearSolution, Method, Operator, solve
 from diffopt.linear._failure import fail, refuse_tracing
@@ -158,9 +159,12 @@ class LinearSolver(ABC):
         tensors, merge = _tree.split(operands)
         like = template(b)
 
+        captured = Captured("operator")
+
         def flat(function: Callable[..., Tree], name: str) -> Callable[..., Linear]:
             def at(*point: Tensor) -> Linear:
                 def apply(v: Tensor) -> Tensor:
+                    captured.check()
                     result = function(unravel(v), *merge(point))
                     return ravel_like(result, like, (f"the output of {name}", "b"))
 
@@ -170,7 +174,7 @@ class LinearSolver(ABC):
 
         at = flat(operator, "operator")
         transposed_at = flat(transpose, "transpose") if transpose else None
-        refuse_captured(lambda v, *point: at(*point)(v), "operator", vector, *tensors)
+        refuse_captured(lambda v, *point: at(*point)(v), captured, vector, *tensors)
         matrix = operator_of(self, at, transposed_at, unravel, vector)
         solution = solve(
             Method(partial(constant_solution, self), unravel), matrix, vector, start, *tensors

@@ -28,6 +28,7 @@ _PAIRS = {
 }
 _FLAGS = (bool, str, type(None))
 _MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon
+_MAY_BE_UNSET = ("foreach", "fused")  # checkpoints from before there were these flags
 
 
 def name_of(group: Group, i: int, j: int) -> str:
@@ -86,7 +87,8 @@ def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
         for key, default in defaults.items():
             value = group.get(key)
             if type(default) in _FLAGS:
-                if type(default) is bool and type(value) is not bool and key in group:
+                unset = value is None and (key in _MAY_BE_UNSET or key not in group)
+                if type(default) is bool and not (unset or type(value) is bool):
                     found = _tree.describe(value)
                     raise TypeError(f"param_groups[{i}][{key!r}] is {found}, but must be a bool")
             elif type(default) is tuple:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _torch, _tree
 from diffopt._arguments import check_function
 from diffopt._modes import number_of, real
 from diffopt.optim._checkpoints import Checkpoints
@@ -60,6 +60,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
     Source: see `diffopt.lbfgs`.
     """
 
+    @_torch.disable_dynamo  # as torch does for its own
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Iterate until a stopping rule holds.

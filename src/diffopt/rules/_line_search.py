@@ -61,7 +61,7 @@ def strong_wolfe(
         low, stalled = _lower(ends), False
         for _ in range(trials):
             left, right = min(end.t for end in ends), max(end.t for end in ends)
-            if (right - left) * scale < tolerance_change:
+            if left == right or (right - left) * scale < tolerance_change:  # scale may be inf
                 break
             t, stalled = _trial(ends, left, right, stalled=stalled)
             point = evaluate(t)

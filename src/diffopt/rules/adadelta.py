@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -48,6 +49,7 @@ class Adadelta(Leafwise[AdadeltaState, AdadeltaHParams]):
         return ops.add(p, d, -hp.lr), AdadeltaState(s.step, v, u)
 
 
+@factory
 def adadelta(*, maximize: bool = False, execution: Execution = "auto") -> Adadelta:
     """Adadelta: steps in the units of the parameter, from running averages of squares.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -95,6 +96,7 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
         )
 
 
+@factory
 def adafactor(
     *, eps1: bool = False, maximize: bool = False, execution: Execution = "auto"
 ) -> Adafactor:

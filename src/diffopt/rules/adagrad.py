@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from diffopt import _torch
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -72,6 +73,7 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
         return {"sum": hp.initial_accumulator_value}
 
 
+@factory
 def adagrad(*, maximize: bool = False, execution: Execution = "auto") -> Adagrad:
     """Adagrad: gradients divided by the square root of the sum of their squares so far.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 from diffopt import _torch
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -90,6 +91,7 @@ class AdamW(Adam):
     decoupled = True
 
 
+@factory
 def adam(*, amsgrad: bool = False, maximize: bool = False, execution: Execution = "auto") -> Adam:
     """Adam: running averages of the gradient and of its square.
 
@@ -127,6 +129,7 @@ def adam(*, amsgrad: bool = False, maximize: bool = False, execution: Execution 
     return Adam(amsgrad=amsgrad, maximize=maximize, execution=execution)
 
 
+@factory
 def adamw(*, amsgrad: bool = False, maximize: bool = False, execution: Execution = "auto") -> AdamW:
     """AdamW: `adam` with decoupled weight decay.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -51,6 +52,7 @@ class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
         return ops.addcdiv(p, m, u, c), AdamaxState(s.step, m, u)
 
 
+@factory
 def adamax(*, maximize: bool = False, execution: Execution = "auto") -> Adamax:
     """Adamax: steps scaled by a decaying maximum of past gradients.
 

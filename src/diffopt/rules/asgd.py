@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -57,6 +58,7 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
         return {"eta": hp.lr, "mu": 1.0}
 
 
+@factory
 def asgd(*, maximize: bool = False, execution: Execution = "auto") -> ASGD:
     """Gradient descent with a decaying learning rate, and the average of its iterates.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._arguments import factory
 from diffopt._diff.gradient import value_and_grad
 from diffopt._modes import exact, exact_dtype, real
 from diffopt._rule import checks, ops
@@ -47,6 +48,7 @@ class LBFGSHParams:
     lr: Hyperparameter = number(1.0, ge=0, per_parameter=False)
 
 
+@factory
 def lbfgs(*, history_size: int = 100) -> LimitedMemoryBFGS:
     """L-BFGS: Newton's direction, with an inverse Hessian estimated from the last steps.
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from diffopt._arguments import check_choice, check_integer
+from diffopt._arguments import check_choice, check_integer, factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -81,6 +81,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
         return "is complex: Muon does not support complex parameters" if p.is_complex() else None
 
 
+@factory
 def muon(
     *,
     nesterov: bool = True,

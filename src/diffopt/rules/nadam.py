@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -71,6 +72,7 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
         return {"mu_product": 1.0}
 
 
+@factory
 def nadam(
     *, decoupled_weight_decay: bool = False, maximize: bool = False, execution: Execution = "auto"
 ) -> NAdam:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -71,6 +72,7 @@ class RMSprop(Leafwise[RMSpropState, RMSpropHParams]):
         return ops.add(p, b, -hp.lr), RMSpropState(s.step, v, b, a)
 
 
+@factory
 def rmsprop(
     *,
     centered: bool = False,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -55,6 +56,7 @@ class Rprop(Leafwise[RpropState, RpropHParams]):
         return {"step_size": hp.lr}
 
 
+@factory
 def rprop(*, maximize: bool = False, execution: Execution = "auto") -> Rprop:
     """Rprop: each weight has a step size, which grows while the sign of its gradient is the same.
 

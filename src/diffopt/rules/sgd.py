@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from diffopt import _torch
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -96,6 +97,7 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
         return True
 
 
+@factory
 def sgd(
     *,
     nesterov: bool = False,

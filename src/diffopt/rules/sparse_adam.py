@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
+from diffopt._arguments import factory
 from diffopt._rule import checks, hyper, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -48,6 +49,7 @@ def sparse_adam(
 ) -> Optimizer[SparseAdamState, SparseAdamHParams]: ...
 
 
+@factory
 def sparse_adam(
     *, masked: bool = False, maximize: bool = False
 ) -> Optimizer[SparseAdamState, SparseAdamHParams]:

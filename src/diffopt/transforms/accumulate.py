@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
+from diffopt._arguments import factory
 from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
@@ -35,6 +36,7 @@ class AccumulateState(NamedTuple):
 torch.serialization.add_safe_globals([AccumulateState])
 
 
+@factory
 def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateState, Any]:
     """Every k-th call takes one step, with the mean of the last k gradients.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from diffopt._arguments import factory
 from diffopt._tree import Tree
 from diffopt._value import Value, brief
 from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
@@ -13,6 +14,7 @@ from diffopt.transforms._base import Leaves, Transformation, check_optimizer, co
 from diffopt.transforms._records import InOrder, check_tuple
 
 
+@factory
 def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
     """Gradients pass through transformations, one after another, and then update the params.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._arguments import factory
 from diffopt._modes import real
 from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
@@ -18,6 +19,7 @@ from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import Leaves, Wrapper, copy_, gather, wide
 
 
+@factory
 def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     """Concatenate all tensors into one vector, so that a step runs each operation only once.
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from diffopt._arguments import factory
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, refuse_gradients
 from diffopt.transforms._base import Wrapper, gather
 
 
+@factory
 def maximize(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     """Ascend instead of descend: the optimizer sees -grad.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
+from diffopt._arguments import factory
 from diffopt._rule import checks
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
@@ -30,6 +31,7 @@ H = TypeVar("H")
 Parts: TypeAlias = dict[Hashable, Any]
 
 
+@factory
 def partition(
     optimizers: Mapping[Hashable, Optimizer[Any, Any]], labels: Tree | Callable[[Tree], Tree]
 ) -> Partition:
@@ -157,6 +159,7 @@ def masked(part: Optimizer[S, H], mask: Tree | Callable[[Tree], Tree]) -> Optimi
 def masked(
     part: Transformation[S, H], mask: Tree | Callable[[Tree], Tree]
 ) -> Transformation[S, H]: ...
+@factory
 def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
     """Restrict a transformation or an optimizer to some of the params.
 
@@ -194,6 +197,7 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
     raise TypeError(f"part is {brief(part)}, neither an optimizer nor a gradient transformation")
 
 
+@factory
 def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]:
     """Keep some of the params unchanged: `masked` by the negated mask.
 

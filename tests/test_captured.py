@@ -1,0 +1,134 @@
+"""Constants that a function captures, modified between its run and the backward pass."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import diffopt
+from diffopt import adjoint
+from diffopt.implicit import implicit_fixed_point, implicit_root
+from diffopt.linear import ConjugateGradient
+
+F64 = torch.float64
+opt = diffopt.sgd()
+
+
+def loop(how, loss, x, steps=5):
+    start = torch.zeros(3, dtype=F64)
+    hp = opt.hparams(lr=0.1, momentum=0.5)
+    return diffopt.minimize(
+        loss, start, x, optimizer=opt, hparams=hp, steps=steps, adjoint=how
+    ).params
+
+
+def minimized(how):
+    def solve(c, x):
+        return loop(how, lambda w, x: (1 + x) * (w - c).square().sum(), x)
+
+    return solve
+
+
+def batched(c, x):
+    return torch.vmap(lambda s: minimized(adjoint.Checkpointed())(c, s * x))(torch.ones(2).to(F64))
+
+
+def unrolled(c, x):
+    return adjoint.Checkpointed().run(lambda k, a, _: ((k - c) * a, None), c * 0, x, [0] * 4)[0]
+
+
+def root(c, x):
+    solve = implicit_root(lambda w, x: w**3 * x - c, lambda w, x: (c / x) ** (1 / 3))
+    return solve(torch.ones(3, dtype=F64), x)
+
+
+def fixed_point(c, x):
+    return implicit_fixed_point(lambda w, x: torch.cos(w * x + c))(torch.ones(3, dtype=F64), x)
+
+
+def linear(c, x):
+    return ConjugateGradient().solve(lambda v: c * v, x.expand(3)).value
+
+
+RECOMPUTE = {
+    "Checkpointed": minimized(adjoint.Checkpointed()),
+    "levels": minimized(adjoint.Checkpointed(levels=2)),
+    "forward-over-reverse": minimized(adjoint.Checkpointed(hvp="forward-over-reverse")),
+    "Reversible": minimized(adjoint.Reversible()),
+    "Implicit": minimized(adjoint.Implicit(root_tolerance=float("inf"))),
+    "vmap": batched,
+    "unroll": unrolled,
+    "implicit_root": root,
+    "implicit_fixed_point": fixed_point,
+    "linear": linear,
+}
+DO_NOT = [adjoint.OneStep(), adjoint.Truncated(2), adjoint.ForwardMode(), adjoint.Unrolled()]
+
+
+def modified(solve):
+    """The derivative before a captured constant is modified, and a function that computes it."""
+    c = torch.ones(3, dtype=F64)
+    x = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    y = solve(c, x).sum()
+    before = torch.autograd.grad(y, x, retain_graph=True)
+    c[0] += 1  # through a view
+    return before, lambda: torch.autograd.grad(y, x)
+
+
+@pytest.mark.parametrize("name", RECOMPUTE)
+def test_what_recomputes_refuses_a_captured_constant_that_was_modified(name):
+    _, again = modified(RECOMPUTE[name])
+    with pytest.raises(RuntimeError, match=r"captures a tensor of shape \(3,\) and torch.float64"):
+        again()
+
+
+@pytest.mark.parametrize("how", DO_NOT, ids=lambda how: type(how).__name__)
+def test_what_does_not_recompute_takes_one(how):
+    before, again = modified(minimized(how))
+    assert again() == before
+
+
+@pytest.mark.parametrize("name", ["Checkpointed", "Reversible"])
+def test_a_constant_that_the_loss_itself_writes_to_is_not_checked(name):
+    calls = torch.zeros(())
+
+    def loss(w, x):
+        calls.add_(1)
+        return (1 + x) * (w - 1).square().sum()
+
+    x = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    assert torch.autograd.grad(loop(getattr(adjoint, name)(), loss, x).sum(), x)
+
+
+def test_what_the_loss_makes_itself_is_not_checked_and_nothing_is_kept():
+    kept = []
+
+    def loss(w, x):
+        scale = torch.tensor(1.0, dtype=F64)  # made in every call
+        kept.append(weakref.ref(scale))
+        return scale.mul_(1 + x.detach()) * x * (w - 1).square().sum()
+
+    x = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    y = loop(adjoint.Checkpointed(), loss, x).sum()
+    gc.collect()
+    assert not any(reference() is not None for reference in kept[:1])
+    assert torch.autograd.grad(y, x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_loss_is_compiled_once():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module
+
+    loss = torch.compile(lambda w, x: (1 + x) * (w - 1).square().sum(), backend=backend)
+    x = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    for steps in (3, 4):
+        y = loop(adjoint.Checkpointed(), loss, x, steps).sum()
+        count = len(graphs)
+        assert count
+        torch.autograd.grad(y, x)
+    assert len(graphs) == count
