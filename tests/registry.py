@@ -123,7 +123,10 @@ class PreciseMuon(Muon):
     """torch's, without the rounding to bfloat16."""
 
     def step(self):
-        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+        def clone(x, **_):
+            return x.clone()
+
+        with mock.patch.multiple(torch.Tensor, bfloat16=clone, to=clone):  # `to` since torch 2.15
             super().step()
 
 
