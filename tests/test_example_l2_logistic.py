@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 PATH = Path(__file__).parents[1] / "examples/hyperparameters/l2_logistic.py"
 

@@ -150,6 +150,7 @@ def test_lbfgs_to_pure(library, steps):
     torch.testing.assert_close(new, [p.detach() for p in params], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's, once in a process
 @pytest.mark.parametrize("library", [torch.optim, optim], ids=["torch", "diffopt"])
 def test_sparse_adam_to_pure(library):
     params = make_params([(5, 3)])

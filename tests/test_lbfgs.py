@@ -592,6 +592,11 @@ def test_groups_and_other_line_searches_are_refused():
         optimizer.step(lambda: 0.0)
 
 
+def test_without_parameters_a_step_returns_the_loss():
+    loss = torch.tensor(2.0)
+    assert LBFGS([{"params": []}]).step(lambda: loss) is loss
+
+
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 def test_ascent_is_descent_of_the_negative(search):
     """torch 2.14 puts `maximize` into the group, as an older torch finds it in a checkpoint."""

@@ -145,8 +145,7 @@ def hooks(optimizer: Any, when: str) -> list[Callable[..., Any]]:
 
 def refuse_capture(optimizer: Any) -> None:
     """Raise if a CUDA graph captures an optimizer without `capturable=True`."""
-    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch >= 2.12
-    (check or optimizer._cuda_graph_capture_health_check)()
+    optimizer._accelerator_graph_capture_health_check()
 
 
 class TensorGuards:

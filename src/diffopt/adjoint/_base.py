@@ -63,7 +63,7 @@ class Adjoint(ABC):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile (< 2.13) hashes it when it has no attributes yet
 class GradientStep:
     """A step of `minimize`: the gradient of a loss, and an optimizer's update with it.
 

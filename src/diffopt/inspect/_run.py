@@ -188,7 +188,7 @@ class _Tap(torch.autograd.Function):
         return None, None, cotangent
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _WatchedGradientStep(GradientStep):
     run: Run
 

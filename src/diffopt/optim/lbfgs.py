@@ -90,6 +90,8 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         if not (search is None or (isinstance(search, str) and search == "strong_wolfe")):
             found = _tree.describe(search)
             raise RuntimeError(f"line_search_fn is {found}, but only 'strong_wolfe' is supported")
+        if not group["params"]:
+            return torch.enable_grad()(closure)()
         state = self.state[group["params"][0]]  # for all parameters, as in torch
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)

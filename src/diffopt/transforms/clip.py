@@ -179,12 +179,13 @@ def _coefficient(norm: Tensor, record: MaxNorm, grad: Tensor) -> Tensor:
 def _between(grad: Tensor, bound: Any) -> Tensor:
     """The gradient clamped to [-bound, bound], with the identity's derivatives at the bounds."""
     pairs = real(grad)
-    if not isinstance(bound, Tensor):
-        new = pairs.clamp(-bound, bound)
-    else:
+    if isinstance(bound, Tensor):
         if grad.is_complex() and bound.dim() > 0:
             bound = bound.unsqueeze(-1)
         bound = beside(bound, grad)
         outside = torch.minimum(torch.maximum(pairs, -bound), bound)  # both keep NaN
-        new = torch.where(pairs.abs() <= bound, pairs, outside).to(pairs.dtype)
+    else:
+        outside = pairs.clamp(-bound, bound)
+    # At its bounds clamp has the derivative 1 in torch 2.13, but 0 in 2.15.
+    new = torch.where(pairs.abs() <= bound, pairs, outside).to(pairs.dtype)
     return torch.view_as_complex(new) if grad.is_complex() else new
