@@ -120,9 +120,21 @@ def test_a_private_of_torch_is_found(line):
     assert list(torch_privates(ast.parse(line), OWN))
 
 
-def test_files_on_the_page_of_the_architecture_exist():
+@pytest.fixture
+def page():
+    return (SRC.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_files_on_the_page_of_the_architecture_exist(page):
     root = SRC.parents[1]
-    page = (root / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:\w+/)*\w+(?:\.py|/))`", page)
     assert len(named) > 20
     assert [name for name in named if not ((SRC / name).exists() or (root / name).exists())] == []
+
+
+def test_names_on_the_page_of_the_architecture_are_those_of_the_code(page):
+    text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    named = [name for name in re.findall(r"`([\w.]+)`", text) if not name.endswith((".py", ".md"))]
+    words = {word for text in TEXTS for word in re.findall(r"\w+", text)} | {"pyproject", "toml"}
+    assert len(named) > 40
+    assert [name for name in named if not words.issuperset(name.split("."))] == []
