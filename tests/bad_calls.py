@@ -105,7 +105,7 @@ KINDS: dict[str, Callable[[Any], st.SearchStrategy[Any]]] = {
     "sparse": always(lambda valid: torch.ones_like(like(valid)).to_sparse()),
     "class": lambda _: st.sampled_from([torch.nn.Linear, diffopt.Optimizer, torch.optim.SGD, dict]),
     "torch optimizer": always(torch_optimizer),
-    "module": always(lambda _: torch.nn.Linear(1, 1)),
+    "module": always(lambda _: torch.nn.TransformerEncoderLayer(4, 1)),
     "function": always(lambda _: lambda: None),
     "empty dict": always(lambda _: {}),
     "empty list": always(lambda _: []),
@@ -219,10 +219,11 @@ def judge(case: Case, draw: Callable[[st.SearchStrategy[Any]], Any]) -> Finding 
 
 
 def is_clear(error: Exception, text: str, names: Collection[str]) -> bool:
-    """Whether an error names one of these, and was not raised by Python or torch."""
+    """Whether an error names one of these, is brief, and was not raised by Python or torch."""
     named = any(re.search(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", text) for name in names)
     own = isinstance(error, (TypeError, ValueError, RuntimeError, KeyError))
-    return named and own and not RAW.search(text)
+    brief = len(str(error)) < 600 and "\n" not in str(error)
+    return named and brief and own and not RAW.search(text)
 
 
 RAW = re.compile(

@@ -725,7 +725,9 @@ def test_unroll_checks_what_a_step_returns(adjoint, start):
     scale = torch.tensor(2.0, requires_grad=True)
     with pytest.raises(TypeError, match=r"step must return \(carry, output\), not a tensor"):
         unroll(lambda carry, scale, x: scale * carry, start, scale, 2, adjoint=adjoint)
-    with pytest.raises(ValueError, match=r"structure of carry: .* is a tuple, where a tensor of"):
+    with pytest.raises(
+        ValueError, match=r"structure of carry: .* has type tuple, where a tensor of"
+    ):
         unroll(lambda carry, scale, x: ((scale, carry), x), start, scale, 2, adjoint=adjoint)
 
 

@@ -189,7 +189,7 @@ def test_to_pure_refuses_what_a_pure_state_cannot_say():
     class Mine(torch.optim.SGD):
         pass
 
-    with pytest.raises(TypeError, match="is a Mine, but must be one of"):
+    with pytest.raises(TypeError, match="has class Mine, but must have one of"):
         optim.to_pure(Mine(params))
     with pytest.raises(TypeError, match=r"optimizer is SGD\(.*, which is pure already"):
         optim.to_pure(diffopt.sgd())
@@ -293,7 +293,7 @@ def test_unknown_hyperparameters_and_ranges_raise():
         TypeError, match=r"optimizer is Adam, a torch\.optim\.Optimizer: convert it"
     ):
         optim.from_pure(torch.optim.Adam(params), params)
-    with pytest.raises(TypeError, match="optimizer is adam, not a diffopt optimizer such as adam"):
+    with pytest.raises(TypeError, match=r"optimizer is <function adam .*, not a diffopt optimizer"):
         optim.from_pure(diffopt.adam, params)
     for betas in (0.9, "ab", (0.9,), (0.9, 0.99, 0.999)):
         with pytest.raises(TypeError, match=r"betas is .* but must be 2 numbers"):

@@ -820,7 +820,7 @@ def test_no_steps_need_no_batches():
     [
         (lambda b: {"c": b["a"]}, r"the new buffers\['a'\] is missing"),
         (lambda b: {"a": b["a"], "d": b["a"]}, r"the new buffers\['d'\] is not expected there"),
-        (lambda b: None, "the new buffers is None, where a dict is expected"),
+        (lambda b: None, "the new buffers is None, where type dict is expected"),
         (lambda b: {"a": None}, r"new buffers\['a'\] is None, but buffers\['a'\] is .*\(2,\)"),
         (lambda b: {"a": torch.ones(3)}, r"\(3,\), but buffers\['a'\] is a tensor of shape \(2,\)"),
     ],

@@ -38,7 +38,7 @@ WEIGHT = nn.Parameter(torch.ones(2))
         ({"hparams": lambda t: diffopt.sgd().hparams()}, TypeError, r"hparams\(0\) returned"),
         ({"steps": True}, ValueError, "steps is True"),
         ({"steps": 2.0}, ValueError, r"steps is 2\.0"),
-        ({"steps": torch.tensor(2)}, ValueError, "steps is tensor"),
+        ({"steps": torch.tensor(2)}, ValueError, "steps is a tensor"),
         ({"steps": None}, ValueError, "steps= or batches="),
         ({"batches": 5}, TypeError, "batches is 5"),
         ({"batches": True}, TypeError, "batches is True"),

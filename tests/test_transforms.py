@@ -488,7 +488,7 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         ),
         (
             lambda: both(sgd, adam).hparams(lr=0.1),
-            "the hyperparameter 'lr' belongs to the parts 0 and 1: pass one record for",
+            r"'lr' belongs to the parts 0 and 1: pass .* hparams\(\{label: record, \.\.\.\}\)",
         ),
         (
             lambda: t.chain(t.clip_by_value(), both(sgd, adam)).hparams(lr=0.1),
@@ -504,7 +504,7 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         ),
         (
             lambda: t.chain(t.clip_by_value(), sgd).hparams(sgd.hparams(), sgd.hparams()),
-            r"hparams\[0\] is a MomentumHParams, but must be a ClipValue",
+            r"hparams\[0\] has type MomentumHParams, but must have type ClipValue",
         ),
         (
             lambda: t.chain(sgd).hparams(sgd.hparams(), lr=0.1),
@@ -516,7 +516,11 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         ),
         (
             lambda: both(sgd, adam).hparams({0: sgd.hparams(), 1: 0.1}),
-            r"hparams\[1\] is a float, but must be a AdamHParams",
+            r"hparams\[1\] has type float, but must have type AdamHParams",
+        ),
+        (
+            lambda: t.partition({"a": sgd, "b": adam}, "a").hparams(a=sgd.hparams()),
+            r"'a' is a part, not a hyperparameter: pass .* hparams\(\{label: record, \.\.\.\}\)",
         ),
         (lambda: t.chain(), "chain requires an optimizer"),
         (lambda: t.chain(t.clip_by_value()), "the last part of a chain is .*, not a diffopt"),
@@ -536,7 +540,7 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
             "optimizer is SGD, a torch.optim.Optimizer: convert it with diffopt.optim.to_pure",
         ),
         (lambda: both(sgd, adam).hparams([1]), r"takes keywords or a dict of records, not \[1\]"),
-        (lambda: t.stateless(dict, scaled), "hparams is dict, not a class made by"),
+        (lambda: t.stateless(dict, scaled), "hparams is <class 'dict'>, not a class made by"),
         (lambda: t.stateless(Factor, None), "function is None, not a function"),
     ],
 )

@@ -108,13 +108,19 @@ def test_paths_name_every_leaf():
     [
         ({"x": [X]}, r"grads must have the structure of params: grads\['y'\] is missing"),
         ({"x": [X], "y": Y, "z": Y}, r"grads\['z'\] is not expected there"),
-        ({"x": X, "y": Y}, r"grads\['x'\] is a tensor of shape \(2,\), where a list is expected"),
+        (
+            {"x": X, "y": Y},
+            r"grads\['x'\] is a tensor of shape \(2,\), where type list is expected",
+        ),
         ({"x": [X, Y], "y": Y}, r"grads\['x'\]\[1\] is not expected there"),
         ({"x": [], "y": Y}, r"grads\['x'\]\[0\] is missing"),
-        ({"x": (X,), "y": Y}, r"grads\['x'\] is a tuple, where a list is expected"),
-        ({"x": [[X]], "y": Y}, r"\['x'\]\[0\] is a list, where a tensor of shape \(2,\) is exp"),
-        (None, r"grads is None, where a dict is expected"),
-        ({"x": None, "y": Y}, r"grads\['x'\] is None, where a list is expected"),
+        ({"x": (X,), "y": Y}, r"grads\['x'\] has type tuple, where type list is expected"),
+        (
+            {"x": [[X]], "y": Y},
+            r"\['x'\]\[0\] has type list, where a tensor of shape \(2,\) is exp",
+        ),
+        (None, r"grads is None, where type dict is expected"),
+        ({"x": None, "y": Y}, r"grads\['x'\] is None, where type list is expected"),
     ],
 )
 def test_gradients_of_another_structure(grads, message):
@@ -132,8 +138,11 @@ def test_gradients_of_another_structure(grads, message):
             {"x": 0.1, "Y": 0.1},
             r"lr\['y'\] is missing, and hparams.lr\['Y'\] is not expected there",
         ),
-        ((0.1, 0.2), r"hparams.lr is a tuple, where a dict is expected"),
-        ({"x": 0.1, "y": [0.1]}, r"lr\['y'\] is a list, where a tensor of shape \(\) is expected"),
+        ((0.1, 0.2), r"hparams.lr has type tuple, where type dict is expected"),
+        (
+            {"x": 0.1, "y": [0.1]},
+            r"lr\['y'\] has type list, where a tensor of shape \(\) is expected",
+        ),
         ({"x": [0.1, 0.2], "y": 0.1}, r"hparams.lr\['x'\]\[1\] is not expected there"),
         (torch.ones(3), r"hparams.lr has shape \(3,\), .* to params\['x'\]\[0\] of shape \(2,\)"),
         ({"x": torch.ones(1, 2), "y": 0.1}, r"lr\['x'\] has shape \(1, 2\), which does not"),

@@ -52,7 +52,8 @@ def check_number(value: Any, name: str, *, positive: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     bounded = number and 0 <= value <= sys.float_info.max
     if not bounded or (positive and value == 0):
-        raise ValueError(f"{name} is {value!r}, but must be a number {'>' if positive else '>='} 0")
+        bound = ">" if positive else ">="
+        raise ValueError(f"{name} is {_tree.shown(value)}, but must be a number {bound} 0")
 
 
 def too_large(value: Any) -> bool:
@@ -70,13 +71,14 @@ def check_integer(value: Any, name: str, least: int, most: float = math.inf) -> 
     """Raise unless it is a Python integer >= `least` and <= `most`."""
     if type(value) is not int or not least <= value <= most:
         limits = f">= {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"{name} is {value!r}, but must be an integer {limits}")
+        raise ValueError(f"{name} is {_tree.shown(value)}, but must be an integer {limits}")
 
 
 def check_choice(value: Any, name: str, *choices: str | None) -> None:
     """Raise unless it is one of the choices."""
     if not (value is None or isinstance(value, str)) or value not in choices:
-        raise ValueError(f"{name} is {value!r}, but must be {' or '.join(map(repr, choices))}")
+        known = " or ".join(map(repr, choices))
+        raise ValueError(f"{name} is {_tree.shown(value)}, but must be {known}")
 
 
 def check_function(value: Any, name: str, *, optional: bool = False) -> None:

@@ -268,12 +268,13 @@ def _difference(tree: Tree, like: Tree, path: str, *, prefix: bool) -> str | Non
     if is_leaf(tree):
         if prefix or is_leaf(like):
             return None
-        return f"{path} is {describe(tree)}, where a {type(like).__name__} is expected"
+        return f"{path} is {describe(tree)}, where type {type(like).__name__} is expected"
     if is_leaf(like):
-        return f"{path} is a {type(tree).__name__}, where {describe(like)} is expected"
+        return f"{path} has type {type(tree).__name__}, where {describe(like)} is expected"
     dicts = isinstance(tree, dict) and isinstance(like, dict)
     if not dicts and type(tree) is not type(like):
-        return f"{path} is a {type(tree).__name__}, where a {type(like).__name__} is expected"
+        given, wanted = type(tree).__name__, type(like).__name__
+        return f"{path} has type {given}, where type {wanted} is expected"
     mine, theirs = dict(_children(tree)), dict(_children(like))
     missing = [key for key in theirs if key not in mine] if dicts else [*theirs][len(mine) :]
     others = [key for key in mine if key not in theirs] if dicts else [*mine][len(theirs) :]
@@ -288,10 +289,14 @@ def _difference(tree: Tree, like: Tree, path: str, *, prefix: bool) -> str | Non
     return None
 
 
+def shown(value: object) -> str:
+    """A value in an error message: a tensor's shape, otherwise a repr of at most 100 characters."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return textwrap.shorten(repr(value), 100)
+
+
 def describe(leaf: object) -> str:
-    """A short description of a leaf for error messages."""
-    if isinstance(leaf, Tensor):
-        return f"a tensor of shape {tuple(leaf.shape)}"
-    if leaf is None:
-        return "None"
-    return f"{textwrap.shorten(repr(leaf), 100)} of type {type(leaf).__name__}"
+    """A short description of a leaf for error messages, with its type."""
+    clear = leaf is None or isinstance(leaf, Tensor)
+    return shown(leaf) if clear else f"{shown(leaf)} of type {type(leaf).__name__}"

@@ -65,7 +65,8 @@ class ImplicitDerivative:
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
-            raise TypeError(f"solver is {self.solver!r}, not one of diffopt.linear such as GMRES()")
+            given = _tree.shown(self.solver)
+            raise TypeError(f"solver is {given}, not one of diffopt.linear such as GMRES()")
         if not (isinstance(self.root_tolerance, float) and self.root_tolerance == math.inf):
             check_number(self.root_tolerance, "root_tolerance")
         check_choice(self.on_failure, "on_failure", "warn", "raise")

@@ -91,7 +91,7 @@ def functionalize(module: nn.Module) -> Functional:
         (tensor([0.2000, 0.2000]), tensor([0., 0.]))
     """
     if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"module is {module!r}, not a torch.nn.Module")
+        raise TypeError(f"module is {_tree.describe(module)}, not a torch.nn.Module")
     _refuse_kinds(module)
     parameters, others = _places(_parts(module))
     places = parameters | others
@@ -293,7 +293,7 @@ def decay_mask(module: nn.Module) -> dict[str, bool]:
         >>> params, state = opt.update(params, params, opt.init(params), hp)
     """
     if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"module is {module!r}, not a torch.nn.Module")
+        raise TypeError(f"module is {_tree.describe(module)}, not a torch.nn.Module")
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     return {name: _decays(module, name) for name in trained}
 

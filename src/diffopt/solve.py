@@ -16,6 +16,7 @@ from diffopt._diff.functions import AmbientState, has_derivative
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
+from diffopt.adjoint._base import check_adjoint
 from diffopt.adjoint._unroll import like
 from diffopt.optimizer import Optimizer
 
@@ -118,8 +119,7 @@ def minimize(
     _check_loop(steps, batches, tol)
     _check_optimizer(optimizer)
     adjoint = Truncated(0) if adjoint is None else adjoint
-    if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled()")
+    check_adjoint(adjoint)
     _check_loss(loss, has_aux, buffers)
     _check_params(params)
     _check_hparams(hparams, optimizer.hparams)
@@ -222,8 +222,8 @@ def _check_optimizer(optimizer: Any) -> None:
         )
     if callable(optimizer):
         raise TypeError(
-            f"optimizer is {optimizer!r}, not a diffopt optimizer: create one by a call such as "
-            "diffopt.adam()"
+            f"optimizer is {_tree.shown(optimizer)}, not a diffopt optimizer: create one by a call "
+            "such as diffopt.adam()"
         )
     described = _tree.describe(optimizer)
     raise TypeError(f"optimizer is {described}, not a diffopt optimizer such as diffopt.adam()")
@@ -233,7 +233,7 @@ def _check_loss(loss: Any, has_aux: Any, buffers: Any) -> None:
     if not callable(loss) or isinstance(loss, type):
         raise TypeError(f"loss is {_tree.describe(loss)}, not a function of params")
     if not isinstance(has_aux, bool):
-        raise TypeError(f"has_aux is {has_aux!r}, not a bool")
+        raise TypeError(f"has_aux is {_tree.shown(has_aux)}, not a bool")
     for i, leaf in enumerate(() if buffers is None else _tree.leaves(buffers)):
         if isinstance(leaf, bool) or not isinstance(leaf, (Tensor, numbers.Number, type(None))):
             path = _tree.paths(buffers, "buffers")[i]

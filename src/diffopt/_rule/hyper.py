@@ -188,7 +188,9 @@ def check_flags(**flags: object) -> None:
     """Raise `TypeError` for a flag that is not a bool, such as `sgd(momentum=0.9)`."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise TypeError(f"{name} is {flag!r}, not a bool: pass numbers to hparams(...)")
+            raise TypeError(
+                f"{name} is {_tree.shown(flag)}, not a bool: pass numbers to hparams(...)"
+            )
 
 
 def assemble(record: type[T], values: Iterable[Any]) -> T:

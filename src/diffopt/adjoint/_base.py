@@ -63,6 +63,14 @@ class Adjoint(ABC):
         """
 
 
+def check_adjoint(value: object) -> None:
+    """Raise unless it is an adjoint."""
+    if not isinstance(value, Adjoint):
+        raise TypeError(
+            f"adjoint is {_tree.shown(value)}, not one of diffopt.adjoint such as Unrolled()"
+        )
+
+
 @dataclass(frozen=True, eq=False)  # torch.compile (< 2.13) hashes it when it has no attributes yet
 class GradientStep:
     """A step of `minimize`: the gradient of a loss, and an optimizer's update with it.

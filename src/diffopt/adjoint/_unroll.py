@@ -11,7 +11,7 @@ from torch import Tensor
 from diffopt import _tree
 from diffopt._arguments import check_function, check_result
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, check_adjoint
 from diffopt.adjoint.unrolled import Unrolled
 
 
@@ -61,8 +61,7 @@ def unroll(
         >>> torch.autograd.grad(y, rate)  # 3 * 0.1 * 1.1^2
         (tensor(0.3630),)
     """
-    if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled()")
+    check_adjoint(adjoint)
     check_function(step, "step")
     if not isinstance(step, GradientStep):
         step = _checked(step)
@@ -89,7 +88,8 @@ def like(new: Tree, old: Tree, names: tuple[str, str]) -> Tree:
 def _elements(xs: Tree, length: int | None) -> list[Any]:
     if xs is None:
         if type(length) is not int or length < 0:
-            raise ValueError(f"length is {length!r}, but must be an integer >= 0 without xs")
+            given = _tree.shown(length)
+            raise ValueError(f"length is {given}, but must be an integer >= 0 without xs=")
         return list(range(length))
     leaves, spec = _tree.flatten(xs)
     if not leaves:

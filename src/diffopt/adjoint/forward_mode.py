@@ -143,7 +143,8 @@ class ForwardMode(Adjoint):
         Donini et al., "MARTHE: scheduling the learning rate via online hypergradients", 2020.
         """
         if not 0 <= discount <= 1:
-            raise ValueError(f"discount is {discount!r}, but must be a number from 0 to 1")
+            given = _tree.shown(discount)
+            raise ValueError(f"discount is {given}, but must be a number from 0 to 1")
         return self._iterate(step, carry, args, xs, discount)
 
     def _iterate(

@@ -122,7 +122,9 @@ def explain(
         decay  None                               it does not require a gradient: ...
     """
     if trace is not None and not isinstance(trace, Trace):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"trace is {trace!r}, not a Trace: pass the one that the loop was run with")
+        raise TypeError(
+            f"trace is {_tree.shown(trace)}, not a Trace: pass the one that the loop was run with"
+        )
     if outer is not None and not isinstance(outer, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"outer is {_tree.describe(outer)}, not the tensor that is differentiated")
     if outer is not None and not (outer.is_floating_point() or outer.is_complex()):

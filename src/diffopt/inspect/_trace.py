@@ -19,7 +19,7 @@ from diffopt.adjoint import (
     OneStep,
     Unrolled,
 )
-from diffopt.adjoint._base import Step
+from diffopt.adjoint._base import Step, check_adjoint
 from diffopt.inspect import _plots
 from diffopt.inspect._run import Run
 
@@ -114,8 +114,7 @@ class Trace(Adjoint):
     """
 
     def __init__(self, adjoint: Adjoint = Unrolled()) -> None:  # noqa: B008 (frozen)
-        if not isinstance(adjoint, Adjoint):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"adjoint is {adjoint!r}, not one of diffopt.adjoint such as Unrolled")
+        check_adjoint(adjoint)
         if isinstance(adjoint, Trace):
             raise TypeError(f"adjoint is {adjoint!r} already: pass the adjoint that it watches")
         self.adjoint = adjoint

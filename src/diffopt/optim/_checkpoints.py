@@ -101,7 +101,7 @@ class Checkpoints(torch.optim.Optimizer):
             if missing := sorted(self.defaults.keys() - group.keys() - {"differentiable"}):
                 kind = type(self).__name__
                 raise ValueError(
-                    f"loaded state dict does not belong to a {kind}: its groups have no "
+                    f"loaded state dict does not belong to {kind}: its groups have no "
                     f"{missing[0]!r}"
                 )
         self.check_numbers()

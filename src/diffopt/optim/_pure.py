@@ -194,7 +194,9 @@ def _as_ours(optimizer: torch.optim.Optimizer) -> RuleOptimizer:
         if isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer is {optimizer!r}, which is pure already")
         known = sorted(["LBFGS", *(cls.__name__ for cls in _CLASSES)])
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}, but must be one of {known}")
+        raise TypeError(
+            f"optimizer has class {type(optimizer).__name__}, but must have one of {known}"
+        )
     shell = ours.__new__(ours)
     shell.defaults, shell.state = optimizer.defaults, optimizer.state
     shell.param_groups = optimizer.param_groups

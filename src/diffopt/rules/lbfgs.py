@@ -94,7 +94,7 @@ def lbfgs(*, history_size: int = 100) -> LimitedMemoryBFGS:
     torch.optim.LBFGS.
     """
     if type(history_size) is not int:
-        raise TypeError(f"history_size is {history_size!r}, not an integer")
+        raise TypeError(f"history_size is {_tree.shown(history_size)}, not an integer")
     if history_size < 1:
         raise ValueError(f"history_size is {history_size}, but must be >= 1")
     return LimitedMemoryBFGS(history_size)

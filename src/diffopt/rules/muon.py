@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from diffopt import _tree
 from diffopt._arguments import check_choice, check_integer, factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
@@ -58,7 +59,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
         check_integer(self.ns_steps, "ns_steps", 0, 99)
         check_choice(self.adjust_lr_fn, "adjust_lr_fn", None, *_ADJUSTMENTS)
         if self.precision is not None and not isinstance(self.precision, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
-            raise TypeError(f"precision is {self.precision!r}, not a dtype")
+            raise TypeError(f"precision is {_tree.shown(self.precision)}, not a dtype")
         if self.precision is not None and not self.precision.is_floating_point:
             raise ValueError(f"precision is {self.precision}, but must be a floating-point dtype")
 

@@ -15,7 +15,7 @@ from diffopt._modes import exact
 from diffopt._rule import checks, hyper
 from diffopt._rule.rule import WORKING_DTYPE
 from diffopt._tree import Tree
-from diffopt._value import Value, brief
+from diffopt._value import Value
 from diffopt.optimizer import Optimizer
 
 S = TypeVar("S")
@@ -106,7 +106,8 @@ def stateless(
         tensor([-2., -2.])
     """
     if not isinstance(hparams, type) or hparams not in hyper.FIELDS:  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
-        raise TypeError(f"hparams is {brief(hparams)}, not a class made by diffopt.rules.hparams")
+        given = _tree.shown(hparams)
+        raise TypeError(f"hparams is {given}, not a class made by diffopt.rules.hparams")
     check_function(function, "function")
     return FromFunction(hparams, function)
 
@@ -284,4 +285,4 @@ def check_optimizer(value: object, name: str) -> None:
             f"{name} is {kind}, a torch.optim.Optimizer: convert it with diffopt.optim.to_pure"
         )
     if not isinstance(value, Optimizer):
-        raise TypeError(f"{name} is {brief(value)}, not a diffopt optimizer such as adam()")
+        raise TypeError(f"{name} is {_tree.shown(value)}, not a diffopt optimizer such as adam()")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
+from diffopt import _tree
 from diffopt._rule import hyper
-from diffopt._value import Value, brief
+from diffopt._value import Value
 
 Maker: TypeAlias = Callable[..., Any]
 """What creates the record of a part: its `hparams`."""
@@ -17,6 +18,8 @@ class _Records(Value):
     """Creates the records of several parts, from keywords or from one record for each."""
 
     parts: dict[Hashable, Maker]
+    call: ClassVar[str]
+    """How records are passed, for error messages."""
 
     def names(self) -> list[str]:
         """The keywords that any part accepts."""
@@ -43,13 +46,15 @@ class _Records(Value):
         for name, value in numbers.items():
             owners = [key for key, known in fields.items() if name in known]
             if len(owners) != 1:
-                raise TypeError(_unclear(name, owners, fields))
+                raise TypeError(_unclear(name, owners, fields, self.call))
             chosen[owners[0]][name] = value
         return {key: maker(**chosen[key]) for key, maker in self.parts.items()}
 
 
 class InOrder(_Records):
     """Creates a tuple of records: `hparams(lr=0.1)`, or `hparams(record, record)`."""
+
+    call = "hparams(record, ...)"
 
     def __call__(self, *records: Any, **numbers: Any) -> tuple[Any, ...]:
         return tuple(self.made(dict(enumerate(records)), numbers).values())
@@ -58,18 +63,22 @@ class InOrder(_Records):
 class ByLabel(_Records):
     """Creates a dict of records: `hparams(lr=0.1)`, or `hparams({label: record})`."""
 
+    call = "hparams({label: record, ...})"
+
     def __call__(
         self, records: Mapping[Hashable, Any] | None = None, /, **numbers: Any
     ) -> dict[Hashable, Any]:
         if records is not None and not isinstance(records, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
-            raise TypeError(f"hparams() takes keywords or a dict of records, not {brief(records)}")
+            given = _tree.shown(records)
+            raise TypeError(f"hparams() takes keywords or a dict of records, not {given}")
         return self.made(records or {}, numbers)
 
 
 def check_record(record: object, maker: Maker, name: str = "hparams") -> None:
     """Raise where it can be told that `maker` did not make the record."""
     if isinstance(maker, type) and maker in hyper.FIELDS and not isinstance(record, maker):
-        raise TypeError(f"{name} is a {type(record).__name__}, but must be a {maker.__name__}")
+        kind = type(record).__name__
+        raise TypeError(f"{name} has type {kind}, but must have type {maker.__name__}")
 
 
 def check_tuple(values: Any, length: int, name: str, maker: str) -> None:
@@ -92,12 +101,14 @@ def _names(maker: Maker) -> list[str]:
         return []
 
 
-def _unclear(name: str, owners: list[Hashable], fields: dict[Hashable, list[str]]) -> str:
-    if not owners:
-        known = "; ".join(f"of part {key!r}: {', '.join(f)}" for key, f in fields.items() if f)
-        return f"no part has a hyperparameter {name!r}. The hyperparameters are, {known}"
-    parts = " and ".join(repr(key) for key in owners)
-    return (
-        f"the hyperparameter {name!r} belongs to the parts {parts}: pass one record for each part, "
-        "each created by the part's own hparams(...)"
-    )
+def _unclear(
+    name: str, owners: list[Hashable], fields: dict[Hashable, list[str]], call: str
+) -> str:
+    records = f"pass one record for each part, {call}, each created by the part's own hparams(...)"
+    if owners:
+        parts = " and ".join(repr(key) for key in owners)
+        return f"the hyperparameter {name!r} belongs to the parts {parts}: {records}"
+    if name in fields:
+        return f"{name!r} is a part, not a hyperparameter: {records}"
+    known = "; ".join(f"of part {key!r}: {', '.join(f)}" for key, f in fields.items() if f)
+    return f"no part has a hyperparameter {name!r}. The hyperparameters are, {known}"

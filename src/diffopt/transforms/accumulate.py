@@ -73,7 +73,7 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
         (-2.0, 5.0)
     """
     if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
-        raise ValueError(f"k is {k!r}, but must be an integer >= 1")
+        raise ValueError(f"k is {_tree.shown(k)}, but must be an integer >= 1")
     return Accumulate(optimizer, int(k))
 
 

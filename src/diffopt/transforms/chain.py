@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from diffopt import _tree
 from diffopt._arguments import factory
 from diffopt._tree import Tree
-from diffopt._value import Value, brief
+from diffopt._value import Value
 from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
 from diffopt.transforms._records import InOrder, check_tuple
@@ -56,7 +57,7 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
     for i, part in enumerate(parts[:-1]):
         if not isinstance(part, Transformation):
             raise TypeError(
-                f"part {i} of a chain is {brief(part)}: all but the last must be gradient "
+                f"part {i} of a chain is {_tree.shown(part)}: all but the last must be gradient "
                 "transformations, such as clip_by_global_norm()"
             )
     return Chain(parts)

@@ -13,7 +13,7 @@ from diffopt._arguments import factory
 from diffopt._rule import checks
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
-from diffopt._value import Value, brief
+from diffopt._value import Value
 from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
@@ -126,7 +126,8 @@ class Partition(Value, Optimizer[Parts, Parts]):
         for i, label in enumerate(labels):
             if label not in known:
                 path = _tree.paths(params, "params")[i]
-                raise ValueError(f"{path} has the label {label!r}, but optimizers has {known}")
+                given = _tree.shown(label)
+                raise ValueError(f"{path} has the label {given}, but optimizers has {known}")
         return {label: [mine == label for mine in labels] for label in self.optimizers}
 
 
@@ -194,7 +195,8 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
         return MaskedOptimizer(part, mask)
     if isinstance(part, Transformation):
         return MaskedTransformation(part, mask)
-    raise TypeError(f"part is {brief(part)}, neither an optimizer nor a gradient transformation")
+    given = _tree.shown(part)
+    raise TypeError(f"part is {given}, neither an optimizer nor a gradient transformation")
 
 
 @factory
