@@ -6,6 +6,7 @@ The configurations are those of torch's own tests.
 import copy
 import inspect
 import io
+import itertools
 import pickle
 import weakref
 
@@ -1216,14 +1217,21 @@ def test_a_scaler_acts_where_the_kernel_cannot():
     torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full((3,), 0.1))
 
 
-@pytest.mark.parametrize("other", ["SGD", "Rprop", "NAdam"])
-def test_a_state_dict_of_another_class_is_refused_and_changes_nothing(other):
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *itertools.product(["Adagrad", "Adadelta"], ["SGD", "Rprop", "NAdam"]),
+        *itertools.product(["Adam", "RAdam", "NAdam", "ASGD"], ["SGD", "Adamax", "Adagrad"]),
+    ],
+)
+def test_a_state_dict_of_another_class_is_refused_and_changes_nothing(name, other):
     param = torch.nn.Parameter(torch.ones(2))
-    theirs = getattr(torch.optim, other)([param], lr=0.3)
-    mine = optim.Adagrad([param], lr=0.1)
+    options = {"momentum": 0.9} if other == "SGD" else {}
+    theirs = getattr(torch.optim, other)([param], lr=0.3, **options)
+    mine = getattr(optim, name)([param], lr=0.1)
     before = mine.state_dict()
     param.grad = torch.ones(2)
     theirs.step()
-    with pytest.raises(ValueError, match=r"does not belong to Adagrad|no sum"):
+    with pytest.raises(ValueError, match=rf"does not belong to {name}|, but no \w+$"):
         mine.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(mine.state_dict(), before)

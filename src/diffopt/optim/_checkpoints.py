@@ -152,6 +152,12 @@ class Checkpoints(torch.optim.Optimizer):
             return leaf.detach().to(param.device, dtype, copy=True)
 
         loaded = _as_dict(row, f"state of {name}")
+        missing = [key for key in self.scalar_state if loaded and key not in loaded]
+        if missing:  # torch's __setstate__ would fail to find it
+            raise ValueError(
+                f"loaded state dict: the state of {name} has {sorted(map(str, loaded))}, but no "
+                f"{missing[0]}"
+            )
         for key, value in loaded.items():
             for leaf in _tree.leaves(value):
                 check_dense(leaf, param, f"loaded state dict: {key} of {name}")

@@ -113,7 +113,7 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
 
     Raises:
         TypeError: the class is not supported.
-        ValueError: groups differ in an option that is not a hyperparameter, or parameters differ in
+        ValueError: groups differ in a flag, such as `amsgrad`, or parameters differ in
             their number of steps: a pure state has only one.
 
     Example:
@@ -136,8 +136,11 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
     shell = _as_ours(optimizer)
     rules = [shell.rule(group) for group in shell.param_groups]
     opt = rules[0]
-    if any(rule != opt for rule in rules):
-        raise ValueError("parameter groups differ in an option that is not a hyperparameter")
+    if others := [i for i, rule in enumerate(rules) if rule != opt]:
+        raise ValueError(
+            f"param_groups[0] is stepped by {opt}, but param_groups[{others[0]}] by "
+            f"{rules[others[0]]}: a pure optimizer has the same flags for all params"
+        )
     owners = [(group, p) for group in shell.param_groups for p in group["params"]]
     _, spec = _tree.flatten(_tree_of(shell.param_groups))
     params = _tree.unflatten([copied(p) for _, p in owners], spec)

@@ -60,6 +60,8 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
     Source: see `diffopt.lbfgs`.
     """
 
+    scalar_state = ()
+
     @_torch.disable_dynamo  # as torch does for its own
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
