@@ -518,6 +518,23 @@ def test_a_parameter_taken_out_of_a_group_is_freed_at_once():
     assert ref() is None
 
 
+@every_class
+def test_what_a_group_no_longer_holds_is_freed(name):
+    params = parameters((3, 4), (4, 4))
+    optimizer = make(optim, name, params)
+    group = optimizer.param_groups[0]
+    values = {"lr": torch.tensor(0.1), "centers": [torch.zeros(3)]}
+    group.update(values)
+    refs = [weakref.ref(values["lr"]), weakref.ref(values["centers"][0])]
+    for t in range(3):
+        step(optimizer, params, t)
+    values.clear()
+    del group["centers"]
+    group["lr"] = 0.1
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+
+
 def test_copies_of_the_state_are_plain():
     params = parameters((3,), (2,))
     optimizer = make(optim, "Adam", params)

@@ -3,8 +3,8 @@
 A plan is only a cache: it depends on nothing but the group, the tensors and the state as they are,
 so a step that makes a new plan gives the same bits. A plan that is kept
 
-- holds no parameters and no gradients, and only those tensors of the state whose rows drop the plan
-  before they change: what a user releases is freed at once;
+- holds no parameters, no gradients and no hyperparameters that are tensors, and only those tensors of
+  the state whose rows drop the plan before they change: what a user releases is freed at once;
 - is checked before each step, and used only if the parameters are the same objects, the flags, the
   rule and the missing gradients are the same, every parameter, gradient and tensor of the state has
   the type, dtype, device, layout, shape and strides that it had, all but the gradients have the
@@ -101,6 +101,14 @@ class Plan:
         """One step of all buckets."""
         for bucket in self.buckets:
             bucket.step_(optimizer, self.options, *bucket.of(group["params"], grads))
+        if not self.options.constant:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget numbers that may be tensors, which the next step reads again."""
+        self.options.values = []
+        for bucket in self.buckets:
+            bucket.options, bucket.values, bucket.numbers = None, [], []
 
 
 class Bucket:
