@@ -3,8 +3,8 @@
 A plan is only a cache: it depends on nothing but the group, the tensors and the state as they are,
 so a step that makes a new plan gives the same bits. A plan that is kept
 
-- holds no parameters, no gradients and no hyperparameters that are tensors, and only those tensors of
-  the state whose rows drop the plan before they change: what a user releases is freed at once;
+- holds no parameters, gradients or hyperparameters that are tensors, and only those tensors of the
+  state whose rows drop the plan before they change: what a user releases is freed at once;
 - is checked before each step, and used only if the parameters are the same objects, the flags, the
   rule and the missing gradients are the same, every parameter, gradient and tensor of the state has
   the type, dtype, device, layout, shape and strides that it had, all but the gradients have the
