@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import itertools
+import operator
 import pickle
 import sys
 import types
@@ -13,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -541,6 +542,40 @@ class WeaklyEntangled(nn.Module):
         return self.slot(self.slotted.layer(self.a.parent().b(x)))
 
 
+class Wrapped(nn.Module):
+    """The same by functions that wrap others, call themselves or each other, or hold tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        a, b, table = self.a, self.b, {}
+
+        def alone(x, n):
+            return a(x) if n == 0 else alone(x, n - 1)
+
+        def even(x, n):
+            return b(x) if n == 0 else odd(x, n - 1)
+
+        def odd(x, n):
+            return even(x, n - 1)
+
+        def listed(x, n):
+            return a(x) if n == 0 else table["listed"](x, n - 1)
+
+        def attributed(x):
+            return x
+
+        table["listed"], attributed.weight = listed, self.b.weight
+        self.alone, self.odd, self.table, self.attributed = alone, odd, table, attributed
+        self.cached = functools.lru_cache(maxsize=3)(lambda n: n * self.b.weight)
+        self.layer, self.times, self.plus = [self.a].__getitem__, self.b.bias.mul, a.bias.__add__
+
+    def forward(self, x):
+        x = self.odd(self.alone(x, 2), 3)
+        x = self.table["listed"](x, 2) @ self.attributed.weight
+        return self.plus(self.times(self.layer(0)(x @ self.cached(2))))
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -565,13 +600,23 @@ def compiled_in_place():
     [
         Entangled,
         WeaklyEntangled,
+        Wrapped,
         Recurrent,
         Tied,
         compiled,
         compiled_in_place,
         lambda: Normalized(pruned),
     ],
-    ids=["Entangled", "weakly", "Recurrent", "Tied", "compiled", "compiled in place", "pruned"],
+    ids=[
+        "Entangled",
+        "weakly",
+        "Wrapped",
+        "Recurrent",
+        "Tied",
+        "compiled",
+        "compiled in place",
+        "pruned",
+    ],
 )
 def test_the_call_uses_the_given_tensors_wherever_the_module_refers_to_its_own(make):
     torch.manual_seed(0)
@@ -581,14 +626,71 @@ def test_the_call_uses_the_given_tensors_wherever_the_module_refers_to_its_own(m
     actual = functional(params, functional.buffers, x)[0]
     if isinstance(module, Entangled):
         assert len(module.observer.seen) == 3
-        module.weights[0] = params["b.weight"]
-    buffers = {k: b.clone() for k, b in functional.buffers.items()}
-    expected = functional_call(module, params | buffers, (x,))
+    own = make().double()
+    own.load_state_dict(params | functional.buffers, strict=False)
+    expected = own(x)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(
         torch.autograd.grad(actual.sum(), [*params.values()]),
-        torch.autograd.grad(expected.sum(), [*params.values()]),
+        torch.autograd.grad(expected.sum(), [*own.parameters()]),
     )
+
+
+class Single:
+    """An object of which there is only one."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __copy__(self):
+        return self
+
+
+class Uncopied(Single):
+    def __copy__(self):
+        raise TypeError("there is only one")
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (Single, "Single"),
+        (Uncopied, "Uncopied"),
+        (itertools.repeat, "repeat"),
+        (lambda layer: operator.methodcaller("mul", layer.weight), "methodcaller"),
+    ],
+    ids=["Single", "Uncopied", "repeat", "methodcaller"],
+)
+def test_an_attribute_that_can_only_refer_to_the_modules_own_tensors_is_refused(make, kind):
+    module = smooth()
+    module.held = held = make(module[0])
+    functional = diffopt.nn.functionalize(module)
+    given = {name: p + 1 for name, p in functional.params.items()}
+    with pytest.raises(ValueError, match=f"attribute 'held' .* holds an object of type {kind}, "):
+        functional(given, functional.buffers, data())
+    if isinstance(held, Single):
+        assert module.held is held
+        assert held.layer is module[0]
+
+
+class Registering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        self.layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+        self.register_buffer("last", x, persistent=False)
+        return self.layer(x)
+
+
+def test_what_a_call_registers_is_registered_in_its_replica_only():
+    module = Registering()
+    functional = diffopt.nn.functionalize(module)
+    ends = [functional(functional.params, {}, torch.ones(3))[0] for _ in range(2)]
+    assert torch.equal(*ends)
+    assert not module.layer._forward_hooks
+    assert not module._non_persistent_buffers_set
 
 
 @pytest.mark.parametrize("kind", [parametrizations.weight_norm, parametrizations.orthogonal])

@@ -283,6 +283,85 @@ def test_a_parameter_twice_in_a_group_is_stepped_twice(name):
     close(*runs)
 
 
+def regrouped(make_, params, regroup):
+    a, b, c = params
+    optimizers = [make_([{"params": [a, b]}, {"params": [c]}]), make_([b])]
+    step(optimizers[0], params)
+    regroup(optimizers, *params)
+    for t in range(1, 5):
+        for optimizer in optimizers:
+            step(optimizer, params, t)
+
+
+def share_rows(optimizers, a, b, c):
+    optimizers[0].state[c] = optimizers[0].state[a]
+
+
+def share_counts(optimizers, a, b, c):
+    rows = optimizers[0].state
+    rows[c].update({"step": rows[a]["step"]} if "step" in rows[a] else {})
+
+
+REGROUPED = {
+    "a part of a group": lambda o, a, b, c: o[0].param_groups[1].update(params=[a]),
+    "another order": lambda o, a, b, c: o[0].param_groups[1].update(params=[c, b]),
+    "the same list": lambda o, a, b, c: o[0].param_groups[1].update(o[0].param_groups[0]),
+    "a row": share_rows,
+    "a count": share_counts,
+    "a row of another optimizer": lambda o, a, b, c: o[1].state.update({b: o[0].state[b]}),
+    "all state of another optimizer": lambda o, a, b, c: setattr(o[1], "state", o[0].state),
+}
+
+
+@pytest.mark.parametrize("how", REGROUPED)
+@every_class
+def test_what_groups_share_is_stepped_by_one_after_the_other(name, how):
+    runs = [parameters((4, 4), (2, 3), (4, 4)) for _ in BOTH]
+    for library, params in zip(BOTH, runs, strict=True):
+        regrouped(lambda some, lib=library: make(lib, name, some), params, REGROUPED[how])
+    close(*runs, rtol=1e-5, atol=1e-6)
+
+
+def swap(params, states):
+    for p, q in zip(params, params[::-1], strict=True):
+        p.grad = q.data
+
+
+def shift(params, states):
+    start = torch.full((60, 4), 0.5)
+    for k, p in enumerate(params):
+        p.data = start[4 * k : 4 * k + 4].copy_(p.data)
+        p.grad = start[4 * k + 3 : 4 * k + 7]  # partly its own, partly the next one's
+
+
+def buffers(params, states):
+    for p, row in zip(params, states[::-1], strict=True):
+        found = [x for x in row.values() if isinstance(x, torch.Tensor) and x.shape == p.shape]
+        p.grad = found[0] if found else torch.ones_like(p)
+
+
+@pytest.mark.parametrize("place", [swap, shift, buffers])
+@every_way
+@elementwise
+def test_a_gradient_may_lie_in_the_memory_that_a_step_writes(name, flags, place):
+    """Then each parameter is stepped with what those before it have left there."""
+    ends = []
+    for joint in (True, False):
+        params = parameters(*[(4, 4)] * 3)
+        groups = [params] if joint else [[p] for p in params]
+        optimizers = [make(optim, name, group, **flags) for group in groups]
+        for t in range(4):
+            if t == 0:
+                for p in params:
+                    p.grad = torch.ones_like(p)
+            else:
+                place(params, [o.state[p] for o in optimizers for p in o.param_groups[0]["params"]])
+            for optimizer in optimizers:
+                optimizer.step()
+        ends.append(params)
+    close(*ends, rtol=1e-5, atol=1e-6)
+
+
 @every_class
 def test_strides_may_change_where_the_address_stays(name):
     runs = [parameters((4, 4)) for _ in BOTH]
@@ -437,6 +516,23 @@ def test_a_parameter_taken_out_of_a_group_is_freed_at_once():
     ref = weakref.ref(params.pop())
     optimizer.param_groups[0]["params"].pop()
     assert ref() is None
+
+
+@every_class
+def test_what_a_group_no_longer_holds_is_freed(name):
+    params = parameters((3, 4), (4, 4))
+    optimizer = make(optim, name, params)
+    group = optimizer.param_groups[0]
+    values = {"lr": torch.tensor(0.1), "centers": [torch.zeros(3)]}
+    group.update(values)
+    refs = [weakref.ref(values["lr"]), weakref.ref(values["centers"][0])]
+    for t in range(3):
+        step(optimizer, params, t)
+    values.clear()
+    del group["centers"]
+    group["lr"] = 0.1
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
 
 
 def test_copies_of_the_state_are_plain():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -65,6 +67,33 @@ def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, i
 
 def _integers(values: Iterable[int]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int64)
+
+
+class Extent:
+    """The memory of tensors that have an address, each from its first to its last element."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        spans = sorted(map(_bounds, tensors))
+        self.starts = [start for start, _ in spans]
+        self.ends = list(itertools.accumulate((end for _, end in spans), max))
+
+    def meets(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether one of these may have an element there."""
+        for start, end in map(_bounds, tensors):
+            last = bisect.bisect_left(self.starts, end) - 1  # that begins before the end
+            if last >= 0 and self.ends[last] > start:
+                return True
+        return False
+
+
+def _bounds(tensor: Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    return start, start + (tensor.nbytes if tensor.is_contiguous() else span(tensor))
+
+
+def address(tensor: Tensor) -> int:
+    """The address of the first element; 0 where there is none, or it cannot be seen."""
+    return 0 if _modes.observed() or not _modes.ordinary(tensor) else tensor.data_ptr()
 
 
 def span(tensor: Tensor) -> int:

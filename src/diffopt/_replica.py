@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import itertools
 import operator
 import types
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from diffopt import _torch
 
-_Build: TypeAlias = Callable[[Any, list[Any]], Any]
+_Build: TypeAlias = Callable[[Any, list[Any], Any], Any]
 
 
 def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Module:
@@ -26,6 +27,9 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
     The parts are the module and all its submodules, which are copied too. Everything else is
     shared, except what refers to a part or a tensor: containers, weak references, bound methods,
     functions, and objects (but not objects nested inside those).
+
+    Raises:
+        ValueError: an attribute refers to a part or a tensor in a way that cannot be replaced.
     """
     known: dict[int, Any] = {**tensors, **{id(part): object.__new__(type(part)) for part in parts}}
     copies = _Copies(known, _Copies(known, None))
@@ -35,12 +39,30 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
         for name, value in vars(part).items():
             kind: type = type(value)
             if kind not in _ATOMS and (kind not in _DICTS or value) and name not in _TABLES:
-                attributes[name] = copies.of(value)
+                attributes[name] = _replaced(value, copies, part, name)
         for name in _TABLES:
             attributes[name] = {k: known.get(id(v), v) for k, v in attributes[name].items()}
+        for name in attributes.keys() & _REGISTRIES:
+            attributes[name] = attributes[name].copy()
         for slot, value in _slotted(part).items():
-            slot.__set__(known[id(part)], copies.of(value))
+            slot.__set__(known[id(part)], _replaced(value, copies, part, slot.__name__))
     return known[id(parts[0])]
+
+
+def _replaced(value: Any, copies: _Copies, part: nn.Module, name: str) -> Any:
+    try:
+        return copies.of(value)
+    except _Fixed as fixed:
+        raise ValueError(
+            f"the attribute {name!r} of the module's {type(part).__name__} holds an object of type "
+            f"{fixed.args[0]}, which refers to its tensors or submodules and cannot be made to "
+            "refer to others: keep those in attributes, containers, functions or objects that can "
+            "be copied"
+        ) from None
+
+
+class _Fixed(Exception):
+    """An object refers to what is replaced, and cannot be made to refer to anything else."""
 
 
 class _Copies:
@@ -51,15 +73,22 @@ class _Copies:
 
     def __init__(self, known: Mapping[int, Any], inner: _Copies | None) -> None:
         self.known, self.inner = dict(known), inner
+        self.open: dict[int, Any] = {}  # those being followed, and copies that were met inside
 
     def of(self, value: Any) -> Any:
         """The replacement of `value`: itself, if nothing in it has to be replaced."""
         if type(value) in _ATOMS:
             return value
         key = id(value)
+        if key in self.open:  # it refers to itself
+            if self.open[key] is None:
+                begin = next((b for kinds, b in _BEGUN if isinstance(value, kinds)), None)
+                self.open[key] = begin(value) if begin else value
+            return self.open[key]
         if key not in self.known:
-            self.known[key] = value  # in case it refers to itself
+            self.open[key] = None
             self.known[key] = self._followed(value)
+            del self.open[key]
         return self.known[key]
 
     def _followed(self, value: Any) -> Any:
@@ -69,19 +98,31 @@ class _Copies:
                 return self._rebuilt(value, parts(value), build)
         if self.inner is None or issubclass(kind, _SHARED):
             return value
-        return self.inner._rebuilt(value, _attributes(value), _object)
+        result = self.inner._rebuilt(value, _attributes(value), _object)
+        if result is value:
+            for x in gc.get_referents(value):
+                if self.inner.of(x) is not x:
+                    raise _Fixed(kind.__qualname__)
+        return result
 
     def _rebuilt(self, value: Any, parts: list[Any], build: _Build) -> Any:
         new = list(map(self.of, parts))
-        return value if all(map(operator.is_, new, parts)) else build(value, new)
+        if all(map(operator.is_, new, parts)):
+            return value
+        return build(value, new, self.open.get(id(value)))
 
 
 def _attributes(value: Any) -> list[Any]:
     return [*getattr(value, "__dict__", {}).values(), *_slotted(value).values()]
 
 
-def _object(value: Any, new: list[Any]) -> Any:
-    result, contents = copy.copy(value), iter(new)
+def _object(value: Any, new: list[Any], _: Any) -> Any:
+    try:
+        result, contents = copy.copy(value), iter(new)
+    except Exception as error:
+        raise _Fixed(type(value).__qualname__) from error
+    if result is value:
+        raise _Fixed(type(value).__qualname__)
     for name in getattr(value, "__dict__", {}):
         vars(result)[name] = next(contents)
     for slot in _slotted(value):
@@ -114,41 +155,57 @@ def _content(cell: types.CellType) -> Any:
 
 def _captured(function: types.FunctionType) -> list[Any]:
     contents = map(_content, function.__closure__ or ())
-    return [*contents, function.__defaults__, function.__kwdefaults__]
+    return [*contents, function.__defaults__, function.__kwdefaults__, vars(function)]
 
 
-def _function(value: types.FunctionType, new: list[Any]) -> types.FunctionType:
-    *contents, defaults, kwdefaults = new
-    closure = tuple(
-        cell if _content(cell) is content else types.CellType(content)
-        for cell, content in zip(value.__closure__ or (), contents, strict=True)
-    )
-    result = types.FunctionType(
-        value.__code__, value.__globals__, value.__name__, defaults, closure
-    )
-    result.__kwdefaults__ = kwdefaults
-    vars(result).update(vars(value))
+def _begun(value: types.FunctionType) -> types.FunctionType:
+    cells = tuple(types.CellType() for _ in value.__closure__ or ())
+    return types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+
+
+def _function(value: types.FunctionType, new: list[Any], result: Any) -> types.FunctionType:
+    *contents, defaults, kwdefaults, attributes = new
+    if result is None:
+        closure = tuple(
+            cell if _content(cell) is content else types.CellType(content)
+            for cell, content in zip(value.__closure__ or (), contents, strict=True)
+        )
+        named = value.__code__, value.__globals__, value.__name__
+        result = types.FunctionType(*named, None, closure)
+    else:
+        for cell, content in zip(result.__closure__, contents, strict=True):
+            cell.cell_contents = content
+    result.__defaults__, result.__kwdefaults__ = defaults, kwdefaults
+    vars(result).update(attributes)
     return result
 
 
-def _method(value: types.MethodType, new: list[Any]) -> types.MethodType:
+def _method(value: types.MethodType, new: list[Any], _: Any = None) -> types.MethodType:
     return types.MethodType(value.__func__, *new)
+
+
+def _cached(value: Any, new: list[Any], _: Any) -> Any:
+    return functools.lru_cache(**value.cache_parameters())(*new)
 
 
 def _items(value: Mapping[Any, Any]) -> list[Any]:
     return list(itertools.chain(*value.items()))
 
 
-def _dict(value: dict[Any, Any], new: list[Any]) -> dict[Any, Any]:
+def _empty(value: Any) -> Any:
     result = copy.copy(value)
     result.clear()
+    return result
+
+
+def _dict(value: dict[Any, Any], new: list[Any], result: Any = None) -> dict[Any, Any]:
+    result = _empty(value) if result is None else result
     result.update(zip(new[::2], new[1::2], strict=True))
     return result
 
 
-def _list(value: Any, new: list[Any]) -> Any:
-    result = copy.copy(value)
-    result.clear()
+def _list(value: Any, new: list[Any], result: Any) -> Any:
+    result = _empty(value) if result is None else result
     result.extend(new)
     return result
 
@@ -156,25 +213,43 @@ def _list(value: Any, new: list[Any]) -> Any:
 _ATOMS = {bool, int, float, complex, str, bytes, type(None)}
 _DICTS = {dict, OrderedDict}  # most attributes of a module are empty dicts for hooks
 _TABLES = _torch.MODULE_TABLES
+_REGISTRIES = {name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
+"""What a module keeps of its hooks and buffers, which it may write to when it is called."""
 _SHARED = (Tensor, nn.Module, type, types.ModuleType)  # those that are not parts of the module
+_BUILTIN = (types.BuiltinMethodType, types.MethodWrapperType)
+_BEGUN: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
+    ((dict, list, deque), _empty),
+    (types.FunctionType, _begun),
+)
+"""The kinds of objects that may contain themselves, and how a copy is begun."""
+
 _FOLLOW: tuple[tuple[Any, Callable[[Any], list[Any]], _Build], ...] = (
     (dict, _items, _dict),
     ((list, deque), list, _list),
-    (types.MappingProxyType, _items, lambda value, new: type(value)(_dict(dict(value), new))),
+    (types.MappingProxyType, _items, lambda value, new, _: type(value)(_dict(dict(value), new))),
     (
         weakref.WeakMethod,
         lambda value: [getattr(value(), "__self__", None)],
-        lambda value, new: weakref.WeakMethod(_method(value(), new)),
+        lambda value, new, _: weakref.WeakMethod(_method(value(), new)),
     ),
-    (weakref.ref, lambda value: [value()], lambda value, new: weakref.ref(*new)),
-    (tuple, list, lambda value, new: getattr(value, "_make", type(value))(new)),
-    ((set, frozenset), list, lambda value, new: type(value)(new)),
+    (weakref.ref, lambda value: [value()], lambda value, new, _: weakref.ref(*new)),
+    (tuple, list, lambda value, new, _: getattr(value, "_make", type(value))(new)),
+    ((set, frozenset), list, lambda value, new, _: type(value)(new)),
     (types.MethodType, lambda value: [value.__self__], _method),
+    (
+        _BUILTIN,
+        lambda value: [value.__self__],
+        lambda value, new, _: getattr(new[0], value.__name__),
+    ),
     (
         functools.partial,
         lambda value: [value.func, value.args, value.keywords],
-        lambda value, new: functools.partial(new[0], *new[1], **new[2]),
+        lambda value, new, _: functools.partial(new[0], *new[1], **new[2]),
     ),
+    (type(functools.cache(len)), lambda value: [value.__wrapped__], _cached),
     (types.FunctionType, _captured, _function),
 )
-"""The kinds of objects that are followed: their parts, and how one is built of other parts."""
+"""The kinds of objects that are followed: their parts, and how one is built of other parts.
+
+A build is given the copy that was begun where an object contains itself, otherwise None.
+"""

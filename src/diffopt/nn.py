@@ -57,6 +57,7 @@ def functionalize(module: nn.Module) -> Functional:
     module assigns to its own plain attributes is lost after the call: return it, or register a
     buffer. References to submodules from plain attributes, containers, functions and objects that
     the module holds lead to the replica too, but not those nested deeper inside such objects.
+    Objects that refer to them and cannot be copied, such as iterators, are rejected.
 
     Running averages that `batch_norm` writes to buffers have no derivative: torch's kernel does not
     provide one.
@@ -77,7 +78,8 @@ def functionalize(module: nn.Module) -> Functional:
         ValueError: the module has parameters that are not initialized yet, or is sharded by FSDP,
             whose hooks replace the given parameters with its own; (from the call) `params` or
             `buffers` has missing or unexpected names, the shape of a parameter differs from the
-            module's, or the module has changed: a parameter has been replaced
+            module's, an attribute refers to a tensor or submodule and cannot be copied, or the
+            module has changed: a parameter has been replaced
             (`load_state_dict(assign=True)`), frozen, unfrozen, added or removed.
 
     Example:

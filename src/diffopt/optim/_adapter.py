@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _torch, _tree
+from diffopt import _memory, _modes, _torch, _tree
 from diffopt._arguments import check_function
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
@@ -154,11 +154,15 @@ class RuleOptimizer(Checkpoints):
         with torch.no_grad():  # all checks come before any change
             plans = self._planned(grads)
         for group, plan, gradients in zip(groups, plans, grads, strict=True):
+            plan = plan or self._plan(group, Options(self, group), gradients)
             with torch.set_grad_enabled(bool(group.get("differentiable"))):
                 plan.step_(self, group, gradients)
 
     def _planned(self, grads: list[list[Any]]) -> list[Any]:
-        """How each group is stepped: as before where nothing has changed."""
+        """How each group is stepped: as before where nothing has changed.
+
+        None where that depends on the steps of the groups before it.
+        """
         groups = self.param_groups
         kept: list[Any] = self.state.plans if type(self.state) is State else []
         plans: list[Any] = [*kept] if len(kept) == len(groups) else [None] * len(groups)
@@ -171,13 +175,35 @@ class RuleOptimizer(Checkpoints):
         if not stale:
             return plans
         kept.clear()
-        with _state.unread():
+        with _state.unread(self.state):
             for i in stale:
                 self._check(groups[i], i, grads[i])
-            for i in stale:
-                plans[i] = Plan(self, groups[i], options[i], grads[i])
+            if self._entwined():
+                return [None] * len(groups)
+        for i in stale:
+            plans[i] = self._plan(groups[i], options[i], grads[i])
         kept[:] = [plan if plan.lasting else None for plan in plans]
         return plans
+
+    def _plan(self, group: Group, options: Options, grads: list[Any]) -> Plan:
+        with torch.no_grad(), _state.unread(self.state):
+            return Plan(self, group, options, grads)
+
+    def _entwined(self) -> bool:
+        """Whether two groups share a parameter or a count, which each of them moves in turn."""
+        if len(self.param_groups) < 2:
+            return False
+        moved = [set(self._moved(group["params"])) for group in self.param_groups]
+        return len(set[int]().union(*moved)) < sum(map(len, moved))
+
+    def _moved(self, params: list[Tensor]) -> Iterator[int]:
+        """What identifies params, their rows of the state, and the counts in these."""
+        for param in params:
+            yield id(param)
+            if row := self.state.get(param):
+                yield id(row)
+                counts = [x for name in self.scalar_state if isinstance(x := row.get(name), Tensor)]
+                yield from (_memory.address(x) or id(x) for x in counts)
 
     def _read(self, plans: list[Any]) -> list[Options]:
         """The options of each group."""

@@ -46,7 +46,7 @@ class Checkpoints(torch.optim.Optimizer):
             indices = [index.setdefault(id(param), len(index)) for param in group["params"]]
             options = {k: v for k, v in group.items() if k != "params"}
             groups.append(copied(options) | {"params": indices})
-        with _state.unread():
+        with _state.unread(self.state):
             state = {index.get(id(k), k): copied(_plain(row)) for k, row in self.state.items()}
         saved: dict[str, Any] = {"state": state, "param_groups": groups}
         for hook in _torch.hooks(self, "state_dict_post"):

@@ -24,8 +24,9 @@ class Options:
         self.opt: Leafwise[Any, Any] = optimizer.rule(group)
         self.values = values_of(self.opt, group)
         self.flags = tuple(map(group.get, _FLAGS))
-        self.given = _given(group)
-        self.constant = all(map(_constant, self.given.values()))
+        given = _given(group)
+        self.constant = all(map(_constant, given.values()))
+        self.given = given if self.constant else {}  # which users may let go
 
     def current(self, optimizer: Any, group: Group) -> bool:
         """Whether the group still says the same: it has the same objects, all of them constants."""

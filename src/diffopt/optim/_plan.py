@@ -3,8 +3,8 @@
 A plan is only a cache: it depends on nothing but the group, the tensors and the state as they are,
 so a step that makes a new plan gives the same bits. A plan that is kept
 
-- holds no parameters and no gradients, and only those tensors of the state whose rows drop the plan
-  before they change: what a user releases is freed at once;
+- holds no parameters, gradients or hyperparameters that are tensors, and only those tensors of the
+  state whose rows drop the plan before they change: what a user releases is freed at once;
 - is checked before each step, and used only if the parameters are the same objects, the flags, the
   rule and the missing gradients are the same, every parameter, gradient and tensor of the state has
   the type, dtype, device, layout, shape and strides that it had, all but the gradients have the
@@ -18,6 +18,7 @@ traced.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -100,6 +101,14 @@ class Plan:
         """One step of all buckets."""
         for bucket in self.buckets:
             bucket.step_(optimizer, self.options, *bucket.of(group["params"], grads))
+        if not self.options.constant:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget numbers that may be tensors, which the next step reads again."""
+        self.options.values = []
+        for bucket in self.buckets:
+            bucket.options, bucket.values, bucket.numbers = None, [], []
 
 
 class Bucket:
@@ -135,6 +144,7 @@ class Bucket:
             self.buffers[name] = [param.new_empty(0) for param in params] if absent else column
         orders = [_order(opt, param) for param in params] if key.kind.layout == "regular" else []
         self.orders = orders if any(orders) else []
+        self.extent: _memory.Extent | None = None
 
     def of(self, params: list[Tensor], grads: list[Any]) -> tuple[list[Tensor], list[Any]]:
         """The parameters and gradients of this bucket among those of the group."""
@@ -278,7 +288,9 @@ class Bucket:
             t = _modes.number_of(self.scalars["step"].first) + 1
         placed = running.on_device(self.values, self.key.device)
         numbers = running.numbers_of(self.rule, t, placed)
-        if way not in ("leaf", "sparse"):
+        if way in _JOINT and self._crossed(columns):
+            way = "leaf"
+        if way in _JOINT:
             ways.RUN[way](self.rule, numbers, columns)
             self._count(columns)
             return
@@ -286,6 +298,15 @@ class Bucket:
             row = [[c[i]] if isinstance(c, list) else c for c in columns]
             ways.RUN[way](self.rule, numbers, row)
             self._count(columns, i)
+
+    def _crossed(self, columns: list[Any]) -> bool:
+        """Whether a gradient lies where the step writes, maybe that of a parameter before it."""
+        if self.key.device.type == "meta":
+            return False
+        if self.extent is None:  # the addresses of what is written stay while the plan holds
+            written = (c for c in running.written(columns) if isinstance(c, list))
+            self.extent = _memory.Extent(itertools.chain(*written))
+        return self.extent.meets(columns[1])
 
     def _count(self, columns: Sequence[Any], i: int | None = None) -> None:
         """Put the new numbers into the state, of all parameters or of one."""
@@ -307,6 +328,10 @@ class Bucket:
             new_param, *new = _stepped(self.rule, t, self.values, [param.clone(), grad, *old])
             row.update((name, x) for name, x in zip(self.fields, new, strict=True) if name)
             param.copy_(new_param)
+
+
+_JOINT = ("tiles", "stacks", "foreach")
+"""The ways that may write one parameter before they read the gradient of another."""
 
 
 def _missing(grads: Sequence[Any]) -> list[int]:

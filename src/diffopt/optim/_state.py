@@ -63,7 +63,7 @@ def _drop(mapping: Any) -> None:
 
 
 def _lend(row: Any) -> None:
-    if not _unread.get():
+    if _unread.get() is not row.plans:
         row.plans.lent = True
 
 
@@ -115,14 +115,17 @@ class State(defaultdict[Any, Any]):
         return all(type(row) is Row and row.plans is self.plans for row in rows)
 
 
-_unread = contextvars.ContextVar("_unread", default=False)
-"""Each thread has its own value: another one may read at the same time."""
+_unread = contextvars.ContextVar[Any]("_unread", default=None)
+"""The plans of the state being read; another thread may read another one at the same time."""
 
 
 @contextlib.contextmanager
-def unread() -> Generator[None]:
-    """What this thread reads and puts in meanwhile stays within this package."""
-    token = _unread.set(True)
+def unread(state: Any) -> Generator[None]:
+    """What this thread reads of a state and puts into it meanwhile stays with its optimizer.
+
+    Rows of another one, which users may put into a state, are lent.
+    """
+    token = _unread.set(getattr(state, "plans", None))
     try:
         yield
     finally:
