@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -70,25 +71,29 @@ def _integers(values: Iterable[int]) -> Tensor:
 
 
 class Extent:
-    """The memory of tensors that have an address, each from its first to its last element."""
+    """Where tensors are written and others read, as long as the former stay where they are.
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        spans = sorted(map(_bounds, tensors))
+    Args:
+        written: tensors that are written.
+        read: others; later ones have the same shapes and strides.
+    """
+
+    def __init__(self, written: Iterable[Tensor], read: Iterable[Tensor]) -> None:
+        spans = sorted((x.data_ptr(), x.data_ptr() + _length(x)) for x in written)
         self.starts = [start for start, _ in spans]
-        self.ends = list(itertools.accumulate((end for _, end in spans), max))
+        self.ends = [0, *itertools.accumulate((end for _, end in spans), max)]
+        self.lengths = list(map(_length, read))
 
-    def meets(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether one of these may have an element there."""
-        for start, end in map(_bounds, tensors):
-            last = bisect.bisect_left(self.starts, end) - 1  # that begins before the end
-            if last >= 0 and self.ends[last] > start:
-                return True
-        return False
+    def meets(self, read: Iterable[Tensor]) -> bool:
+        """Whether one of them may have an element where the others are written."""
+        addresses = list(map(Tensor.data_ptr, read))  # all in C: there may be thousands
+        ends = map(operator.add, addresses, self.lengths)
+        begun = map(bisect.bisect_left, itertools.repeat(self.starts), ends)
+        return any(map(operator.gt, map(self.ends.__getitem__, begun), addresses))
 
 
-def _bounds(tensor: Tensor) -> tuple[int, int]:
-    start = tensor.data_ptr()
-    return start, start + (tensor.nbytes if tensor.is_contiguous() else span(tensor))
+def _length(tensor: Tensor) -> int:
+    return tensor.nbytes if tensor.is_contiguous() else span(tensor)
 
 
 def address(tensor: Tensor) -> int:

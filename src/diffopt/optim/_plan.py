@@ -305,7 +305,7 @@ class Bucket:
             return False
         if self.extent is None:  # the addresses of what is written stay while the plan holds
             written = (c for c in running.written(columns) if isinstance(c, list))
-            self.extent = _memory.Extent(itertools.chain(*written))
+            self.extent = _memory.Extent(itertools.chain(*written), columns[1])
         return self.extent.meets(columns[1])
 
     def _count(self, columns: Sequence[Any], i: int | None = None) -> None:
