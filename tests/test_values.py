@@ -211,6 +211,29 @@ def test_a_rule_may_join_tensors(join, execution, elementwise):
     torch.testing.assert_close(params, [torch.full_like(p, 1 - 2 - 4) for p in params])
 
 
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"State": None}, "State is None, not a NamedTuple class whose first field is step"),
+        ({"State": dict}, "State is <class 'dict'> .*, not a NamedTuple class"),
+        ({"hparams": None}, "hparams is None, not a class made by diffopt.rules.hparams"),
+        ({"hparams": dict}, "hparams is <class 'dict'> .*, not a class made by"),
+        ({"rule": lambda *_: None}, r"the rule must return \(new_param, new_state\), not None"),
+        ({"rule": lambda _, p, *__: p}, r"the rule must return .*, not a tensor of shape"),
+        (
+            {"rule": lambda _, p, g, s, *__: (p, (s.step,))},
+            "the rule returned 1 fields of its state, but it has 2",
+        ),
+    ],
+)
+def test_mistakes_in_a_class_of_ones_own_are_explained(members, message):
+    opt_class = dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(
+        type("Mine", (Lion,), members)
+    )
+    with pytest.raises(TypeError, match=message):
+        step_of(opt_class())
+
+
 def test_a_rule_of_matrices_is_only_shown_matrices():
     def begin(p, step):
         return LionState(step, p.new_zeros(p.shape[1], p.shape[1]))

@@ -130,7 +130,8 @@ class ImplicitDerivative:
             if anywhere(~(size <= self.root_tolerance)):
                 fail(
                     f"x is not a solution: {_MEASURED[measure]} {greatest(size):.2g}, above "
-                    f"root_tolerance={self.root_tolerance:.2g}, so its derivative would be wrong",
+                    f"root_tolerance={self.root_tolerance:.2g}, so its derivative would be wrong: "
+                    "solve more accurately (take more steps), or raise root_tolerance",
                     self.on_failure,
                 )
 

@@ -174,7 +174,8 @@ TORCH_PAIRS = {
 def _misnamed(record: str, names: list[str], args: tuple[Any, ...], values: dict[str, Any]) -> str:
     """What is wrong with the arguments of a record, and what to pass instead."""
     if args:
-        return f"{record} takes only keyword arguments, such as {names[0]}=..., but got {args[0]!r}"
+        given = _tree.shown(args[0])
+        return f"{record} takes only keyword arguments, such as {names[0]}=..., but got {given}"
     wrong = next(name for name in values if name not in names)
     hint = f": pass {' and '.join(names) if len(names) < 3 else ', '.join(names)}"
     if wrong in TORCH_PAIRS and TORCH_PAIRS[wrong][0] in names:

@@ -76,6 +76,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             if not isinstance(value, Hashable):
                 raise TypeError(f"{field.name} is {_tree.describe(value)}, which has no hash")
         check_choice(self.execution, "execution", *EXECUTIONS)
+        _check_classes(getattr(self, "State", None), getattr(self, "hparams", None))
 
     def __repr__(self) -> str:
         """The flags, and `execution` where it is not "auto"."""
@@ -280,9 +281,9 @@ class FunctionRule(Leafwise[S, H]):
     members: tuple[tuple[str, Any], ...]
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name, member in self.members:
             object.__setattr__(self, name, member)
+        super().__post_init__()
 
     def __repr__(self) -> str:
         """The functions and classes by name, on one line."""
@@ -365,7 +366,7 @@ def leafwise(
         >>> opt.update(p, g, opt.init(p), opt.hparams(lr=0.5))[0]
         tensor([-0.5000,  0.5000])
     """
-    _check_classes(state, hparams)
+    _check_classes(state, hparams, "state")
     required = {"init": init, "rule": rule}
     optional = {
         "scalars": scalars,
@@ -385,11 +386,11 @@ def leafwise(
     return FunctionRule(members=(*members.items(),), maximize=maximize, execution=execution)
 
 
-def _check_classes(state: Any, hparams: Any) -> None:
-    """Raise unless `leafwise` can make an optimizer of these."""
+def _check_classes(state: Any, hparams: Any, name: str = "State") -> None:
+    """Raise unless a leafwise optimizer can have these."""
     if not isinstance(state, type) or getattr(state, "_fields", ())[:1] != ("step",):
         raise TypeError(
-            f"state is {_tree.describe(state)}, not a NamedTuple class whose first field is step"
+            f"{name} is {_tree.describe(state)}, not a NamedTuple class whose first field is step"
         )
     if not isinstance(hparams, type) or hparams not in hyper.FIELDS:
         raise TypeError(

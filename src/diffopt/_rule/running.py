@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch
+from diffopt._arguments import check_result
 from diffopt._rule import hyper, ops
 from diffopt._rule.rule import Rule, unused, working_real
 from diffopt._rule.tensorlist import TensorList
@@ -86,7 +87,10 @@ def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
     s = rule.State(t, *buffers)
     if initial:
         s = s._replace(**{name: getattr(s, name) + value for name, value in initial.items()})
-    new_p, new_s = rule.rule(p, -g if rule.maximize else g, s, hparams, scalars)
+    new = rule.rule(p, -g if rule.maximize else g, s, hparams, scalars)
+    new_p, new_s = check_result(new, "the rule", "new_param", "new_state")
+    if len(new_s) != len(s):
+        raise TypeError(f"the rule returned {len(new_s)} fields of its state, but it has {len(s)}")
     return [new_p, *new_s[1:]]
 
 

@@ -59,7 +59,7 @@ class OwnClass(OwnInit):
             group.
 
     Raises:
-        TypeError: an option is unknown; the message lists the known ones.
+        TypeError: an option is unknown; the message lists the hyperparameters.
         ValueError: a number is out of range.
 
     Example:
