@@ -1,4 +1,4 @@
-"""Which transforms and modes of torch are active, and what they have wrapped in tensors."""
+"""Which transforms and modes of torch are active, and what kind of tensor a tensor is."""
 
 from __future__ import annotations
 
@@ -94,6 +94,11 @@ def levels(tensor: Tensor) -> Iterator[Tensor]:
     while _torch.is_wrapped(tensor):
         tensor = _torch.unwrapped(tensor)
         yield tensor
+
+
+def has_derivative(tensor: Tensor) -> bool:
+    """Whether its dtype allows a gradient, needed or not."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def needs_gradient(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._arguments import check_integer, check_result, too_large
-from diffopt._diff.functions import AmbientState, has_derivative
+from diffopt._diff.functions import AmbientState
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
@@ -250,7 +250,7 @@ def _check_params(params: Tree) -> None:
 def _fault(param: Tensor) -> str | None:
     if param.layout is not torch.strided:
         return f"has layout {param.layout}, but must be dense"
-    if not has_derivative(param):
+    if not _modes.has_derivative(param):
         return f"has dtype {param.dtype}, not a floating-point or complex one"
     return None
 

@@ -76,7 +76,7 @@ def varying(
         ValueError: run again, the first step returns values other than `results`.
     """
     tensors, join = _tree.split((carry, args, xs[0]))
-    everything = [functions.has_derivative(tensor) for tensor in tensors]
+    everything = [_modes.has_derivative(tensor) for tensor in tensors]
     starts = _tree.split(carry)[0]
     if len({_tree.count(x) for x in xs}) > 1:  # later steps may depend on other tensors
         return everything[: len(starts)]
@@ -97,7 +97,7 @@ def varying(
         for i in range(params, min(params + state, len(depends))):
             depends[i] |= outputs[i] is inputs[i] and everything[i]
         refuse_other(results, outputs)
-        return [x for x in outputs if functions.has_derivative(x)]
+        return [x for x in outputs if _modes.has_derivative(x)]
 
     while True:
         chosen = [x.detach() for x, varied in zip(tensors, varies, strict=True) if varied]
@@ -131,7 +131,7 @@ def detach_constants(
 def refuse_varying(outputs: Iterable[Tensor], varies: Iterable[bool]) -> None:
     """Raise if an output found to be constant depends on what is differentiated after all."""
     for output, varied in zip(outputs, varies, strict=False):
-        if not varied and output.requires_grad and functions.has_derivative(output):
+        if not varied and output.requires_grad and _modes.has_derivative(output):
             raise ValueError(
                 f"a tensor of shape {tuple(output.shape)} of the optimizer's state or the buffers "
                 "depends on what is differentiated in some steps, but not in the first: "
@@ -149,7 +149,7 @@ def refuse_other(before: list[Tensor], after: list[Tensor]) -> None:
         a, b = _values(old), _values(new)
         if a is None or b is None or a.shape != b.shape:
             continue
-        rounding = torch.finfo(old.dtype).eps if functions.has_derivative(old) else 0.0
+        rounding = torch.finfo(old.dtype).eps if _modes.has_derivative(old) else 0.0
         tolerance = max(1e-2 * size, 100 * rounding * max(sizes))
         wide = a.to(torch.complex128), b.to(torch.complex128)
         if _magnitude(wide[0] - wide[1]) > tolerance or not torch.equal(a.isnan(), b.isnan()):

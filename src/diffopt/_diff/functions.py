@@ -125,7 +125,7 @@ def vjp(
 
     def partial(*xs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         pairs = zip(function(*replaced(inputs, chosen, xs)), cotangents, strict=True)
-        pairs = [(y, v) for y, v in pairs if v is not None and has_derivative(y)]
+        pairs = [(y, v) for y, v in pairs if v is not None and _modes.has_derivative(y)]
         return tuple(y for y, _ in pairs), tuple(v for _, v in pairs)
 
     if _modes.transformed():
@@ -205,15 +205,10 @@ def forward_level() -> Generator[None]:
         _LEVELS.release()
 
 
-def has_derivative(tensor: Tensor) -> bool:
-    """Whether its dtype allows a gradient; whether one is needed, `_modes.needs_gradient` tells."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def carriers(outputs: Sequence[Tensor], varies: Sequence[bool]) -> Iterator[tuple[Tensor, bool]]:
     """Each output, and whether it carries a derivative, which the first ones may not."""
     for x, v in zip(outputs, itertools.chain(varies, itertools.repeat(True))):  # noqa: B905
-        yield x, v and has_derivative(x)
+        yield x, v and _modes.has_derivative(x)
 
 
 def _enable_cudnn(enabled: bool) -> None:

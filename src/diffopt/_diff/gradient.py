@@ -186,7 +186,7 @@ def _hvp(
         if plain and any(id(leaf) not in aliases for leaf in graph_leaves(outputs)):
             refuse_closed_over("the loss", function, list(xs))
         pairs = zip(outputs, cotangents, strict=True)
-        terms = [(v.conj() * y).real.sum() for y, v in pairs if functions.has_derivative(y)]
+        terms = [(v.conj() * y).real.sum() for y, v in pairs if _modes.has_derivative(y)]
         return outputs[0] + e * torch.stack(terms).sum()
 
     gradient_jvp = _functorch_jvp if _modes.transformed() else _autograd_jvp

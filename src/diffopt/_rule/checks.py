@@ -63,7 +63,7 @@ def grads(grads: list[Any], params: list[Tensor], tree: Tree, *, sparse: bool = 
         if grad is None:
             continue
         _alike(grad, param, tree, i, "grads", ("shape", "dtype", "device"))
-        if not (param.is_floating_point() or param.is_complex()):
+        if not _modes.has_derivative(param):
             only = "only floating-point and complex params can be updated"
             raise _error(tree, "params", i, f"has dtype {param.dtype}, but {only}")
         if param.layout is not torch.strided:

@@ -24,7 +24,7 @@ def first_order(tree: Tree, message: str) -> Tree:
         return tree
 
     def mark(leaf: Any) -> Any:
-        marked = isinstance(leaf, Tensor) and functions.has_derivative(leaf)
+        marked = isinstance(leaf, Tensor) and _modes.has_derivative(leaf)
         return cast(Any, _FirstOrder.apply(message, leaf)) if marked else leaf
 
     return _tree.map(mark, tree)
@@ -36,8 +36,8 @@ def without_derivative(tree: Tree, sources: Tree, message: str) -> Tree:
     Reverse mode raises `message`. Forward mode, which computes tangents of all results, gives NaN.
     """
     tensors, join = _tree.split(tree)
-    chosen = [i for i, x in enumerate(tensors) if functions.has_derivative(x)]
-    inputs = [x for x in _tree.split(sources)[0] if functions.has_derivative(x)]
+    chosen = [i for i, x in enumerate(tensors) if _modes.has_derivative(x)]
+    inputs = [x for x in _tree.split(sources)[0] if _modes.has_derivative(x)]
     if _modes.compiling() or not chosen or not inputs:
         return tree
     results = cast(Any, _Lost.apply(message, len(chosen), *(tensors[i] for i in chosen), *inputs))
@@ -54,7 +54,7 @@ def once(message: str, function: Callable[[Tree], Tree], inputs: Tree) -> Tree:
 
 def constant_in(gradient: Tensor, inputs: Iterable[Tensor], message: str) -> Tensor:
     """A gradient whose derivative with respect to the inputs raises `message`."""
-    sources = list(filter(functions.has_derivative, inputs))
+    sources = list(filter(_modes.has_derivative, inputs))
     zero = once(message, lambda sources: torch.zeros((), device=sources[0].device), sources)
     return gradient + zero.to(gradient.device, gradient.dtype)
 

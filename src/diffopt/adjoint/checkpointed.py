@@ -20,7 +20,7 @@ from diffopt._diff.captured import (
     varying,
     watched,
 )
-from diffopt._diff.functions import AmbientState, has_derivative, recomputed
+from diffopt._diff.functions import AmbientState, recomputed
 from diffopt._diff.gradient import HVP, check_hvp
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
@@ -106,7 +106,7 @@ class Checkpointed(Adjoint):
             if self.hvp == "forward-over-reverse":  # all gradients count as varying there
                 varies = varying(step, carry, args, xs, results)
         else:
-            varies = [has_derivative(x) for x in _tree.split(carry)[0]]
+            varies = [_modes.has_derivative(x) for x in _tree.split(carry)[0]]
             with torch.no_grad(), AmbientState((carry, args, xs[0])).restored():
                 refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"

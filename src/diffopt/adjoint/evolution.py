@@ -232,6 +232,6 @@ def _product(
     terms = [
         _modes.exact((v.conj() * (a - b)).real.sum())
         for v, a, b in zip(vectors, ahead, behind, strict=True)
-        if functions.has_derivative(a)
+        if _modes.has_derivative(a)
     ]
     return torch.stack(terms).sum() if terms else torch.zeros(())

@@ -239,7 +239,7 @@ def _points(
 
 def _start(inputs: _Inputs, tensor: Tensor) -> Tensor | None:
     tangent = inputs.basis(tensor)
-    if tangent is None and tensor.dim() == 0 and functions.has_derivative(tensor):
+    if tangent is None and tensor.dim() == 0 and _modes.has_derivative(tensor):
         # Without a tangent torch computes products of constants and tangents in Python: a step
         # count, which scales every weight, gets zeros, or a step of Adam takes 1.4 times as long.
         return tensor.new_zeros((inputs.count,))
@@ -275,7 +275,7 @@ def _advance(
             empty = inputs.tensors and not inputs.count
             results = outputs(*primals)
             tangents: list[Tensor | None] = [  # an empty input has no rows, but is an input
-                y.new_zeros((0, *y.shape)) if empty and functions.has_derivative(y) else None
+                y.new_zeros((0, *y.shape)) if empty and _modes.has_derivative(y) else None
                 for y in results
             ]
     if any(id(leaf) not in aliases for leaf in graph_leaves(results)):

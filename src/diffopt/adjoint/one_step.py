@@ -81,7 +81,7 @@ def _never_done(step: GradientStep) -> Step:
             moved, _ = replace(step, tol=None)(carry, args, x)
 
         def derivative_of(moved: Any, kept: Any) -> Any:
-            if not isinstance(moved, Tensor) or not functions.has_derivative(moved):
+            if not isinstance(moved, Tensor) or not _modes.has_derivative(moved):
                 return kept
             return kept.detach() + (moved - moved.detach())
 

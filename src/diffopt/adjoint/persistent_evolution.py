@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._arguments import check_function, check_result
-from diffopt._diff import functions
 from diffopt._diff.captured import refuse_closed_over
 from diffopt._diff.functions import AmbientState
 from diffopt._tree import Tree
@@ -162,7 +161,7 @@ def _check_theta(theta: Tree) -> None:
     for leaf, path in zip(leaves, _tree.paths(theta, "theta"), strict=True):
         if not isinstance(leaf, Tensor):
             raise ValueError(f"{path} is {_tree.describe(leaf)}, not a tensor")
-        if not functions.has_derivative(leaf):
+        if not _modes.has_derivative(leaf):
             raise ValueError(f"{path} has dtype {leaf.dtype}, which cannot be perturbed")
 
 

@@ -164,7 +164,7 @@ def _varying(carry: Tree) -> list[bool]:
     params, (step, momentum), buffers = carry
     parts = (params, True), (step, False), (momentum, True), (buffers, False)
     return [
-        functions.has_derivative(x) and (moves or _modes.needs_gradient(x))
+        _modes.has_derivative(x) and (moves or _modes.needs_gradient(x))
         for tree, moves in parts
         for x in _tree.split(tree)[0]
     ]

@@ -8,8 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffopt import _tree
-from diffopt._diff import functions
+from diffopt import _modes, _tree
 from diffopt._tree import Tree
 from diffopt.adjoint import (
     Adjoint,
@@ -127,7 +126,7 @@ def explain(
         )
     if outer is not None and not isinstance(outer, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"outer is {_tree.describe(outer)}, not the tensor that is differentiated")
-    if outer is not None and not (outer.is_floating_point() or outer.is_complex()):
+    if outer is not None and not _modes.has_derivative(outer):
         raise ValueError(f"outer has dtype {outer.dtype}, which has no derivative")
     names = named(inputs)
     grads = _grads(meta_grads, inputs, names)
@@ -200,7 +199,7 @@ class _Search:
         leaf = self.leaf
         if not isinstance(leaf, Tensor):
             return None, f"it is {_tree.describe(leaf)}: pass a tensor"
-        if not functions.has_derivative(leaf):
+        if not _modes.has_derivative(leaf):
             return (
                 None,
                 f"it is of {leaf.dtype}: only floating-point and complex tensors have a gradient",

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._diff import functions
 from diffopt._tree import Tree
 from diffopt.adjoint import GradientStep
 from diffopt.adjoint._base import Step
@@ -158,7 +157,7 @@ def region_of(node: Any) -> Region | None:
 
 
 def _tapped(leaf: Any, see: Callable[[Tensor], None] | None, region: Region | None) -> Any:
-    if not (isinstance(leaf, Tensor) and functions.has_derivative(leaf)):
+    if not (isinstance(leaf, Tensor) and _modes.has_derivative(leaf)):
         return leaf
     needed = _modes.needs_gradient(leaf)
     if not (needed and torch.is_grad_enabled()) or _modes.forward_differentiated():

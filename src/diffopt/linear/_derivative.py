@@ -173,7 +173,7 @@ _MADE_INSIDE = (
 
 def _differentiable(inputs: Sequence[Tensor], asked: Sequence[bool]) -> list[int]:
     pairs = enumerate(zip(inputs, asked, strict=True))
-    return [i for i, (x, wanted) in pairs if wanted and functions.has_derivative(x)]
+    return [i for i, (x, wanted) in pairs if wanted and _modes.has_derivative(x)]
 
 
 def _pullback(

@@ -344,9 +344,7 @@ def _check_tensor(value: Any, param: Tensor, shape: torch.Size, name: str) -> No
         )
     if value.device != param.device:
         raise ValueError(f"{name} is on {value.device}, but the parameter is on {param.device}")
-    if value.is_complex() != param.is_complex() or not (
-        value.is_floating_point() or value.is_complex()
-    ):
+    if value.is_complex() != param.is_complex() or not _modes.has_derivative(value):
         raise ValueError(
             f"{name} has dtype {value.dtype}, but the parameter has dtype {param.dtype}"
         )

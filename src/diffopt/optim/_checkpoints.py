@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
-from diffopt._diff.functions import has_derivative
+from diffopt._modes import has_derivative
 from diffopt.optim import _state
 from diffopt.optim._groups import Group, check_numbers, name_of, plain_number, with_betas
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt import _tree
 from diffopt._arguments import factory
-from diffopt._modes import real
+from diffopt._modes import has_derivative, real
 from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import working_real
@@ -191,7 +191,7 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Leaves by dtype and device; integers, which have no gradient, are left out."""
     groups: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if tensor.is_floating_point() or tensor.is_complex():
+        if has_derivative(tensor):
             groups.setdefault((working_real(tensor.dtype), tensor.device), []).append(i)
     return list(groups.values())
 
