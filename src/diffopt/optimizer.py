@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -65,8 +65,7 @@ class Optimizer(ABC, Generic[S, H]):
         with torch.no_grad():
             new_params, new_state = self.update(params, grads, state, hparams)
             new = {"params": new_params, "state": new_state}
-            for old_leaf, new_leaf in overwriting({"params": params, "state": state}, new):
-                old_leaf.copy_(new_leaf)
+            copy_(overwriting({"params": params, "state": state}, new))
 
 
 def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:
@@ -94,6 +93,12 @@ def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor
     if not _modes.transformed():
         _memory.check_apart(path, [leaf for leaf, _ in pairs])
     return pairs
+
+
+def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:
+    """Overwrite tensors, such as those of `overwriting`, each with its new value."""
+    for old, new in pairs:
+        old.copy_(new)
 
 
 def _fault(old: Any, new: Any) -> str | None:
@@ -124,3 +129,19 @@ def refuse_gradients(grads: Tree, hparams: Any) -> None:
                     f"{_tree.paths(tree, name)[i]} requires a gradient, but update_ is not "
                     "differentiable: use update, or call it under torch.no_grad()"
                 )
+
+
+def check_optimizer(value: object, name: str) -> None:
+    """Raise unless it is a pure optimizer."""
+    if isinstance(value, Optimizer):
+        return
+    kind = value if isinstance(value, type) else type(value)
+    if issubclass(kind, torch.optim.Optimizer):
+        raise TypeError(
+            f"{name} is {kind.__name__}, a torch.optim.Optimizer, which changes parameters in "
+            "place: pass a pure one such as diffopt.sgd(), or convert it with diffopt.optim.to_pure"
+        )
+    raise TypeError(
+        f"{name} is {_tree.shown(value)}, not a diffopt optimizer: create one by a call such as "
+        "diffopt.adam()"
+    )

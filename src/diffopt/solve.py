@@ -18,7 +18,7 @@ from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
 from diffopt.adjoint._base import check_adjoint
 from diffopt.adjoint._unroll import like
-from diffopt.optimizer import Optimizer
+from diffopt.optimizer import Optimizer, check_optimizer
 
 
 class Solution(NamedTuple):
@@ -117,7 +117,7 @@ def minimize(
         (tensor(3.),)
     """
     _check_loop(steps, batches, tol)
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer, "optimizer")
     adjoint = Truncated(0) if adjoint is None else adjoint
     check_adjoint(adjoint)
     _check_loss(loss, has_aux, buffers)
@@ -209,24 +209,6 @@ def _check_tol(tol: Any) -> None:
         raise TypeError(f"tol is {_tree.describe(tol)}, not a number")
     if not tol >= 0 or too_large(tol):
         raise ValueError(f"tol is {tol!r}, but must be a number >= 0")
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if isinstance(optimizer, Optimizer):
-        return
-    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-    if issubclass(kind, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer is {kind.__name__}, a torch.optim.Optimizer, which changes parameters in "
-            "place: pass a pure one such as diffopt.sgd(), or convert it with diffopt.optim.to_pure"
-        )
-    if callable(optimizer):
-        raise TypeError(
-            f"optimizer is {_tree.shown(optimizer)}, not a diffopt optimizer: create one by a call "
-            "such as diffopt.adam()"
-        )
-    described = _tree.describe(optimizer)
-    raise TypeError(f"optimizer is {described}, not a diffopt optimizer such as diffopt.adam()")
 
 
 def _check_loss(loss: Any, has_aux: Any, buffers: Any) -> None:

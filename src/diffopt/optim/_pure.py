@@ -20,10 +20,9 @@ from diffopt.optim._groups import Group, options, values_of, with_betas
 from diffopt.optim._own import LeafwiseOptimizer
 from diffopt.optim._plan import filled
 from diffopt.optim.lbfgs import LBFGS
-from diffopt.optimizer import Optimizer
+from diffopt.optimizer import Optimizer, check_optimizer
 from diffopt.rules.lbfgs import lbfgs
 from diffopt.rules.sparse_adam import sparse_adam
-from diffopt.transforms._base import check_optimizer
 
 _CLASSES: dict[type, type[RuleOptimizer]] = {
     getattr(torch.optim, name): cls

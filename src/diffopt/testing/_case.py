@@ -14,8 +14,7 @@ from diffopt._arguments import check_bool, check_function
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer
-from diffopt.transforms._base import check_optimizer
+from diffopt.optimizer import Optimizer, check_optimizer
 
 Reference: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
 

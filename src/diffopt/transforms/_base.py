@@ -16,7 +16,7 @@ from diffopt._rule import checks, hyper
 from diffopt._rule.rule import WORKING_DTYPE
 from diffopt._tree import Tree
 from diffopt._value import Value
-from diffopt.optimizer import Optimizer
+from diffopt.optimizer import Optimizer, check_optimizer
 
 S = TypeVar("S")
 H = TypeVar("H")
@@ -270,19 +270,3 @@ def select(condition: Tensor, new: Tree, old: Tree) -> Tree:
         return old if new is old else torch.where(condition.to(old.device), new, old)
 
     return _tree.map(choose, new, old)
-
-
-def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:
-    """Overwrite tensors with the values that `overwriting` returned for them."""
-    for old, new in pairs:
-        old.copy_(new)
-
-
-def check_optimizer(value: object, name: str) -> None:
-    if isinstance(value, torch.optim.Optimizer):
-        kind = type(value).__name__
-        raise TypeError(
-            f"{name} is {kind}, a torch.optim.Optimizer: convert it with diffopt.optim.to_pure"
-        )
-    if not isinstance(value, Optimizer):
-        raise TypeError(f"{name} is {_tree.shown(value)}, not a diffopt optimizer such as adam()")

@@ -12,12 +12,11 @@ from diffopt import _modes, _tree
 from diffopt._arguments import factory
 from diffopt._rule import checks
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
+from diffopt.optimizer import Optimizer, copy_, overwriting, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
     Tensors,
     Wrapper,
-    copy_,
     gather,
     select,
     wide,

@@ -10,8 +10,8 @@ from diffopt import _tree
 from diffopt._arguments import factory
 from diffopt._tree import Tree
 from diffopt._value import Value
-from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
-from diffopt.transforms._base import Leaves, Transformation, check_optimizer, copy_, gather
+from diffopt.optimizer import Optimizer, check_optimizer, copy_, overwriting, refuse_gradients
+from diffopt.transforms._base import Leaves, Transformation, gather
 from diffopt.transforms._records import InOrder, check_tuple
 
 

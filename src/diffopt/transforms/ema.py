@@ -13,8 +13,8 @@ from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, Tensors, Wrapper, copy_, gather, near, wide
+from diffopt.optimizer import Optimizer, copy_, refuse_gradients
+from diffopt.transforms._base import Leaves, Tensors, Wrapper, gather, near, wide
 from diffopt.transforms._records import InOrder, check_tuple
 
 

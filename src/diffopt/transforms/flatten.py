@@ -15,8 +15,8 @@ from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import working_real
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, refuse_gradients
-from diffopt.transforms._base import Leaves, Wrapper, copy_, gather, wide
+from diffopt.optimizer import Optimizer, copy_, refuse_gradients
+from diffopt.transforms._base import Leaves, Wrapper, gather, wide
 
 
 @factory

@@ -14,13 +14,11 @@ from diffopt._rule import checks
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt._value import Value
-from diffopt.optimizer import Optimizer, overwriting, refuse_gradients
+from diffopt.optimizer import Optimizer, check_optimizer, copy_, overwriting, refuse_gradients
 from diffopt.transforms._base import (
     Leaves,
     Transformation,
     Wrapper,
-    check_optimizer,
-    copy_,
     gather,
     matched,
 )
