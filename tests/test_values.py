@@ -6,7 +6,7 @@ import dataclasses
 import multiprocessing
 import pickle
 import re
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ FACTORIES = {
     "lbfgs": {"history_size": 3},
     "sparse_adam": {"maximize": True},
 }
+T = TypeVar("T")
 every_factory = pytest.mark.parametrize("name", FACTORIES)
 
 
@@ -192,6 +193,14 @@ def test_a_class_of_ones_own_runs_in_every_way(dtype):
         results += [(params, state), (mine, my_state)]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
+
+
+def test_a_class_of_ones_own_may_be_generic():
+    class Tagged(Lion, Generic[T]):
+        pass
+
+    assert Tagged.__parameters__ == (T,)
+    assert isinstance(Tagged[int](), Lion)
 
 
 @pytest.mark.parametrize("join", [torch.stack, lambda xs: torch.cat([x.unsqueeze(0) for x in xs])])

@@ -49,7 +49,7 @@ def _not_a_tensor(leaf: Any, path: str) -> str:
 
 
 def instance(value: object, kind: type, name: str, maker: str) -> None:
-    """An instance of this class, which the method `maker` of the optimizer returns."""
+    """Raise unless it is an instance of this class, which `maker` returns."""
     if not isinstance(value, kind):
         found = type(value).__name__
         raise TypeError(
@@ -134,13 +134,8 @@ def _error(tree: Tree, name: str, i: int, fault: str) -> ValueError:
     return ValueError(f"{_tree.paths(tree, name)[i]} {fault}")
 
 
-def step(step: Any, params: list[Tensor], tree: Tree) -> None:
-    """Raise unless it is a real, dense 0-d tensor."""
-    scalar(step, "state.step", params, tree)
-
-
 def scalar(x: Any, name: str, params: list[Tensor], tree: Tree) -> None:
-    """The same for another 0-d tensor."""
+    """Raise unless it is a real, dense 0-d tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {_tree.describe(x)}, not a tensor")
     if x.dim() != 0:

@@ -207,11 +207,22 @@ def is_record(node: Any) -> bool:
     return type(node) in FIELDS
 
 
+def is_record_class(kind: Any) -> bool:
+    """Whether it is a class made by `hparams`."""
+    return isinstance(kind, type) and kind in FIELDS
+
+
+def check_record_class(kind: Any) -> None:
+    """Raise unless the argument `hparams` is a class made by `hparams`."""
+    if not is_record_class(kind):
+        raise TypeError(
+            f"hparams is {_tree.shown(kind)}, not a class made by diffopt.rules.hparams"
+        )
+
+
 def made_by(record: Any, maker: Any) -> bool:
     """Whether an optimizer's `hparams` may have made it: only a class of records can tell."""
-    if isinstance(maker, type) and maker in FIELDS:
-        return isinstance(record, maker)
-    return record is not None
+    return isinstance(record, maker) if is_record_class(maker) else record is not None
 
 
 class Covered(NamedTuple):

@@ -63,6 +63,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
     execution: Execution = "auto"
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # Generic's, which notes the type variables
         if isinstance(vars(cls).get("State"), type):  # checkpoints load with weights_only=True
             torch.serialization.add_safe_globals([cls.State])
 
@@ -95,7 +96,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         device = tensors[0].device if tensors else torch.get_default_device()
         step = torch.zeros((), dtype=exact_dtype(device), device=device)
         states = [self.begin(p, step) for p in tensors]
-        columns = [[state[k + 1] for state in states] for k in range(len(self._fields()))]
+        columns = [[state[k + 1] for state in states] for k in range(len(self.buffer_names))]
         return self._pack(step, columns, spec)
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
@@ -134,7 +135,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
     def _checked(self, params: Tree, grads: Tree, state: S, hparams: H) -> Work:
         refuse_gradients(grads, hparams)
         work = self.gather(params, grads, state, hparams)
-        fields = zip(self._fields(), work.buffers, strict=True)
+        fields = zip(self.buffer_names, work.buffers, strict=True)
         used = {f"state.{name}": c for name, c in fields if c and not unused(c[0])}
         columns = {"params": work.params, **used}
         checks.writable(columns, params, state[0], work.grads, work.numbers)
@@ -202,7 +203,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         checks.grads(gradients, tensors, params, sparse=sparse)
         checks.instance(state, self.State, "state", "init()")
-        checks.step(state[0], tensors, params)
+        checks.scalar(state[0], "state.step", tensors, params)
         buffers = self._buffers(state, tensors, spec, params)
         checks.instance(hparams, self.hparams, "hparams", "optimizer.hparams(...)")
         numbers = hyper.broadcast(hparams, spec, params)
@@ -214,11 +215,11 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
     ) -> list[Any]:
         """For each field of the state after `step`, a list of tensors or of ()."""
         if not tensors:
-            return [[] for _ in self._fields()]
+            return [[] for _ in self.buffer_names]
         columns: list[list[Any]] = []
         shapes = [self.shapes(p.shape) for p in tensors]
         used = self.buffers_of(tensors[0])
-        for k, (name, field) in enumerate(zip(self._fields(), state[1:], strict=True)):
+        for k, (name, field) in enumerate(zip(self.buffer_names, state[1:], strict=True)):
             dtype, name = used.get(name), f"state.{name}"
             if (dtype is None) != unused(field):
                 expected = "()" if dtype is None else "a tree like params"
@@ -238,11 +239,8 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         `p` is any tensor that the rule can update; the dtypes are those of its buffers.
         """
         if _modes.compiling():
-            return _used(self.begin(p, p.new_zeros(())), self._fields())
+            return _used(self.begin(p, p.new_zeros(())), self.buffer_names)
         return _buffers_of(self, p.shape, p.dtype)
-
-    def _fields(self) -> tuple[str, ...]:
-        return self.State._fields[1:]
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
         return self.State(step, *map(functools.partial(_packed, spec), buffers))
@@ -262,7 +260,7 @@ def _buffers_of(
         state = rule.begin(example, torch.empty((), device="meta"))
     except Exception:  # a user's `begin` may depend on values
         state = rule.begin(torch.zeros(shape, dtype=dtype), torch.zeros(()))
-    return _used(state, rule.State._fields[1:])
+    return _used(state, rule.buffer_names)
 
 
 def _used(state: tuple[Any, ...], fields: tuple[str, ...]) -> Mapping[str, torch.dtype]:
@@ -392,10 +390,7 @@ def _check_classes(state: Any, hparams: Any, name: str = "State") -> None:
         raise TypeError(
             f"{name} is {_tree.describe(state)}, not a NamedTuple class whose first field is step"
         )
-    if not isinstance(hparams, type) or hparams not in hyper.FIELDS:
-        raise TypeError(
-            f"hparams is {_tree.describe(hparams)}, not a class made by diffopt.rules.hparams"
-        )
+    hyper.check_record_class(hparams)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,9 +58,14 @@ class Rule(ABC, Generic[S, H]):
     maximize = False
     native: Callable[..., bool] | None = None
 
+    @property
+    def buffer_names(self) -> tuple[str, ...]:
+        """The fields of the state after `step`."""
+        return self.State._fields[1:]
+
     def begin(self, p: Tensor, step: Tensor) -> S:
         """The state of one tensor before its first step: unless overridden, zeros in its shape."""
-        return self.State(step, *(zeros_like(p) for _ in self.State._fields[1:]))
+        return self.State(step, *(zeros_like(p) for _ in self.buffer_names))
 
     def scalars(self, t: Any, hp: H) -> Any:
         """What is computed once per step instead of once per tensor, such as bias corrections."""

@@ -50,7 +50,7 @@ class RuleOptimizer(Checkpoints):
 
     def fields(self, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, torch.Size]:
         """The state of a parameter as in torch: the shape of each buffer, () for scalars."""
-        used, names = opt.buffers_of(param), opt.State._fields[1:]
+        used, names = opt.buffers_of(param), opt.buffer_names
         shapes = opt.shapes(param.shape) or [param.shape] * len(names)
         buffers = {k: torch.Size(v) for k, v in zip(names, shapes, strict=True) if k in used}
         scalars = dict.fromkeys(self.scalar_state, torch.Size())
@@ -247,7 +247,7 @@ class RuleOptimizer(Checkpoints):
         """The buffers of parameters before their first step, with torch's shapes and dtypes."""
         fields = [self.fields(opt, param) for param in params]
         rows: list[dict[str, Any]] = [{} for _ in params]
-        for name in [name for name in opt.State._fields[1:] if name not in self.scalar_state]:
+        for name in [name for name in opt.buffer_names if name not in self.scalar_state]:
             owners = [i for i, shapes in enumerate(fields) if name in shapes]
             shapes = [fields[i][name] for i in owners]
             buffers = _filled([params[i] for i in owners], shapes, initial.get(name, 0.0))

@@ -371,7 +371,7 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 def _fields(opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
     """The fields of the state after the step; "" for one that this configuration lacks."""
     used = opt.buffers_of(param)
-    return [name if name in used else "" for name in opt.State._fields[1:]]
+    return [name if name in used else "" for name in opt.buffer_names]
 
 
 def filled(values: list[Any], dtype: torch.dtype) -> list[Any]:

@@ -105,9 +105,7 @@ def stateless(
         >>> opt.update(w, torch.ones(2), opt.init(w), opt.hparams(lr=0.5, factor=4.0))[0]
         tensor([-2., -2.])
     """
-    if not isinstance(hparams, type) or hparams not in hyper.FIELDS:  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
-        given = _tree.shown(hparams)
-        raise TypeError(f"hparams is {given}, not a class made by diffopt.rules.hparams")
+    hyper.check_record_class(hparams)
     check_function(function, "function")
     return FromFunction(hparams, function)
 
@@ -214,7 +212,7 @@ class Leaves(NamedTuple):
     def averages(self, state: Any, kind: type[Any], name: str, params: Tree) -> Tensors:
         """The field of a state that holds averages or sums, and that state, checked."""
         checks.instance(state, kind, "state", "init()")
-        checks.step(state.step, self.params, params)
+        checks.scalar(state.step, "state.step", self.params, params)
         names = (f"state.{name}", "params")
         buffers = _tree.leaves_like(getattr(state, name), self.spec, params, names)
         checks.buffers(buffers, self.params, params, names[0])

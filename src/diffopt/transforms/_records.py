@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, TypeAlias, cast
 
 from diffopt import _tree
-from diffopt._rule import hyper
+from diffopt._rule import checks, hyper
 from diffopt._value import Value
 
 Maker: TypeAlias = Callable[..., Any]
@@ -76,9 +76,8 @@ class ByLabel(_Records):
 
 def check_record(record: object, maker: Maker, name: str = "hparams") -> None:
     """Raise where it can be told that `maker` did not make the record."""
-    if isinstance(maker, type) and maker in hyper.FIELDS and not isinstance(record, maker):
-        kind = type(record).__name__
-        raise TypeError(f"{name} has type {kind}, but must have type {maker.__name__}")
+    if hyper.is_record_class(maker):
+        checks.instance(record, cast(type, maker), name, "hparams(...)")
 
 
 def check_tuple(values: Any, length: int, name: str, maker: str) -> None:
@@ -93,7 +92,7 @@ def _names(maker: Maker) -> list[str]:
     """The keywords that a maker of records accepts."""
     if isinstance(maker, _Records):
         return maker.names()
-    if maker in hyper.FIELDS:
+    if hyper.is_record_class(maker):
         return [field.name for field in hyper.FIELDS[cast(type, maker)]]
     try:
         return list(inspect.signature(maker).parameters)
