@@ -112,10 +112,6 @@ next_node: Callable[[], int] = _C._autograd._get_sequence_nr
 weight_norm: Callable[..., Tensor] = _torch._weight_norm
 """What `torch.nn.utils.weight_norm` and its parametrization call."""
 
-# torch.optim.
-disable_dynamo: Callable[..., Any] = _torch._disable_dynamo
-"""A decorator that disables torch.compile in a function, without importing it beforehand."""
-
 
 def node_number(node: Any) -> int:
     """The number of a node of autograd's graph: later ones of a thread have higher ones."""
@@ -125,6 +121,17 @@ def node_number(node: Any) -> int:
 def weight_norm_inputs(node: Any) -> tuple[Tensor, Tensor, int]:
     """What the node of a weight normalization has saved: direction, norms and dimension."""
     return node._saved_v, node._saved_g, node._saved_dim
+
+
+# Random numbers.
+def mps_generator() -> torch.Generator:
+    """The default random number generator of MPS."""
+    return _torch.mps._get_default_mps_generator()
+
+
+# torch.optim.
+disable_dynamo: Callable[..., Any] = _torch._disable_dynamo
+"""A decorator that disables torch.compile in a function, without importing it beforehand."""
 
 
 def watched(optimizer: Any) -> bool:
@@ -162,11 +169,6 @@ class TensorGuards:
         return self._check(*tensors)
 
 
-def mps_generator() -> torch.Generator:
-    """The default random number generator of MPS."""
-    return _torch.mps._get_default_mps_generator()
-
-
 # Modules.
 MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 """The attributes in which a module keeps its parameters, its buffers and its submodules."""
@@ -174,7 +176,7 @@ MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 
 @contextlib.contextmanager
 def parametrized_anew() -> Generator[None]:
-    """Within, `torch.nn.utils.parametrize.cached` has kept nothing of any module yet."""
+    """A context in which the cache of `torch.nn.utils.parametrize.cached` starts empty."""
     kept, _parametrize._cache = _parametrize._cache, {}
     try:
         yield

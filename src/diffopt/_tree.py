@@ -187,6 +187,12 @@ def leaves_like(tree: Tree, spec: Spec, like: Tree, names: tuple[str, str]) -> l
     return spec.flatten_up_to(tree)
 
 
+def ordered_like(tree: Tree, like: Tree, names: tuple[str, str]) -> Tree:
+    """`tree` with its dictionaries in the order of `like`; raises as `leaves_like` does."""
+    spec = flatten(like)[1]
+    return unflatten(leaves_like(tree, spec, like, names), spec)
+
+
 def broadcast_prefix(
     prefix: Tree, spec: Spec, like: Tree, names: tuple[str, str]
 ) -> tuple[list[Any], Sequence[int]]:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import check_integer, check_result, too_large
+from diffopt._arguments import check_bool, check_integer, check_result, too_large
 from diffopt._diff.functions import AmbientState
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
 from diffopt.adjoint._base import check_adjoint
-from diffopt.adjoint._unroll import like
 from diffopt.optimizer import Optimizer, check_optimizer
 
 
@@ -214,8 +213,7 @@ def _check_tol(tol: Any) -> None:
 def _check_loss(loss: Any, has_aux: Any, buffers: Any) -> None:
     if not callable(loss) or isinstance(loss, type):
         raise TypeError(f"loss is {_tree.describe(loss)}, not a function of params")
-    if not isinstance(has_aux, bool):
-        raise TypeError(f"has_aux is {_tree.shown(has_aux)}, not a bool")
+    check_bool(has_aux, "has_aux")
     for i, leaf in enumerate(() if buffers is None else _tree.leaves(buffers)):
         if isinstance(leaf, bool) or not isinstance(leaf, (Tensor, numbers.Number, type(None))):
             path = _tree.paths(buffers, "buffers")[i]
@@ -286,7 +284,7 @@ def _own(record: Any, number: int, maker: Any) -> Any:
 def _like_buffers(new: Tree, old: Tree) -> Tree:
     """The new buffers; raises unless their structure and shapes are those of the old ones."""
     names = "the new buffers", "buffers"
-    new = like(new, old, names)
+    new = _tree.ordered_like(new, old, names)
     for i, (mine, theirs) in enumerate(zip(_tree.leaves(new), _tree.leaves(old), strict=True)):
         if isinstance(theirs, Tensor) and getattr(mine, "shape", None) != theirs.shape:
             paths = [_tree.paths(old, name)[i] for name in names]

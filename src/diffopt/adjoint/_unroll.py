@@ -74,15 +74,9 @@ def _checked(step: Step) -> Step:
 
     def checked(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
         new, output = check_result(step(carry, args, x), "step", "carry", "output")
-        return like(new, carry, ("the carry that step returned", "carry")), output
+        return _tree.ordered_like(new, carry, ("the carry that step returned", "carry")), output
 
     return checked
-
-
-def like(new: Tree, old: Tree, names: tuple[str, str]) -> Tree:
-    """The new tree, with dictionaries in the order of the old one; raises if structures differ."""
-    spec = _tree.flatten(old)[1]
-    return _tree.unflatten(_tree.leaves_like(new, spec, old, names), spec)
 
 
 def _elements(xs: Tree, length: int | None) -> list[Any]:

@@ -147,16 +147,15 @@ def _checked_carry(carry: Tree) -> Tree:
     params, state, buffers = carry
     checks.instance(state, SGDState, "state", "init()")
     checks.undistributed(params, "params", "Reversible")
-    leaves, spec = _tree.flatten(params)
-    for i, leaf in enumerate(leaves):
+    for i, leaf in enumerate(_tree.leaves(params)):
         if leaf.is_complex():
             raise ValueError(
                 f"{_tree.paths(params, 'params')[i]} is complex, which Reversible does not "
                 "support: pass its real and imaginary parts"
             )
     names = ("state.momentum_buffer", "params")
-    momentum = _tree.leaves_like(state.momentum_buffer, spec, params, names)
-    return params, state._replace(momentum_buffer=_tree.unflatten(momentum, spec)), buffers
+    momentum = _tree.ordered_like(state.momentum_buffer, params, names)
+    return params, state._replace(momentum_buffer=momentum), buffers
 
 
 def _varying(carry: Tree) -> list[bool]:

@@ -95,7 +95,7 @@ class Checkpoints(torch.optim.Optimizer):
                 state[params[key][0]] = self._loaded(row, *params[key])
             else:
                 state[key] = copied(row)
-        _state.string([row for row in state.values() if isinstance(row, dict)], self.scalar_state)
+        _state.pack([row for row in state.values() if isinstance(row, dict)], self.scalar_state)
         self.__setstate__({"state": state, "param_groups": groups})  # it converts older formats
         for group in self.param_groups:
             if missing := sorted(self.defaults.keys() - group.keys() - {"differentiable"}):

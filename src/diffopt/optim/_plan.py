@@ -481,7 +481,7 @@ def _begin(optimizer: Any, group: Group, opt: Leafwise[Any, Any], params: list[T
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
         rows = optimizer.new_states([*new.values()], group)
         if not differentiable:
-            _state.string(rows, optimizer.scalar_state)
+            _state.pack(rows, optimizer.scalar_state)
     for p, row in zip(new.values(), rows, strict=True):
         _state.row_of(optimizer.state, p).update(row)
     return set(new)

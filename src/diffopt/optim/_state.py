@@ -121,7 +121,7 @@ _unread = contextvars.ContextVar[Any]("_unread", default=None)
 
 @contextlib.contextmanager
 def unread(state: Any) -> Generator[None]:
-    """What this thread reads of a state and puts into it meanwhile stays with its optimizer.
+    """A context in which what this thread reads of a state and puts into it lends no tensor.
 
     Rows of another one, which users may put into a state, are lent.
     """
@@ -139,13 +139,13 @@ def made(state: Any) -> None:
 
 
 def row_of(state: Any, param: Tensor) -> dict[str, Any]:
-    """The row of a parameter, made where there is none, in whatever mapping the state is."""
+    """The row of a parameter, made if there is none; the state may be any mapping."""
     if param not in state:
         state[param] = Row(state.plans) if type(state) is State else {}
     return state[param]
 
 
-def string(rows: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
+def pack(rows: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
     """Lay the 0-d tensors of rows that no user has seen side by side, in one vector per name.
 
     They can then be read and written at once, and each is still a tensor of its own.
@@ -180,7 +180,7 @@ class Counts:
         return self.tensors[0].detach().reshape(())
 
     def equal(self) -> bool:
-        """Whether they still are; a device is not waited for, their versions tell."""
+        """Whether all are still equal: by value on a CPU, elsewhere by version, without waiting."""
         if len(self.tensors) == 1:
             return True
         if self.tensors[0].device.type != "cpu":

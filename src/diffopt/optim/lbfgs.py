@@ -17,7 +17,7 @@ from diffopt.rules._line_search import Point, strong_wolfe
 from diffopt.rules.lbfgs import LEAST_CURVATURE, curvature, direction, first_length, flat
 
 _LISTS = ("old_dirs", "old_stps", "ro")
-MEMORY = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
+_MEMORY = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
 
 
 class LBFGS(Checkpoints, torch.optim.LBFGS):
@@ -127,7 +127,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
                 raise ValueError(f"{key} of {name} is {count!r}, but must be a count")
         if not row.get("n_iter"):
             return
-        if missing := [key for key in MEMORY if key not in row]:
+        if missing := [key for key in _MEMORY if key not in row]:
             raise ValueError(f"the state of {name} has {sorted(row)}, but no {missing[0]}")
         lengths = {key: len(row[key]) for key in _LISTS if isinstance(row[key], list)}
         if len(lengths) < len(_LISTS) or len(set(lengths.values())) > 1:
@@ -160,7 +160,7 @@ class _Run:
         self, group: dict[str, Any], closure: Callable[[], Any], state: dict[str, Any]
     ) -> None:
         self.group, self.state = group, state
-        self.memory: dict[str, Any] = {name: state.get(name) for name in MEMORY}
+        self.memory: dict[str, Any] = {name: state.get(name) for name in _MEMORY}
         self.params = list(map(real, group["params"]))
         self.sizes = list(map(Tensor.numel, self.params))
         self.closure = torch.enable_grad()(closure)

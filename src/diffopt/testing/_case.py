@@ -158,7 +158,7 @@ def total(tree: Tree) -> Any:
 
 
 def clone(tree: Any) -> Any:
-    return _tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+    return _tree.map_tensors(Tensor.clone, tree)
 
 
 def as_dtype(dtype: torch.dtype, tree: Any) -> Any:
