@@ -17,7 +17,6 @@ which holds copies of its tensors, is a different schedule.
 from __future__ import annotations
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -473,15 +472,11 @@ def _number(name: str, value: Number, **bounds: float) -> Number:
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {value.dtype}, but must be real")
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {_tree.describe(value)}, not a number or a tensor")
-    if _arguments.too_large(value):
-        raise ValueError(f"{name} is an integer too large for a float")
-    number = float(value)
-    if not hyper.in_range(number, {**bounds}) or math.isnan(number):
-        needed = hyper.describe_range({**bounds}) or "a number"
-        raise ValueError(f"{name} is {value}, but must be {needed}")
-    return number
+    if fault := hyper.fault_of(value, bounds):
+        raise type(fault)(f"{name} {fault}")
+    if math.isnan(value):
+        raise ValueError(f"{name} is {value}, but must be a number")
+    return float(value)
 
 
 def _sequence(name: str, value: Any) -> Any:

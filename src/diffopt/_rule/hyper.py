@@ -7,7 +7,7 @@ import difflib
 import inspect
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsFloat, TypeAlias, TypeVar, dataclass_transform
 
 import torch
@@ -263,22 +263,24 @@ def _check(record: Any) -> None:
         value = getattr(record, field.name)
         leaves = _tree.leaves(value)
         for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor) and (fault := _fault(leaf, field.bounds)):
+            if not isinstance(leaf, Tensor) and (fault := fault_of(leaf, field.bounds)):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
                 raise type(fault)(f"{path} {fault}")
         if not all(type(leaf) in (int, float) or isinstance(leaf, Tensor) for leaf in leaves):
             object.__setattr__(record, field.name, _tree.map(_plain, value))
 
 
-def _fault(leaf: Any, bounds: dict[str, float | None]) -> Exception | None:
+def fault_of(leaf: Any, bounds: Mapping[str, float | None]) -> Exception | None:
     """What is wrong with a leaf, unless it is a number within the bounds."""
     if isinstance(leaf, bool) or not (isinstance(leaf, numbers.Real) or _is_scalar(leaf)):
         return TypeError(f"is {_tree.describe(leaf)}, not a number or a tensor{_instead(leaf)}")
     if too_large(leaf):
         return ValueError("is an integer too large for a float")
-    if not in_range(float(leaf), bounds):
-        return ValueError(f"is {leaf}, but must be {describe_range(bounds)}")
-    return None
+    number = float(leaf)
+    if all(b is None or _BOUNDS[kind][1](number, b) for kind, b in bounds.items()):
+        return None
+    limits = [f"{_BOUNDS[kind][0]} {b}" for kind, b in bounds.items() if b is not None]
+    return ValueError(f"is {leaf}, but must be {' and '.join(limits)}")
 
 
 def _instead(leaf: Any) -> str:
@@ -298,11 +300,3 @@ def _is_scalar(leaf: Any) -> bool:
 def _plain(leaf: Any) -> Any:
     """A Python number for numpy's, whose comparisons torch does not accept."""
     return leaf if isinstance(leaf, Tensor) else float(leaf)
-
-
-def in_range(value: float, bounds: dict[str, float | None]) -> bool:
-    return all(b is None or _BOUNDS[kind][1](value, b) for kind, b in bounds.items())
-
-
-def describe_range(bounds: dict[str, float | None]) -> str:
-    return " and ".join(f"{_BOUNDS[k][0]} {b}" for k, b in bounds.items() if b is not None)

@@ -243,11 +243,8 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         return _buffers_of(self, p.shape, p.dtype)
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
-        return self.State(step, *map(functools.partial(_packed, spec), buffers))
-
-
-def _packed(spec: _tree.Spec, column: list[Any]) -> Any:
-    return () if column and unused(column[0]) else _tree.unflatten(column, spec)
+        trees = [() if c and unused(c[0]) else _tree.unflatten(c, spec) for c in buffers]
+        return self.State(step, *trees)
 
 
 @functools.lru_cache(maxsize=256)

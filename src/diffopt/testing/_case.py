@@ -87,8 +87,7 @@ class Case:
 
     def interior(self) -> Any:
         """The hyperparameters at which derivatives are checked: 0-d float64 tensors."""
-        moved = map_fields(inside, self.record())
-        return _tree.map(lambda leaf: torch.as_tensor(leaf, dtype=torch.float64), moved)
+        return as_dtype(torch.float64, map_fields(inside, self.record()))
 
 
 def _check_each(values: Any, name: str, is_one: Callable[[Any], bool], kind: str) -> None:

@@ -94,10 +94,10 @@ class Partition(Value, Optimizer[Parts, Parts]):
     def update(self, params: Tree, grads: Tree, state: Parts, hparams: Parts) -> tuple[Tree, Parts]:
         leaves = gather(params, grads, sparse=True)  # if its optimizer accepts that
         parts = self._parts(leaves, params, state, hparams)
-        new_params, new_state = list(leaves.params), dict(state)
+        new_params, new_state = leaves.params, dict(state)
         for label, (chosen, arguments) in parts.items():
             new, new_state[label] = self.optimizers[label].update(*arguments)
-            _put(new_params, new, chosen, arguments[0])
+            new_params = _replaced(new_params, new, chosen, arguments[0])
         return leaves.tree(new_params), new_state
 
     def update_(self, params: Tree, grads: Tree, state: Parts, hparams: Parts) -> None:
@@ -242,9 +242,7 @@ class MaskedOptimizer(Wrapper[Any]):
         chosen = self._chosen(params, leaves.spec)
         part = _part(leaves, chosen)
         new, new_state = self.optimizer.update(*part, state, hparams)
-        new_params = list(leaves.params)
-        _put(new_params, new, chosen, part[0])
-        return leaves.tree(new_params), new_state
+        return leaves.tree(_replaced(leaves.params, new, chosen, part[0])), new_state
 
     def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
         refuse_gradients(grads, hparams)
@@ -278,9 +276,7 @@ class MaskedTransformation(Value, Transformation[Any, Any]):
         chosen = _flags(self.mask, params, leaves.spec, "mask")
         part = _part(leaves, chosen)
         new, new_state = self.transformation.apply(part[1], part[0], state, hparams)
-        new_grads = list(leaves.grads)
-        _put(new_grads, new, chosen, part[1])
-        return leaves.tree(new_grads), new_state
+        return leaves.tree(_replaced(leaves.grads, new, chosen, part[1])), new_state
 
 
 def _spread(
@@ -317,10 +313,8 @@ def _part(leaves: Leaves, chosen: list[bool]) -> tuple[Tree, Tree]:
     return _pruned(leaves.params, spec, chosen), _pruned(leaves.grads, spec, chosen)
 
 
-def _put(leaves: list[Any], pruned: Tree, chosen: list[bool], like: Tree) -> None:
-    """Replace the chosen leaves with those of a pruned tree."""
+def _replaced(leaves: Sequence[Any], pruned: Tree, chosen: list[bool], like: Tree) -> list[Any]:
+    """The leaves, the chosen ones replaced with those of a pruned tree, which is like `like`."""
     spec = _tree.flatten(like)[1]
-    new = _tree.leaves_like(pruned, spec, like, ("the new tree", "the old one"))
-    positions = [i for i, c in enumerate(chosen) if c]
-    for i, leaf in zip(positions, new, strict=True):
-        leaves[i] = leaf
+    new = iter(_tree.leaves_like(pruned, spec, like, ("the new tree", "the old one")))
+    return [next(new) if c else x for x, c in zip(leaves, chosen, strict=True)]
