@@ -28,17 +28,17 @@ from torch import Tensor
 from diffopt import _arguments, _modes, _tree, _value
 from diffopt._rule import hyper
 
-Number: TypeAlias = Any
+Number: TypeAlias = float | Tensor
 """A Python number or a tensor."""
 
-Schedule: TypeAlias = Callable[[Number], Number]
-"""A function `step -> value`."""
+Schedule: TypeAlias = Callable[[Any], Any]
+"""A function `step -> value` of numbers."""
 
 
 class Formula(_value.Value, ABC):
     """What the functions of this module return: a formula of the step and its own fields."""
 
-    def __call__(self, step: Number) -> Number:
+    def __call__(self, step: Number) -> Any:
         fields: Any = type(self).__match_args__  # pyright: ignore[reportAttributeAccessIssue] (of every dataclass)
         return type(self)(*[_exact(getattr(self, name)) for name in fields]).at(_exact(step))
 

@@ -53,6 +53,8 @@ outputs, buffers = model(model.params, model.buffers, torch.ones(1, 3))
 assert_type(buffers, dict[str, Tensor])
 
 schedule: Schedule = diffopt.schedules.cosine(0.1, 100)
+diffopt.schedules.cosine(torch.tensor(0.1), 100)(state.step)
+diffopt.schedules.linear("0.1", 0.0, 100)  # type: ignore[arg-type]
 
 clip = transforms.clip_by_global_norm()
 assert_type(clip.hparams(max_norm=1.0), MaxNorm)
