@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._arguments import (
     check_bool,
-    check_choice,
     check_function,
     check_integer,
     check_number,
@@ -30,7 +29,7 @@ from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
 from diffopt.linear._base import LinearSystem, constant_solution, operator_of
 from diffopt.linear._derivative import Equation, Method, attach
-from diffopt.linear._failure import fail, refuse_tracing
+from diffopt.linear._failure import OnFailure, check_on_failure, fail, refuse_tracing
 from diffopt.linear._vectors import (
     Linear,
     anywhere,
@@ -42,8 +41,6 @@ from diffopt.linear._vectors import (
     template,
 )
 from diffopt.linear.krylov import GMRES
-
-OnFailure = Literal["warn", "raise"]
 
 _UNDER_TRANSFORMS = (
     "This happened inside `solve`, under transforms of torch.func. Tensors that were created "
@@ -69,7 +66,7 @@ class ImplicitDerivative:
             raise TypeError(f"solver is {given}, not one of diffopt.linear such as GMRES()")
         if not (isinstance(self.root_tolerance, float) and self.root_tolerance == math.inf):
             check_number(self.root_tolerance, "root_tolerance")
-        check_choice(self.on_failure, "on_failure", "warn", "raise")
+        check_on_failure(self.on_failure)
         check_function(self.on_solve, "on_solve", optional=True)
         check_function(self.warm_start, "warm_start", optional=True)
 
@@ -343,7 +340,7 @@ def fixed_point_iteration(
         check_number(rtol, "rtol")
     check_number(atol, "atol")
     check_integer(max_steps, "max_steps", 1)
-    check_choice(on_failure, "on_failure", "warn", "raise")
+    check_on_failure(on_failure)
 
     def solve(init: Tree, *args: Any) -> Tree:
         x, unravel = ravel(init, "init")

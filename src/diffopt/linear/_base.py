@@ -6,18 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._arguments import check_choice, check_function, check_number
+from diffopt._arguments import check_function, check_number
 from diffopt._diff.isolation import refuse_captured
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 from diffopt.linear._derivative import LinearSolution, Method, Operator, solve
-from diffopt.linear._failure import fail, refuse_tracing
+from diffopt.linear._failure import OnFailure, check_on_failure, fail, refuse_tracing
 from diffopt.linear._vectors import (
     Linear,
     anywhere,
@@ -93,7 +93,7 @@ class LinearSolver(ABC):
     rtol: float | None = None
     atol: float = 0.0
     damping: float = 0.0
-    on_failure: Literal["warn", "raise"] = "warn"
+    on_failure: OnFailure = "warn"
 
     symmetric: ClassVar[bool] = False
     """Whether the solver assumes that A is symmetric."""
@@ -103,7 +103,7 @@ class LinearSolver(ABC):
             check_number(self.rtol, "rtol")
         check_number(self.atol, "atol")
         check_number(self.damping, "damping")
-        check_choice(self.on_failure, "on_failure", "warn", "raise")
+        check_on_failure(self.on_failure)
 
     @abstractmethod
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:

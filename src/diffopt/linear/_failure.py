@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from typing import Literal, TypeAlias, get_args
 
 from diffopt import _modes
+from diffopt._arguments import check_choice
+
+OnFailure: TypeAlias = Literal["warn", "raise"]
 
 
 class ConvergenceWarning(UserWarning):
@@ -15,8 +19,13 @@ class ConvergenceError(RuntimeError):
     """A solver with `on_failure="raise"` stopped before it met its tolerance."""
 
 
-def fail(message: str, on_failure: str) -> None:
-    """Warn or raise, depending on `on_failure`."""
+def check_on_failure(value: object) -> None:
+    """Raise unless the argument `on_failure` is one of `OnFailure`."""
+    check_choice(value, "on_failure", *get_args(OnFailure))
+
+
+def fail(message: str, on_failure: OnFailure) -> None:
+    """Warn or raise."""
     if on_failure == "raise":
         raise ConvergenceError(message)
     warnings.warn(message, ConvergenceWarning, stacklevel=2)

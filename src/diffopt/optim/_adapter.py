@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _modes, _torch, _tree
-from diffopt._arguments import check_function
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim import _state
@@ -88,11 +87,7 @@ class RuleOptimizer(Checkpoints):
             TypeError, ValueError, KeyError, RuntimeError: a hyperparameter, parameter, gradient or
                 state of which no step can be made. Nothing has changed.
         """
-        check_function(closure, "closure", optional=True)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._loss(closure)
         traced = _modes.compiling() and not self.integer_steps  # torch has such steps run eagerly
         (self._traced_step if traced else self._eager_step)()
         return loss

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
+from diffopt._arguments import check_function
 from diffopt._modes import has_derivative
 from diffopt.optim import _state
 from diffopt.optim._groups import Group, check_numbers, name_of, plain_number, with_betas
@@ -34,6 +35,14 @@ class Checkpoints(torch.optim.Optimizer):
             param_group: "params" and any of the class's options. It is copied.
         """
         super().add_param_group(with_betas(copy.copy(param_group), self.defaults))
+
+    def _loss(self, closure: Callable[[], Any] | None) -> Any:
+        """What the closure of a step returns, called with gradients enabled; None without one."""
+        check_function(closure, "closure", optional=True)
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
 
     @_torch.disable_dynamo
     def state_dict(self) -> dict[str, Any]:

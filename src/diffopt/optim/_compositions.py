@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
-from diffopt._arguments import check_function
 from diffopt._tree import Tree
 from diffopt.optim._checkpoints import Checkpoints, check_scalar
 from diffopt.optim._groups import Group, check_length, check_number, name_of, records, short_names
@@ -39,11 +38,7 @@ class TreeOptimizer(Checkpoints):
     @_torch.disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; `closure` reevaluates the model and returns the loss."""
-        check_function(closure, "closure", optional=True)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._loss(closure)
         self.check_numbers()
         with torch.no_grad():
             for arguments in [self._arguments(i) for i in range(len(self.param_groups))]:

@@ -94,6 +94,9 @@ def adagrad(*, maximize: bool = False, execution: Execution = "auto") -> Adagrad
         The optimizer. `init` does not know the hyperparameters, so `state.sum` starts at 0 and the
         first step adds `initial_accumulator_value`; from then on it equals torch's.
 
+    Raises:
+        TypeError: a flag is not a bool.
+
     Example:
         >>> import torch, diffopt
         >>> opt = diffopt.adagrad()

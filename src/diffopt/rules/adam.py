@@ -113,6 +113,9 @@ def adam(*, amsgrad: bool = False, maximize: bool = False, execution: Execution 
         The optimizer. Where a gradient has always been zero, derivatives are finite: those of the
         problem without that coordinate.
 
+    Raises:
+        TypeError: a flag is not a bool.
+
     Example:
         >>> import torch, diffopt
         >>> opt = diffopt.adam()
@@ -143,6 +146,9 @@ def adamw(*, amsgrad: bool = False, maximize: bool = False, execution: Execution
 
     Returns:
         The optimizer.
+
+    Raises:
+        TypeError: a flag is not a bool.
 
     Example:
         >>> import torch, diffopt
