@@ -481,7 +481,7 @@ def test_a_function_without_forward_derivative_is_named():
         return diffopt.minimize(Cube.apply, torch.tensor(1.0), **loop).params
 
     w = run(FORWARD)
-    with pytest.raises(NotImplementedError, match=r"Cube.*give hvp='reverse-over-reverse'"):
+    with pytest.raises(NotImplementedError, match=r"Cube.*use hvp='reverse-over-reverse'"):
         torch.autograd.grad(w, lr)
     with pytest.raises(NotImplementedError, match=r"Cube.*use Checkpointed\(\)"):
         run(ForwardMode())

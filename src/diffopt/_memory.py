@@ -21,7 +21,7 @@ def check_apart(
 ) -> None:
     """Raise if writing to one of the tensors changes another one, or one of those in `read`.
 
-    `path` names the tensor with an index, as `overlap` counts them.
+    `path(i)` is the name of the tensor with index i, counted as in `overlap`.
     """
     pair = overlap(tensors, read)
     if pair is None:
@@ -38,8 +38,8 @@ def check_apart(
 def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, int] | None:
     """The indices of two tensors that share an element, or twice that of one that overlaps itself.
 
-    Those in `read`, whose indices go on from those of `tensors`, may share elements among them, and
-    the i-th may be the same view as `tensors[i]`.
+    Those in `read`, whose indices go on from those of `tensors`, may share elements with one
+    another, and the i-th may be the same view as `tensors[i]`.
 
     Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """

@@ -73,7 +73,7 @@ unwrap_if_dead: Callable[[Tensor], Tensor] = _functorch.unwrap_if_dead
 forward_enabled: Callable[[bool], AbstractContextManager[Any]] = _forward_ad._set_fwd_grad_enabled
 """A context that enables or disables forward derivatives."""
 set_forward_enabled: Callable[[bool], None] = _C._set_fwd_grad_enabled
-"""The same as a plain call."""
+"""A plain call that enables or disables forward derivatives from now on."""
 set_grad_enabled: Callable[[bool], None] = _C._set_grad_enabled
 """What `torch.no_grad` and similar contexts call: a mode recognizes it."""
 

@@ -145,7 +145,7 @@ class _Apply:
         places = self._same_places(parts, buffers)
         given = {id(tensor): tensors[self.names[place]] for place, tensor in places.items()}
         replica = _replica.replica([*parts.values()], given)
-        # What is kept of parametrizations goes by the id of the module itself.
+        # torch caches parametrized tensors under the id of the original module.
         with _traceable_attention(), _torch.parametrized_anew():
             outputs = replica(*inputs, **kwargs)
         if len(self.buffers) > len(self.frozen):

@@ -548,7 +548,7 @@ def _power(base: Number, exponent: Number) -> Number:
 
 
 def _decay(gamma: Number, times: Number) -> Number:
-    """`gamma^times`, which is 1 at times = 0 for every gamma, 0 too."""
+    """`gamma^times`, which is 1 at times = 0, even for gamma = 0."""
     none = times == 0
     return _where(none, 1.0, gamma ** _where(none, 1.0, times))
 

@@ -191,7 +191,7 @@ def _hvp(
 
     gradient_jvp = _functorch_jvp if _modes.transformed() else _autograd_jvp
     fault = "the loss cannot be differentiated with hvp='forward-over-reverse'"
-    with functions.noticed() as aliases, forward_mode(fault, "give hvp='reverse-over-reverse'"):
+    with functions.noticed() as aliases, forward_mode(fault, "use hvp='reverse-over-reverse'"):
         results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
     return functions.replaced([None] * len(xs), chosen, results)
 

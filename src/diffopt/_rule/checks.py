@@ -243,7 +243,7 @@ def _misfit(value: Tensor, param: Tensor, per_weight: bool) -> str | None:
 
 def undistributed(tree: Tree, name: str, who: str) -> None:
     """Raise if a leaf is a DTensor."""
-    if _modes.compiling():  # which does not trace the look inside a tensor
+    if _modes.compiling():  # which cannot trace a look inside a tensor
         return
     for i, leaf in enumerate(_tree.leaves(tree)):
         if isinstance(leaf, Tensor) and _modes.distributed(leaf):

@@ -149,7 +149,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         return list(map(list, zip(*new, strict=True)))
 
     def _updated(self, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
-        """The same, computed in the fastest way; only where no derivative is needed."""
+        """The new columns, out of place, in the fastest way; only where no derivative is needed."""
         exact_values = [ops.coefficient(value) for value in values]  # as kernels take them
         way = self._way(t, exact_values, columns)
         if way == "native" and columns[0][0].device.type == "cpu":
@@ -251,7 +251,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
 def _buffers_of(
     rule: Rule[Any, Any], shape: torch.Size, dtype: torch.dtype
 ) -> Mapping[str, torch.dtype]:
-    """The same for a parameter of this shape and dtype; the names depend on the flags only."""
+    """What `buffers_of` returns for parameters of this shape and dtype."""
     try:
         example = torch.empty(shape, dtype=dtype, device="meta")
         state = rule.begin(example, torch.empty((), device="meta"))

@@ -60,7 +60,7 @@ def numbers_at(rule: AnyRule, step: Any, values: Sequence[Any], like: Tensor) ->
 
 
 def numbers_of(rule: AnyRule, t: Any, values: Sequence[Any]) -> Numbers:
-    """The same for values that are already placed, without initial values of the state."""
+    """The numbers for values that are already placed, without initial values of the state."""
     hparams = hyper.assemble(rule.hparams, values)
     return Numbers(t, hparams, rule.scalars(t, hparams), {})
 
@@ -81,7 +81,7 @@ def apply(
 
 
 def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
-    """The same for tensors in the form that the rule sees."""
+    """What the rule returns for tensors in the form that it sees, as columns."""
     p, g, *buffers = columns
     t, hparams, scalars, initial = numbers
     s = rule.State(t, *buffers)
@@ -281,7 +281,7 @@ def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
 
 
 def on_device(values: Sequence[Any], device: torch.device) -> list[Any]:
-    """The same, but with 0-d tensors in their own precision, as in torch.optim."""
+    """The values, with 0-d tensors moved to this device in their own precision, as in torch."""
     return [
         v.to(device) if isinstance(v, Tensor) and v.dim() == 0 and v.device.type != "cpu" else v
         for v in values

@@ -114,7 +114,7 @@ class ForwardMode(Adjoint):
         Args:
             step: a pure function, `step(carry, args, x)` returns the next carry and an output.
             carry: a pytree of tensors.
-            args: a pytree, read anew at every step.
+            args: a pytree, read again at every step.
             xs: one tree per step; read one at a time, so it may be infinite.
             discount: tangents are multiplied by it before every step but the first. 1 is exact; 0
                 forgets all steps but the last: with the learning rate as `args` that is

@@ -128,7 +128,7 @@ class Run:
         return _tree.unflatten(leaves, spec)
 
     def _marked(self, tree: Tree, region: Region) -> Tree:
-        """The tensors, with marks in autograd's graph behind which `region`, or a step, lies."""
+        """The tree, marked in autograd's graph as results of `region` where it has no mark yet."""
 
         def marked(leaf: Any) -> Any:
             return leaf if self._is_marked(leaf) else _tapped(leaf, None, region)

@@ -95,6 +95,6 @@ def _identity(like: Tensor) -> Tensor:
 
 
 def _solve(matrix: Tensor, b: Tensor) -> Tensor:
-    """No error if the matrix is singular: the residual shows it."""
+    """Solve a dense system; a singular one raises no error, but the residual shows it."""
     wide = torch.promote_types(b.dtype, torch.float32)  # solve_ex does not support half precision
     return torch.linalg.solve_ex(matrix.to(wide), b.to(wide))[0].to(b.dtype)

@@ -57,7 +57,7 @@ class RuleOptimizer(Checkpoints):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What torch puts around every class's `step`, entered where there is a hook or profiler.
+        """What torch puts around every class's `step`, used only for hooks and profilers.
 
         It takes as long as stepping some 50 small tensors.
         """
@@ -85,7 +85,7 @@ class RuleOptimizer(Checkpoints):
 
         Raises:
             TypeError, ValueError, KeyError, RuntimeError: a hyperparameter, parameter, gradient or
-                state of which no step can be made. Nothing has changed.
+                state with which no step can be made. Nothing has changed.
         """
         loss = self._loss(closure)
         traced = _modes.compiling() and not self.integer_steps  # torch has such steps run eagerly
@@ -295,7 +295,7 @@ class RuleOptimizer(Checkpoints):
                 _check_written(value, where)
 
     def check_param(self, param: Tensor, group: Group, name: str) -> None:
-        """Raise for a parameter that cannot be stepped, as torch does and when it does."""
+        """Raise torch's error for a parameter that cannot be stepped, when torch raises it."""
         kind = type(self).__name__
         grad: Any = param.grad
         if grad.is_sparse and not self.sparse_gradients:
@@ -389,5 +389,5 @@ def _filled_like(param: Tensor, shape: torch.Size, value: Any) -> Tensor:
         return torch.complex(whole, whole) if param.is_complex() else whole
     value = value.item() if isinstance(value, Tensor) else value
     value = complex(value, value) if param.is_complex() else value
-    same = shape == param.shape  # and then memory format, too
+    same = shape == param.shape  # then the memory format is kept too
     return torch.full_like(param, value) if same else param.new_full(shape, value)

@@ -18,7 +18,7 @@ from diffopt.optim._groups import Group, check_numbers, name_of, plain_number, w
 
 
 class Checkpoints(torch.optim.Optimizer):
-    """Saves and loads checkpoints in the format of torch.optim; here they are copies."""
+    """Saves and loads checkpoints in the format of torch.optim; unlike torch's they are copies."""
 
     state: Any
     scalar_state: ClassVar[tuple[str, ...]] = ("step",)
@@ -116,7 +116,7 @@ class Checkpoints(torch.optim.Optimizer):
         self.check_numbers()
         for param, group, name in params.values():
             self.check_state(self.state.get(param, {}), param, group, name)
-        _state.made(self.state)
+        _state.mark_unlent(self.state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

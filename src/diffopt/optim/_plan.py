@@ -174,7 +174,7 @@ class Bucket:
     def kind(self) -> tuple[Any, ...]:
         """What keeps it apart from other buckets."""
         values = (counts.first for counts in self.scalars.values())
-        # On a device nobody has written to them: those that were apart are so still.
+        # Elsewhere their versions are unchanged: buckets that differed still do.
         known = [x.item() if x.device.type == "cpu" else id(self) for x in values]
         return (*self.key._replace(scalars=()), *known)
 
@@ -218,10 +218,11 @@ class Bucket:
         return [x.permute(order) if order else x for x, order in pairs] or column
 
     def _for_kernels(self, values: list[Any]) -> tuple[list[Any], ways.Wanted]:
-        """The hyperparameters as numbers, but for the rate, which a kernel takes as a tensor, too.
+        """The hyperparameters as kernels take them, and the wish that `ways.choose` should follow.
 
-        torch's loop computes the step size in the precision of the rate, where that is a tensor:
-        where it is less than the parameter's, the step is not to be a kernel's.
+        They are numbers, except that a learning rate on a device stays a tensor. torch's loop
+        computes the step size in the dtype of a rate that is a tensor: if that is narrower than the
+        parameter's, the kernel, which would be more exact, is not used.
         """
         lr, *rest = values  # every record begins with the rate
         rest = [_modes.number_of(value) for value in rest]
@@ -375,7 +376,7 @@ def _fields(opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
 
 
 def filled(values: list[Any], dtype: torch.dtype) -> list[Any]:
-    """Torch's None for a number, Adafactor's eps1, is the dtype's machine epsilon."""
+    """The values, with the machine epsilon of the dtype for None, torch's default for eps1."""
     eps = torch.finfo(dtype).eps
     return [eps if value is None else value for value in values]
 
@@ -416,7 +417,7 @@ class _Key(NamedTuple):
     fresh: bool = False
     """Whether a momentum begins, in a class that keeps no count."""
     alone: int | None = None
-    """Its index, for a parameter whose memory or state another has as well: one after the other."""
+    """The index of a parameter that shares memory or state with another: it is stepped alone."""
 
 
 def _key(
@@ -448,7 +449,7 @@ def _wanted(group: Group) -> ways.Wanted:
 
 
 def _entangled(params: Sequence[Tensor], rows: dict[int, dict[str, Any]]) -> set[int]:
-    """The parameters whose memory, or that of whose state, overlaps with another's.
+    """The parameters that share memory with another one, themselves or by their states.
 
     What one of them writes another reads, so they are stepped one after the other, as in torch.
     """
@@ -488,7 +489,7 @@ def _begin(optimizer: Any, group: Group, opt: Leafwise[Any, Any], params: list[T
 
 
 def _lacking(optimizer: Any, opt: Leafwise[Any, Any], param: Tensor) -> bool:
-    """Whether a parameter has no state, or that of a class without counts is not complete."""
+    """Whether a parameter has no state or, in a class without counts, an incomplete one."""
     needed = optimizer.fields(opt, param)
     row = optimizer.state.get(param)
     if not row:
@@ -497,7 +498,7 @@ def _lacking(optimizer: Any, opt: Leafwise[Any, Any], param: Tensor) -> bool:
 
 
 def _row(optimizer: Any, group: Group, param: Tensor) -> dict[str, Any]:
-    """The state of a parameter, with a tensor for a count that is a number, as in old states."""
+    """The state of a parameter; a count that is a number, as in old states, becomes a tensor."""
     row: dict[str, Any] = optimizer.state.get(param, {})
     for key in optimizer.scalar_state:
         if not isinstance(row[key], Tensor) and not optimizer.integer_steps:
@@ -514,7 +515,7 @@ def _order(opt: Leafwise[Any, Any], tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _known(value: Tensor) -> Any:
-    """The number in a 0-d tensor; where that must not be asked for, the tensor itself."""
+    """The number in a 0-d tensor, to compare by; its identity where the number cannot be read."""
     if value.is_meta:
         return None
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

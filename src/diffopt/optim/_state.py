@@ -24,8 +24,6 @@ _CHANGES = (
     "setdefault",
     "update",
 )
-
-
 _READS = ("__getitem__", "get", "items", "values", "copy", "__or__", "__ror__", "__reduce__")
 
 
@@ -132,8 +130,8 @@ def unread(state: Any) -> Generator[None]:
         _unread.reset(token)
 
 
-def made(state: Any) -> None:
-    """Say that all tensors of a state were made by this package, and nobody else holds one."""
+def mark_unlent(state: Any) -> None:
+    """Note that this package has made all tensors of a state, and nobody else holds one."""
     if type(state) is State:
         state.plans.lent = False
 

@@ -154,7 +154,7 @@ def _check_vector(vector: Any, size: int, name: str) -> None:
 
 
 class _Run:
-    """The closure's loss, times a sign, as a function of the parameters, which are moved."""
+    """One step: iterations that move the parameters, evaluating the closure as they go."""
 
     def __init__(
         self, group: dict[str, Any], closure: Callable[[], Any], state: dict[str, Any]

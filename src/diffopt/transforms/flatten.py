@@ -32,10 +32,10 @@ def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     between tensors becomes a vector, and is computed with in the dtype of the params.
 
     Args:
-        optimizer: an elementwise optimizer, such as `adam()`, or a composition of such with
+        optimizer: an elementwise optimizer, such as `adam()`, or a composition of it with
             transformations that do not depend on shapes, such as `clip_by_global_norm`. An
-            optimizer that depends on shapes, like Muon, cannot be flattened; `partition`, which
-            goes by names, can have flattened parts.
+            optimizer that depends on shapes, like Muon, cannot be flattened. `partition`, whose
+            labels refer to names, cannot either, but its parts can.
 
     Returns:
         The optimizer. Its state is that of the optimizer, with lists of vectors in place of trees

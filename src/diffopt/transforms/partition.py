@@ -92,7 +92,7 @@ class Partition(Value, Optimizer[Parts, Parts]):
         }
 
     def update(self, params: Tree, grads: Tree, state: Parts, hparams: Parts) -> tuple[Tree, Parts]:
-        leaves = gather(params, grads, sparse=True)  # if its optimizer accepts that
+        leaves = gather(params, grads, sparse=True)  # which the optimizer of the leaf may accept
         parts = self._parts(leaves, params, state, hparams)
         new_params, new_state = leaves.params, dict(state)
         for label, (chosen, arguments) in parts.items():
