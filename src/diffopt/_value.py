@@ -31,7 +31,7 @@ class Value:
         return hash((type(self), _key(vars(self))))
 
     def __repr__(self) -> str:
-        fields = (f"{name}={brief(value)}" for name, value in vars(self).items())
+        fields = (f"{name}={_brief(value)}" for name, value in vars(self).items())
         return f"{type(self).__name__}({', '.join(fields)})"
 
 
@@ -42,7 +42,7 @@ class _Items(dict[Any, Any]):
         return hash(frozenset(self.items()))
 
 
-def brief(value: Any) -> str:
+def _brief(value: Any) -> str:
     """A one-line repr: shapes for tensors, names for functions, and long trees abbreviated."""
     return " ".join(_SHORT.repr(value).split())
 
