@@ -809,7 +809,7 @@ def test_a_residual_may_hide_constants():
         (
             lambda: implicit_root(lambda x, a: (x, a), lambda i, a: a)(None, A),
             ValueError,
-            "the output of residual is a tuple",
+            "the output of residual has type tuple",
         ),
         (
             lambda: implicit_root(lambda x, a: x[:1], lambda i, a: a)(None, U),

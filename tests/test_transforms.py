@@ -1352,7 +1352,7 @@ def test_biases_and_norms_are_not_decayed():
     }
     assert diffopt.nn.decay_mask(nn.Linear(2, 2)) == {"weight": True, "bias": False}
     assert diffopt.nn.decay_mask(nn.LayerNorm(2)) == {"weight": False, "bias": False}
-    with pytest.raises(TypeError, match="module is 3 .*, not a torch"):
+    with pytest.raises(TypeError, match=r"module is 3 .*, not a torch"):
         diffopt.nn.decay_mask(3)
 
 

@@ -68,8 +68,8 @@ class Run:
                 yield _Numbered.of(number, (x,))
 
     def see(self, quantity: str, step: int, tree: Tree) -> None:
-        """Keep the norms of a tree, unless the step is being recomputed."""
-        if step in self.seen.setdefault(quantity, {}):
+        """Keep the norms of a tree, unless they are known: the step is being recomputed."""
+        if self.seen.setdefault(quantity, {}).get(step):
             return
         norms = [_norm(x) for x in _tree.leaves(tree) if isinstance(x, Tensor)]
         self.seen[quantity][step] = {i: x for i, x in enumerate(norms) if x is not None}
