@@ -226,7 +226,7 @@ def test_a_rule_may_join_tensors(join, execution, elementwise):
         ({"State": None}, "State is None, not a NamedTuple class whose first field is step"),
         ({"State": dict}, "State is <class 'dict'> .*, not a NamedTuple class"),
         ({"hparams": None}, "hparams is None, not a class made by diffopt.rules.hparams"),
-        ({"hparams": dict}, "hparams is <class 'dict'> .*, not a class made by"),
+        ({"hparams": dict}, "hparams is <class 'dict'>, not a class made by"),
         ({"rule": lambda *_: None}, r"the rule must return \(new_param, new_state\), not None"),
         ({"rule": lambda _, p, *__: p}, r"the rule must return .*, not a tensor of shape"),
         (
