@@ -28,6 +28,7 @@ from diffopt.transforms import (
     freeze,
     masked,
     partition,
+    skip_nonfinite,
 )
 from registry import PAIRS
 
@@ -604,6 +605,44 @@ def test_a_wrong_state_of_a_composition_is_refused_and_changes_nothing(wrong):
     del saved["state"][1]["exp_avg_sq"]
     with pytest.raises(ValueError, match=r"exp_avg|step|no exp_avg_sq"):
         optimizer.load_state_dict(saved)
+
+
+def locked(x):
+    with torch.inference_mode():
+        return x + 1
+
+
+SPOILED = {
+    "memory": lambda o, p, q: setattr(q, "data", p.data.t()),
+    "an inference tensor": lambda o, p, q: setattr(q, "data", locked(q.data)),
+    "a rate": lambda o, p, q: o.param_groups[1].update(lr=torch.ones(5)),
+    "a buffer": lambda o, p, q: o.state[p].update(
+        {k: torch.ones(5) for k, v in o.state[p].items() if v.dim() == 2}
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+@pytest.mark.parametrize("name", ["chain", "ema", "accumulate", "skip"])
+def test_a_group_that_is_refused_leaves_those_before_it_as_they_were(name, spoil):
+    opt = {
+        "chain": chain(clip_by_global_norm(), diffopt.adamw()),
+        "ema": ema(diffopt.adam()),
+        "accumulate": accumulate(diffopt.adam(), 1),
+        "skip": skip_nonfinite(diffopt.adam()),
+    }[name]
+    params = [torch.nn.Parameter(torch.full((3, 3), 0.1 * k)) for k in range(3)]
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = optim.from_pure(opt, groups, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    SPOILED[spoil](optimizer, *params[1:])
+    before = copy.deepcopy([[p.detach() for p in params], optimizer.state_dict()["state"]])
+    with pytest.raises(ValueError, match=r"params\[|state|hparams"):
+        optimizer.step()
+    after = [[p.detach() for p in params], optimizer.state_dict()["state"]]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_narrow_state_of_a_composition_becomes_what_init_makes():

@@ -542,6 +542,16 @@ class WeaklyEntangled(nn.Module):
         return self.slot(self.slotted.layer(self.a.parent().b(x)))
 
 
+class Caller:
+    """An object that holds itself and a method of its own."""
+
+    def __init__(self, layer):
+        self.layer, self.call, self.me = layer, self.run, self
+
+    def run(self, x):
+        return self.me.layer(x)
+
+
 class Wrapped(nn.Module):
     """The same by functions that wrap others, call themselves or each other, or hold tensors."""
 
@@ -568,11 +578,12 @@ class Wrapped(nn.Module):
         table["listed"], attributed.weight = listed, self.b.weight
         self.alone, self.odd, self.table, self.attributed = alone, odd, table, attributed
         self.cached = functools.lru_cache(maxsize=3)(lambda n: n * self.b.weight)
+        self.caller = Caller(self.a)
         self.layer, self.times, self.plus = [self.a].__getitem__, self.b.bias.mul, a.bias.__add__
 
     def forward(self, x):
         x = self.odd(self.alone(x, 2), 3)
-        x = self.table["listed"](x, 2) @ self.attributed.weight
+        x = self.table["listed"](self.caller.call(x), 2) @ self.attributed.weight
         return self.plus(self.times(self.layer(0)(x @ self.cached(2))))
 
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import dataclasses
+import functools
 import multiprocessing
 import pickle
 import re
@@ -14,6 +15,8 @@ import torch
 import diffopt
 from diffopt import transforms
 from diffopt.rules import Leafwise, hparams, leafwise, number, zeros_like
+from diffopt.schedules import Formula
+from diffopt.transforms import clip_by_norm, freeze, masked, partition
 
 FACTORIES = {
     "sgd": {"nesterov": True},
@@ -102,6 +105,109 @@ def step_of(opt):
 )
 def test_the_repr_is_one_line_of_flags(opt, text):
     assert repr(opt) == text
+
+
+class Callable:
+    """A rule that is an object."""
+
+    def __call__(self, p, g, s, hp, c):
+        return p - hp.lr * g, s
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [(functools.partial(lion), "lion"), (Callable(), "<Callable>"), (Lion().rule, "rule")],
+)
+def test_any_kind_of_function_has_a_name_in_the_repr(rule, name):
+    opt = leafwise(LionState, LionHParams, functools.partial(begin), rule)
+    assert repr(opt) == f"leafwise(LionState, LionHParams, begin, {name}, maximize=False)"
+    assert " at 0x" not in repr(masked(opt, functools.partial(dict.fromkeys, value=Callable())))
+
+
+class Ramp(Formula):
+    """A schedule of a user's."""
+
+    slope: float
+    pieces: Any = None
+
+    def at(self, step):
+        return self.slope * step
+
+    @functools.cached_property
+    def doubled(self):
+        return Ramp(2 * self.slope)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decorated(Ramp):
+    shift: float = 1.0
+
+
+class Own(Formula):
+    def __init__(self, *slopes):
+        object.__setattr__(self, "slopes", slopes)
+
+    def at(self, step):
+        return sum(self.slopes) * step
+
+
+class Inherited(Own):
+    pass
+
+
+VALUES = {
+    "fields": lambda: Ramp(0.5, pieces=[1, {2: (3,)}]),
+    "a tensor": lambda: Ramp(0.5, TENSOR),
+    "decorated": lambda: Decorated(0.5, TENSOR, shift=2.0),
+    "a constructor": lambda: Own(0.5, 1.0),
+    "an inherited constructor": lambda: Inherited(0.5, 1.0),
+    "a partial function": lambda: masked(diffopt.sgd(), functools.partial(begin, step=[1])),
+}
+TENSOR = torch.ones(2)
+
+
+@pytest.mark.parametrize("make", VALUES.values(), ids=VALUES)
+def test_classes_of_values_may_be_extended_and_decorated(make):
+    value, twin = make(), make()
+    assert value == twin
+    assert hash(value) == hash(twin)
+    assert value == copy.copy(value)
+    assert "\n" not in repr(value)
+    assert " at 0x" not in repr(value)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        value.slope = 1.0
+
+
+def test_what_a_value_has_cached_is_no_part_of_it():
+    value, twin = Ramp(0.5), Ramp(0.5)
+    before = hash(value), repr(value)
+    assert value.doubled == Ramp(1.0)
+    assert value == twin
+    assert (hash(value), repr(value)) == before
+
+
+def test_trees_that_a_user_changes_later_stay_as_they_were_given():
+    tree, labels, params = {"a": True, "b": [False]}, {"a": "x", "b": ["y"]}, {"x": diffopt.sgd()}
+    params["y"] = diffopt.adam()
+    makers = [
+        lambda: masked(diffopt.sgd(), tree),
+        lambda: masked(clip_by_norm(), tree),
+        lambda: freeze(diffopt.sgd(), tree),
+        lambda: partition(params, labels),
+    ]
+    values, twins = [make() for make in makers], [make() for make in makers]
+    copies = copy.deepcopy(values)
+    tree["b"][0], labels["b"][0], params["y"] = True, "x", diffopt.sgd()
+    assert values == twins == copies
+
+
+def test_a_flag_that_cannot_be_hashed_is_named():
+    @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+    class Tabled(Lion):
+        table: Any = ()
+
+    with pytest.raises(TypeError, match=r"table is \(\[1\],\) .* has no hash"):
+        Tabled(table=([1],))
 
 
 @every_factory

@@ -124,10 +124,17 @@ def _object(value: Any, new: list[Any], _: Any) -> Any:
     if result is value:
         raise _Fixed(type(value).__qualname__)
     for name in getattr(value, "__dict__", {}):
-        vars(result)[name] = next(contents)
+        vars(result)[name] = _moved(next(contents), value, result)
     for slot in _slotted(value):
-        slot.__set__(result, next(contents))
+        slot.__set__(result, _moved(next(contents), value, result))
     return result
+
+
+def _moved(content: Any, old: Any, new: Any) -> Any:
+    """What an object holds, with its copy in place of itself and of the owner of its methods."""
+    if isinstance(content, types.MethodType) and content.__self__ is old:
+        return _method(content, [new])
+    return new if content is old else content
 
 
 def _slotted(value: Any) -> dict[types.MemberDescriptorType, Any]:

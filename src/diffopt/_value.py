@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import reprlib
 from collections.abc import Mapping
 from typing import Any, cast, dataclass_transform
@@ -15,24 +17,42 @@ class Value:
     """Makes every subclass a frozen dataclass, whose fields may hold tensors, trees and functions.
 
     Two are equal if they have the same class and equal fields: trees are compared by contents, and
-    tensors by identity, since their values are never read.
+    tensors by identity, since their values are never read. A constructor that a class defines is
+    inherited by those that add no fields, and decorating a class as a dataclass changes nothing.
     """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        adds_fields = bool(inspect.get_annotations(cls))
+        init = adds_fields or cls.__init__ is object.__init__
+        dataclasses.dataclass(frozen=True, eq=False, repr=False, init=init)(cls)
+        del cls.__setattr__, cls.__delattr__  # which would not let it be decorated again
+        for name in ("__eq__", "__hash__", "__repr__"):
+            setattr(cls, name, getattr(cls, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return _key(vars(self)) == _key(vars(other))
+        return _key(_fields(self)) == _key(_fields(other))
 
     def __hash__(self) -> int:
-        return hash((type(self), _key(vars(self))))
+        return hash((type(self), _key(_fields(self))))
 
     def __repr__(self) -> str:
-        fields = (f"{name}={_brief(value)}" for name, value in vars(self).items())
+        fields = (f"{name}={brief(value)}" for name, value in _fields(self).items())
         return f"{type(self).__name__}({', '.join(fields)})"
+
+
+def _fields(value: Value) -> dict[str, Any]:
+    """What was given to a value, without what it has computed of that and cached."""
+    kind, cached = type(value), functools.cached_property
+    return {k: v for k, v in vars(value).items() if not isinstance(getattr(kind, k, None), cached)}
 
 
 class _Items(dict[Any, Any]):
@@ -42,7 +62,7 @@ class _Items(dict[Any, Any]):
         return hash(frozenset(self.items()))
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """A one-line repr: shapes for tensors, names for functions, and long trees abbreviated."""
     return " ".join(_SHORT.repr(value).split())
 
@@ -56,6 +76,8 @@ def _key(value: Any) -> Any:
         return _Items((key, _key(child)) for key, child in items)
     if isinstance(value, (list, tuple)):
         return type(cast(Any, value)), *map(_key, cast(Any, value))
+    if isinstance(value, functools.partial):
+        return functools.partial, value.func, *map(_key, (value.args, value.keywords))
     return value
 
 
@@ -67,6 +89,10 @@ class _Short(reprlib.Repr):
     def repr1(self, x: Any, level: int) -> str:
         if isinstance(x, Tensor):
             return f"<tensor of shape {tuple(x.shape)}>"
+        if isinstance(x, functools.partial):
+            return self.repr1(x.func, level)
+        if type(x).__repr__ is object.__repr__:  # which shows an address
+            return f"<{type(x).__qualname__}>"
         return getattr(x, "__qualname__", None) or super().repr1(x, level)
 
 

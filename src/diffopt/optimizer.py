@@ -61,11 +61,23 @@ class Optimizer(ABC, Generic[S, H]):
             ValueError: also if autograd is recording and `grads` or `hparams` require a gradient,
                 which would be lost.
         """
+        with torch.no_grad():
+            for old, new in self._overwriting(params, grads, state, hparams):
+                old.copy_(new)
+
+    def check(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
+        """Raise what `update_` would raise for these arguments, and change nothing.
+
+        Unless a class knows better, it computes the update for that.
+        """
+        self._overwriting(params, grads, state, hparams)
+
+    def _overwriting(self, params: Tree, grads: Tree, state: S, hparams: H) -> list[Any]:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
             new_params, new_state = self.update(params, grads, state, hparams)
             new = {"params": new_params, "state": new_state}
-            copy_(overwriting({"params": params, "state": state}, new))
+            return overwriting({"params": params, "state": state}, new)
 
 
 def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, hyper, ops, running, ways
 from diffopt._rule.rule import EXECUTIONS, WORKING_DTYPE, Execution, H, Rule, S, Shape, unused
 from diffopt._tree import Tree
+from diffopt._value import brief
 from diffopt.optimizer import Optimizer, refuse_gradients
 
 
@@ -74,8 +75,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             value = getattr(self, field.name)
             if isinstance(field.default, bool):
                 hyper.check_flags(**{field.name: value})
-            if not isinstance(value, Hashable):
-                raise TypeError(f"{field.name} is {_tree.describe(value)}, which has no hash")
+            _check_hashable(value, field.name)
         check_choice(self.execution, "execution", *EXECUTIONS)
         _check_classes(getattr(self, "State", None), getattr(self, "hparams", None))
 
@@ -247,6 +247,16 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         return self.State(step, *trees)
 
 
+def _check_hashable(flag: Any, name: str) -> None:
+    """Raise for a flag that cannot be a key: what a rule has prepared goes by its flags."""
+    try:
+        hash(flag)
+    except TypeError:
+        raise TypeError(
+            f"{name} is {_tree.describe(flag)}, which has no hash: pass a constant, such as a tuple"
+        ) from None
+
+
 @functools.lru_cache(maxsize=256)
 def _buffers_of(
     rule: Rule[Any, Any], shape: torch.Size, dtype: torch.dtype
@@ -282,7 +292,7 @@ class FunctionRule(Leafwise[S, H]):
 
     def __repr__(self) -> str:
         """The functions and classes by name, on one line."""
-        named = [member.__name__ for _, member in self.members[:4]]
+        named = [brief(member).rpartition(".")[2] for _, member in self.members[:4]]
         flags = [f"{k}={v!r}" for k, v in self._inherited().items()]
         return f"leafwise({', '.join([*named, *flags])})"
 

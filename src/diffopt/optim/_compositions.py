@@ -41,7 +41,10 @@ class TreeOptimizer(Checkpoints):
         loss = self._loss(closure)
         self.check_numbers()
         with torch.no_grad():
-            for arguments in [self._arguments(i) for i in range(len(self.param_groups))]:
+            calls = [self._arguments(i) for i in range(len(self.param_groups))]
+            for arguments in calls[1:]:  # if the first one raises, nothing has been changed
+                self.optimizer.check(*arguments)
+            for arguments in calls:
                 self.optimizer.update_(*arguments)
         return loss
 

@@ -86,14 +86,28 @@ class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
     def update_(
         self, params: Tree, grads: Tree, state: tuple[Any, ...], hparams: tuple[Any, ...]
     ) -> None:
+        with torch.no_grad():
+            pairs, arguments = self._in_place(params, grads, state, hparams)
+            self.parts[-1].update_(*arguments)
+            copy_(pairs)
+
+    def check(
+        self, params: Tree, grads: Tree, state: tuple[Any, ...], hparams: tuple[Any, ...]
+    ) -> None:
+        _, arguments = self._in_place(params, grads, state, hparams)
+        self.parts[-1].check(*arguments)
+
+    def _in_place(
+        self, params: Tree, grads: Tree, state: tuple[Any, ...], hparams: tuple[Any, ...]
+    ) -> tuple[list[Any], tuple[Any, ...]]:
+        """What the transformations overwrite, and the arguments of the optimizer."""
         refuse_gradients(grads, hparams)
         with torch.no_grad():
             leaves = gather(params, grads, writable=True)
             wide, grads, states = self._transformed(leaves, state, hparams)
             new = {"params": wide, "state": states}
             pairs = overwriting({"params": params, "state": state[:-1]}, new)
-            self.parts[-1].update_(wide, grads, state[-1], hparams[-1])
-            copy_(pairs)
+        return pairs, (wide, grads, state[-1], hparams[-1])
 
     def _transformed(
         self, leaves: Leaves, state: tuple[Any, ...], hparams: tuple[Any, ...]

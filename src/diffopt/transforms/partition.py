@@ -70,7 +70,7 @@ def partition(
         raise TypeError(f"optimizers is a {kind}, not a dict with an optimizer for each label")
     for label, optimizer in optimizers.items():
         check_optimizer(optimizer, f"optimizers[{label!r}]")
-    return Partition(dict(optimizers), labels)
+    return Partition(dict(optimizers), _owned(labels))
 
 
 class Partition(Value, Optimizer[Parts, Parts]):
@@ -190,9 +190,9 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
         {'a': tensor([-1.0000]), 'b': tensor([-3.])}
     """
     if isinstance(part, Optimizer):
-        return MaskedOptimizer(part, mask)
+        return MaskedOptimizer(part, _owned(mask))
     if isinstance(part, Transformation):
-        return MaskedTransformation(part, mask)
+        return MaskedTransformation(part, _owned(mask))
     given = _tree.shown(part)
     raise TypeError(f"part is {given}, neither an optimizer nor a gradient transformation")
 
@@ -223,7 +223,7 @@ def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) ->
         >>> opt.update(params, grads, opt.init(params), opt.hparams(lr=1.0))[0]
         {'body': tensor([0., 0.]), 'head': tensor([-1.])}
     """
-    return MaskedOptimizer(optimizer, frozen, "frozen")
+    return MaskedOptimizer(optimizer, _owned(frozen), "frozen")
 
 
 class MaskedOptimizer(Wrapper[Any]):
@@ -277,6 +277,11 @@ class MaskedTransformation(Value, Transformation[Any, Any]):
         part = _part(leaves, chosen)
         new, new_state = self.transformation.apply(part[1], part[0], state, hparams)
         return leaves.tree(_replaced(leaves.grads, new, chosen, part[1])), new_state
+
+
+def _owned(prefix: Tree | Callable[[Tree], Tree]) -> Tree | Callable[[Tree], Tree]:
+    """A copy of a prefix tree, which its owner may change later; a function as it is."""
+    return prefix if callable(prefix) else _tree.map(lambda leaf: leaf, prefix)
 
 
 def _spread(
