@@ -154,8 +154,8 @@ def test_a_compiled_kernel_that_is_wrong_is_not_used(monkeypatch):
 
 def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch):
     seen = []
-    program = recording.Program
-    monkeypatch.setattr(recording, "Program", lambda *args: seen.append(args) or program(*args))
+    run = recording.Program.run
+    monkeypatch.setattr(recording.Program, "run", lambda *args: seen.append(args) or run(*args))
     optimizers = {case.optimizer for case in REGISTRY.values()}
     rules = [opt for opt in optimizers if isinstance(opt, Leafwise) and opt.elementwise]
     for opt in rules:
@@ -169,14 +169,52 @@ def test_a_program_computes_what_is_wanted_and_a_value_wanted_twice_once():
     p, g, _ = tape.inputs
     new = 2 * p + g
     _ = (g * g).sqrt()
-    program = recording.Program(tape, [new, None, new])
+    program = tape.program([new, None, new])
     assert len(program.lines) == 2
     assert program.copies == [(2, 0)]
     old, grad, average = draw(5), draw(5), draw(5)
     expected = 2 * old + grad
-    program.run((old, grad, average), program.registers(5, old))
+    program.run((old, grad, average), program.registers(5, old), tape.constants)
     assert torch.equal(old, expected)
     assert torch.equal(average, expected)
+
+
+def test_a_program_is_kept_while_only_numbers_change():
+    def recorded(*numbers):
+        tape = recording.Tape(1)
+        out = tape.inputs[0]
+        for number in numbers:
+            out = torch.add(out * number, 1, alpha=number)
+        return tape.program([out]), tape.constants
+
+    program, constants = recorded(2.0)
+    other, others = recorded(torch.tensor(3.0))
+    assert program is other
+    assert program is not recorded(2.0, 3.0)[0]
+    x, y = draw(5), draw(5)
+    expected = x * 2 + 2, y * 3 + 3
+    program.run((x,), program.registers(5, x), constants)
+    program.run((y,), program.registers(5, y), others)
+    torch.testing.assert_close((x, y), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["rmsprop", "nadam", "adadelta", "adamax", "asgd", "radam", "rprop"]
+)
+def test_kept_programs_follow_numbers_that_change(name):
+    torch.manual_seed(0)
+    opt = getattr(diffopt, name)()
+    leaf = dataclasses.replace(opt, execution="leaf")
+    params = {"a": draw(3), "b": draw(2, 2)}
+    twin, state = {k: p.clone() for k, p in params.items()}, opt.init(params)
+    twin_state = leaf.init(twin)
+    names = {field.name for field in dataclasses.fields(opt.hparams)}
+    for lr, more in ((0.1, 0.0), (0.2, 0.1), (0.0, 0.0), (0.1, 0.3), (0.3, 1e-9), (0.1, 0.0)):
+        record = opt.hparams(lr=lr, **dict.fromkeys(names & {"weight_decay", "beta1", "rho"}, more))
+        grads = {k: draw(*p.shape) for k, p in params.items()}
+        opt.update_(params, grads, state, record)
+        leaf.update_(twin, grads, twin_state, record)
+        torch.testing.assert_close((params, state[1:]), (twin, twin_state[1:]))
 
 
 def test_a_sum_stops_the_recording_until_it_is_known():

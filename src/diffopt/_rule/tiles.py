@@ -101,12 +101,12 @@ def _pieced_(rule: AnyRule, numbers: Numbers, row: Sequence[Any]) -> bool:
     sums: list[float] = []
     try:
         while True:
-            program, unfinished = _up_to_a_sum(rule, numbers, row, lists, sums)
+            program, constants, unfinished = _up_to_a_sum(rule, numbers, row, lists, sums)
             registers = program.registers(len(terms), p)
             total = 0.0
             for piece in pieces:
                 part = terms[: piece[0].numel()]
-                program.run((*piece, part), registers)
+                program.run((*piece, part), registers, constants)
                 if unfinished:
                     total += part.sum().item()
             if not unfinished:
@@ -118,17 +118,18 @@ def _pieced_(rule: AnyRule, numbers: Numbers, row: Sequence[Any]) -> bool:
 
 def _up_to_a_sum(
     rule: AnyRule, numbers: Numbers, row: Sequence[Any], lists: list[int], sums: list[float]
-) -> tuple[recording.Program, bool]:
-    """A program that computes the terms of the first unknown sum, and True; else False.
+) -> tuple[recording.Program, list[Any], bool]:
+    """A program that computes the terms of the first unknown sum, its constants, and True.
 
-    The terms go to an extra tensor behind the row; without an unknown sum the row is updated.
+    The terms go to an extra tensor behind the row; without an unknown sum the row is
+    updated, and the last result is False.
     """
     tape = recording.Tape(len(lists) + 1, row[0], sums)
     try:
         outputs = _recorded(rule, numbers, row, lists, tape)
     except recording.Summed as stop:
-        return recording.Program(tape, [*(None for _ in lists), stop.terms]), True
-    return recording.Program(tape, [*(outputs[k] for k in lists), None]), False
+        return tape.program([*(None for _ in lists), stop.terms]), tape.constants, True
+    return tape.program([*(outputs[k] for k in lists), None]), tape.constants, False
 
 
 def _prepared(
@@ -146,7 +147,7 @@ def _prepared(
     tape = recording.Tape(len(lists))
     try:
         outputs = _recorded(rule, numbers, columns, lists, tape)
-        program = recording.Program(tape, [outputs[k] for k in lists])
+        program = tape.program([outputs[k] for k in lists])
     except recording.Unrecordable:
         return size, eagerly
     for column, value in zip(columns, outputs, strict=True):
@@ -154,7 +155,7 @@ def _prepared(
             column.new = value
     size = size * _USUAL // len(program.memory)
     registers = program.registers(size, like)
-    return size, lambda piece: program.run(piece, registers)
+    return size, lambda piece: program.run(piece, registers, tape.constants)
 
 
 def _recorded(
