@@ -113,6 +113,41 @@ def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch):
         agree(opt, opt.hparams(lr=0.1), params)
 
 
+@pytest.mark.parametrize("separate", [True, False], ids=["separate", "side by side"])
+def test_small_tensors_that_lie_side_by_side_are_updated_in_their_memory(separate):
+    torch.manual_seed(0)
+    opt, vector = diffopt.rmsprop(), draw(28)
+    leaf = dataclasses.replace(opt, execution="leaf")
+    params = [x.detach() for x in vector.split([3, 20, 5])]  # with versions of their own
+    params = [x.clone() for x in params] if separate else params
+    twin = pytree.tree_map(torch.clone, params)
+    state, twin_state, record = opt.init(params), opt.init(twin), opt.hparams(lr=0.1)
+    versions = [p._version for p in params]
+    for _ in range(2):
+        grads = pytree.tree_map(torch.randn_like, params)
+        opt.update_(params, grads, state, record)
+        leaf.update_(twin, grads, twin_state, record)
+    torch.testing.assert_close((params, state), (twin, twin_state), rtol=1e-12, atol=1e-12)
+    assert all(p._version > old for p, old in zip(params, versions, strict=True))
+    assert torch.equal(vector[:3], params[0]) != separate
+
+
+@pytest.mark.parametrize("name", ["asgd", "rmsprop", "rprop", "adafactor"])
+@pytest.mark.parametrize("size", [7, 1 << 18], ids=["pieces", "together"])
+def test_a_gradient_may_be_its_own_parameter(name, size, monkeypatch):
+    monkeypatch.setattr(tiles, "_TILE", size)
+    torch.manual_seed(0)
+    opt = getattr(diffopt, name)()
+    leaf = dataclasses.replace(opt, execution="leaf")
+    params = [x.view(-1) for x in draw(4, 5)]
+    twin = pytree.tree_map(torch.clone, params)
+    state, twin_state, record = opt.init(params), opt.init(twin), opt.hparams(lr=0.1)
+    for _ in range(2):
+        opt.update_(params, params, state, record)
+        leaf.update_(twin, twin, twin_state, record)
+    torch.testing.assert_close((params, state), (twin, twin_state), rtol=1e-12, atol=1e-12)
+
+
 def test_flags_arrive_in_the_kernel(calls):
     for opt in (
         diffopt.sgd(nesterov=True, maximize=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,23 +25,45 @@ def tiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     These are slices of big tensors, and small tensors concatenated.
     """
     lists = [c for c in columns if isinstance(c, list)]
-    size, update_ = _prepared(rule, numbers, columns)
-    flat = [[x if x.dim() == 1 else x.view(-1) for x in column] for column in lists]
-    small: list[int] = []
-    length = torch.get_num_threads() * _TILE // 2  # of a concatenation; more causes page faults
-    for i, tensor in enumerate(flat[0]):
-        if tensor.numel() < length // 2:
-            small.append(i)
+    lengths = list(map(Tensor.numel, lists[0]))
+    size, update_ = _prepared(rule, numbers, columns, sum(lengths))
+    length = min(size, torch.get_num_threads() * _TILE // 2)  # more causes page faults
+    small = [i for i, n in enumerate(lengths) if n < length // 2]
+    alone = [[i] for i, n in enumerate(lengths) if n >= length // 2]
+    for batch in (*alone, *_batches(small, lengths, length)):
+        pieces = lists if len(batch) == len(lengths) else [pick(c, batch) for c in lists]
+        if len(batch) > 1:
+            _together_(update_, pieces)
             continue
-        for piece in zip(*(column[i].split(size) for column in flat), strict=True):
+        row = [column[0].view(-1) for column in pieces]
+        if row[0].data_ptr() == row[1].data_ptr():  # a gradient that is its own parameter
+            row[1] = row[1].clone()
+        for piece in zip(*(x.split(size) for x in row), strict=True):
             update_(piece)
-    for batch in _batches(small, [tensor.numel() for tensor in flat[0]], length):
-        pieces = [[column[i] for i in batch] for column in flat]
-        tile = [torch.cat(column) for column in pieces]
-        update_(tile)
-        lengths = [piece.numel() for piece in pieces[0]]
-        for old, new in zip(written(pieces), written(tile), strict=True):
-            _torch.foreach_copy_(old, new.split(lengths))
+
+
+def _together_(update_: Callable[[Sequence[Tensor]], None], lists: list[list[Tensor]]) -> None:
+    """Update tensors as one: concatenated, but for columns that are so in memory."""
+    views = [None if k == 1 else _joined(tensors) for k, tensors in enumerate(lists)]
+    pairs = zip(views, lists, strict=True)
+    tile = [_torch.flatten(tensors) if view is None else view for view, tensors in pairs]
+    update_(tile)
+    for view, old, new in zip(*map(written, (views, lists, tile)), strict=True):
+        if view is None:
+            _torch.foreach_copy_(old, _torch.unflatten(new, old))
+        else:  # the others may not share the version of the first
+            torch.autograd.graph.increment_version(old)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A view of contiguous tensors as one vector, where one begins where the one before ends."""
+    ends = itertools.accumulate((x.nbytes for x in tensors), initial=tensors[0].data_ptr())
+    first, last = tensors[0].untyped_storage(), tensors[-1].untyped_storage()
+    if first.data_ptr() == last.data_ptr() and all(
+        map(operator.eq, map(Tensor.data_ptr, tensors), ends)
+    ):
+        return tensors[0].as_strided((sum(map(Tensor.numel, tensors)),), (1,))
+    return None
 
 
 def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
@@ -94,7 +118,8 @@ def _pieced_(rule: AnyRule, numbers: Numbers, row: Sequence[Any]) -> bool:
     lists = [k for k, x in enumerate(row) if isinstance(x, Tensor) and x.numel()]
     kinds = {(row[k].shape, row[k].dtype, row[k].is_contiguous()) for k in lists}
     shared = any(isinstance(x, Shared) for x in row)
-    if shared or p.dtype not in AS_IS or kinds != {(p.shape, p.dtype, True)}:
+    aliased = row[1].data_ptr() == p.data_ptr()
+    if shared or aliased or p.dtype not in AS_IS or kinds != {(p.shape, p.dtype, True)}:
         return False
     terms = p.new_empty(min(size, p.numel()))
     pieces = [*zip(*(row[k].view(-1).split(size) for k in lists), strict=True)]
@@ -133,9 +158,9 @@ def _up_to_a_sum(
 
 
 def _prepared(
-    rule: AnyRule, numbers: Numbers, columns: Sequence[Any]
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], total: int
 ) -> tuple[int, Callable[[Sequence[Tensor]], None]]:
-    """The size of pieces, and a function that updates one piece of each column in place."""
+    """The size of pieces of `total` elements, and a function that updates one of each column."""
     size, like = torch.get_num_threads() * _TILE, columns[0][0]
     lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
 
@@ -154,7 +179,7 @@ def _prepared(
         if isinstance(column, Shared):
             column.new = value
     size = size * _USUAL // len(program.memory)
-    registers = program.registers(size, like)
+    registers = program.registers(min(size, total), like)
     return size, lambda piece: program.run(piece, registers, tape.constants)
 
 
