@@ -179,13 +179,6 @@ def parametrized_anew() -> Generator[None]:
         _parametrize._cache = kept
 
 
-# Concatenations.
-flatten: Callable[[Sequence[Tensor]], Tensor] = _C._nn.flatten_dense_tensors
-"""Tensors of any shape concatenated to one vector; a single contiguous one as a view."""
-unflatten: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]] = _C._nn.unflatten_dense_tensors
-"""Views of a vector in the shapes of tensors."""
-
-
 # Kernels for lists of tensors, which torch.optim itself uses.
 
 

@@ -14,6 +14,7 @@ from diffopt import _torch
 from diffopt._rule import recording
 from diffopt._rule.running import AS_IS, AnyRule, Numbers, Shared, apply, leaf_, pick, run, written
 
+_DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
 _USUAL = 6  # the number of tensors in the cache at once that this assumes
 _SMALL, _FEW = 1 << 12, 8  # stacking pays for tensors of at most, and of at least so many
@@ -45,12 +46,14 @@ def tiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
 def _together_(update_: Callable[[Sequence[Tensor]], None], lists: list[list[Tensor]]) -> None:
     """Update tensors as one: concatenated, but for columns that are so in memory."""
     views = [None if k == 1 else _joined(tensors) for k, tensors in enumerate(lists)]
-    pairs = zip(views, lists, strict=True)
-    tile = [_torch.flatten(tensors) if view is None else view for view, tensors in pairs]
+    pairs = list(zip(views, lists, strict=True))
+    flat = [list(map(Tensor.ravel, x)) if view is None else x for view, x in pairs]
+    tile = [torch.cat(x) if view is None else view for view, x in zip(views, flat, strict=True)]
     update_(tile)
-    for view, old, new in zip(*map(written, (views, lists, tile)), strict=True):
+    lengths = list(map(Tensor.numel, flat[0]))
+    for view, old, new in zip(*map(written, (views, flat, tile)), strict=True):
         if view is None:
-            _torch.foreach_copy_(old, _torch.unflatten(new, old))
+            _torch.foreach_copy_(old, new.split_with_sizes(lengths))
         else:  # the others may not share the version of the first
             torch.autograd.graph.increment_version(old)
 
@@ -167,7 +170,7 @@ def _prepared(
     def eagerly(piece: Sequence[Tensor]) -> None:
         leaf_(rule, numbers, _in_place_of_lists([[tensor] for tensor in piece], columns))
 
-    if any(x.dtype != like.dtype or x.dtype not in AS_IS for k in lists for x in columns[k]):
+    if like.dtype not in AS_IS or any({*map(_DTYPE, columns[k])} != {like.dtype} for k in lists):
         return size, eagerly
     tape = recording.Tape(len(lists))
     try:
