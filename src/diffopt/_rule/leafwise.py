@@ -69,9 +69,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
     def __post_init__(self) -> None:
         if _modes.compiling():  # which does not trace dataclasses.fields
             return
-        for field in dataclasses.fields(self):
-            if isinstance(field.default, bool):
-                hyper.check_flags(**{field.name: getattr(self, field.name)})
+        hyper.check_flags(**{name: getattr(self, name) for name in _flags(type(self))})
         check_choice(self.execution, "execution", *EXECUTIONS)
 
     def __repr__(self) -> str:
@@ -242,6 +240,12 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
         return self.State(step, *map(functools.partial(_packed, spec), buffers))
+
+
+@functools.lru_cache(maxsize=64)  # torch.optim's classes make a rule at every step
+def _flags(kind: type[Leafwise[Any, Any]]) -> list[str]:
+    """The fields of a class that are bools."""
+    return [field.name for field in dataclasses.fields(kind) if isinstance(field.default, bool)]
 
 
 def _packed(spec: _tree.Spec, column: list[Any]) -> Any:

@@ -60,12 +60,14 @@ def _together_(update_: Callable[[Sequence[Tensor]], None], lists: list[list[Ten
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
     """A view of contiguous tensors as one vector, where one begins where the one before ends."""
-    ends = itertools.accumulate((x.nbytes for x in tensors), initial=tensors[0].data_ptr())
-    first, last = tensors[0].untyped_storage(), tensors[-1].untyped_storage()
-    if first.data_ptr() == last.data_ptr() and all(
+    first, last = tensors[0], tensors[-1]
+    start, size = first.data_ptr(), first.element_size()
+    offsets = itertools.accumulate(map(Tensor.numel, tensors), initial=0)
+    ends = (start + size * n for n in offsets)
+    if first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr() and all(
         map(operator.eq, map(Tensor.data_ptr, tensors), ends)
     ):
-        return tensors[0].as_strided((sum(map(Tensor.numel, tensors)),), (1,))
+        return first.as_strided((sum(map(Tensor.numel, tensors)),), (1,))
     return None
 
 
