@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +11,10 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
+
+_LAYOUT = operator.attrgetter("layout")  # in C: a step reads thousands
+_NBYTES = operator.attrgetter("nbytes")
+_CHUNK = 100  # tensors that stay in a core's cache while they are read several times
 
 LOCKED = "is an inference tensor, which can only be written to inside torch.inference_mode()"
 
@@ -40,49 +46,67 @@ def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, i
 
     Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """
-    known = [i for i, x in enumerate(tensors) if _modes.ordinary(x)]
-    ordinary = [tensors[i] for i in known]
-    whole = list(map(Tensor.is_contiguous, ordinary))
-    for i, x, contiguous in zip(known, ordinary, whole, strict=True):
-        if not contiguous and _folds(x):
+    known, first, lengths, loose = _extents(tensors)
+    if not known:
+        return None
+    ordinary = tensors if len(known) == len(tensors) else [tensors[i] for i in known]
+    for i in loose:
+        if _folds(tensors[i]):
             return i, i
-    starts, order = _integers(map(Tensor.data_ptr, ordinary)).sort(stable=True)
-    spans = [x.nbytes if c else span(x) for x, c in zip(ordinary, whole, strict=True)]
-    ends = (starts + _integers(spans)[order]).cummax(0).values
+    starts, order = _integers(first).sort(stable=True)
+    ends = (starts + _integers(lengths)[order]).cummax(0).values
     meeting = (starts[1:] < ends[:-1]) & (starts[1:] != 0)
     for k in meeting.nonzero().flatten().tolist():
         this = int(order[k + 1])
         for before in order[: k + 1].tolist():
             if _meet(ordinary[before], ordinary[this]):
                 return known[before], known[this]
-    if not read or not known:
+    indices, starting, lengths, _ = _extents(read)
+    if not indices:
         return None
-    pair = _clash(read, [(known[k], ordinary[k]) for k in order.tolist()], starts, ends)
-    return pair and (pair[1], pair[0] + len(tensors))
-
-
-def _integers(values: Iterable[int]) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int64)
-
-
-def _clash(
-    read: Sequence[Any], written: list[tuple[int, Tensor]], starts: Tensor, ends: Tensor
-) -> tuple[int, int] | None:
-    """The indices of a tensor that is read and of one that is written that share an element.
-
-    Those that are written begin at `starts`, in ascending order; all up to one end by its `ends`.
-    """
-    reads = [(i, x) for i, x in enumerate(read) if _modes.ordinary(x) and x.layout is torch.strided]
-    first = _integers(x.data_ptr() for _, x in reads)
-    last = first + _integers(x.nbytes if x.is_contiguous() else span(x) for _, x in reads)
+    first = _integers(starting)
+    last = first + _integers(lengths)
     before = torch.searchsorted(starts, last)  # how many begin before the end of what is read
     meeting = (torch.cat([ends.new_zeros(1), ends])[before] > first) & (first != 0)
     for m in meeting.nonzero().flatten().tolist():
-        i, x = reads[m]
-        for k, y in written[: int(before[m])]:
-            if _meet(x, y) and not (i == k and x.is_set_to(y)):
-                return i, k
+        i = indices[m]
+        x = read[i]
+        for k in order[: int(before[m])].tolist():
+            y = ordinary[k]
+            if _meet(x, y) and not (i == known[k] and x.is_set_to(y)):
+                return known[k], i + len(tensors)
     return None
+
+
+def _extents(tensors: Sequence[Any]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Of those that have an address: the indices, the addresses, and the lengths in bytes.
+
+    Last the indices of those that are not contiguous.
+    """
+    known, starts, lengths, loose = list[int](), list[int](), list[int](), list[int]()
+    for begin in range(0, len(tensors), _CHUNK):
+        chunk = tensors[begin : begin + _CHUNK]
+        indices = range(begin, begin + len(chunk))
+        if not (_modes.all_ordinary(chunk) and {*map(_LAYOUT, chunk)} == {torch.strided}):
+            indices = [i for i in indices if _has_address(tensors[i])]
+            chunk = [tensors[i] for i in indices]
+        known += indices
+        starts += map(Tensor.data_ptr, chunk)
+        if all(map(Tensor.is_contiguous, chunk)):
+            lengths += map(_NBYTES, chunk)
+        else:
+            lengths += map(span, chunk)
+            loose += [i for i, x in zip(indices, chunk, strict=True) if not x.is_contiguous()]
+    return known, starts, lengths, loose
+
+
+def _has_address(x: Any) -> bool:
+    return _modes.ordinary(x) and x.layout is torch.strided
+
+
+def _integers(values: Iterable[int]) -> Tensor:
+    """A vector; torch.tensor takes four times as long."""
+    return torch.frombuffer(array.array("q", values), dtype=torch.int64)
 
 
 def span(tensor: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -194,19 +195,29 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         tensors, spec = _tree.flatten(params)
         checks.params(tensors, params, self.refuse)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        checks.grads(gradients, tensors, params, sparse=sparse)
+        like = checks.like(gradients)
+        if not like(tensors):
+            checks.grads(gradients, tensors, params, sparse=sparse)
         checks.instance(state, self.State, "state", "init()")
         checks.step(state[0], tensors, params)
-        buffers = self._buffers(state, tensors, spec, params)
+        buffers = self._buffers(state, tensors, spec, params, like)
         checks.instance(hparams, self.hparams, "hparams", "optimizer.hparams(...)")
         numbers = hyper.broadcast(hparams, spec, params)
         checks.numbers(numbers, tensors, params)
         return Work(spec, tensors, gradients, buffers, numbers)
 
     def _buffers(
-        self, state: S, tensors: list[Tensor], spec: _tree.Spec, params: Tree
+        self,
+        state: S,
+        tensors: list[Tensor],
+        spec: _tree.Spec,
+        params: Tree,
+        like: Callable[[list[Any]], bool],
     ) -> list[Any]:
-        """For each field of the state after `step`, a list of tensors or of ()."""
+        """For each field of the state after `step`, a list of tensors or of ().
+
+        `like` is true of tensors that certainly are like the gradients, which are like params.
+        """
         if not tensors:
             return [[] for _ in self._fields()]
         columns: list[list[Any]] = []
@@ -223,7 +234,8 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             if dtype is not None:
                 columns[-1] = _tree.leaves_like(field, spec, params, (name, "params"))
                 own = [row[k] for row in shapes if row is not None]
-                checks.buffers(columns[-1], tensors, params, name, dtype, own)
+                if own or not like(columns[-1]):
+                    checks.buffers(columns[-1], tensors, params, name, dtype, own)
         return columns
 
     def buffers_of(self, p: Tensor) -> Mapping[str, torch.dtype]:
@@ -240,6 +252,9 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
         return self.State(step, *map(functools.partial(_packed, spec), buffers))
+
+
+_KIND = operator.attrgetter("device", "dtype")  # in C: a step reads thousands
 
 
 @functools.lru_cache(maxsize=64)  # torch.optim's classes make a rule at every step
@@ -416,12 +431,22 @@ class Work:
 
     def groups(self) -> list[list[int]]:
         """Leaves that share device, dtype and hyperparameters, hence also the per-step scalars."""
+        if not _modes.compiling() and self._alike():
+            return [[*range(len(self.params))]]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
             if grad is not None:
                 key = (param.device, param.dtype, tuple(n.cover[i] for n in self.numbers))
                 groups.setdefault(key, []).append(i)
         return list(groups.values())
+
+    def _alike(self) -> bool:
+        """Whether all leaves are in one group: a quick look at thousands."""
+        return (
+            len({*map(_KIND, self.params)}) == 1
+            and not any(grad is None for grad in self.grads)
+            and all(len({*number.cover}) == 1 for number in self.numbers)
+        )
 
     def values(self, indices: list[int]) -> list[Any]:
         """The hyperparameters of one group."""
