@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import diffopt
-from diffopt._rule import recording, tiles
+from diffopt._rule import recording, tiles, ways
 from diffopt.rules import Leafwise
 from registry import REGISTRY
 
@@ -20,6 +20,9 @@ KERNELS = {
     "_fused_adamw_": (diffopt.adamw(), {}),
     "_fused_adagrad_": (diffopt.adagrad(), {}),
 }
+
+
+ELEMENTWISE = ("rmsprop", "nadam", "adadelta", "adamax", "asgd", "radam", "rprop")
 
 
 def draw(*shape, dtype=torch.float64):
@@ -233,9 +236,7 @@ def test_a_program_is_kept_while_only_numbers_change():
     torch.testing.assert_close((x, y), expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["rmsprop", "nadam", "adadelta", "adamax", "asgd", "radam", "rprop"]
-)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_kept_programs_follow_numbers_that_change(name):
     torch.manual_seed(0)
     opt = getattr(diffopt, name)()
@@ -285,3 +286,39 @@ def test_a_buffer_that_is_given_for_the_first_step_counts(dampening):
     for p, b in ((new, made.momentum_buffer[0]), (params[0], state.momentum_buffer[0])):
         torch.testing.assert_close(b, torch.tensor([3.0, -1.0]))  # 0.5 * buffer + gradient
         torch.testing.assert_close(p, 1 - 0.1 * b)
+
+
+@pytest.mark.parametrize(
+    "name", ["rmsprop", "nadam", "adadelta", "asgd", "radam", "rprop", "adafactor", "adam"]
+)
+@pytest.mark.parametrize("dtypes", ["float64 float64", "bfloat16 float32", "float64 float32"])
+def test_update_of_many_tensors_equals_the_rule_and_leaves_its_arguments(name, dtypes):
+    torch.manual_seed(0)
+    dtype, kept = (getattr(torch, x) for x in dtypes.split())
+    opt = getattr(diffopt, name)()
+    leaf = dataclasses.replace(opt, execution="leaf")
+    record = opt.hparams(lr=0.1)
+    params = {"small": [draw(2, 3).to(dtype) for _ in range(12)], "scalar": draw().to(dtype)}
+    state = pytree.tree_map(lambda x: x.to(kept) if x.dim() else x, opt.init(params))
+    twin, twin_state = params, state
+    for _ in range(2):
+        grads = pytree.tree_map(torch.randn_like, params)
+        before = pytree.tree_map(torch.clone, (params, grads, state))
+        new = opt.update(params, grads, state, record)
+        torch.testing.assert_close((params, grads, state), before, rtol=0, atol=0)
+        twin, twin_state = leaf.update(twin, grads, twin_state, record)
+        params, state = new
+        torch.testing.assert_close(new, (twin, twin_state))
+
+
+def test_update_of_many_tensors_without_derivatives_runs_as_update_(monkeypatch):
+    seen, tiled_ = [], tiles.tiled_
+    monkeypatch.setitem(ways.RUN, "tiles", lambda *args: seen.append(args) or tiled_(*args))
+    opt, params = diffopt.rmsprop(), [draw(3).requires_grad_() for _ in range(12)]
+    state, record = opt.init(params), opt.hparams(lr=0.1)
+    with torch.no_grad():
+        opt.update(params, params, state, record)
+    assert len(seen) == 1
+    new, _ = opt.update(params, params, state, record)
+    assert len(seen) == 1
+    assert all(p.requires_grad for p in new)

@@ -32,7 +32,8 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
     Attributes:
         maximize: ascend instead of descend.
         execution: "leaf": tensor by tensor; "foreach": horizontally fused kernels, which are not
-            differentiable; "auto": the fastest way that applies, see `diffopt._rule.ways`.
+            differentiable; "auto": the fastest way that applies, see `diffopt._rule.ways`, whose
+            results may differ in the last bits; in `update` where no derivative is needed.
             "compiled": `update_` runs the rule compiled by `torch.compile` for these shapes, which
             takes seconds at the first step; `update` runs as "leaf", to be compiled together with
             the code around it.
@@ -146,13 +147,12 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         """The same, computed in the fastest way; only where no derivative is needed."""
         exact_values = [ops.coefficient(value) for value in values]  # as kernels take them
         way = self._way(t, exact_values, columns)
-        if way == "native" and columns[0][0].device.type == "cpu":
-            # A native kernel on copies: one pass over the memory instead of ten.
-            params, grads, *buffers = columns
-            params, *buffers = ([x.clone() for x in column] for column in (params, *buffers))
-            copies = [params, grads, *(column or () for column in buffers)]
-            if self._native_(t, exact_values, copies):
-                return [params, *buffers]
+        if _pays(way, columns):
+            dtype = columns[0][0].dtype
+            copies = [_copied(c, dtype) if c and k != 1 else c for k, c in enumerate(columns)]
+            with torch.no_grad():
+                self._step_(t, exact_values, copies)
+            return running.written(copies)
         if way == "foreach":
             numbers = running.numbers_at(self, t, values, columns[0][0])
             return running.apply(self, numbers, columns, widen=True)
@@ -261,6 +261,31 @@ _KIND = operator.attrgetter("device", "dtype")  # in C: a step reads thousands
 def _flags(kind: type[Leafwise[Any, Any]]) -> list[str]:
     """The fields of a class that are bools."""
     return [field.name for field in dataclasses.fields(kind) if isinstance(field.default, bool)]
+
+
+_IN_PLACE = ("native", "tiles", "stacks")
+_MANY, _BIG = 10, 1 << 18  # tensors, or elements of one, from which copies cost less than they save
+
+
+def _pays(way: ways.Way, columns: list[Any]) -> bool:
+    """Whether a step in place on copies is faster than one tensor by tensor, and gives the same."""
+    if way not in _IN_PLACE or columns[0][0].device.type != "cpu":
+        return False
+    dtypes = {x.dtype for column in columns for x in column}
+    if not all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
+        return False  # the new value of an integer may be wider
+    big = way == "tiles" and any(p.numel() >= _BIG for p in columns[0])
+    return way == "native" or len(columns[0]) >= _MANY or big
+
+
+def _copied(column: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of buffers or params, in the dtype of the params where that is wider."""
+
+    def wide(x: Tensor) -> torch.dtype:
+        same = x.is_complex() == dtype.is_complex
+        return torch.promote_types(x.dtype, dtype) if same else x.dtype
+
+    return [x.to(wide(x), copy=True) for x in column]
 
 
 def _packed(spec: _tree.Spec, column: list[Any]) -> Any:
