@@ -25,6 +25,12 @@ KERNELS = {
 ELEMENTWISE = ("rmsprop", "nadam", "adadelta", "adamax", "asgd", "radam", "rprop")
 
 
+@pytest.fixture
+def programs(monkeypatch):
+    """Programs also for a few elements."""
+    monkeypatch.setattr(tiles, "_LITTLE", 0)
+
+
 def draw(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype)
 
@@ -107,7 +113,7 @@ def test_the_rule_runs_where_the_kernel_computes_something_else(opt, numbers, ex
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
-def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch):
+def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch, programs):
     monkeypatch.setattr(tiles, "_TILE", 7)
     torch.manual_seed(0)
     params = {"big": draw(5, 6), "small": [draw(2), draw(), draw(0)], "other": draw(3, 2)}
@@ -117,7 +123,11 @@ def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("separate", [True, False], ids=["separate", "side by side"])
-def test_small_tensors_that_lie_side_by_side_are_updated_in_their_memory(separate):
+@pytest.mark.parametrize("little", [0, 1 << 15], ids=["program", "eagerly"])
+def test_small_tensors_that_lie_side_by_side_are_updated_in_their_memory(
+    separate, little, monkeypatch
+):
+    monkeypatch.setattr(tiles, "_LITTLE", little)
     torch.manual_seed(0)
     opt, vector = diffopt.rmsprop(), draw(28)
     leaf = dataclasses.replace(opt, execution="leaf")
@@ -137,7 +147,7 @@ def test_small_tensors_that_lie_side_by_side_are_updated_in_their_memory(separat
 
 @pytest.mark.parametrize("name", ["asgd", "rmsprop", "rprop", "adafactor"])
 @pytest.mark.parametrize("size", [7, 1 << 18], ids=["pieces", "together"])
-def test_a_gradient_may_be_its_own_parameter(name, size, monkeypatch):
+def test_a_gradient_may_be_its_own_parameter(name, size, monkeypatch, programs):
     monkeypatch.setattr(tiles, "_TILE", size)
     torch.manual_seed(0)
     opt = getattr(diffopt, name)()
@@ -190,7 +200,7 @@ def test_a_compiled_kernel_that_is_wrong_is_not_used(monkeypatch):
         agree(opt, opt.hparams(lr=0.1, momentum=0.9), {"a": draw(3), "b": draw(2)})
 
 
-def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch):
+def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch, programs):
     seen = []
     run = recording.Program.run
     monkeypatch.setattr(recording.Program, "run", lambda *args: seen.append(args) or run(*args))
@@ -237,7 +247,7 @@ def test_a_program_is_kept_while_only_numbers_change():
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_kept_programs_follow_numbers_that_change(name):
+def test_kept_programs_follow_numbers_that_change(name, programs):
     torch.manual_seed(0)
     opt = getattr(diffopt, name)()
     leaf = dataclasses.replace(opt, execution="leaf")

@@ -16,6 +16,7 @@ from diffopt._rule.running import AS_IS, AnyRule, Numbers, Shared, apply, leaf_,
 
 _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
+_LITTLE = 1 << 15  # elements in all, for which no program is worth recording
 _USUAL = 6  # the number of tensors in the cache at once that this assumes
 _SMALL, _FEW = 1 << 12, 8  # stacking pays for tensors of at most, and of at least so many
 
@@ -172,7 +173,11 @@ def _prepared(
     def eagerly(piece: Sequence[Tensor]) -> None:
         leaf_(rule, numbers, _in_place_of_lists([[tensor] for tensor in piece], columns))
 
-    if like.dtype not in AS_IS or any({*map(_DTYPE, columns[k])} != {like.dtype} for k in lists):
+    if (
+        total <= _LITTLE
+        or like.dtype not in AS_IS
+        or any({*map(_DTYPE, columns[k])} != {like.dtype} for k in lists)
+    ):
         return size, eagerly
     tape = recording.Tape(len(lists))
     try:
