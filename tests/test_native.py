@@ -308,7 +308,7 @@ def test_update_of_many_tensors_equals_the_rule_and_leaves_its_arguments(name, d
     opt = getattr(diffopt, name)()
     leaf = dataclasses.replace(opt, execution="leaf")
     record = opt.hparams(lr=0.1)
-    params = {"small": [draw(2, 3).to(dtype) for _ in range(12)], "scalar": draw().to(dtype)}
+    params = {"small": [draw(2, 3).to(dtype) for _ in range(16)], "scalar": draw().to(dtype)}
     state = pytree.tree_map(lambda x: x.to(kept) if x.dim() else x, opt.init(params))
     twin, twin_state = params, state
     for _ in range(2):
@@ -324,7 +324,7 @@ def test_update_of_many_tensors_equals_the_rule_and_leaves_its_arguments(name, d
 def test_update_of_many_tensors_without_derivatives_runs_as_update_(monkeypatch):
     seen, tiled_ = [], tiles.tiled_
     monkeypatch.setitem(ways.RUN, "tiles", lambda *args: seen.append(args) or tiled_(*args))
-    opt, params = diffopt.rmsprop(), [draw(3).requires_grad_() for _ in range(12)]
+    opt, params = diffopt.rmsprop(), [draw(3).requires_grad_() for _ in range(16)]
     state, record = opt.init(params), opt.hparams(lr=0.1)
     with torch.no_grad():
         opt.update(params, params, state, record)

@@ -19,6 +19,7 @@ from diffopt._tree import Tree
 
 _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _LAYOUT = operator.attrgetter("layout")
+_MANY = 8  # tensors that are worth a guard
 
 
 def params(
@@ -117,7 +118,8 @@ def like(leaves: list[Any]) -> Callable[[list[Any]], bool]:
     are not dense, nor where there are transforms, traces and subclasses.
     """
     sure = (
-        not _modes.observed()
+        len(leaves) >= _MANY
+        and not _modes.observed()
         and _modes.all_ordinary(leaves)
         and {*map(_LAYOUT, leaves)} == {torch.strided}
         and all(x.is_floating_point or x.is_complex for x in {*map(_DTYPE, leaves)})

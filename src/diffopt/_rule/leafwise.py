@@ -147,11 +147,16 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         """The same, computed in the fastest way; only where no derivative is needed."""
         exact_values = [ops.coefficient(value) for value in values]  # as kernels take them
         way = self._way(t, exact_values, columns)
+        if way == "native" and columns[0][0].device.type == "cpu":
+            copies = _copied(columns)
+            if self._native_(t, exact_values, copies):
+                return running.written(copies)
+            way = self._way(t, exact_values, columns, kernel=False)
         if _pays(way, columns):
-            dtype = columns[0][0].dtype
-            copies = [_copied(c, dtype) if c and k != 1 else c for k, c in enumerate(columns)]
+            copies = _copied(columns)
+            numbers = running.numbers_at(self, t, exact_values, columns[0][0])
             with torch.no_grad():
-                self._step_(t, exact_values, copies)
+                ways.RUN[way](self, numbers, copies)
             return running.written(copies)
         if way == "foreach":
             numbers = running.numbers_at(self, t, values, columns[0][0])
@@ -263,29 +268,32 @@ def _flags(kind: type[Leafwise[Any, Any]]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if isinstance(field.default, bool)]
 
 
-_IN_PLACE = ("native", "tiles", "stacks")
-_MANY, _BIG = 10, 1 << 18  # tensors, or elements of one, from which copies cost less than they save
+_MANY, _BIG = 16, 1 << 18  # tensors, or elements of one, from which copies cost less than they save
 
 
 def _pays(way: ways.Way, columns: list[Any]) -> bool:
     """Whether a step in place on copies is faster than one tensor by tensor, and gives the same."""
-    if way not in _IN_PLACE or columns[0][0].device.type != "cpu":
-        return False
-    dtypes = {x.dtype for column in columns for x in column}
-    if not all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
-        return False  # the new value of an integer may be wider
-    big = way == "tiles" and any(p.numel() >= _BIG for p in columns[0])
-    return way == "native" or len(columns[0]) >= _MANY or big
+    params, *_ = columns
+    if way == "tiles":
+        fast = len(params) >= _MANY or any(p.numel() >= _BIG for p in params)
+    else:
+        fast = way == "stacks" and len(params) >= _MANY
+    dtypes = {x.dtype for column in columns for x in column} if fast else ()
+    # The new value of an integer may be wider.
+    return fast and all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
 
 
-def _copied(column: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies of buffers or params, in the dtype of the params where that is wider."""
+def _copied(columns: list[Any]) -> list[Any]:
+    """Columns with copies of all but the gradients, in the dtype of params where wider."""
+    params, grads, *buffers = columns
+    dtype = params[0].dtype
 
-    def wide(x: Tensor) -> torch.dtype:
-        same = x.is_complex() == dtype.is_complex
-        return torch.promote_types(x.dtype, dtype) if same else x.dtype
+    def copy(x: Tensor) -> Tensor:
+        if x.dtype == dtype or x.is_complex() != dtype.is_complex:
+            return x.clone()
+        return x.to(torch.promote_types(x.dtype, dtype), copy=True)
 
-    return [x.to(wide(x), copy=True) for x in column]
+    return [[x.clone() for x in params], grads, *([copy(x) for x in c] or () for c in buffers)]
 
 
 def _packed(spec: _tree.Spec, column: list[Any]) -> Any:
