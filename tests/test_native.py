@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import diffopt
-from diffopt._rule import recording, tiles
+from diffopt._rule import recording, tiles, ways
 from diffopt.rules import Leafwise
 from registry import REGISTRY
 
@@ -20,6 +20,15 @@ KERNELS = {
     "_fused_adamw_": (diffopt.adamw(), {}),
     "_fused_adagrad_": (diffopt.adagrad(), {}),
 }
+
+
+ELEMENTWISE = ("rmsprop", "nadam", "adadelta", "adamax", "asgd", "radam", "rprop")
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Programs also for a few elements."""
+    monkeypatch.setattr(tiles, "_LITTLE", 0)
 
 
 def draw(*shape, dtype=torch.float64):
@@ -104,13 +113,52 @@ def test_the_rule_runs_where_the_kernel_computes_something_else(opt, numbers, ex
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
-def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch):
+def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch, programs):
     monkeypatch.setattr(tiles, "_TILE", 7)
     torch.manual_seed(0)
     params = {"big": draw(5, 6), "small": [draw(2), draw(), draw(0)], "other": draw(3, 2)}
     params = pytree.tree_map(lambda p: p.to(dtype), params)
     for opt in (diffopt.rmsprop(centered=True), diffopt.nadam(), diffopt.rprop(maximize=True)):
         agree(opt, opt.hparams(lr=0.1), params)
+
+
+@pytest.mark.parametrize("separate", [True, False], ids=["separate", "side by side"])
+@pytest.mark.parametrize("little", [0, 1 << 15], ids=["program", "eagerly"])
+def test_small_tensors_that_lie_side_by_side_are_updated_in_their_memory(
+    separate, little, monkeypatch
+):
+    monkeypatch.setattr(tiles, "_LITTLE", little)
+    torch.manual_seed(0)
+    opt, vector = diffopt.rmsprop(), draw(28)
+    leaf = dataclasses.replace(opt, execution="leaf")
+    params = [x.detach() for x in vector.split([3, 20, 5])]  # with versions of their own
+    params = [x.clone() for x in params] if separate else params
+    twin = pytree.tree_map(torch.clone, params)
+    state, twin_state, record = opt.init(params), opt.init(twin), opt.hparams(lr=0.1)
+    versions = [p._version for p in params]
+    for _ in range(2):
+        grads = pytree.tree_map(torch.randn_like, params)
+        opt.update_(params, grads, state, record)
+        leaf.update_(twin, grads, twin_state, record)
+    torch.testing.assert_close((params, state), (twin, twin_state), rtol=1e-12, atol=1e-12)
+    assert all(p._version > old for p, old in zip(params, versions, strict=True))
+    assert torch.equal(vector[:3], params[0]) != separate
+
+
+@pytest.mark.parametrize("name", ["asgd", "rmsprop", "rprop", "adafactor"])
+@pytest.mark.parametrize("size", [7, 1 << 18], ids=["pieces", "together"])
+def test_a_gradient_may_be_its_own_parameter(name, size, monkeypatch, programs):
+    monkeypatch.setattr(tiles, "_TILE", size)
+    torch.manual_seed(0)
+    opt = getattr(diffopt, name)()
+    leaf = dataclasses.replace(opt, execution="leaf")
+    params = [x.view(-1) for x in draw(4, 5)]
+    twin = pytree.tree_map(torch.clone, params)
+    state, twin_state, record = opt.init(params), opt.init(twin), opt.hparams(lr=0.1)
+    for _ in range(2):
+        opt.update_(params, params, state, record)
+        leaf.update_(twin, twin, twin_state, record)
+    torch.testing.assert_close((params, state), (twin, twin_state), rtol=1e-12, atol=1e-12)
 
 
 def test_flags_arrive_in_the_kernel(calls):
@@ -152,10 +200,10 @@ def test_a_compiled_kernel_that_is_wrong_is_not_used(monkeypatch):
         agree(opt, opt.hparams(lr=0.1, momentum=0.9), {"a": draw(3), "b": draw(2)})
 
 
-def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch):
+def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch, programs):
     seen = []
-    program = recording.Program
-    monkeypatch.setattr(recording, "Program", lambda *args: seen.append(args) or program(*args))
+    run = recording.Program.run
+    monkeypatch.setattr(recording.Program, "run", lambda *args: seen.append(args) or run(*args))
     optimizers = {case.optimizer for case in REGISTRY.values()}
     rules = [opt for opt in optimizers if isinstance(opt, Leafwise) and opt.elementwise]
     for opt in rules:
@@ -169,14 +217,50 @@ def test_a_program_computes_what_is_wanted_and_a_value_wanted_twice_once():
     p, g, _ = tape.inputs
     new = 2 * p + g
     _ = (g * g).sqrt()
-    program = recording.Program(tape, [new, None, new])
+    program = tape.program([new, None, new])
     assert len(program.lines) == 2
     assert program.copies == [(2, 0)]
     old, grad, average = draw(5), draw(5), draw(5)
     expected = 2 * old + grad
-    program.run((old, grad, average), program.registers(5, old))
+    program.run((old, grad, average), program.registers(5, old), tape.constants)
     assert torch.equal(old, expected)
     assert torch.equal(average, expected)
+
+
+def test_a_program_is_kept_while_only_numbers_change():
+    def recorded(*numbers):
+        tape = recording.Tape(1)
+        out = tape.inputs[0]
+        for number in numbers:
+            out = torch.add(out * number, 1, alpha=number)
+        return tape.program([out]), tape.constants
+
+    program, constants = recorded(2.0)
+    other, others = recorded(torch.tensor(3.0))
+    assert program is other
+    assert program is not recorded(2.0, 3.0)[0]
+    x, y = draw(5), draw(5)
+    expected = x * 2 + 2, y * 3 + 3
+    program.run((x,), program.registers(5, x), constants)
+    program.run((y,), program.registers(5, y), others)
+    torch.testing.assert_close((x, y), expected)
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_kept_programs_follow_numbers_that_change(name, programs):
+    torch.manual_seed(0)
+    opt = getattr(diffopt, name)()
+    leaf = dataclasses.replace(opt, execution="leaf")
+    params = {"a": draw(3), "b": draw(2, 2)}
+    twin, state = {k: p.clone() for k, p in params.items()}, opt.init(params)
+    twin_state = leaf.init(twin)
+    names = {field.name for field in dataclasses.fields(opt.hparams)}
+    for lr, more in ((0.1, 0.0), (0.2, 0.1), (0.0, 0.0), (0.1, 0.3), (0.3, 1e-9), (0.1, 0.0)):
+        record = opt.hparams(lr=lr, **dict.fromkeys(names & {"weight_decay", "beta1", "rho"}, more))
+        grads = {k: draw(*p.shape) for k, p in params.items()}
+        opt.update_(params, grads, state, record)
+        leaf.update_(twin, grads, twin_state, record)
+        torch.testing.assert_close((params, state[1:]), (twin, twin_state[1:]))
 
 
 def test_a_sum_stops_the_recording_until_it_is_known():
@@ -212,3 +296,39 @@ def test_a_buffer_that_is_given_for_the_first_step_counts(dampening):
     for p, b in ((new, made.momentum_buffer[0]), (params[0], state.momentum_buffer[0])):
         torch.testing.assert_close(b, torch.tensor([3.0, -1.0]))  # 0.5 * buffer + gradient
         torch.testing.assert_close(p, 1 - 0.1 * b)
+
+
+@pytest.mark.parametrize(
+    "name", ["rmsprop", "nadam", "adadelta", "asgd", "radam", "rprop", "adafactor", "adam"]
+)
+@pytest.mark.parametrize("dtypes", ["float64 float64", "bfloat16 float32", "float64 float32"])
+def test_update_of_many_tensors_equals_the_rule_and_leaves_its_arguments(name, dtypes):
+    torch.manual_seed(0)
+    dtype, kept = (getattr(torch, x) for x in dtypes.split())
+    opt = getattr(diffopt, name)()
+    leaf = dataclasses.replace(opt, execution="leaf")
+    record = opt.hparams(lr=0.1)
+    params = {"small": [draw(2, 3).to(dtype) for _ in range(16)], "scalar": draw().to(dtype)}
+    state = pytree.tree_map(lambda x: x.to(kept) if x.dim() else x, opt.init(params))
+    twin, twin_state = params, state
+    for _ in range(2):
+        grads = pytree.tree_map(torch.randn_like, params)
+        before = pytree.tree_map(torch.clone, (params, grads, state))
+        new = opt.update(params, grads, state, record)
+        torch.testing.assert_close((params, grads, state), before, rtol=0, atol=0)
+        twin, twin_state = leaf.update(twin, grads, twin_state, record)
+        params, state = new
+        torch.testing.assert_close(new, (twin, twin_state))
+
+
+def test_update_of_many_tensors_without_derivatives_runs_as_update_(monkeypatch):
+    seen, tiled_ = [], tiles.tiled_
+    monkeypatch.setitem(ways.RUN, "tiles", lambda *args: seen.append(args) or tiled_(*args))
+    opt, params = diffopt.rmsprop(), [draw(3).requires_grad_() for _ in range(16)]
+    state, record = opt.init(params), opt.hparams(lr=0.1)
+    with torch.no_grad():
+        opt.update(params, params, state, record)
+    assert len(seen) == 1
+    new, _ = opt.update(params, params, state, record)
+    assert len(seen) == 1
+    assert all(p.requires_grad for p in new)

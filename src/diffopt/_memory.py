@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import bisect
 import itertools
 import operator
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
+
+_LAYOUT = operator.attrgetter("layout")  # in C: a step reads thousands
+_NBYTES = operator.attrgetter("nbytes")
+_CHUNK = 100  # tensors that stay in a core's cache while they are read several times
 
 LOCKED = "is an inference tensor, which can only be written to inside torch.inference_mode()"
 
@@ -43,31 +48,36 @@ def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, i
 
     Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """
-    n, every = len(tensors), [*tensors, *read]
-    known = [i for i, x in enumerate(every) if _modes.ordinary(x) and x.layout is torch.strided]
-    whole = [every[i].is_contiguous() for i in known]
-    for i, contiguous in zip(known, whole, strict=True):
-        if not contiguous and i < n and _folds(every[i]):
+    known, first, lengths, loose = _extents(tensors)
+    if not known:
+        return None
+    ordinary = tensors if len(known) == len(tensors) else [tensors[i] for i in known]
+    for i in loose:
+        if _folds(tensors[i]):
             return i, i
-    spans = [every[i].nbytes if c else span(every[i]) for i, c in zip(known, whole, strict=True)]
-    starts, order = _integers(every[i].data_ptr() for i in known).sort(stable=True)
-    ends = starts + _integers(spans)[order]
-    written = order < sum(i < n for i in known)
-    # What is written meets all that begin before it; what is read, only those that are written.
-    reach, reach_written = ends.cummax(0).values, (ends * written).cummax(0).values
-    meeting = starts[1:] < torch.where(written[1:], reach[:-1], reach_written[:-1])
-    for k in (meeting & (starts[1:] != 0)).nonzero().flatten().tolist():
-        this = known[int(order[k + 1])]
+    starts, order = _integers(first).sort(stable=True)
+    ends = (starts + _integers(lengths)[order]).cummax(0).values
+    meeting = (starts[1:] < ends[:-1]) & (starts[1:] != 0)
+    for k in meeting.nonzero().flatten().tolist():
+        this = int(order[k + 1])
         for before in order[: k + 1].tolist():
-            i, j = sorted((known[before], this))
-            x, y = every[i], every[j]
-            if i < n and _meet(x, y) and not (j == i + n and x.is_set_to(y)):
-                return i, j
+            if _meet(ordinary[before], ordinary[this]):
+                return known[before], known[this]
+    indices, starting, lengths, _ = _extents(read)
+    if not indices:
+        return None
+    first = _integers(starting)
+    last = first + _integers(lengths)
+    before = torch.searchsorted(starts, last)  # how many begin before the end of what is read
+    meeting = (torch.cat([ends.new_zeros(1), ends])[before] > first) & (first != 0)
+    for m in meeting.nonzero().flatten().tolist():
+        i = indices[m]
+        x = read[i]
+        for k in order[: int(before[m])].tolist():
+            y = ordinary[k]
+            if _meet(x, y) and not (i == known[k] and x.is_set_to(y)):
+                return known[k], i + len(tensors)
     return None
-
-
-def _integers(values: Iterable[int]) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int64)
 
 
 class Extent:
@@ -99,6 +109,37 @@ def _length(tensor: Tensor) -> int:
 def address(tensor: Tensor) -> int:
     """The address of the first element; 0 where there is none, or it cannot be seen."""
     return 0 if _modes.observed() or not _modes.ordinary(tensor) else tensor.data_ptr()
+
+
+def _extents(tensors: Sequence[Any]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Of those that have an address: the indices, the addresses, and the lengths in bytes.
+
+    Last the indices of those that are not contiguous.
+    """
+    known, starts, lengths, loose = list[int](), list[int](), list[int](), list[int]()
+    for begin in range(0, len(tensors), _CHUNK):
+        chunk = tensors[begin : begin + _CHUNK]
+        indices = range(begin, begin + len(chunk))
+        if not (_modes.all_ordinary(chunk) and {*map(_LAYOUT, chunk)} == {torch.strided}):
+            indices = [i for i in indices if _has_address(tensors[i])]
+            chunk = [tensors[i] for i in indices]
+        known += indices
+        starts += map(Tensor.data_ptr, chunk)
+        if all(map(Tensor.is_contiguous, chunk)):
+            lengths += map(_NBYTES, chunk)
+        else:
+            lengths += map(span, chunk)
+            loose += [i for i, x in zip(indices, chunk, strict=True) if not x.is_contiguous()]
+    return known, starts, lengths, loose
+
+
+def _has_address(x: Any) -> bool:
+    return _modes.ordinary(x) and x.layout is torch.strided
+
+
+def _integers(values: Iterable[int]) -> Tensor:
+    """A vector; torch.tensor takes four times as long."""
+    return torch.frombuffer(array.array("q", values), dtype=torch.int64)
 
 
 def span(tensor: Tensor) -> int:

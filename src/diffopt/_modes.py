@@ -67,9 +67,17 @@ def number_of(value: Any) -> Any:
     return value.item()
 
 
+_ORDINARY = {Tensor, torch.nn.Parameter}
+
+
 def ordinary(tensor: Tensor) -> bool:
     """Whether code can walk through its memory: it is of no subclass but Parameter."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in _ORDINARY
+
+
+def all_ordinary(tensors: Iterable[Any]) -> bool:
+    """Whether all are ordinary tensors; much faster for thousands."""
+    return set(map(type, tensors)) <= _ORDINARY
 
 
 def real(tensor: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def refuse_gradients(grads: Tree, hparams: Any) -> None:
     if not torch.is_grad_enabled():
         return
     for name, tree in (("grads", grads), ("hparams", hparams)):
-        for i, leaf in enumerate(_tree.leaves(tree)):
+        for i, leaf in enumerate(_tree.flatten(tree)[0]):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 raise ValueError(
                     f"{_tree.paths(tree, name)[i]} requires a gradient, but update_ is not "

@@ -5,16 +5,21 @@ Functions take lists in the order of the leaves, and the tree of params for the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffopt import _memory, _modes, _tree
+from diffopt import _memory, _modes, _torch, _tree
 from diffopt._rule import hyper
 from diffopt._rule.rule import WORKING_DTYPE, Shape
 from diffopt._tree import Tree
+
+_DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
+_LAYOUT = operator.attrgetter("layout")
+_MANY = 8  # tensors that are worth a guard
 
 
 def params(
@@ -106,6 +111,23 @@ def buffers(
             raise _error(tree, name, i, fault)
 
 
+def like(leaves: list[Any]) -> Callable[[list[Any]], bool]:
+    """A function that says whether other leaves certainly are what these are, but for values.
+
+    It is one call for thousands; a False says nothing. It is never sure of integers, tensors that
+    are not dense, nor where there are transforms, traces and subclasses.
+    """
+    sure = (
+        len(leaves) >= _MANY
+        and not _modes.observed()
+        and _modes.all_ordinary(leaves)
+        and {*map(_LAYOUT, leaves)} == {torch.strided}
+        and all(x.is_floating_point or x.is_complex for x in {*map(_DTYPE, leaves)})
+    )
+    guards = _torch.TensorGuards(leaves) if sure else None
+    return lambda others: bool(guards) and _modes.all_ordinary(others) and guards.hold(others)
+
+
 def _kind(dtype: torch.dtype) -> str:
     if dtype.is_complex:
         return "complex"
@@ -183,9 +205,10 @@ def writable(
             k -= len(column)
         raise IndexError(k)
 
-    for k, tensor in enumerate(tensors):
-        if _modes.locked(tensor):
-            raise ValueError(f"{path(k)} {_memory.LOCKED}: clone it")
+    if any(map(Tensor.is_inference, tensors)):
+        for k, tensor in enumerate(tensors):
+            if _modes.locked(tensor):
+                raise ValueError(f"{path(k)} {_memory.LOCKED}: clone it")
     for name, column in columns.items():
         _precise(column, columns["params"], tree, name)
     _memory.check_apart(path, tensors, [x for *_, column in read for x in column])
@@ -193,6 +216,8 @@ def writable(
 
 def _precise(buffers: list[Tensor], params: list[Tensor], tree: Tree, name: str) -> None:
     """Raise for half-precision buffers of wider params: a slow average would stop moving."""
+    if WORKING_DTYPE.keys().isdisjoint(map(_DTYPE, buffers)):
+        return
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
         if buffer.dtype in WORKING_DTYPE and param.dtype not in WORKING_DTYPE:
             fault = (

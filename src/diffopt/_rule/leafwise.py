@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,7 +33,8 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
     Attributes:
         maximize: ascend instead of descend.
         execution: "leaf": tensor by tensor; "foreach": horizontally fused kernels, which are not
-            differentiable; "auto": the fastest way that applies, see `diffopt._rule.ways`.
+            differentiable; "auto": the fastest way that applies, see `diffopt._rule.ways`, whose
+            results may differ in the last bits; in `update` where no derivative is needed.
             "compiled": `update_` runs the rule compiled by `torch.compile` for these shapes, which
             takes seconds at the first step; `update` runs as "leaf", to be compiled together with
             the code around it.
@@ -71,11 +73,10 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
     def __post_init__(self) -> None:
         if _modes.compiling():  # which does not trace dataclasses.fields
             return
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, bool):
-                hyper.check_flags(**{field.name: value})
-            _check_hashable(value, field.name)
+        flags, others = _fields(type(self))
+        hyper.check_flags(**{name: getattr(self, name) for name in flags})
+        for name in others:
+            _check_hashable(getattr(self, name), name)
         check_choice(self.execution, "execution", *EXECUTIONS)
         _check_classes(getattr(self, "State", None), getattr(self, "hparams", None))
 
@@ -153,12 +154,16 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         exact_values = [ops.coefficient(value) for value in values]  # as kernels take them
         way = self._way(t, exact_values, columns)
         if way == "native" and columns[0][0].device.type == "cpu":
-            # A native kernel on copies: one pass over the memory instead of ten.
-            params, grads, *buffers = columns
-            params, *buffers = ([x.clone() for x in column] for column in (params, *buffers))
-            copies = [params, grads, *(column or () for column in buffers)]
+            copies = _copied(columns)
             if self._native_(t, exact_values, copies):
-                return [params, *buffers]
+                return running.written(copies)
+            way = self._way(t, exact_values, columns, kernel=False)
+        if _pays(way, columns):
+            copies = _copied(columns)
+            numbers = running.numbers_at(self, t, exact_values, columns[0][0])
+            with torch.no_grad():
+                ways.RUN[way](self, numbers, copies)
+            return running.written(copies)
         if way == "foreach":
             numbers = running.numbers_at(self, t, values, columns[0][0])
             return running.apply(self, numbers, columns, widen=True)
@@ -201,19 +206,29 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         tensors, spec = _tree.flatten(params)
         checks.params(tensors, params, self.refuse)
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
-        checks.grads(gradients, tensors, params, sparse=sparse)
+        like = checks.like(gradients)
+        if not like(tensors):
+            checks.grads(gradients, tensors, params, sparse=sparse)
         checks.instance(state, self.State, "state", "init()")
         checks.scalar(state[0], "state.step", tensors, params)
-        buffers = self._buffers(state, tensors, spec, params)
+        buffers = self._buffers(state, tensors, spec, params, like)
         checks.instance(hparams, self.hparams, "hparams", "optimizer.hparams(...)")
         numbers = hyper.broadcast(hparams, spec, params)
         checks.numbers(numbers, tensors, params)
         return Work(spec, tensors, gradients, buffers, numbers)
 
     def _buffers(
-        self, state: S, tensors: list[Tensor], spec: _tree.Spec, params: Tree
+        self,
+        state: S,
+        tensors: list[Tensor],
+        spec: _tree.Spec,
+        params: Tree,
+        like: Callable[[list[Any]], bool],
     ) -> list[Any]:
-        """For each field of the state after `step`, a list of tensors or of ()."""
+        """For each field of the state after `step`, a list of tensors or of ().
+
+        `like` is true of tensors that certainly are like the gradients, which are like params.
+        """
         if not tensors:
             return [[] for _ in self.buffer_names]
         columns: list[list[Any]] = []
@@ -230,7 +245,8 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             if dtype is not None:
                 columns[-1] = _tree.leaves_like(field, spec, params, (name, "params"))
                 own = [row[k] for row in shapes if row is not None]
-                checks.buffers(columns[-1], tensors, params, name, dtype, own)
+                if own or not like(columns[-1]):
+                    checks.buffers(columns[-1], tensors, params, name, dtype, own)
         return columns
 
     def buffers_of(self, p: Tensor) -> Mapping[str, torch.dtype]:
@@ -255,6 +271,46 @@ def _check_hashable(flag: Any, name: str) -> None:
         raise TypeError(
             f"{name} is {_tree.describe(flag)}, which has no hash: pass a constant, such as a tuple"
         ) from None
+
+
+_KIND = operator.attrgetter("device", "dtype")  # in C: a step reads thousands
+
+
+@functools.lru_cache(maxsize=64)  # torch.optim's classes make a rule at every step
+def _fields(kind: type[Leafwise[Any, Any]]) -> tuple[list[str], list[str]]:
+    """The fields of a class: those that are bools, and the others."""
+    names: tuple[list[str], list[str]] = [], []
+    for field in dataclasses.fields(kind):
+        names[not isinstance(field.default, bool)].append(field.name)
+    return names
+
+
+_MANY, _BIG = 16, 1 << 18  # tensors, or elements of one, from which copies cost less than they save
+
+
+def _pays(way: ways.Way, columns: list[Any]) -> bool:
+    """Whether a step in place on copies is faster than one tensor by tensor, and gives the same."""
+    params, *_ = columns
+    if way == "tiles":
+        fast = len(params) >= _MANY or any(p.numel() >= _BIG for p in params)
+    else:
+        fast = way == "stacks" and len(params) >= _MANY
+    dtypes = {x.dtype for column in columns for x in column} if fast else ()
+    # The new value of an integer may be wider.
+    return fast and all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
+
+
+def _copied(columns: list[Any]) -> list[Any]:
+    """Columns with copies of all but the gradients, in the dtype of params where wider."""
+    params, grads, *buffers = columns
+    dtype = params[0].dtype
+
+    def copy(x: Tensor) -> Tensor:
+        if x.dtype == dtype or x.is_complex() != dtype.is_complex:
+            return x.clone()
+        return x.to(torch.promote_types(x.dtype, dtype), copy=True)
+
+    return [[x.clone() for x in params], grads, *([copy(x) for x in c] or () for c in buffers)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -418,12 +474,22 @@ class Work:
 
     def groups(self) -> list[list[int]]:
         """Leaves that share device, dtype and hyperparameters, hence also the per-step scalars."""
+        if not _modes.compiling() and self._alike():
+            return [[*range(len(self.params))]]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
             if grad is not None:
                 key = (param.device, param.dtype, tuple(n.cover[i] for n in self.numbers))
                 groups.setdefault(key, []).append(i)
         return list(groups.values())
+
+    def _alike(self) -> bool:
+        """Whether all leaves are in one group: a quick look at thousands."""
+        return (
+            len({*map(_KIND, self.params)}) == 1
+            and not any(grad is None for grad in self.grads)
+            and all(len({*number.cover}) == 1 for number in self.numbers)
+        )
 
     def values(self, indices: list[int]) -> list[Any]:
         """The hyperparameters of one group."""

@@ -1,5 +1,8 @@
 """A rule as a program: its operations, recorded once per step and run on one piece after another.
 
+A program consists of operations and places. What is computed anew at every step, numbers and 0-d
+tensors, are its constants, so it is kept for as long as the rule takes the same steps.
+
 Results are written to existing memory: a new value over the old one, once that is no longer needed,
 and all others into registers. So nothing is allocated, and everything that a piece needs stays in
 the cache. Since the operations are elementwise, a result may overwrite its own operand.
@@ -40,16 +43,17 @@ class Summed(Unrecordable):
 
 
 class Operation(NamedTuple):
-    """`function(*arguments, **options)`; `result` is the index of its result."""
+    """`function(*arguments, **options)`; n stands for the n-th value, ~n for the n-th constant."""
 
     function: Callable[..., Tensor]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    result: Recorded
+    arguments: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+    result: int
+    boolean: bool
 
 
 class Tape:
-    """The operations on some tensors, in order.
+    """The operations on some tensors, in order, and the constants among their arguments.
 
     Args:
         inputs: the number of tensors.
@@ -62,44 +66,57 @@ class Tape:
     ) -> None:
         self.inputs = [Recorded(self, i) for i in range(inputs)]
         self.operations: list[Operation] = []
+        self.constants: list[Any] = []
         self.whole, self.sums = whole, iter(sums)
+
+    def place(self, argument: Any) -> int:
+        """How an operation names a constant."""
+        if isinstance(argument, Tensor) and self.whole is not None and argument.dim() > 0:
+            raise Unrecordable("a tensor that is not cut into pieces")
+        self.constants.append(argument)
+        return -len(self.constants)
+
+    def program(self, outputs: Sequence[Any]) -> Program:
+        """What computes the outputs: for each input its new value, or None where it has none."""
+        if not all(x is None or isinstance(x, Recorded) for x in outputs):
+            raise Unrecordable("a new value that is not the result of an operation")
+        indices = (None if x is None else x.index for x in outputs)
+        return _program(len(self.inputs), (*self.operations,), (*indices,))
 
 
 class Recorded:
     """Stands for a tensor; every operation on it is recorded and returns another `Recorded`."""
 
-    __slots__ = ("boolean", "index", "tape")
+    __slots__ = ("index", "tape")
 
     requires_grad = False
 
-    def __init__(self, tape: Tape, index: int, *, boolean: bool = False) -> None:
-        self.tape, self.index, self.boolean = tape, index, boolean
+    def __init__(self, tape: Tape, index: int) -> None:
+        self.tape, self.index = tape, index
 
     def record(self, name: str, *arguments: Any, **options: Any) -> Recorded:
-        name = _ALIASES.get(name.strip("_"), name.strip("_"))
-        if name not in _FUNCTIONS or any(isinstance(x, Recorded) for x in options.values()):
+        name, tape = _spelled(name), self.tape
+        if options and any(isinstance(x, Recorded) for x in options.values()):
             raise Unrecordable(name)
-        if self.tape.whole is not None and any(
-            isinstance(x, Tensor) and x.dim() > 0 for x in arguments
-        ):
-            raise Unrecordable("a tensor that is not cut into pieces")
         if name == "where":  # which takes `out=` for tensors only
             arguments = tuple(
                 torch.tensor(x) if isinstance(x, (int, float)) else x for x in arguments
             )
-        index = len(self.tape.inputs) + len(self.tape.operations)
-        result = Recorded(self.tape, index, boolean=name in _COMPARISONS)
-        self.tape.operations.append(Operation(_FUNCTIONS[name], arguments, options, result))
-        return result
+        places = tuple([x.index if type(x) is Recorded else tape.place(x) for x in arguments])
+        named = tuple([(key, tape.place(x)) for key, x in options.items()])
+        index = len(tape.inputs) + len(tape.operations)
+        boolean = name in _COMPARISONS
+        tape.operations.append(Operation(_FUNCTIONS[name], places, named, index, boolean))
+        return Recorded(tape, index)
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Recorded:
-        one = next((x for x in args if isinstance(x, Recorded)), None)
-        if one is None:  # they are in a list, as for stack and cat
-            raise Unrecordable(function.__name__)
-        return one.record(function.__name__, *args, **(kwargs or {}))
+        for x in args:
+            if type(x) is Recorded:
+                return x.record(function.__name__, *args, **(kwargs or {}))
+        raise Unrecordable(function.__name__)  # they are in a list, as for stack and cat
 
     def sum(self) -> float:
         known = next(self.tape.sums, None)
@@ -119,6 +136,15 @@ class Recorded:
 
     def __rtruediv__(self, other: Any) -> Recorded:
         return self.record("mul", self.record("reciprocal", self), other)
+
+
+@functools.cache
+def _spelled(name: str) -> str:
+    """The name in `_FUNCTIONS`."""
+    name = _ALIASES.get(name.strip("_"), name.strip("_"))
+    if name not in _FUNCTIONS:
+        raise Unrecordable(name)
+    return name
 
 
 def _operator(name: str) -> Any:
@@ -144,44 +170,51 @@ class _Register:
 
 
 class Program:
-    """The operations of a tape, on tensors some of which they overwrite.
+    """Some operations, on tensors some of which they overwrite.
 
     Args:
-        tape: what was recorded.
-        outputs: for each input the new value, or None where it is only read.
+        inputs: the number of tensors.
+        operations: what was recorded.
+        outputs: for each input the index of its new value, or None where it is only read.
     """
 
-    def __init__(self, tape: Tape, outputs: Sequence[Any]) -> None:
-        if not all(x is None or isinstance(x, Recorded) for x in outputs):
-            raise Unrecordable("a new value that is not the result of an operation")
-        new = {k: x.index for k, x in enumerate(outputs) if x is not None}
+    def __init__(
+        self, inputs: int, operations: Sequence[Operation], outputs: Sequence[int | None]
+    ) -> None:
+        new = {k: index for k, index in enumerate(outputs) if index is not None}
         wanted = {index: k for k, index in reversed(new.items())}  # of several places, the first
-        last = _last_uses(tape.operations, wanted)
-        self.lines = [x for x in tape.operations if x.result.index in last]
-        self.inputs = len(tape.inputs)
-        self.memory = [
-            _Register(False, last.get(k, -1), new.get(k, -1)) for k in range(self.inputs)
+        last = _last_uses(operations, wanted)
+        needed = [x for x in operations if x.result in last]
+        self.inputs = inputs
+        self.memory = [_Register(False, last.get(k, -1), new.get(k, -1)) for k in range(inputs)]
+        place = {k: k for k in range(inputs)}  # the register of each value
+        for x in needed:
+            place[x.result] = self._register(x, last[x.result], wanted.get(x.result))
+        size = len(self.memory)  # constants follow the registers
+
+        def at(k: int) -> int:
+            return place[k] if k >= 0 else size + ~k
+
+        self.lines = [
+            (f, (*map(at, arguments),), [(name, at(k)) for name, k in options], at(result))
+            for f, arguments, options, result, _ in needed
         ]
-        self.place = {k: k for k in range(self.inputs)}  # the register of each value
-        for _, _, _, result in self.lines:
-            index = result.index
-            self.place[index] = self._register(result, last[index], wanted.get(index))
-        self.copies = [(k, self.place[i]) for k, i in new.items() if self.place[i] != k]
+        self.copies = [(k, place[i]) for k, i in new.items() if place[i] != k]
         if {k for k, _ in self.copies} & {source for _, source in self.copies}:
             raise Unrecordable("a new value is the old value of an overwritten tensor")
 
-    def _register(self, result: Recorded, needed: float, wanted: int | None) -> int:
+    def _register(self, operation: Operation, needed: float, wanted: int | None) -> int:
         """A register for a result: the one wanted if free, the last one used, or a new one."""
         free = [
             k
             for k, register in enumerate(self.memory)
-            if register.boolean == result.boolean
-            and register.until <= result.index
+            if register.boolean == operation.boolean
+            and register.until <= operation.result
             and (needed <= register.due or k == wanted)
         ]
         if not free:
             free = [len(self.memory)]
-            self.memory.append(_Register(result.boolean, result.index))
+            self.memory.append(_Register(operation.boolean, operation.result))
         best = max(free, key=lambda k: (k == wanted, self.memory[k].until))
         self.memory[best].until = needed
         return best
@@ -191,26 +224,30 @@ class Program:
         dtypes = (torch.bool if x.boolean else like.dtype for x in self.memory[self.inputs :])
         return [torch.empty(size, dtype=dtype, device=like.device) for dtype in dtypes]
 
-    def run(self, inputs: Sequence[Tensor], registers: Sequence[Tensor]) -> None:
-        """Overwrite the inputs that have new values."""
+    def run(
+        self, inputs: Sequence[Tensor], registers: Sequence[Tensor], constants: Sequence[Any]
+    ) -> None:
+        """Overwrite the inputs that have new values; `constants` are those of the tape."""
         size = inputs[0].numel()
-        values = [*inputs, *(x if x.numel() == size else x[:size] for x in registers)]
-
-        def value(x: Any) -> Any:
-            return values[self.place[x.index]] if isinstance(x, Recorded) else x
-
+        own = (x if x.numel() == size else x[:size] for x in registers)
+        values = [*inputs, *own, *constants]
         for function, arguments, options, result in self.lines:
-            function(*map(value, arguments), **options, out=value(result))
+            named = {name: values[k] for name, k in options}
+            function(*[values[k] for k in arguments], **named, out=values[result])
         for target, source in self.copies:
             values[target].copy_(values[source])
+
+
+_program = functools.lru_cache(maxsize=256)(Program)
+"""Kept programs: they hold no tensors, and depend on nothing but the arguments of `Program`."""
 
 
 def _last_uses(operations: Sequence[Operation], wanted: Iterable[int]) -> dict[int, float]:
     """The last operation that needs each value; values that are not needed are left out."""
     last: dict[int, float] = dict.fromkeys(wanted, math.inf)
     for operation in reversed(operations):
-        if operation.result.index in last:
-            for x in operation.arguments:
-                if isinstance(x, Recorded):
-                    last.setdefault(x.index, operation.result.index)
+        if operation.result in last:
+            for k in operation.arguments:
+                if k >= 0:
+                    last.setdefault(k, operation.result)
     return last

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +14,9 @@ from diffopt import _torch
 from diffopt._rule import recording
 from diffopt._rule.running import AS_IS, AnyRule, Numbers, Shared, apply, leaf_, pick, run, written
 
+_DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
+_LITTLE = 1 << 15  # elements in all, for which no program is worth recording
 _USUAL = 6  # the number of tensors in the cache at once that this assumes
 _SMALL, _FEW = 1 << 12, 8  # stacking pays for tensors of at most, and of at least so many
 
@@ -23,23 +27,49 @@ def tiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     These are slices of big tensors, and small tensors concatenated.
     """
     lists = [c for c in columns if isinstance(c, list)]
-    size, update_ = _prepared(rule, numbers, columns)
-    flat = [[x if x.dim() == 1 else x.view(-1) for x in column] for column in lists]
-    small: list[int] = []
-    length = torch.get_num_threads() * _TILE // 2  # of a concatenation; more causes page faults
-    for i, tensor in enumerate(flat[0]):
-        if tensor.numel() < length // 2:
-            small.append(i)
+    lengths = list(map(Tensor.numel, lists[0]))
+    size, update_ = _prepared(rule, numbers, columns, sum(lengths))
+    length = min(size, torch.get_num_threads() * _TILE // 2)  # more causes page faults
+    small = [i for i, n in enumerate(lengths) if n < length // 2]
+    alone = [[i] for i, n in enumerate(lengths) if n >= length // 2]
+    for batch in (*alone, *_batches(small, lengths, length)):
+        pieces = lists if len(batch) == len(lengths) else [pick(c, batch) for c in lists]
+        if len(batch) > 1:
+            _together_(update_, pieces)
             continue
-        for piece in zip(*(column[i].split(size) for column in flat), strict=True):
+        row = [column[0].view(-1) for column in pieces]
+        if row[0].data_ptr() == row[1].data_ptr():  # a gradient that is its own parameter
+            row[1] = row[1].clone()
+        for piece in zip(*(x.split(size) for x in row), strict=True):
             update_(piece)
-    for batch in _batches(small, [tensor.numel() for tensor in flat[0]], length):
-        pieces = [[column[i] for i in batch] for column in flat]
-        tile = [torch.cat(column) for column in pieces]
-        update_(tile)
-        lengths = [piece.numel() for piece in pieces[0]]
-        for old, new in zip(written(pieces), written(tile), strict=True):
-            _torch.foreach_copy_(old, new.split(lengths))
+
+
+def _together_(update_: Callable[[Sequence[Tensor]], None], lists: list[list[Tensor]]) -> None:
+    """Update tensors as one: concatenated, but for columns that are so in memory."""
+    views = [None if k == 1 else _joined(tensors) for k, tensors in enumerate(lists)]
+    pairs = list(zip(views, lists, strict=True))
+    flat = [list(map(Tensor.ravel, x)) if view is None else x for view, x in pairs]
+    tile = [torch.cat(x) if view is None else view for view, x in zip(views, flat, strict=True)]
+    update_(tile)
+    lengths = list(map(Tensor.numel, flat[0]))
+    for view, old, new in zip(*map(written, (views, flat, tile)), strict=True):
+        if view is None:
+            _torch.foreach_copy_(old, new.split_with_sizes(lengths))
+        else:  # the others may not share the version of the first
+            torch.autograd.graph.increment_version(old)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A view of contiguous tensors as one vector, where one begins where the one before ends."""
+    first, last = tensors[0], tensors[-1]
+    start, size = first.data_ptr(), first.element_size()
+    offsets = itertools.accumulate(map(Tensor.numel, tensors), initial=0)
+    ends = (start + size * n for n in offsets)
+    if first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr() and all(
+        map(operator.eq, map(Tensor.data_ptr, tensors), ends)
+    ):
+        return first.as_strided((sum(map(Tensor.numel, tensors)),), (1,))
+    return None
 
 
 def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
@@ -94,19 +124,20 @@ def _pieced_(rule: AnyRule, numbers: Numbers, row: Sequence[Any]) -> bool:
     lists = [k for k, x in enumerate(row) if isinstance(x, Tensor) and x.numel()]
     kinds = {(row[k].shape, row[k].dtype, row[k].is_contiguous()) for k in lists}
     shared = any(isinstance(x, Shared) for x in row)
-    if shared or p.dtype not in AS_IS or kinds != {(p.shape, p.dtype, True)}:
+    aliased = row[1].data_ptr() == p.data_ptr()
+    if shared or aliased or p.dtype not in AS_IS or kinds != {(p.shape, p.dtype, True)}:
         return False
     terms = p.new_empty(min(size, p.numel()))
     pieces = [*zip(*(row[k].view(-1).split(size) for k in lists), strict=True)]
     sums: list[float] = []
     try:
         while True:
-            program, unfinished = _up_to_a_sum(rule, numbers, row, lists, sums)
+            program, constants, unfinished = _up_to_a_sum(rule, numbers, row, lists, sums)
             registers = program.registers(len(terms), p)
             total = 0.0
             for piece in pieces:
                 part = terms[: piece[0].numel()]
-                program.run((*piece, part), registers)
+                program.run((*piece, part), registers, constants)
                 if unfinished:
                     total += part.sum().item()
             if not unfinished:
@@ -118,43 +149,48 @@ def _pieced_(rule: AnyRule, numbers: Numbers, row: Sequence[Any]) -> bool:
 
 def _up_to_a_sum(
     rule: AnyRule, numbers: Numbers, row: Sequence[Any], lists: list[int], sums: list[float]
-) -> tuple[recording.Program, bool]:
-    """A program that computes the terms of the first unknown sum, and True; else False.
+) -> tuple[recording.Program, list[Any], bool]:
+    """A program that computes the terms of the first unknown sum, its constants, and True.
 
-    The terms go to an extra tensor behind the row; without an unknown sum the row is updated.
+    The terms go to an extra tensor behind the row; without an unknown sum the row is
+    updated, and the last result is False.
     """
     tape = recording.Tape(len(lists) + 1, row[0], sums)
     try:
         outputs = _recorded(rule, numbers, row, lists, tape)
     except recording.Summed as stop:
-        return recording.Program(tape, [*(None for _ in lists), stop.terms]), True
-    return recording.Program(tape, [*(outputs[k] for k in lists), None]), False
+        return tape.program([*(None for _ in lists), stop.terms]), tape.constants, True
+    return tape.program([*(outputs[k] for k in lists), None]), tape.constants, False
 
 
 def _prepared(
-    rule: AnyRule, numbers: Numbers, columns: Sequence[Any]
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], total: int
 ) -> tuple[int, Callable[[Sequence[Tensor]], None]]:
-    """The size of pieces, and a function that updates one piece of each column in place."""
+    """The size of pieces of `total` elements, and a function that updates one of each column."""
     size, like = torch.get_num_threads() * _TILE, columns[0][0]
     lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
 
     def eagerly(piece: Sequence[Tensor]) -> None:
         leaf_(rule, numbers, _in_place_of_lists([[tensor] for tensor in piece], columns))
 
-    if any(x.dtype != like.dtype or x.dtype not in AS_IS for k in lists for x in columns[k]):
+    if (
+        total <= _LITTLE
+        or like.dtype not in AS_IS
+        or any({*map(_DTYPE, columns[k])} != {like.dtype} for k in lists)
+    ):
         return size, eagerly
     tape = recording.Tape(len(lists))
     try:
         outputs = _recorded(rule, numbers, columns, lists, tape)
-        program = recording.Program(tape, [outputs[k] for k in lists])
+        program = tape.program([outputs[k] for k in lists])
     except recording.Unrecordable:
         return size, eagerly
     for column, value in zip(columns, outputs, strict=True):
         if isinstance(column, Shared):
             column.new = value
     size = size * _USUAL // len(program.memory)
-    registers = program.registers(size, like)
-    return size, lambda piece: program.run(piece, registers)
+    registers = program.registers(min(size, total), like)
+    return size, lambda piece: program.run(piece, registers, tape.constants)
 
 
 def _recorded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -19,6 +20,7 @@ Wanted: TypeAlias = Literal["auto", "leaf", "foreach", "compiled", "fused", "unf
 
 Layout: TypeAlias = Literal["regular", "strided", "foreign", "sparse"]
 
+_DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -44,14 +46,14 @@ def survey(columns: Sequence[Any]) -> Kind:
     """The `Kind` of columns whose params share device and dtype."""
     lists = [column for column in columns if isinstance(column, list)]
     like = columns[0][0]
-    uniform = all(x.dtype == like.dtype for column in lists for x in column)
+    uniform = all({*map(_DTYPE, column)} <= {like.dtype} for column in lists)
     return Kind(like.device.type, like.dtype, uniform, _layout(lists))
 
 
 def _layout(lists: list[list[Tensor]]) -> Layout:
     if lists[1][0].is_sparse:
         return "sparse"
-    if _modes.observed() or not all(map(_modes.ordinary, itertools.chain(*lists))):
+    if _modes.observed() or not all(map(_modes.all_ordinary, lists)):
         return "foreign"
     return "regular" if all(map(Tensor.is_contiguous, itertools.chain(*lists))) else "strided"
 
