@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from diffopt._tree import Tree
 
 S = TypeVar("S")
 H = TypeVar("H")
+
+Write: TypeAlias = Callable[[], None]
+"""Writes what has been checked or computed before."""
 
 
 class Optimizer(ABC, Generic[S, H]):
@@ -61,23 +65,20 @@ class Optimizer(ABC, Generic[S, H]):
             ValueError: also if autograd is recording and `grads` or `hparams` require a gradient,
                 which would be lost.
         """
-        with torch.no_grad():
-            for old, new in self._overwriting(params, grads, state, hparams):
-                old.copy_(new)
-
-    def check(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
-        """Raise what `update_` would raise for these arguments, and change nothing.
-
-        Unless a class knows better, it computes the update for that.
-        """
-        self._overwriting(params, grads, state, hparams)
-
-    def _overwriting(self, params: Tree, grads: Tree, state: S, hparams: H) -> list[Any]:
         refuse_gradients(grads, hparams)
         with torch.no_grad():
-            new_params, new_state = self.update(params, grads, state, hparams)
-            new = {"params": new_params, "state": new_state}
-            return overwriting({"params": params, "state": state}, new)
+            self.prepare_(params, grads, state, hparams)()
+
+    def prepare_(self, params: Tree, grads: Tree, state: S, hparams: H) -> Write:
+        """What `update_` consists of: it checks, and returns a function that writes.
+
+        All that can raise is done before anything is written, so that several updates can be made
+        together or not at all. It runs under `torch.no_grad`. A subclass that knows a faster way
+        than `update` overrides this method instead of `update_`.
+        """
+        new_params, new_state = self.update(params, grads, state, hparams)
+        old, new = {"params": params, "state": state}, {"params": new_params, "state": new_state}
+        return partial(copy_, overwriting(old, new))
 
 
 def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:

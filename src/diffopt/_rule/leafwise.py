@@ -19,7 +19,7 @@ from diffopt._rule import checks, hyper, ops, running, ways
 from diffopt._rule.rule import EXECUTIONS, WORKING_DTYPE, Execution, H, Rule, S, Shape, unused
 from diffopt._tree import Tree
 from diffopt._value import brief
-from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.optimizer import Optimizer, Write
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -120,27 +120,20 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         step = step if state[0].dtype in WORKING_DTYPE else step.to(state[0].dtype)
         return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
 
-    def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
-        work = self._checked(params, grads, state, hparams)
-        with torch.no_grad():
-            step = exact(state[0]) + 1
-            t = _modes.number_of(step)
-            for indices in work.groups():
-                self._step_(t, work.values(indices), work.columns(indices))
-            torch.ops.aten.copy_.default(state[0], step)  # see running.leaf_
-
-    def check(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
-        """Raise what `update_` would raise for these arguments; changes nothing."""
-        self._checked(params, grads, state, hparams)
-
-    def _checked(self, params: Tree, grads: Tree, state: S, hparams: H) -> Work:
-        refuse_gradients(grads, hparams)
+    def prepare_(self, params: Tree, grads: Tree, state: S, hparams: H) -> Write:
         work = self.gather(params, grads, state, hparams)
         fields = zip(self.buffer_names, work.buffers, strict=True)
         used = {f"state.{name}": c for name, c in fields if c and not unused(c[0])}
         columns = {"params": work.params, **used}
         checks.writable(columns, params, state[0], work.grads, work.numbers)
-        return work
+        return functools.partial(self._update_, work, state[0])
+
+    def _update_(self, work: Work, count: Tensor) -> None:
+        step = exact(count) + 1
+        t = _modes.number_of(step)
+        for indices in work.groups():
+            self._step_(t, work.values(indices), work.columns(indices))
+        torch.ops.aten.copy_.default(count, step)  # see running.leaf_
 
     def _leaf_by_leaf(self, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
         """The new columns, out of place, computed tensor by tensor."""

@@ -41,11 +41,9 @@ class TreeOptimizer(Checkpoints):
         loss = self._loss(closure)
         self.check_numbers()
         with torch.no_grad():
-            calls = [self._arguments(i) for i in range(len(self.param_groups))]
-            for arguments in calls[1:]:  # if the first one raises, nothing has been changed
-                self.optimizer.check(*arguments)
-            for arguments in calls:
-                self.optimizer.update_(*arguments)
+            groups = range(len(self.param_groups))
+            for update_ in [self.optimizer.prepare_(*self._arguments(i)) for i in groups]:
+                update_()
         return loss
 
     def _arguments(self, i: int) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from diffopt._rule import checks, hyper, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.optimizer import Optimizer, Write
 
 
 class SparseAdamState(NamedTuple):
@@ -180,19 +180,22 @@ class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
         )
         return params, SparseAdamState(new_state.step, m, v)
 
-    def update_(
+    def prepare_(
         self, params: Tree, grads: Tree, state: SparseAdamState, hparams: SparseAdamHParams
-    ) -> None:
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            arguments, where, columns, _ = self._gather(params, grads, state, hparams)
-            checks.writable({"params": columns[0]}, params)
-            self.entries.update_(*arguments)  # writes to copies of the entries, and to state.step
-            new_params, _, new_state, _ = arguments
+    ) -> Write:
+        arguments, where, columns, _ = self._gather(params, grads, state, hparams)
+        checks.writable({"params": columns[0]}, params)
+        update_ = self.entries.prepare_(*arguments)  # of copies of the entries, and of state.step
+        new_params, _, new_state, _ = arguments
+
+        def write() -> None:
+            update_()
             for old, new in zip(columns, (new_params, *new_state[1:]), strict=True):
                 for leaf, indices, entries in zip(old, where, new, strict=True):
                     if indices is not None:
                         leaf[indices] = entries if indices else entries[0]
+
+        return write
 
     def _gather(
         self, params: Tree, grads: Tree, state: SparseAdamState, hparams: SparseAdamHParams

@@ -12,7 +12,7 @@ from diffopt import _modes, _tree
 from diffopt._arguments import factory
 from diffopt._rule import checks
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, copy_, overwriting, refuse_gradients
+from diffopt.optimizer import Optimizer, Write, copy_, overwriting
 from diffopt.transforms._base import (
     Leaves,
     Tensors,
@@ -99,24 +99,33 @@ class Accumulate(Wrapper[AccumulateState]):
         rest = (torch.where(due.to(s.device), 0, s) for s in sums)
         return kept, AccumulateState(step, leaves.filled(rest, old), inner)
 
-    def update_(self, params: Tree, grads: Tree, state: AccumulateState, hparams: Any) -> None:
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            leaves, old = self._gather(params, grads, state)
-            calls = _modes.number_of(state.step)
-            if isinstance(calls, Tensor):  # cannot branch on it
-                return super().update_(params, grads, state, hparams)
-            checks.writable({"params": leaves.params, "state.grad_sum": old}, params, state.step)
-            check_record(hparams, self.hparams)
-            sums, due = _sums(leaves, old), (calls + 1) % self.k == 0
-            if due:
-                means, (wide_params, _) = leaves.filled(self._means(leaves, sums)), leaves.wide()
-                pairs = overwriting({"params": params}, {"params": wide_params})
-                self.optimizer.update_(wide_params, means, state.inner, hparams)
-                copy_(pairs)
-            for tensor, new in zip(leaves.moved(old), sums, strict=True):
-                tensor.zero_() if due else tensor.copy_(new)
+    def prepare_(self, params: Tree, grads: Tree, state: AccumulateState, hparams: Any) -> Write:
+        leaves, old = self._gather(params, grads, state)
+        calls = _modes.number_of(state.step)
+        if isinstance(calls, Tensor):  # cannot branch on it
+            return super().prepare_(params, grads, state, hparams)
+        checks.writable({"params": leaves.params, "state.grad_sum": old}, params, state.step)
+        check_record(hparams, self.hparams)
+        sums, kept = _sums(leaves, old), leaves.moved(old)
+        if (calls + 1) % self.k:
+
+            def add() -> None:
+                copy_(zip(kept, sums, strict=True))
+                state.step.add_(1)
+
+            return add
+        means, (wide_params, _) = leaves.filled(self._means(leaves, sums)), leaves.wide()
+        pairs = overwriting({"params": params}, {"params": wide_params})
+        update_ = self.optimizer.prepare_(wide_params, means, state.inner, hparams)
+
+        def move() -> None:
+            update_()
+            copy_(pairs)
+            for tensor in kept:
+                tensor.zero_()
             state.step.add_(1)
+
+        return move
 
     def _means(self, leaves: Leaves, sums: Tensors) -> Tensors:
         """The means of k gradients, in the dtypes they are computed in."""

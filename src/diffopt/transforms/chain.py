@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from diffopt import _tree
 from diffopt._arguments import factory
 from diffopt._tree import Tree
 from diffopt._value import Value
-from diffopt.optimizer import Optimizer, check_optimizer, copy_, overwriting, refuse_gradients
+from diffopt.optimizer import Optimizer, Write, check_optimizer, copy_, overwriting
 from diffopt.transforms._base import Leaves, Transformation, gather
 from diffopt.transforms._records import InOrder, check_tuple
 
@@ -83,31 +81,20 @@ class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
         new, last = self.parts[-1].update(wide, grads, state[-1], hparams[-1])
         return leaves.narrow(new, wide), (*states, last)
 
-    def update_(
+    def prepare_(
         self, params: Tree, grads: Tree, state: tuple[Any, ...], hparams: tuple[Any, ...]
-    ) -> None:
-        with torch.no_grad():
-            pairs, arguments = self._in_place(params, grads, state, hparams)
-            self.parts[-1].update_(*arguments)
+    ) -> Write:
+        leaves = gather(params, grads, writable=True)
+        wide, grads, states = self._transformed(leaves, state, hparams)
+        new = {"params": wide, "state": states}
+        pairs = overwriting({"params": params, "state": state[:-1]}, new)
+        update_ = self.parts[-1].prepare_(wide, grads, state[-1], hparams[-1])
+
+        def write() -> None:
+            update_()
             copy_(pairs)
 
-    def check(
-        self, params: Tree, grads: Tree, state: tuple[Any, ...], hparams: tuple[Any, ...]
-    ) -> None:
-        _, arguments = self._in_place(params, grads, state, hparams)
-        self.parts[-1].check(*arguments)
-
-    def _in_place(
-        self, params: Tree, grads: Tree, state: tuple[Any, ...], hparams: tuple[Any, ...]
-    ) -> tuple[list[Any], tuple[Any, ...]]:
-        """What the transformations overwrite, and the arguments of the optimizer."""
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            leaves = gather(params, grads, writable=True)
-            wide, grads, states = self._transformed(leaves, state, hparams)
-            new = {"params": wide, "state": states}
-            pairs = overwriting({"params": params, "state": state[:-1]}, new)
-        return pairs, (wide, grads, state[-1], hparams[-1])
+        return write
 
     def _transformed(
         self, leaves: Leaves, state: tuple[Any, ...], hparams: tuple[Any, ...]

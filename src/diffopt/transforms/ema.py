@@ -13,7 +13,7 @@ from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, copy_, refuse_gradients
+from diffopt.optimizer import Optimizer, Write, copy_
 from diffopt.transforms._base import Leaves, Tensors, Wrapper, gather, near, wide
 from diffopt.transforms._records import InOrder, check_tuple
 
@@ -108,18 +108,21 @@ class EMA(Wrapper[EMAState]):
         average = leaves.filled(self._averages(*moved, records, step), old)
         return new, EMAState(step.to(state.step.dtype), average, inner)
 
-    def update_(
+    def prepare_(
         self, params: Tree, grads: Tree, state: EMAState, hparams: tuple[EMAHParams, Any]
-    ) -> None:
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            leaves, old, records = self._gather(params, grads, state, hparams)
-            checks.writable({"params": leaves.params, "state.average": old}, params, state.step)
-            self.optimizer.update_(params, grads, state.inner, hparams[1])
+    ) -> Write:
+        leaves, old, records = self._gather(params, grads, state, hparams)
+        checks.writable({"params": leaves.params, "state.average": old}, params, state.step)
+        update_ = self.optimizer.prepare_(params, grads, state.inner, hparams[1])
+
+        def write() -> None:
+            update_()
             step = exact(state.step) + 1
             moved = leaves.moved(old), leaves.moved(leaves.params)
             copy_(zip(moved[0], self._averages(*moved, records, step), strict=True))
             state.step.copy_(step)
+
+        return write
 
     def _averages(
         self, old: Tensors, new: Tensors, records: list[EMAHParams], step: Tensor

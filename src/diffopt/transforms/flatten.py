@@ -15,7 +15,7 @@ from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import working_real
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, copy_, refuse_gradients
+from diffopt.optimizer import Optimizer, Write, copy_
 from diffopt.transforms._base import Leaves, Wrapper, gather, wide
 
 
@@ -77,16 +77,19 @@ class Flatten(Wrapper[Any]):
         new_vectors, new_state = self.optimizer.update(vectors, *others)
         return layout.leaves.tree(layout.params(new_vectors)), layout.whole(new_state, state)
 
-    def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            layout = _Layout.of(gather(params, grads, writable=True))
-            if layout.groups != layout.some:
-                return super().update_(params, grads, state, hparams)
-            vectors, *others = layout.arguments(params, state, hparams)
-            self.optimizer.update_(vectors, *others)
+    def prepare_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> Write:
+        layout = _Layout.of(gather(params, grads, writable=True))
+        if layout.groups != layout.some:
+            return super().prepare_(params, grads, state, hparams)
+        vectors, *others = layout.arguments(params, state, hparams)
+        update_ = self.optimizer.prepare_(vectors, *others)
+
+        def write() -> None:
+            update_()
             pairs = zip(layout.leaves.params, layout.params(vectors), strict=True)
             copy_((old, new) for old, new in pairs if new is not old)
+
+        return write
 
 
 class _Layout(NamedTuple):

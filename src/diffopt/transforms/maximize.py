@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from diffopt._arguments import factory
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.optimizer import Optimizer, Write
 from diffopt.transforms._base import Wrapper, gather
 
 
@@ -43,10 +41,8 @@ class Maximize(Wrapper[Any]):
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
         return self.optimizer.update(params, _negated(params, grads), state, hparams)
 
-    def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            self.optimizer.update_(params, _negated(params, grads), state, hparams)
+    def prepare_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> Write:
+        return self.optimizer.prepare_(params, _negated(params, grads), state, hparams)
 
 
 def _negated(params: Tree, grads: Tree) -> Tree:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, overload
 
-import torch
-from torch import Tensor
-
 from diffopt import _tree
 from diffopt._arguments import factory
 from diffopt._rule import checks
-from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt._value import Value
-from diffopt.optimizer import Optimizer, check_optimizer, copy_, overwriting, refuse_gradients
+from diffopt.optimizer import Optimizer, Write, check_optimizer
 from diffopt.transforms._base import (
     Leaves,
     Transformation,
@@ -100,12 +96,16 @@ class Partition(Value, Optimizer[Parts, Parts]):
             new_params = _replaced(new_params, new, chosen, arguments[0])
         return leaves.tree(new_params), new_state
 
-    def update_(self, params: Tree, grads: Tree, state: Parts, hparams: Parts) -> None:
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            leaves = gather(params, grads, writable=True, sparse=True)
-            parts = self._parts(leaves, params, state, hparams)
-            _update_all_([(name, self.optimizers[name], args) for name, (_, args) in parts.items()])
+    def prepare_(self, params: Tree, grads: Tree, state: Parts, hparams: Parts) -> Write:
+        leaves = gather(params, grads, writable=True, sparse=True)
+        parts = self._parts(leaves, params, state, hparams)
+        updates = [self.optimizers[name].prepare_(*args) for name, (_, args) in parts.items()]
+
+        def write() -> None:
+            for update_ in updates:
+                update_()
+
+        return write
 
     def _parts(
         self, leaves: Leaves, params: Tree, state: Parts, hparams: Parts
@@ -127,29 +127,6 @@ class Partition(Value, Optimizer[Parts, Parts]):
                 given = _tree.shown(label)
                 raise ValueError(f"{path} has the label {given}, but optimizers has {known}")
         return {label: [mine == label for mine in labels] for label in self.optimizers}
-
-
-def _update_all_(calls: list[tuple[Hashable, Optimizer[Any, Any], tuple[Any, ...]]]) -> None:
-    """`update_` of each; nothing is changed if one raises.
-
-    The first may raise, since nothing has been written then. Of the others, leafwise optimizers
-    check their arguments first, and the rest first compute their results.
-    """
-    ordered = sorted(calls, key=lambda call: isinstance(call[1], Leafwise))
-    pairs: list[tuple[Tensor, Any]] = []
-    for label, optimizer, arguments in ordered[1:]:
-        if isinstance(optimizer, Leafwise):
-            optimizer.check(*arguments)
-        else:
-            params, _, state, _ = arguments
-            name = f"state[{label!r}]"
-            new_params, new_state = optimizer.update(*arguments)
-            old, new = {"params": params, name: state}, {"params": new_params, name: new_state}
-            pairs += overwriting(old, new)
-    for i, (_, optimizer, arguments) in enumerate(ordered):
-        if i == 0 or isinstance(optimizer, Leafwise):
-            optimizer.update_(*arguments)
-    copy_(pairs)
 
 
 @overload
@@ -244,12 +221,10 @@ class MaskedOptimizer(Wrapper[Any]):
         new, new_state = self.optimizer.update(*part, state, hparams)
         return leaves.tree(_replaced(leaves.params, new, chosen, part[0])), new_state
 
-    def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            leaves = gather(params, grads, writable=True, sparse=True)
-            part = _part(leaves, self._chosen(params, leaves.spec))
-            self.optimizer.update_(*part, state, hparams)
+    def prepare_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> Write:
+        leaves = gather(params, grads, writable=True, sparse=True)
+        part = _part(leaves, self._chosen(params, leaves.spec))
+        return self.optimizer.prepare_(*part, state, hparams)
 
     def _chosen(self, params: Tree, spec: _tree.Spec) -> list[bool]:
         flags = _flags(self.mask, params, spec, self.name)

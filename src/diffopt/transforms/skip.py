@@ -11,7 +11,7 @@ from diffopt import _modes
 from diffopt._arguments import factory
 from diffopt._modes import real
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, refuse_gradients
+from diffopt.optimizer import Optimizer, Write
 from diffopt.transforms._base import Leaves, Wrapper, gather, select
 from diffopt.transforms._sharded import mesh_of, own, total
 
@@ -63,13 +63,12 @@ class SkipNonfinite(Wrapper[Any]):
         new = self.optimizer.update(params, grads, state, hparams)
         return select(finite, new, (params, state))
 
-    def update_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> None:
+    def prepare_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> Write:
         if _modes.observed():
-            return super().update_(params, grads, state, hparams)
-        refuse_gradients(grads, hparams)
-        with torch.no_grad():
-            if _all_finite(gather(params, grads, writable=True)).item():
-                self.optimizer.update_(params, grads, state, hparams)
+            return super().prepare_(params, grads, state, hparams)
+        if _all_finite(gather(params, grads, writable=True)).item():
+            return self.optimizer.prepare_(params, grads, state, hparams)
+        return lambda: None
 
 
 def _all_finite(leaves: Leaves) -> Tensor:
