@@ -332,3 +332,16 @@ def test_update_of_many_tensors_without_derivatives_runs_as_update_(monkeypatch)
     new, _ = opt.update(params, params, state, record)
     assert len(seen) == 1
     assert all(p.requires_grad for p in new)
+
+
+@pytest.mark.parametrize("n", [1, 200])
+def test_shared_memory_is_found_among_few_and_many(n):
+    opt, memory = diffopt.sgd(), torch.zeros(7)
+    params = [*(torch.zeros(2) for _ in range(n)), memory[:4], memory[3:]]
+    grads = pytree.tree_map(torch.ones_like, params)
+    with pytest.raises(ValueError, match=rf"params\[{n + 1}\] and params\[{n}\] share memory"):
+        opt.update_(params, grads, opt.init(params), opt.hparams(lr=0.1))
+    params[-1] = torch.zeros(4)
+    with pytest.raises(ValueError, match=rf"grads\[0\] and params\[{n}\] share memory"):
+        opt.update_(params, [memory[1:3], *grads[1:]], opt.init(params), opt.hparams(lr=0.1))
+    opt.update_(params, params, opt.init(params), opt.hparams(lr=0.1))

@@ -48,35 +48,27 @@ def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, i
 
     Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """
-    known, first, lengths, loose = _extents(tensors)
-    if not known:
-        return None
-    ordinary = tensors if len(known) == len(tensors) else [tensors[i] for i in known]
+    n, every = len(tensors), [*tensors, *read]
+    known, addresses, lengths, loose = _extents(every)
     for i in loose:
-        if _folds(tensors[i]):
+        if i < n and _folds(every[i]):
             return i, i
-    starts, order = _integers(first).sort(stable=True)
-    ends = (starts + _integers(lengths)[order]).cummax(0).values
-    meeting = (starts[1:] < ends[:-1]) & (starts[1:] != 0)
-    for k in meeting.nonzero().flatten().tolist():
-        this = int(order[k + 1])
-        for before in order[: k + 1].tolist():
-            if _meet(ordinary[before], ordinary[this]):
-                return known[before], known[this]
-    indices, starting, lengths, _ = _extents(read)
-    if not indices:
+    own = bisect.bisect_left(known, n)  # those that are written
+    if len(known) <= _CHUNK and _apart(addresses, lengths, own):
         return None
-    first = _integers(starting)
-    last = first + _integers(lengths)
-    before = torch.searchsorted(starts, last)  # how many begin before the end of what is read
-    meeting = (torch.cat([ends.new_zeros(1), ends])[before] > first) & (first != 0)
-    for m in meeting.nonzero().flatten().tolist():
-        i = indices[m]
-        x = read[i]
-        for k in order[: int(before[m])].tolist():
-            y = ordinary[k]
-            if _meet(x, y) and not (i == known[k] and x.is_set_to(y)):
-                return known[k], i + len(tensors)
+    starts, order = _integers(addresses).sort(stable=True)
+    ends = starts + _integers(lengths)[order]
+    written = order < own
+    # What is written meets all that begin before it; what is read, only those that are written.
+    reach, reach_written = ends.cummax(0).values, (ends * written).cummax(0).values
+    meeting = starts[1:] < torch.where(written[1:], reach[:-1], reach_written[:-1])
+    for k in (meeting & (starts[1:] != 0)).nonzero().flatten().tolist():
+        this = known[int(order[k + 1])]
+        for before in order[: k + 1].tolist():
+            i, j = sorted((known[before], this))
+            x, y = every[i], every[j]
+            if i < n and _meet(x, y) and not (j == i + n and x.is_set_to(y)):
+                return i, j
     return None
 
 
@@ -131,6 +123,18 @@ def _extents(tensors: Sequence[Any]) -> tuple[list[int], list[int], list[int], l
             lengths += map(span, chunk)
             loose += [i for i, x in zip(indices, chunk, strict=True) if not x.is_contiguous()]
     return known, starts, lengths, loose
+
+
+def _apart(addresses: list[int], lengths: list[int], own: int) -> bool:
+    """Whether the first ones, which are written, meet no others: the same without tensors."""
+    reach = reach_written = 0
+    ends = map(operator.add, addresses, lengths)
+    for start, end, k in sorted(zip(addresses, ends, range(len(lengths)), strict=True)):
+        if 0 < start < (reach if k < own else reach_written):
+            return False
+        reach = max(reach, end)
+        reach_written = max(reach_written, end) if k < own else reach_written
+    return True
 
 
 def _has_address(x: Any) -> bool:
