@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -33,8 +34,8 @@ from diffopt._rule.running import (
     written,
 )
 
-Kernel: TypeAlias = Callable[[Sequence[Tensor], list[Tensor], list[Tensor]], list[Tensor]]
-"""Updates one vector of each column, given the 0-d fields and the numbers; new 0-d fields."""
+Kernel: TypeAlias = Callable[[list[Tensor], list[Tensor], Sequence[Tensor]], list[Tensor] | None]
+"""`(numbers, fields, vectors) -> new fields, if any`; it updates a vector of each column in place."""
 
 _LOG = logging.getLogger("diffopt")
 _SAMPLE = 1 << 16  # elements that a kernel is tried on: it is compiled to share out that many
@@ -118,8 +119,8 @@ class _Call:
         if kernel is None:
             self._eager_(piece)
             return
-        values = kernel(piece, [shared.value for shared in self.shared], self.given)
-        for shared, value in zip(self.shared, values, strict=True):
+        fields = kernel(self.given, [shared.value for shared in self.shared], piece)
+        for shared, value in zip(self.shared, fields or (), strict=True):
             shared.new = value
 
     def _eager_(self, piece: Sequence[Tensor]) -> None:
@@ -135,17 +136,18 @@ class _Call:
         kernel = _compiled(self.rule, self.form, [_mark(column) for column in self.columns])
         old, found, right = ([*map(_sample, piece)] for _ in range(3))
         try:
-            values = kernel(found, [s.value.clone() for s in self.shared], self.given)
+            fields = kernel(self.given, [s.value.clone() for s in self.shared], found)
         except Exception as error:
-            _warn(f"torch.compile makes no kernel here ({_first_line(error)})")
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+            _warn(f"torch.compile makes no kernel here ({reason})")
             return None
         self._eager_(right)
         pairs = [
             *zip(written(old), written(found), written(right), strict=True),
-            *((s.value, x, s.new) for s, x in zip(self.shared, values, strict=True)),
+            *((s.value, x, s.new) for s, x in zip(self.shared, fields or (), strict=True)),
         ]
         if not all(itertools.starmap(_agree, pairs)):
-            _warn(f"torch.compile computes wrong values for {self.rule!r}")
+            _warn(f"torch.compile computes wrong values for this rule, {self.rule!r}")
             return None
         _LOG.info("compiled in %.1f s", time.perf_counter() - start)
         return kernel
@@ -205,12 +207,11 @@ def _mark(column: Any) -> str:
 
 def _compiled(rule: AnyRule, form: _Form, marks: list[str]) -> Kernel:
     def kernel(
-        vectors: Sequence[Tensor], values: list[Tensor], given: list[Tensor]
+        given: list[Tensor], fields: list[Tensor], vectors: Sequence[Tensor]
     ) -> list[Tensor]:
-        rest, scalars = iter(vectors), iter(values)
+        rest, shared = iter(vectors), map(Shared, fields)
         row: list[Any] = [
-            next(rest) if mark == "list" else Shared(next(scalars)) if mark else ()
-            for mark in marks
+            next(rest) if mark == "list" else next(shared) if mark else () for mark in marks
         ]
         new = apply(rule, form.numbers(given), row)
         for old, x in zip(written(row), new, strict=True):
@@ -243,7 +244,3 @@ def _warn(reason: str) -> None:
     if reason not in _WARNED:
         _WARNED.add(reason)
         warnings.warn(f"{reason}, so the step runs without one", stacklevel=2)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
