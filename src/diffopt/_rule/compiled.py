@@ -34,8 +34,8 @@ from diffopt._rule.running import (
     written,
 )
 
-Kernel: TypeAlias = Callable[[list[Tensor], list[Tensor], Sequence[Tensor]], list[Tensor] | None]
-"""`(numbers, fields, vectors) -> new fields, if any`; it updates a vector of each column in place."""
+Kernel: TypeAlias = Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor] | None]
+"""`(numbers, fields, vectors) -> new fields, if any`: updates a vector of each column in place."""
 
 _LOG = logging.getLogger("diffopt")
 _SAMPLE = 1 << 16  # elements that a kernel is tried on: it is compiled to share out that many
@@ -119,7 +119,7 @@ class _Call:
         if kernel is None:
             self._eager_(piece)
             return
-        fields = kernel(self.given, [shared.value for shared in self.shared], piece)
+        fields = kernel(self.given, [shared.value for shared in self.shared], [*piece])
         for shared, value in zip(self.shared, fields or (), strict=True):
             shared.new = value
 
@@ -135,8 +135,11 @@ class _Call:
         start = time.perf_counter()
         kernel = _compiled(self.rule, self.form, [_mark(column) for column in self.columns])
         old, found, right = ([*map(_sample, piece)] for _ in range(3))
+        # Copies, since for a view torch.compile would watch its base as well.
+        given, fields = [x.clone() for x in self.given], [s.value.clone() for s in self.shared]
         try:
-            fields = kernel(self.given, [s.value.clone() for s in self.shared], found)
+            with warnings.catch_warnings(action="ignore"):  # torch's, about its own code
+                fields = kernel(given, fields, found)
         except Exception as error:
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
             _warn(f"torch.compile makes no kernel here ({reason})")
@@ -206,9 +209,7 @@ def _mark(column: Any) -> str:
 
 
 def _compiled(rule: AnyRule, form: _Form, marks: list[str]) -> Kernel:
-    def kernel(
-        given: list[Tensor], fields: list[Tensor], vectors: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def kernel(given: list[Tensor], fields: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
         rest, shared = iter(vectors), map(Shared, fields)
         row: list[Any] = [
             next(rest) if mark == "list" else next(shared) if mark else () for mark in marks
@@ -235,8 +236,8 @@ def _agree(old: Tensor, found: Tensor, right: Tensor) -> bool:
     """Whether both values are those of one step, up to rounding, of which a small step is more."""
     eps = torch.finfo(old.dtype).eps
     old, found, right = (x.to(torch.float64) for x in (old, found, right))
-    tolerance = 8 * eps * (old.abs() + right.abs()) + 1e-3 * (right - old).abs()
-    close = (found - right).abs() <= tolerance
+    rounding = eps * right.abs() + min(8 * eps, 1e-6) * (old.abs() + right.abs())
+    close = (found - right).abs() <= rounding + 1e-3 * (right - old).abs()
     return bool((close | (found == right) | (found.isnan() & right.isnan())).all())
 
 
