@@ -119,7 +119,7 @@ class _Call:
         if kernel is None:
             self._eager_(piece)
             return
-        fields = kernel(self.given, [shared.value for shared in self.shared], [*piece])
+        fields = kernel(self.given, [x.value for x in self.shared], [x.detach() for x in piece])
         for shared, value in zip(self.shared, fields or (), strict=True):
             shared.new = value
 
