@@ -8,7 +8,8 @@ They are the class of diffopt.optim, by default and with fused=True, `update_` o
 by default and with execution="compiled", and torch's ways of running the same step. "ratio" is the
 class's time over the fastest of torch's. "floor" is the time to read and write what a step must, at
 the bandwidth of a large tensor scaled in place in the same run: on tensors that exceed the caches
-no step runs much faster. Times are medians, or with `--best` minima, for machines that are busy.
+no step runs much faster. Times are medians, or with `--best`, for machines that are busy,
+minima, on one thread of a CPU of its processor time.
 """
 
 from __future__ import annotations
@@ -95,13 +96,15 @@ def by_rule(optimizer: Any, tensors: list[Tensor], numbers: dict[str, Any]) -> S
     return lambda: optimizer.update_(params, grads, state, record)
 
 
-def milliseconds(step: Step, device: str) -> float:
+def milliseconds(step: Step, device: str, *, own: bool = False) -> float:
+    """Of the clock on the wall, or of the processor for this thread alone."""
+    clock = time.thread_time if own else time.perf_counter
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
     synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def typical(
@@ -109,9 +112,10 @@ def typical(
 ) -> dict[str, float]:
     """Of turns of so many steps, but for the first turn, and the first of several steps."""
     times: dict[str, list[float]] = {name: [] for name in steps}
+    own = best and device == "cpu" and torch.get_num_threads() == 1
     for i in range(repeats + 1):
         for name, step in list(steps.items())[:: 1 if i % 2 else -1]:
-            elapsed = [milliseconds(step, device) for _ in range(turn)]
+            elapsed = [milliseconds(step, device, own=own) for _ in range(turn)]
             times[name] += elapsed[turn > 1 :] if i else []
     return {name: (min if best else statistics.median)(of) for name, of in times.items()}
 

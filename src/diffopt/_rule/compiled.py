@@ -58,11 +58,11 @@ def compiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> bool:
 
 
 def _vectors(lists: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[int]]:
-    """Views as vectors of real numbers in the order of memory; the indices that have none."""
+    """Real, contiguous views in the order of memory; the indices of tensors that have none."""
     every = [*itertools.chain(*lists)]
     odd = any(map(Tensor.is_complex, every)) or any(map(Tensor.is_neg, every))
     if not odd and all(map(Tensor.is_contiguous, every)) and all(map(Tensor.numel, lists[0])):
-        return [[x.view(-1) for x in column] for column in lists], []
+        return lists, []
     rows = [_row(row) for row in zip(*lists, strict=True)]
     found = [row for row in rows if row]
     vectors = [[row[k] for row in found] for k in range(len(lists))]
@@ -89,9 +89,16 @@ class _Call:
         self.rule, self.numbers, self.columns = rule, numbers, columns
         self.shared = [column for column in columns if isinstance(column, Shared)]
         self.form, self.given = _inputs(rule, numbers)
+        self.kernels: dict[Any, Kernel | None] = {}  # by the dtypes of the vectors
 
     def kernel(self, piece: Sequence[Tensor]) -> Kernel | None:
-        """The kernel for the dtypes of these vectors, made if need be."""
+        dtypes = tuple(x.dtype for x in piece)
+        if dtypes not in self.kernels:
+            self.kernels[dtypes] = self._found([x.view(-1) for x in piece])
+        return self.kernels[dtypes]
+
+    def _found(self, piece: Sequence[Tensor]) -> Kernel | None:
+        """The kernel for vectors like these, made if need be."""
         tensors = [*piece, *(shared.value for shared in self.shared), *self.given]
         key = (
             self.rule,
