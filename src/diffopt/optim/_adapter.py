@@ -332,6 +332,8 @@ class RuleOptimizer(Checkpoints):
 class Fusible(RuleOptimizer):
     """A class that takes `fused`, unlike its namesake in torch: torch.compile makes the kernel."""
 
+    later = ("fused",)
+
     def __init_subclass__(cls) -> None:
         if Fusible in cls.__bases__:
             fused = inspect.Parameter("fused", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -351,11 +353,6 @@ class Fusible(RuleOptimizer):
         self.defaults["fused"] = fused
         for group in self.param_groups:
             group.setdefault("fused", fused)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # torch's have none
-            group.setdefault("fused", self.defaults["fused"])
 
     def by_torch(self, group: Group) -> bool:
         return False

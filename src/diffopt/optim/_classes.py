@@ -97,7 +97,7 @@ class Rprop(Fusible, torch.optim.Rprop):
     """`torch.optim.Rprop`, stepped by `diffopt.rprop`."""
 
     make = staticmethod(rules.rprop)
-    later = ("lr",)
+    later = ("lr", *Fusible.later)
 
 
 class Adafactor(RuleOptimizer, torch.optim.Adafactor):
