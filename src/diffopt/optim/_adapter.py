@@ -350,6 +350,8 @@ class Fusible(RuleOptimizer):
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and self.defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if fused is None:
+            return  # groups have the options that torch's have
         self.defaults["fused"] = fused
         for group in self.param_groups:
             group.setdefault("fused", fused)

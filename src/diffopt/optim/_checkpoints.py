@@ -121,7 +121,7 @@ class Checkpoints(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in self.later:
+            for name in self.defaults.keys() & {*self.later}:
                 group.setdefault(name, self.defaults[name])
 
     def by_torch(self, group: Group) -> bool:
