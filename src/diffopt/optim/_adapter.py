@@ -330,15 +330,16 @@ class RuleOptimizer(Checkpoints):
 
 
 class Fusible(RuleOptimizer):
-    """A class that takes `fused`, unlike its namesake in torch: torch.compile makes the kernel."""
+    """A class that takes `fused`, unlike its namesake in torch: torch.compile makes the kernel.
+
+    Its signature stays torch's, as its groups do where `fused` is not given.
+    """
 
     later = ("fused",)
 
     def __init_subclass__(cls) -> None:
         if Fusible in cls.__bases__:
-            fused = inspect.Parameter("fused", inspect.Parameter.KEYWORD_ONLY, default=None)
-            theirs = inspect.signature(cls.__bases__[-1])
-            cls.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), fused])
+            cls.__signature__ = inspect.signature(cls.__bases__[-1])
         elif "__init__" in vars(cls):
             cls.__signature__ = None
 
@@ -351,7 +352,7 @@ class Fusible(RuleOptimizer):
         if fused and self.defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if fused is None:
-            return  # groups have the options that torch's have
+            return
         self.defaults["fused"] = fused
         for group in self.param_groups:
             group.setdefault("fused", fused)
