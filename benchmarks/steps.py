@@ -1,18 +1,21 @@
 """Time of one in-place step beside torch.optim's, and beside moving the bytes it must move.
 
-    python benchmarks/steps.py [--device cuda] [--only Adam AdamW] [--repeats 10] [--cold]
+    python benchmarks/steps.py [--device cuda] [--only Adam AdamW] [--repeats 10] [--cold] [--best]
 
 The contenders take turns of a few steps, the first of which is not counted, or with `--cold` of one
 step, which then finds the others' data in the caches; the order is reversed from round to round.
-They are the class of diffopt.optim, `update_` of the rule under it, and torch's ways of running the
-same step. "ratio" is the class's time over the fastest of torch's. "floor" is the time to read and
-write what a step must, at the bandwidth of a large tensor scaled in place in the same run: on
-tensors that exceed the caches no step runs much faster.
+They are the class of diffopt.optim, by default and with fused=True, `update_` of the rule under it,
+by default and with execution="compiled", and torch's ways of running the same step. "ratio" is the
+class's time over the fastest of torch's. "floor" is the time to read and write what a step must, at
+the bandwidth of a large tensor scaled in place in the same run: on tensors that exceed the caches
+no step runs much faster. Times are medians, or with `--best`, for machines that are busy,
+minima, on one thread of a CPU of its processor time.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +40,7 @@ RESNET18 = [
 SHAPES = {
     "resnet18": RESNET18,
     "1000 of 1000": [(1000,)] * 1000,
+    "one of 10M": [(10_000_000,)],
     "one of 50M": [(50_000_000,)],
 }
 MATRICES = {"24 of 512 x 512": [(512, 512)] * 24}
@@ -58,6 +62,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, float], int]] = {
     "Rprop": (diffopt.rprop(), {}, 7),
     "SparseAdam": (None, {}, 7),
 }
+OURS = ("diffopt", "diffopt fused", "update_", "compiled")
 WAYS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
 SPARSE_ROWS = 0.01  # of a SparseAdam gradient
 
@@ -91,37 +96,52 @@ def by_rule(optimizer: Any, tensors: list[Tensor], numbers: dict[str, Any]) -> S
     return lambda: optimizer.update_(params, grads, state, record)
 
 
-def milliseconds(step: Step, device: str) -> float:
+def milliseconds(step: Step, device: str, *, own: bool = False) -> float:
+    """Of the clock on the wall, or of the processor for this thread alone."""
+    clock = time.thread_time if own else time.perf_counter
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
     synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
-def medians(steps: dict[str, Step], device: str, repeats: int, turn: int = 1) -> dict[str, float]:
+def typical(
+    steps: dict[str, Step], device: str, repeats: int, turn: int = 1, *, best: bool = False
+) -> dict[str, float]:
     """Of turns of so many steps, but for the first turn, and the first of several steps."""
     times: dict[str, list[float]] = {name: [] for name in steps}
+    own = best and device == "cpu" and torch.get_num_threads() == 1
     for i in range(repeats + 1):
         for name, step in list(steps.items())[:: 1 if i % 2 else -1]:
-            elapsed = [milliseconds(step, device) for _ in range(turn)]
+            elapsed = [milliseconds(step, device, own=own) for _ in range(turn)]
             times[name] += elapsed[turn > 1 :] if i else []
-    return {name: statistics.median(of) for name, of in times.items()}
+    return {name: (min if best else statistics.median)(of) for name, of in times.items()}
 
 
-def bandwidth_of(device: str, repeats: int) -> float:
-    """Bytes per millisecond of reading and writing 400 MB in place."""
+def bandwidths_of(device: str, repeats: int, *, best: bool) -> tuple[float, float]:
+    """Bytes per millisecond of reading and writing 400 MB, in place and as a copy."""
     tensor = torch.randn(100_000_000, device=device)
-    times = medians({"scale": lambda: tensor.mul_(0.999)}, device, repeats)
-    return 2 * tensor.numel() * tensor.element_size() / times["scale"]
+    other = torch.empty_like(tensor)
+    runs: dict[str, Step] = {
+        "scale": lambda: tensor.mul_(0.999),
+        "copy": lambda: other.copy_(tensor),
+    }
+    times = typical(runs, device, repeats, best=best)
+    moved = 2 * tensor.numel() * tensor.element_size()
+    return moved / times["scale"], moved / times["copy"]
 
 
 def contenders(name: str, tensors: list[Tensor]) -> dict[str, Step]:
     rule, numbers, _ = OPTIMIZERS[name]
-    found = {"diffopt": by_class(getattr(optim, name), tensors, numbers)}
+    ours = getattr(optim, name)
+    found = {"diffopt": by_class(ours, tensors, numbers)}
+    found["diffopt fused"] = by_class(ours, tensors, numbers | WAYS["fused"])
     if found["diffopt"] and rule:
         found["update_"] = by_rule(rule, tensors, numbers)
+        compiled = dataclasses.replace(rule, execution="compiled")
+        found["compiled"] = by_rule(compiled, tensors, numbers) if rule.elementwise else None
     theirs = getattr(torch.optim, name)
     found |= {way: by_class(theirs, tensors, numbers | flag) for way, flag in WAYS.items()}
     if not any(map(found.get, WAYS)):  # a class with one way
@@ -134,25 +154,28 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--cold", action="store_true", help="take turns of one step")
+    parser.add_argument("--best", action="store_true", help="minima instead of medians")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     titles = list(SHAPES | MATRICES)
     parser.add_argument("--shapes", nargs="+", default=titles, choices=titles)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    console, bandwidth = Console(width=110), bandwidth_of(options.device, options.repeats)
+    console, best = Console(width=140), options.best
+    bandwidth, copy = bandwidths_of(options.device, options.repeats, best=best)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    console.print(f"torch {torch.__version__}, {where}, {bandwidth / 1e6:.0f} GB/s; ms a step")
+    rates = f"{bandwidth / 1e6:.0f} GB/s in place, {copy / 1e6:.0f} copying"
+    console.print(f"torch {torch.__version__}, {where}, {rates}; ms a step")
     for title in options.shapes:
         shapes = (SHAPES | MATRICES)[title]
-        columns = ("diffopt", "update_", *WAYS)
+        columns = (*OURS, *WAYS)
         table = Table("", *columns, "ratio", "floor", title=title)
         for name in track(options.only, title, transient=True):
             if (title in MATRICES) != (name == "Muon"):
                 continue
             tensors = [torch.randn(shape, device=options.device) for shape in shapes]
             steps, turn = contenders(name, tensors), 1 if options.cold else 4
-            times = medians(steps, options.device, options.repeats, turn)
+            times = typical(steps, options.device, options.repeats, turn, best=best)
             cells = [f"{times[way]:.3f}" if way in times else "" for way in columns]
             ratio = times["diffopt"] / min(times[way] for way in WAYS if way in times)
             share = SPARSE_ROWS if name == "SparseAdam" else 1

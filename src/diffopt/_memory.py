@@ -40,6 +40,12 @@ def check_apart(
     )
 
 
+def order(tensor: Tensor) -> list[int]:
+    """The axes in the order of memory, such as that of NHWC for channels_last."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
+
+
 def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, int] | None:
     """The indices of two tensors that share an element, or twice that of one that overlaps itself.
 

@@ -62,4 +62,6 @@ assert_type(transforms.chain(clip, diffopt.sgd()), Chain)
 
 trained = diffopt.optim.Adam([torch.zeros(3, requires_grad=True)], lr=1e-3)
 assert_type(trained, diffopt.optim.Adam)
+fused = diffopt.optim.RMSprop([torch.zeros(3, requires_grad=True)], lr=1e-3, fused=True)
+assert_type(fused, diffopt.optim.RMSprop)
 assert_type(diffopt.optim.from_pure(opt, params, lr=1e-3), torch.optim.Optimizer)

@@ -35,9 +35,9 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         execution: "leaf": tensor by tensor; "foreach": horizontally fused kernels, which are not
             differentiable; "auto": the fastest way that applies, see `diffopt._rule.ways`, whose
             results may differ in the last bits; in `update` where no derivative is needed.
-            "compiled": `update_` runs the rule compiled by `torch.compile` for these shapes, which
-            takes seconds at the first step; `update` runs as "leaf", to be compiled together with
-            the code around it.
+            "compiled": `update_` of an elementwise rule runs as one kernel made by `torch.compile`,
+            which takes seconds at the first step, and is the same for all shapes; `update` runs as
+            "leaf", to be compiled together with the code around it.
 
     Example:
         >>> import dataclasses
@@ -169,9 +169,6 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             if self._native_(t, values, columns):
                 return
             way = self._way(t, values, columns, kernel=False)
-        if way == "compiled":
-            running.compiled_(self, t, values, columns)
-            return
         ways.RUN[way](self, running.numbers_at(self, t, values, columns[0][0]), columns)
 
     def _way(
@@ -181,7 +178,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         # Kernels take the step in float32, which is exact for whole numbers only.
         kernel = kernel and (isinstance(t, Tensor) or float(t).is_integer())
         wanted = "unfused" if self.execution == "auto" and not kernel else self.execution
-        if isinstance(t, Tensor) and t.is_meta and wanted != "compiled":
+        if isinstance(t, Tensor) and t.is_meta:
             wanted = "leaf"  # foreach kernels ask for the value of a scalar
         return ways.choose(self, ways.survey(columns), values, wanted)
 

@@ -1,4 +1,4 @@
-"""Running a rule on tensors: one by one, batched by foreach kernels, compiled, sparse or native.
+"""Running a rule on tensors: one by one, batched by foreach kernels, sparse or native.
 
 All of them take columns: the params, their gradients, and one column for each field of the state
 after the step. A column is a list of tensors, `()` for a field that is not used, or a `Shared`. Its
@@ -8,8 +8,7 @@ tensors share device, dtype, step and hyperparameters, so that per-step scalars 
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -110,43 +109,6 @@ def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
             _torch.foreach_copy_(old, new)
 
 
-def compiled_(rule: AnyRule, t: Any, values: Sequence[Any], columns: Sequence[Any]) -> None:
-    """In place, by the rule compiled by torch.compile for these shapes.
-
-    torch.compile has been seen to silently compute wrong values, so its first result is compared
-    with the eager one; if they differ, a warning is issued and the rule stays eager.
-    """
-    # Compiled by torch 2.13, copy_ of a reshaped tensor to a 0-d one does nothing.
-    columns = [[x.view(1) if x.dim() == 0 else x for x in c] if c else c for c in columns]
-    tensors = [x for column in columns for x in column]
-    step = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-    numbers = [torch.as_tensor(value, dtype=torch.float64) for value in values]
-    key = (rule, *((x.shape, x.dtype, x.device, x.stride()) for x in tensors))
-    if key in _COMPILED:
-        _COMPILED[key](step, numbers, columns)
-        return
-
-    def eager(step: Tensor, numbers: Sequence[Any], columns: Sequence[Any]) -> None:
-        leaf_(rule, numbers_at(rule, step, numbers, columns[0][0]), columns)
-
-    expected = [[x.clone() for x in c] if c else c for c in columns]
-    eager(step, numbers, expected)
-    _COMPILED[key] = torch.compile(eager, fullgraph=True, dynamic=False)
-    _COMPILED[key](step, numbers, columns)
-    found, right = ([x for c in written(cs) for x in c] for cs in (columns, expected))
-    pairs = zip(found, right, strict=True)
-    if not all(torch.allclose(x, y, 1e-3, 1e-5, equal_nan=True) for x, y in pairs):
-        warnings.warn(
-            "torch.compile computes wrong values for this rule, which therefore runs eagerly",
-            stacklevel=2,
-        )
-        _COMPILED[key] = eager
-        _torch.foreach_copy_(found, right)
-
-
-_COMPILED: dict[Any, Callable[..., None]] = {}
-
-
 def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     """In place, for sparse gradients: only their rows if zero gradients move nothing."""
     rowwise = all(ops.is_zero(getattr(numbers.hparams, name, 0)) for name in _MOVING)
@@ -214,6 +176,12 @@ def _rows_of(columns: Sequence[Any]) -> Iterator[Sequence[Any]]:
     """The columns as rows: one element of each, tensor by tensor."""
     lists = (c if isinstance(c, list) else itertools.repeat(c) for c in columns)
     return zip(*lists, strict=False)
+
+
+def in_place_of_lists(values: Iterable[Any], columns: Sequence[Any]) -> list[Any]:
+    """The columns with these values instead of their lists."""
+    rest = iter(values)
+    return [next(rest) if isinstance(column, list) else column for column in columns]
 
 
 def written(columns: Sequence[Any]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,18 @@ from torch import Tensor
 
 from diffopt import _torch
 from diffopt._rule import recording
-from diffopt._rule.running import AS_IS, AnyRule, Numbers, Shared, apply, leaf_, pick, run, written
+from diffopt._rule.running import (
+    AS_IS,
+    AnyRule,
+    Numbers,
+    Shared,
+    apply,
+    in_place_of_lists,
+    leaf_,
+    pick,
+    run,
+    written,
+)
 
 _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
@@ -27,8 +38,18 @@ def tiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     These are slices of big tensors, and small tensors concatenated.
     """
     lists = [c for c in columns if isinstance(c, list)]
+    total = sum(map(Tensor.numel, lists[0]))
+    in_pieces_(lists, *_prepared(rule, numbers, columns, total))
+
+
+def in_pieces_(
+    lists: list[list[Tensor]], size: int, update_: Callable[[Sequence[Tensor]], None]
+) -> None:
+    """Update big tensors in pieces of at most `size` elements, and small ones concatenated.
+
+    `update_` changes one piece of each column in place, but for the second, of gradients.
+    """
     lengths = list(map(Tensor.numel, lists[0]))
-    size, update_ = _prepared(rule, numbers, columns, sum(lengths))
     length = min(size, torch.get_num_threads() * _TILE // 2)  # more causes page faults
     small = [i for i, n in enumerate(lengths) if n < length // 2]
     alone = [[i] for i, n in enumerate(lengths) if n >= length // 2]
@@ -81,7 +102,7 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     alone: list[int] = []
 
     def leaf(*tensors: Tensor) -> list[Tensor]:
-        row = _in_place_of_lists(tensors, columns)
+        row = in_place_of_lists(tensors, columns)
         return [x for x in apply(rule, numbers, row) if isinstance(x, Tensor)]
 
     for batch in _alike(columns[0]):
@@ -171,7 +192,7 @@ def _prepared(
     lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
 
     def eagerly(piece: Sequence[Tensor]) -> None:
-        leaf_(rule, numbers, _in_place_of_lists([[tensor] for tensor in piece], columns))
+        leaf_(rule, numbers, in_place_of_lists([[tensor] for tensor in piece], columns))
 
     if (
         total <= _LITTLE
@@ -205,11 +226,6 @@ def _recorded(
     except TypeError as error:
         raise recording.Unrecordable(*error.args) from error
     return [new_p, None, *new]
-
-
-def _in_place_of_lists(values: Iterable[Any], columns: Sequence[Any]) -> list[Any]:
-    rest = iter(values)
-    return [next(rest) if isinstance(column, list) else column for column in columns]
 
 
 def _batches(indices: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
-from diffopt._rule import running, tiles
+from diffopt._rule import compiled, running, tiles
 from diffopt._rule.running import AnyRule, Numbers
 
 Way: TypeAlias = Literal["sparse", "native", "compiled", "tiles", "stacks", "foreach", "leaf"]
@@ -74,6 +74,12 @@ def _native(a: _Asked) -> bool:
     return a.rule.native is not None and a.numeric and fits and walkable
 
 
+def _compiled(a: _Asked) -> bool:
+    asked = a.wanted == "compiled" or a.rule.native is None  # fused=True: torch's, if there is one
+    real = a.kind.device != "meta" and a.kind.layout in ("regular", "strided")
+    return asked and a.rule.elementwise and a.scalar and real
+
+
 def _tiles(a: _Asked) -> bool:
     regular_on_cpu = a.kind.device == "cpu" and a.kind.layout == "regular"
     return a.rule.elementwise and a.scalar and regular_on_cpu
@@ -90,15 +96,15 @@ def _foreach(a: _Asked) -> bool:
     return a.rule.batchable and a.scalar and pays and a.kind.layout != "foreign"
 
 
-_EAGER: tuple[Wanted, ...] = ("auto", "fused", "unfused", "foreach", "leaf")
+_EAGER: tuple[Wanted, ...] = ("auto", "fused", "unfused", "foreach", "leaf", "compiled")
 
 _TABLE: tuple[tuple[Way, Callable[[_Asked], bool], tuple[Wanted, ...]], ...] = (
     ("sparse", lambda a: a.kind.layout == "sparse", _EAGER),
-    ("compiled", lambda a: True, ("compiled",)),
     ("native", _native, ("auto", "fused")),
-    ("tiles", _tiles, ("auto", "fused", "unfused")),
-    ("stacks", _stacks, ("auto", "fused", "unfused")),
-    ("foreach", _foreach, ("auto", "fused", "unfused", "foreach")),
+    ("compiled", _compiled, ("compiled", "fused")),
+    ("tiles", _tiles, ("auto", "fused", "unfused", "compiled")),
+    ("stacks", _stacks, ("auto", "fused", "unfused", "compiled")),
+    ("foreach", _foreach, ("auto", "fused", "unfused", "compiled", "foreach")),
     ("leaf", lambda a: True, _EAGER),
 )
 """Each way, whether it applies, and the wishes that allow it; the first that fits is taken."""
@@ -120,8 +126,14 @@ def choose(rule: AnyRule, kind: Kind, values: Sequence[Any], wanted: Wanted = "a
     return next(way for way, fits, wishes in _TABLE if wanted in wishes and fits(asked))
 
 
+def _compiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    if not compiled.compiled_(rule, numbers, columns):
+        RUN[choose(rule, survey(columns), (), "unfused")](rule, numbers, columns)
+
+
 RUN: dict[Way, Callable[[AnyRule, Numbers, Sequence[Any]], None]] = {
     "sparse": running.sparse_,
+    "compiled": _compiled_,
     "tiles": tiles.tiled_,
     "stacks": tiles.stacked_,
     "foreach": running.foreach_,

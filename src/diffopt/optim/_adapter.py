@@ -7,8 +7,9 @@ namesake in torch.optim. Ours is `step`, which runs a rule.
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -254,7 +255,7 @@ class RuleOptimizer(Checkpoints):
         """A 0-d tensor of the state, where torch has it and in torch's dtype."""
         if isinstance(value, Tensor) and torch.is_grad_enabled():  # a differentiable step
             return value.clone()
-        fused = group.get("fused")
+        fused = self.by_torch(group)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         on_device = fused or group.get("capturable") or self.scalars_follow
         device = param.device if on_device else "cpu"
@@ -300,14 +301,14 @@ class RuleOptimizer(Checkpoints):
         grad: Any = param.grad
         if grad.is_sparse and not self.sparse_gradients:
             raise RuntimeError(f"{kind} does not support sparse gradients: {name} has one")
-        if group.get("fused") and not (
+        if self.by_torch(group) and not (
             param.is_floating_point() and param.device.type in _FUSED_DEVICES
         ):
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported "
                 f"devices: {_FUSED_DEVICES}, but {name} has {param.dtype} on {param.device.type}"
             )
-        if group.get("fused") and grad.is_sparse:
+        if self.by_torch(group) and grad.is_sparse:
             raise RuntimeError(f"`fused=True` does not support sparse gradients: {name} has one")
         if group.get("foreach") and group.get("differentiable") and not self.foreach_unrolls:
             raise AssertionError("foreach=True and differentiable=True exclude each other")
@@ -326,6 +327,38 @@ class RuleOptimizer(Checkpoints):
             self._check_row(self.rule(group), row, param, name)
         except (KeyError, ValueError) as error:
             raise ValueError(f"loaded state dict: {error.args[0]}") from None
+
+
+class Fusible(RuleOptimizer):
+    """A class that takes `fused`, unlike its namesake in torch: torch.compile makes the kernel.
+
+    Its signature stays torch's, as its groups do where `fused` is not given.
+    """
+
+    later = ("fused",)
+
+    def __init_subclass__(cls) -> None:
+        if Fusible in cls.__bases__:
+            cls.__signature__ = inspect.signature(cls.__bases__[-1])
+        elif "__init__" in vars(cls):
+            cls.__signature__ = None
+
+    def __init__(
+        self, params: Iterable[Any], *args: Any, fused: bool | None = None, **options: Any
+    ) -> None:
+        super().__init__(params, *args, **options)
+        if fused and self.defaults["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and self.defaults["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if fused is None:
+            return
+        self.defaults["fused"] = fused
+        for group in self.param_groups:
+            group.setdefault("fused", fused)
+
+    def by_torch(self, group: Group) -> bool:
+        return False
 
 
 def _check_tensor(value: Any, param: Tensor, shape: torch.Size, name: str) -> None:

@@ -121,8 +121,12 @@ class Checkpoints(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in self.later:
+            for name in self.defaults.keys() & {*self.later}:
                 group.setdefault(name, self.defaults[name])
+
+    def by_torch(self, group: Group) -> bool:
+        """Whether a group asks for a fused kernel of torch's, which counts steps on the device."""
+        return bool(group.get("fused"))
 
     def check_numbers(self) -> None:
         """Raise if a group has something other than a number for a number."""
@@ -186,7 +190,7 @@ class Checkpoints(torch.optim.Optimizer):
         """A saved scalar, such as a step, in at least float32, which counts to 2^24."""
         if not isinstance(value, Tensor):
             return value  # torch's __setstate__ converts it to a tensor
-        captured = group.get("fused") or group.get("capturable")
+        captured = self.by_torch(group) or group.get("capturable")
         dtype = torch.promote_types(value.dtype, torch.float32)
         dtype = torch.float32 if captured and key == "step" else dtype
         device = param.device if captured or self.scalars_follow else "cpu"

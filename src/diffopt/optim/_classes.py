@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffopt import rules
 from diffopt._rule.leafwise import Leafwise
-from diffopt.optim._adapter import RuleOptimizer
+from diffopt.optim._adapter import Fusible, RuleOptimizer
 from diffopt.optim._groups import Group
 
 
@@ -42,13 +42,13 @@ class AdamW(Adam, torch.optim.AdamW):
     """`torch.optim.AdamW`, stepped by `diffopt.adamw`."""
 
 
-class Adamax(RuleOptimizer, torch.optim.Adamax):
+class Adamax(Fusible, torch.optim.Adamax):
     """`torch.optim.Adamax`, stepped by `diffopt.adamax`."""
 
     make = staticmethod(rules.adamax)
 
 
-class NAdam(RuleOptimizer, torch.optim.NAdam):
+class NAdam(Fusible, torch.optim.NAdam):
     """`torch.optim.NAdam`, stepped by `diffopt.nadam`."""
 
     make = staticmethod(rules.nadam)
@@ -56,14 +56,14 @@ class NAdam(RuleOptimizer, torch.optim.NAdam):
     scalar_state = ("step", "mu_product")
 
 
-class RAdam(RuleOptimizer, torch.optim.RAdam):
+class RAdam(Fusible, torch.optim.RAdam):
     """`torch.optim.RAdam`, stepped by `diffopt.radam`."""
 
     make = staticmethod(rules.radam)
     flags = ("decoupled_weight_decay", "maximize")
 
 
-class RMSprop(RuleOptimizer, torch.optim.RMSprop):
+class RMSprop(Fusible, torch.optim.RMSprop):
     """`torch.optim.RMSprop`, stepped by `diffopt.rmsprop`."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
@@ -79,13 +79,13 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
     later = ("initial_accumulator_value",)
 
 
-class Adadelta(RuleOptimizer, torch.optim.Adadelta):
+class Adadelta(Fusible, torch.optim.Adadelta):
     """`torch.optim.Adadelta`, stepped by `diffopt.adadelta`."""
 
     make = staticmethod(rules.adadelta)
 
 
-class ASGD(RuleOptimizer, torch.optim.ASGD):
+class ASGD(Fusible, torch.optim.ASGD):
     """`torch.optim.ASGD`, stepped by `diffopt.asgd`."""
 
     make = staticmethod(rules.asgd)
@@ -93,11 +93,11 @@ class ASGD(RuleOptimizer, torch.optim.ASGD):
     scalars_follow = True
 
 
-class Rprop(RuleOptimizer, torch.optim.Rprop):
+class Rprop(Fusible, torch.optim.Rprop):
     """`torch.optim.Rprop`, stepped by `diffopt.rprop`."""
 
     make = staticmethod(rules.rprop)
-    later = ("lr",)
+    later = ("lr", *Fusible.later)
 
 
 class Adafactor(RuleOptimizer, torch.optim.Adafactor):

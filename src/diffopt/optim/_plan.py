@@ -510,8 +510,7 @@ def _order(opt: Leafwise[Any, Any], tensor: Tensor) -> tuple[int, ...] | None:
     """The axes in the order of memory; None where that is their own order, or must not change."""
     if not opt.elementwise or tensor.is_contiguous():
         return None
-    strides = tensor.stride()
-    return tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
+    return tuple(_memory.order(tensor))
 
 
 def _known(value: Tensor) -> Any:
