@@ -200,15 +200,14 @@ fused_sgd_ = _kernel("_fused_sgd_")
 fused_adam_ = _kernel("_fused_adam_")
 fused_adamw_ = _kernel("_fused_adamw_")
 fused_adagrad_ = _kernel("_fused_adagrad_")
-foreach_add = _kernel("_foreach_add")
-foreach_sub = _kernel("_foreach_sub")
-foreach_mul = _kernel("_foreach_mul")
-foreach_div = _kernel("_foreach_div")
-foreach_neg = _kernel("_foreach_neg")
-foreach_lerp = _kernel("_foreach_lerp")
-foreach_addcmul = _kernel("_foreach_addcmul")
-foreach_addcdiv = _kernel("_foreach_addcdiv")
-foreach_maximum = _kernel("_foreach_maximum")
-foreach_sqrt = _kernel("_foreach_sqrt")
+foreach = {
+    name: (_kernel(f"_foreach_{name}"), _kernel(f"_foreach_{name}_"))
+    for name in (
+        *("neg", "abs", "sqrt", "rsqrt", "reciprocal", "sign", "exp"),
+        *("add", "sub", "mul", "div", "pow", "maximum", "minimum", "clamp_min", "clamp_max"),
+        *("lerp", "addcmul", "addcdiv"),
+    )
+}
+"""Operations on lists of tensors: out of place, and in place on the first list."""
 foreach_norm = _kernel("_foreach_norm")
 foreach_copy_ = _kernel("_foreach_copy_")

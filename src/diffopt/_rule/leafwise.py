@@ -15,7 +15,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._arguments import check_choice, check_function
 from diffopt._modes import exact, exact_dtype
-from diffopt._rule import checks, hyper, ops, running, ways
+from diffopt._rule import checks, hyper, lists, ops, running, ways
 from diffopt._rule.rule import EXECUTIONS, WORKING_DTYPE, Execution, H, Rule, S, Shape, unused
 from diffopt._tree import Tree
 from diffopt._value import brief
@@ -159,7 +159,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             return running.written(copies)
         if way == "foreach":
             numbers = running.numbers_at(self, t, values, columns[0][0])
-            return running.apply(self, numbers, columns, widen=True)
+            return lists.foreach(self, numbers, columns, widen=True)
         return self._leaf_by_leaf(t, values, columns)
 
     def _step_(self, t: Any, values: list[Any], columns: list[Any]) -> None:

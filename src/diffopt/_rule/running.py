@@ -1,4 +1,4 @@
-"""Running a rule on tensors: one by one, batched by foreach kernels, sparse or native.
+"""Running a rule on tensors: one by one, sparse or native.
 
 All of them take columns: the params, their gradients, and one column for each field of the state
 after the step. A column is a list of tensors, `()` for a field that is not used, or a `Shared`. Its
@@ -18,7 +18,6 @@ from diffopt import _modes, _torch
 from diffopt._arguments import check_result
 from diffopt._rule import hyper, ops
 from diffopt._rule.rule import Rule, unused, working_real
-from diffopt._rule.tensorlist import TensorList
 
 AnyRule: TypeAlias = Rule[Any, Any]
 
@@ -67,16 +66,15 @@ def numbers_of(rule: AnyRule, t: Any, values: Sequence[Any]) -> Numbers:
 def apply(
     rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, widen: bool = False
 ) -> list[Any]:
-    """The new params and buffers, for columns of lists or for one row of them.
+    """The new params and buffers of one row of columns.
 
     New tensors have the dtypes of the old ones; with `widen`, a buffer of a narrower dtype than its
     parameter is converted to the parameter's.
     """
-    dtype = _widest(columns)
-    new = run(rule, numbers, [_enter(column, dtype) for column in columns])
-    like = columns[0][0] if isinstance(columns[0], list) else columns[0]
-    wide = like.dtype if widen else None
-    return [_leave(x, old, wide) for x, old in zip(new, written(columns), strict=True)]
+    dtype = widest(columns)
+    new = run(rule, numbers, [enter(column, dtype) for column in columns])
+    wide = columns[0].dtype if widen else None
+    return [leave(x, old, wide) for x, old in zip(new, written(columns), strict=True)]
 
 
 def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
@@ -100,13 +98,6 @@ def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
             if isinstance(old, Tensor) and new is not old:
                 # Tensor.copy_ asks for the device, which a machine lacks where tensors are fake.
                 torch.ops.aten.copy_.default(old, new)
-
-
-def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    """In place, by horizontally fused (foreach) kernels."""
-    for old, new in zip(written(columns), apply(rule, numbers, columns), strict=True):
-        if isinstance(old, list):
-            _torch.foreach_copy_(old, new)
 
 
 def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
@@ -193,7 +184,7 @@ def written(columns: Sequence[Any]) -> list[Any]:
 # tensor would be promoted by a 0-d float64 hyperparameter, and then not match its neighbors).
 
 
-def _widest(columns: Sequence[Any]) -> torch.dtype:
+def widest(columns: Sequence[Any]) -> torch.dtype:
     """The dtype of the arithmetic: the widest of params and buffers, and at least float32."""
     for column in written(columns):
         for x in column if isinstance(column, list) else (column,):
@@ -202,25 +193,27 @@ def _widest(columns: Sequence[Any]) -> torch.dtype:
     return torch.float32
 
 
-def _enter(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        if value.dtype == dtype and value.dim() > 0:
-            return value
-        value = _modes.real(value.reshape(1) if value.dim() == 0 else value)
-        return value.to(dtype) if value.is_floating_point() else value
+def enter(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Shared):
         return value.value
-    return () if unused(value) else TensorList(_enter(x, dtype) for x in value)
+    if unused(value) or (value.dtype == dtype and value.dim() > 0):
+        return value
+    value = seen(value)
+    return value.to(dtype) if value.is_floating_point() else value
 
 
-def _leave(value: Any, old: Any, dtype: torch.dtype | None = None) -> Any:
+def seen(tensor: Tensor) -> Tensor:
+    """A view of real numbers with at least one dimension."""
+    return _modes.real(tensor.reshape(1) if tensor.dim() == 0 else tensor)
+
+
+def leave(value: Any, old: Any, dtype: torch.dtype | None = None) -> Any:
     """The value in the shape and dtype of the old one, or in `dtype` if that is wider."""
     if isinstance(old, Shared):
         old.new = value
         return old
-    if not isinstance(old, Tensor):
-        pairs = () if unused(old) else zip(value, old, strict=True)
-        return [_leave(x, y, dtype) for x, y in pairs] or old
+    if unused(old):
+        return old
     wanted = old.dtype
     if dtype is not None and wanted != dtype and old.is_complex() == dtype.is_complex:
         wanted = torch.promote_types(wanted, dtype) if value.is_floating_point() else wanted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
-from diffopt._rule import compiled, running, tiles
+from diffopt._rule import compiled, lists, running, tiles
 from diffopt._rule.running import AnyRule, Numbers
 
 Way: TypeAlias = Literal["sparse", "native", "compiled", "tiles", "stacks", "foreach", "leaf"]
@@ -136,7 +136,7 @@ RUN: dict[Way, Callable[[AnyRule, Numbers, Sequence[Any]], None]] = {
     "compiled": _compiled_,
     "tiles": tiles.tiled_,
     "stacks": tiles.stacked_,
-    "foreach": running.foreach_,
+    "foreach": lists.foreach_,
     "leaf": running.leaf_,
 }
 """The ways that need only numbers and columns."""

@@ -1,0 +1,103 @@
+"""Running a rule on lists of tensors, by horizontally fused (foreach) kernels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt._rule.running import (
+    AnyRule,
+    Numbers,
+    Shared,
+    enter,
+    leaf_,
+    leave,
+    run,
+    seen,
+    widest,
+    written,
+)
+from diffopt._rule.tensorlist import Program, TensorList
+
+_LEAST = 1 << 24  # bytes: to save less is not worth further launches
+
+
+def foreach(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, widen: bool = False
+) -> list[Any]:
+    """The new params and buffers: what `running.apply` returns for each row."""
+    program, lists = _noted(rule, numbers, columns)
+    wide = columns[0][0].dtype if widen else None
+    return [
+        [leave(x, y, wide) for x, y in zip(new, old, strict=True)] if isinstance(old, list) else old
+        for new, old in zip(written(program.run(lists)), written(columns), strict=True)
+    ]
+
+
+def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
+    """In place, in memory of limited size."""
+    tensors = itertools.chain(*(c for c in written(columns) if isinstance(c, list)))
+    if columns[0][0].is_complex() and any(map(Tensor.is_conj, tensors)):
+        leaf_(rule, numbers, columns)  # their memory cannot be seen as real numbers
+        return
+    program, lists = _noted(rule, numbers, columns, into=True)
+    for batch in _batches(program, lists, widest(columns)):
+        program.run(batch)
+
+
+def _noted(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, into: bool = False
+) -> tuple[Program, list[Any]]:
+    """The rule as a program for lists of tensors, and these lists."""
+    dtype = widest(columns)
+    lists = [[*map(seen, c)] if isinstance(c, list) else None for c in columns]
+    inputs = [None if x is None else _as_list(x, dtype) for x in lists]
+    values = [x or enter(column, dtype) for x, column in zip(inputs, columns, strict=True)]
+    new_p, *new = run(rule, numbers, values)
+    for column, value in zip(columns[2:], new, strict=True):
+        if isinstance(column, Shared):
+            column.new = value
+    outputs = [x and y for x, y in zip(inputs, (new_p, None, *new), strict=True)]
+    return Program(inputs, outputs, into=into, elementwise=rule.elementwise), lists
+
+
+def _as_list(tensors: list[Tensor], dtype: torch.dtype) -> TensorList:
+    same = all(x.dtype == dtype or not x.is_floating_point() for x in tensors)
+    return TensorList(tensors, None if same else dtype)
+
+
+def _batches(program: Program, lists: list[Any], dtype: torch.dtype) -> Iterator[list[Any]]:
+    """Parts of the lists for which the program needs no more memory than all params take.
+
+    One that is lean needs no more than torch's: one or two times that.
+    """
+    size = max(_LEAST, sum(x.nbytes for x in lists[0])) // (dtype.itemsize * max(program.most, 1))
+    if program.lean or sum(map(Tensor.numel, lists[0])) <= size:
+        yield lists
+        return
+    batch, total = list[Any](), 0
+    for row in _rows(program, lists, size):
+        if batch and total + row[0].numel() > size:
+            yield _columns(batch, lists)
+            batch, total = [], 0
+        batch.append(row)
+        total += row[0].numel()
+    yield _columns(batch, lists)
+
+
+def _rows(program: Program, lists: list[Any], size: int) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of one parameter after the other, or pieces of them."""
+    for row in zip(*(x for x in lists if x is not None), strict=True):
+        if program.elementwise and row[0].numel() > size and all(map(Tensor.is_contiguous, row)):
+            yield from zip(*(x.view(-1).split(size) for x in row), strict=True)
+        else:
+            yield row
+
+
+def _columns(batch: list[Any], lists: list[Any]) -> list[Any]:
+    columns = iter(zip(*batch, strict=True))
+    return [x if x is None else list(next(columns)) for x in lists]
