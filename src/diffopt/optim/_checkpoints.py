@@ -116,7 +116,7 @@ class Checkpoints(torch.optim.Optimizer):
         self.check_numbers()
         for param, group, name in params.values():
             self.check_state(self.state.get(param, {}), param, group, name)
-        _state.mark_unlent(self.state)
+        _state.mark_unlent(self.state, self.scalar_state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

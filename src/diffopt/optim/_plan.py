@@ -32,7 +32,7 @@ from diffopt._rule.running import Shared
 from diffopt.optim import _state
 from diffopt.optim._groups import Group
 from diffopt.optim._options import Options
-from diffopt.optim._state import Counts, Integers, State
+from diffopt.optim._state import Counts, Integers, Known, State
 
 KEPT = True
 """Whether plans are kept between steps; switching it off changes no bit of a result."""
@@ -50,10 +50,12 @@ class Plan:
         live = [i for i, grad in enumerate(grads) if grad is not None]
         new = _begin(optimizer, group, opt, [params[i] for i in live])
         rows = {i: _row(optimizer, group, params[i]) for i in live}
+        known = optimizer.state.plans.known if type(optimizer.state) is State else Known()
+        known.learn(row[name] for row in rows.values() for name in optimizer.scalar_state)
         entangled = set[int]() if group.get("differentiable") else _entangled(params, rows)
         members: dict[_Key, list[int]] = {}
         for i in live:
-            key = _key(optimizer, group, opt, params[i], grads[i], rows[i])
+            key = _key(optimizer, group, opt, params[i], grads[i], rows[i], known)
             key = key._replace(
                 fresh=id(params[i]) in new and "step" not in rows[i],
                 alone=i if i in entangled else None,
@@ -64,7 +66,7 @@ class Plan:
         for key, indices in members.items():
             some = [params[i] for i in indices], [rows[i] for i in indices]
             indices = [] if whole else indices
-            self.buckets.append(Bucket(optimizer, group, opt, key, indices, *some))
+            self.buckets.append(Bucket(optimizer, group, opt, key, known, indices, *some))
         self.lasting = (
             KEPT
             and type(optimizer.state) is State
@@ -120,6 +122,7 @@ class Bucket:
         group: Group,
         opt: Leafwise[Any, Any],
         key: _Key,
+        known: Known,
         indices: list[int],
         params: list[Tensor],
         rows: list[dict[str, Any]],
@@ -135,8 +138,8 @@ class Bucket:
         self.fields = _fields(opt, params[0])
         self.scalars: dict[str, Any] = {}
         for name in optimizer.scalar_state:
-            whole = optimizer.integer_steps
-            self.scalars[name] = Integers(rows, name) if whole else Counts([r[name] for r in rows])
+            whole, column = optimizer.integer_steps, [row[name] for row in rows]
+            self.scalars[name] = Integers(rows, name) if whole else Counts(column, known)
         self.buffers: dict[str, list[Any]] = {}
         for name in [name for name in self.fields if name and name not in self.scalars]:
             column = [row.get(name) for row in rows]
@@ -173,10 +176,7 @@ class Bucket:
 
     def kind(self) -> tuple[Any, ...]:
         """What keeps it apart from other buckets."""
-        values = (counts.first for counts in self.scalars.values())
-        # Elsewhere their versions are unchanged: buckets that differed still do.
-        known = [x.item() if x.device.type == "cpu" else id(self) for x in values]
-        return (*self.key._replace(scalars=()), *known)
+        return (*self.key._replace(scalars=()), *(x.value for x in self.scalars.values()))
 
     def step_(self, optimizer: Any, options: Options, params: Any, grads: Any) -> None:
         if options is not self.options:
@@ -421,7 +421,13 @@ class _Key(NamedTuple):
 
 
 def _key(
-    optimizer: Any, group: Group, opt: Leafwise[Any, Any], param: Tensor, grad: Any, row: Any
+    optimizer: Any,
+    group: Group,
+    opt: Leafwise[Any, Any],
+    param: Tensor,
+    grad: Any,
+    row: Any,
+    known: Known,
 ) -> _Key:
     names = [name for name in optimizer.fields(opt, param) if name not in optimizer.scalar_state]
     tensors = [param, grad, *(row[name] for name in names)]
@@ -432,7 +438,7 @@ def _key(
     for name in () if group.get("differentiable") else optimizer.scalar_state:
         value = row[name]
         if isinstance(value, Tensor):
-            scalars += [value.dtype, value.device, _known(value)]
+            scalars += [value.dtype, value.device, _value(value, known)]
         else:
             scalars.append(value)  # SparseAdam's
     dtypes = (*names, *(x.dtype for x in tensors))
@@ -483,6 +489,10 @@ def _begin(optimizer: Any, group: Group, opt: Leafwise[Any, Any], params: list[T
         rows = optimizer.new_states([*new.values()], group)
         if not differentiable:
             _state.pack(rows, optimizer.scalar_state)
+        if type(optimizer.state) is State:
+            for name in optimizer.scalar_state:  # all of a name are equal
+                value = (None if name == "step" else object(), 0.0)
+                optimizer.state.plans.known.note([row.get(name) for row in rows], value)
     for p, row in zip(new.values(), rows, strict=True):
         _state.row_of(optimizer.state, p).update(row)
     return set(new)
@@ -513,11 +523,13 @@ def _order(opt: Leafwise[Any, Any], tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(_memory.order(tensor))
 
 
-def _known(value: Tensor) -> Any:
-    """The number in a 0-d tensor, to compare by; its identity where the number cannot be read."""
-    if value.is_meta:
+def _value(scalar: Tensor, known: Known) -> Any:
+    """What tells the number in a 0-d tensor from others; a device is not waited for."""
+    if scalar.is_meta:
         return None
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if type(value) is not Tensor or _modes.intercepted() or capturing:
-        return id(value)
-    return value.item()
+    if not _modes.ordinary(scalar) or _modes.intercepted():
+        return id(scalar)
+    if scalar.device.type == "cpu":
+        return scalar.item()
+    mark = known.mark(scalar)
+    return mark.value if mark else id(scalar)

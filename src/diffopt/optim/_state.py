@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffopt import _modes, _torch
 
@@ -27,6 +28,67 @@ _CHANGES = (
 _READS = ("__getitem__", "get", "items", "values", "copy", "__or__", "__ror__", "__reduce__")
 
 
+class Mark:
+    """The value of a 0-d tensor on a device, and the version at which it had this value.
+
+    A value is a pair: None or an object that stands for an unknown number, and what is added to it.
+    """
+
+    __slots__ = ("value", "version")
+
+    def __init__(self, value: tuple[object, float], version: int) -> None:
+        self.value, self.version = value, version
+
+
+class Known:
+    """What 0-d tensors on devices hold, so that nobody waits for a device to compare two of them.
+
+    It is right while nobody but this package writes to a tensor, which its version tells, and while
+    no graph is replayed that was captured before; therefore what a graph counts is unknown, and
+    equals only what it counts together.
+    """
+
+    def __init__(self) -> None:
+        self._marks: Any = WeakTensorKeyDictionary()
+
+    def mark(self, tensor: Tensor) -> Mark | None:
+        """What is known of a tensor."""
+        mark = self._marks.get(tensor)
+        return mark if mark and mark.version == _torch.version(tensor) else None
+
+    def note(self, tensors: Iterable[Any], value: tuple[object, float]) -> None:
+        """These tensors have this value."""
+        for x in filter(_countable, tensors):
+            self._marks[x] = Mark(value, _torch.version(x))
+
+    def learn(self, tensors: Iterable[Any]) -> None:
+        """Read what is not known; a graph that is being captured cannot wait for that."""
+        unknown = [x for x in tensors if _countable(x) and self.mark(x) is None]
+        if capturing():
+            for x in unknown:
+                self.note([x], (object(), 0.0))
+        elif unknown:
+            device = unknown[0].device
+            numbers = torch.stack([x.detach().to(device).double().reshape(()) for x in unknown])
+            for x, number in zip(unknown, numbers.cpu().tolist(), strict=True):
+                self.note([x], (None, number))
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _countable(x: Any) -> bool:
+    """Whether it is a tensor on a device whose version tells whether somebody writes to it."""
+    return (
+        isinstance(x, Tensor)
+        and x.device.type not in ("cpu", "meta")
+        and not (x.is_inference() or _modes.observed())
+        and _modes.ordinary(x)
+    )
+
+
 class Plans(list[Any]):
     """The plans of a state, and whether anybody else may hold one of its tensors.
 
@@ -35,6 +97,10 @@ class Plans(list[Any]):
     """
 
     lent = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = Known()
 
 
 def _hooked(names: Iterable[str], hook: Callable[[Any], None]) -> Callable[[Any], Any]:
@@ -130,9 +196,15 @@ def unread(state: Any) -> Generator[None]:
         _unread.reset(token)
 
 
-def mark_unlent(state: Any) -> None:
-    """Note that this package has made all tensors of a state, and nobody else holds one."""
+def mark_unlent(state: Any, names: Iterable[str] = ()) -> None:
+    """Say that all tensors of a state were made by this package, and nobody else holds one.
+
+    The 0-d tensors of these names are looked at, so that the next step does not wait for them.
+    """
     if type(state) is State:
+        with unread(state):
+            rows = [row for row in state.values() if isinstance(row, dict)]
+            state.plans.known.learn(row.get(name) for row in rows for name in names)
         state.plans.lent = False
 
 
@@ -144,14 +216,15 @@ def row_of(state: Any, param: Tensor) -> dict[str, Any]:
 
 
 def pack(rows: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
-    """Lay the 0-d tensors of rows that no user has seen side by side, in one vector per name.
+    """Lay 0-d CPU tensors of rows that no user has seen side by side, in one vector per name.
 
     They can then be read and written at once, and each is still a tensor of its own.
     """
     for name in names:
         values = [row[name] for row in rows if isinstance(row.get(name), Tensor)]
         kinds = {(type(x), x.dtype, x.device, x.dim(), x.requires_grad) for x in values}
-        if len(values) < 2 or kinds != {(Tensor, values[0].dtype, values[0].device, 0, False)}:
+        cpu = torch.device("cpu")  # on others, where kernels take lists, each keeps its version
+        if len(values) < 2 or kinds != {(Tensor, values[0].dtype, cpu, 0, False)}:
             continue
         if not _modes.observed():
             elements = iter(torch.stack(values).unbind())
@@ -164,25 +237,34 @@ class Counts:
     """A 0-d tensor of each parameter's state, such as its step count; all of them are equal.
 
     These are the very tensors of the state. Where they lie side by side in one storage, they are
-    read and written as one vector, otherwise one after the other.
+    read and written as one vector; on a device, as a list.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], known: Known) -> None:
         self.tensors = tensors
-        self.vector = _vector(tensors)
-        self.versions = self._versions()
+        marks = [known.mark(x) if _countable(x) else None for x in tensors]
+        self.marks: list[Any] = marks if all(marks) else []
+        self.vector = None if self.marks else _vector(tensors)
 
     @property
     def first(self) -> Tensor:
         """The value that all have."""
         return self.tensors[0].detach().reshape(())
 
+    @property
+    def value(self) -> Any:
+        """What tells it from other counts."""
+        if self.marks:
+            return self.marks[0].value
+        return self.tensors[0].item() if self.tensors[0].device.type == "cpu" else id(self)
+
     def equal(self) -> bool:
-        """Whether all are still equal: by value on a CPU, elsewhere by version, without waiting."""
-        if len(self.tensors) == 1:
+        """Whether they still are; a device is not waited for, their versions tell."""
+        if self.marks:
+            value, pairs = self.value, zip(self.tensors, self.marks, strict=True)
+            return all(m.value == value and m.version == _torch.version(x) for x, m in pairs)
+        if len(self.tensors) == 1 or self.tensors[0].device.type != "cpu":
             return True
-        if self.tensors[0].device.type != "cpu":
-            return self.versions == self._versions()
         values = self.vector
         if values is None:
             values = torch.stack([x.reshape(()) for x in self.tensors])
@@ -192,27 +274,41 @@ class Counts:
     def add_(self, number: Any, i: int | None = None) -> None:
         """Count, for all or for one."""
         if isinstance(number, Tensor):
-            number = number.to(self.tensors[0].device)
+            number = number.to(self.tensors[0])
+        if self.marks:
+            alpha = {"alpha": 1} if isinstance(number, Tensor) else {}  # or it waits for its value
+            _torch.foreach["add"][1](self._written(i), number, **alpha)
+            unknown = isinstance(number, Tensor) or capturing()
+            token, before = self.marks[i or 0].value
+            self._mark(None if unknown else (token, before + number), i)
+            return
         for tensor in self._written(i):
             tensor.add_(number)
-        self.versions = self._versions()
 
     def fill_(self, value: Any, i: int | None = None) -> None:
         """Set all, or one."""
-        for tensor in self._written(i):
-            torch.ops.aten.copy_.default(tensor, torch.as_tensor(value))  # see running.leaf_
-        self.versions = self._versions()
+        written = self._written(i)
+        if self.marks:
+            value = torch.as_tensor(value, device=self.first.device, dtype=self.first.dtype)
+            _torch.foreach_copy_(written, [value.expand_as(x) for x in written])
+            self._mark(None, i)
+            return
+        for tensor in written:
+            # See running.leaf_.
+            torch.ops.aten.copy_.default(tensor, torch.as_tensor(value))
 
     def _written(self, i: int | None) -> list[Tensor]:
         if i is not None:
             return [self.tensors[i]]
         return self.tensors if self.vector is None else [self.vector]
 
-    def _versions(self) -> list[int] | None:
-        """A write to a tensor raises its version; on a CPU the values are read instead."""
-        if self.tensors[0].device.type == "cpu" or any(x.is_inference() for x in self.tensors):
-            return None
-        return [_torch.version(x) for x in self.tensors]
+    def _mark(self, value: tuple[object, float] | None, i: int | None) -> None:
+        """Note what was written; None is one unknown number for all that are written in a row."""
+        if not i:
+            self._unknown = object(), 0.0
+        pairs = list(zip(self.tensors, self.marks, strict=True))
+        for x, mark in pairs if i is None else [pairs[i]]:
+            mark.value, mark.version = value or self._unknown, _torch.version(x)
 
 
 class Integers:
