@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_choice, check_function
 from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, hyper, lists, ops, running, ways
@@ -144,16 +144,16 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
 
     def _updated(self, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
         """The new columns, out of place, in the fastest way; only where no derivative is needed."""
-        exact_values = [ops.coefficient(value) for value in values]  # as kernels take them
-        way = self._way(t, exact_values, columns)
-        if way == "native" and columns[0][0].device.type == "cpu":
+        kernel_values = _for_kernels(values, columns[0][0])
+        way = self._way(t, kernel_values, columns)
+        if way == "native":
             copies = _copied(columns)
-            if self._native_(t, exact_values, copies):
+            if self._native_(t, kernel_values, copies):
                 return running.written(copies)
-            way = self._way(t, exact_values, columns, kernel=False)
+            way = self._way(t, kernel_values, columns, kernel=False)
         if _pays(way, columns):
             copies = _copied(columns)
-            numbers = running.numbers_at(self, t, exact_values, columns[0][0])
+            numbers = running.numbers_at(self, t, kernel_values, columns[0][0])
             with torch.no_grad():
                 ways.RUN[way](self, numbers, copies)
             return running.written(copies)
@@ -164,11 +164,12 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
 
     def _step_(self, t: Any, values: list[Any], columns: list[Any]) -> None:
         """Update tensors that share device, dtype and hyperparameters, in place."""
-        way = self._way(t, values, columns)
+        kernel_values = _for_kernels(values, columns[0][0])
+        way = self._way(t, kernel_values, columns)
         if way == "native":
-            if self._native_(t, values, columns):
+            if self._native_(t, kernel_values, columns):
                 return
-            way = self._way(t, values, columns, kernel=False)
+            way = self._way(t, kernel_values, columns, kernel=False)
         ways.RUN[way](self, running.numbers_at(self, t, values, columns[0][0]), columns)
 
     def _way(
@@ -180,13 +181,15 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         wanted = "unfused" if self.execution == "auto" and not kernel else self.execution
         if isinstance(t, Tensor) and t.is_meta:
             wanted = "leaf"  # foreach kernels ask for the value of a scalar
-        return ways.choose(self, ways.survey(columns), values, wanted)
+        lr, *rest = values
+        numeric = isinstance(lr, Tensor) and _takes_rate(lr, columns[0][0])
+        return ways.choose(self, ways.survey(columns), [0.0 if numeric else lr, *rest], wanted)
 
     def _native_(self, t: Any, values: list[Any], columns: list[Any]) -> bool:
         """Run a native kernel; False, with nothing changed, where none applies."""
         # At the first step a kernel ignores the buffers; they may hold values that a user has set.
         first = None if isinstance(t, Tensor) or t == 1 else False
-        step = torch.as_tensor(t, dtype=torch.float32, device=columns[0][0].device)
+        step = running.scalar_on(t, torch.float32, columns[0][0].device)
         return running.native_(self, [step] * len(columns[0]), first, values, columns)
 
     def gather(
@@ -295,12 +298,38 @@ def _copied(columns: list[Any]) -> list[Any]:
     params, grads, *buffers = columns
     dtype = params[0].dtype
 
-    def copy(x: Tensor) -> Tensor:
-        if x.dtype == dtype or x.is_complex() != dtype.is_complex:
-            return x.clone()
-        return x.to(torch.promote_types(x.dtype, dtype), copy=True)
+    def copies(column: list[Tensor]) -> list[Tensor]:
+        if len({(x.dtype, x.device) for x in column}) > 1 or column[0].device.type == "cpu":
+            return [*map(copy, column)]
+        new = [torch.empty_like(x, dtype=wider(x)) for x in column]
+        _torch.foreach_copy_(new, column)  # by few kernels
+        return new
 
-    return [[x.clone() for x in params], grads, *([copy(x) for x in c] or () for c in buffers)]
+    def wider(x: Tensor) -> torch.dtype:
+        same = x.dtype == dtype or x.is_complex() != dtype.is_complex
+        return x.dtype if same else torch.promote_types(x.dtype, dtype)
+
+    def copy(x: Tensor) -> Tensor:
+        return x.to(wider(x), copy=True)
+
+    return [copies(params), grads, *(copies(c) if c else () for c in buffers)]
+
+
+def _for_kernels(values: list[Any], like: Tensor) -> list[Any]:
+    """Hyperparameters as native kernels take them: as numbers, where nobody waits for them.
+
+    The first one, the learning rate, may be a 0-d tensor on the device.
+    """
+    lr, *rest = values
+    if isinstance(lr, Tensor) and _takes_rate(lr, like):
+        return [lr.to(torch.float32), *map(ops.coefficient, rest)]
+    return [*map(ops.coefficient, values)]
+
+
+def _takes_rate(lr: Tensor, like: Tensor) -> bool:
+    """Whether kernels for a parameter take this rate, which they read in float32."""
+    on_device = lr.device == like.device and lr.device.type == "cuda"
+    return on_device and lr.dim() == 0 and like.dtype != torch.float64
 
 
 @functools.lru_cache(maxsize=256)
@@ -382,7 +411,8 @@ def leafwise(
         native: `(params, grads, state, hparams, first, amp) -> bool`, the rule as one of torch's
             fused kernels, in place, on lists of contiguous tensors of one dtype on one CPU or CUDA
             device. Fields of the state are lists or `()`, `state.step` a list of 0-d tensors, and
-            hyperparameters numbers; `first` says whether this is step 1 (None: unknown), and `amp`
+            hyperparameters numbers, or, of the first, a 0-d tensor in float32 on the CUDA device;
+            `first` says whether this is step 1 (None: unknown), and `amp`
             holds keyword arguments for the kernel. It must handle `maximize` itself; where the
             kernel does not compute the rule it must return False and change nothing.
         elementwise: whether each element of the new tensors depends only on the same element of the

@@ -31,11 +31,17 @@ def foreach(
 ) -> list[Any]:
     """The new params and buffers: what `running.apply` returns for each row."""
     program, lists = _noted(rule, numbers, columns)
+    new: list[list[Tensor]] = [[] for _ in columns]
+    for batch in _batches(program, lists, widest(columns)):
+        for column, tensors in zip(new, program.run(batch), strict=True):
+            column += tensors
     wide = columns[0][0].dtype if widen else None
-    return [
-        [leave(x, y, wide) for x, y in zip(new, old, strict=True)] if isinstance(old, list) else old
-        for new, old in zip(written(program.run(lists)), written(columns), strict=True)
-    ]
+    result = list(written(columns))
+    for k, column in enumerate(result):
+        if isinstance(column, list):
+            pairs = zip(written(new)[k], column, strict=True)
+            result[k] = [leave(x, old, wide) for x, old in pairs]
+    return result
 
 
 def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
@@ -92,7 +98,7 @@ def _batches(program: Program, lists: list[Any], dtype: torch.dtype) -> Iterator
 def _rows(program: Program, lists: list[Any], size: int) -> Iterator[tuple[Tensor, ...]]:
     """The tensors of one parameter after the other, or pieces of them."""
     for row in zip(*(x for x in lists if x is not None), strict=True):
-        if program.elementwise and row[0].numel() > size and all(map(Tensor.is_contiguous, row)):
+        if program.pieces and row[0].numel() > size and all(map(Tensor.is_contiguous, row)):
             yield from zip(*(x.view(-1).split(size) for x in row), strict=True)
         else:
             yield row

@@ -152,6 +152,13 @@ def native_(
     return done
 
 
+def scalar_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-d tensor; a number is filled in there, since a copy would wait for the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def is_scalar(value: Any) -> bool:
     return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
 

@@ -216,6 +216,7 @@ class Program:
 
     Attributes:
         most: how many lists it needs at most at any one time, besides the inputs.
+        pieces: whether it can be run on pieces of tensors.
         lean: whether foreach kernels do everything, in the dtype of the inputs.
     """
 
@@ -228,6 +229,7 @@ class Program:
         elementwise: bool = False,
     ) -> None:
         self.inputs, self.outputs, self.elementwise = inputs, outputs, elementwise
+        self.pieces = into and elementwise
         pairs = enumerate(zip(inputs, outputs, strict=False) if into else ())
         self.late = {k: (x, y) for k, (x, y) in pairs if x and y and x is not y}
         nodes = [x for x in _needed(outputs) if x.function is not None]

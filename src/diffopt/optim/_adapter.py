@@ -257,10 +257,12 @@ class RuleOptimizer(Checkpoints):
             return value.clone()
         fused = self.by_torch(group)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        dtype = torch.float32 if fused else dtype
         on_device = fused or group.get("capturable") or self.scalars_follow
         device = param.device if on_device else "cpu"
-        value = torch.as_tensor(value, dtype=torch.float32 if fused else dtype, device=device)
-        return value.clone().reshape(())
+        if not isinstance(value, Tensor):  # filled in there: a copy would wait for the device
+            return torch.full((), value, dtype=dtype, device=device)
+        return value.detach().to(device, dtype, copy=True).reshape(())
 
     def _check(self, group: Group, index: int, grads: list[Any]) -> None:
         """Raise for what cannot be stepped."""

@@ -240,11 +240,11 @@ class Bucket:
         first: bool | None = self.key.fresh
         if counts:
             t = _modes.number_of(counts.first)
-            count: Any = t + 1
-            if not isinstance(t, Tensor):  # filled in there: a copy would wait for the device
-                count = torch.full((), count, dtype=torch.float32, device=self.key.device)
+            count: Any = t  # on a device it is that of this step when the kernel runs
+            if not isinstance(t, Tensor) or t.dtype != torch.float32 or t.device != self.key.device:
+                count = running.scalar_on(t + 1, torch.float32, self.key.device)
             # One tensor many times takes a kernel a fifth less time than as many tensors.
-            steps = [count.to(self.key.device, torch.float32)] * len(columns[0])
+            steps = [count] * len(columns[0])
             first = None if isinstance(t, Tensor) else t == 0
             if first is not False and self._initial():  # the state is past its initial values
                 first = False

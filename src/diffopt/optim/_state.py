@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffopt import _modes, _torch
+from diffopt._rule import running
 
 _CHANGES = (
     "__setitem__",
@@ -289,7 +290,7 @@ class Counts:
         """Set all, or one."""
         written = self._written(i)
         if self.marks:
-            value = torch.as_tensor(value, device=self.first.device, dtype=self.first.dtype)
+            value = running.scalar_on(value, self.first.dtype, self.first.device)
             _torch.foreach_copy_(written, [value.expand_as(x) for x in written])
             self._mark(None, i)
             return

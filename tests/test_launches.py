@@ -1,0 +1,175 @@
+"""What a step asks of a GPU, by counts on an emulated one: launches, waiting, memory."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import diffopt
+from diffopt import optim
+from emulated_gpu import DEVICE, cuda, emulated
+
+LIBRARIES = (torch.optim, optim)
+SHAPES = [(40, 30), (40,), (40,), (50, 40), (50,), (5, 4, 3, 3), (5,), (5,), (1,), ()] * 3
+CLASSES = {
+    "SGD": {"momentum": 0.9},
+    **{name: {} for name in ("Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam")},
+    **{name: {} for name in ("RAdam", "RMSprop", "Rprop")},
+}
+KERNELS = ("SGD", "Adam", "AdamW", "Adagrad")
+CAPTURABLE = [name for name in CLASSES if name not in ("SGD", "Adagrad")]
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    with emulated(monkeypatch):
+        yield
+
+
+def params(shapes=SHAPES, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [cuda(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    return [Parameter(x) for x in tensors]
+
+
+def stepped(optimizer, steps, absent=lambda i, t: False):
+    """Count what the last of some steps asks for."""
+    for t in range(steps):
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            p.grad = None if absent(i, t) else torch.full_like(p, 0.1 * (i % 3) + 0.1)
+        DEVICE.reset()
+        optimizer.step()
+    return DEVICE.count("launch"), DEVICE.count("wait"), DEVICE.bytes
+
+
+FLAGS = [{}, {"foreach": True}, {"capturable": True}, {"fused": True}]
+
+
+def takes(name, flags):
+    if "capturable" in flags:
+        return name in CAPTURABLE
+    return "fused" not in flags or name in KERNELS
+
+
+ASKED = [(name, flags) for name in CLASSES for flags in FLAGS if takes(name, flags)]
+
+
+@pytest.mark.parametrize(("name", "flags"), [x for x in ASKED if x[0] not in ("ASGD", "Rprop")])
+def test_a_step_takes_no_more_launches_and_memory_than_torchs(name, flags):
+    theirs, ours = (
+        stepped(getattr(lib, name)(params(), **CLASSES[name], **flags), 8) for lib in LIBRARIES
+    )
+    counted = flags == {"capturable": True}  # the count of this step is one more number
+    assert ours[0] <= theirs[0] + counted
+    assert ours[1] == 0
+    assert ours[2] <= theirs[2] + 4 * counted
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_half_precision_takes_no_more_memory_than_the_params(name, monkeypatch):
+    monkeypatch.setattr("diffopt._rule.lists._LEAST", 1 << 10)
+    given = params([(64,)] * 40, torch.bfloat16)
+    optimizer = getattr(optim, name)(given, **CLASSES[name], foreach=True)
+    assert stepped(optimizer, 3)[2] <= 40 * 64 * 2 * 1.1
+
+
+@pytest.mark.parametrize(("name", "flags"), ASKED)
+def test_no_step_waits_where_gradients_come_and_go(name, flags):
+    optimizer = getattr(optim, name)(params(), **CLASSES[name], **flags)
+
+    def absent(i, t):
+        return (i == 3 and t % 2) or (i == 5 and t < 3) or (i > 8 and t % 4 == 1)
+
+    stepped(optimizer, 1)
+    for steps in (6, 1, 1):
+        assert stepped(optimizer, steps, absent)[1] == 0
+
+
+def test_counts_that_differ_are_kept_apart_without_reading_them():
+    values = []
+    for lib in LIBRARIES:
+        given = params([(3,)] * 4)
+        optimizer = lib.Adam(given, capturable=True, lr=0.1)
+        stepped(optimizer, 7, lambda i, t: (i + t) % 3 == 0 or (i == 2 and t > 3))
+        optimizer.state[given[0]]["step"].add_(5)  # a user does
+        optimizer.state[given[1]]["step"] = cuda(torch.tensor(2.0))
+        stepped(optimizer, 5, lambda i, t: i == t)
+        values.append([p.detach().inner for p in given])
+        values[-1] += [optimizer.state[p]["step"].inner for p in given]
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_optimizer_waits_once_and_is_captured_whole():
+    begun = optim.Adam(params(), fused=True, capturable=True)
+    stepped(begun, 2)
+    loaded = optim.Adam(params(), fused=True, capturable=True)
+    loaded.load_state_dict(begun.state_dict())
+    for p in loaded.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    DEVICE.reset()
+    DEVICE.capturing = True
+    try:
+        loaded.step()
+    finally:
+        DEVICE.capturing = False
+    assert DEVICE.count("launch") <= 3
+    assert stepped(loaded, 2)[:2] == (2, 0)
+
+
+def test_what_a_graph_counts_is_not_known():
+    """Its replays count too, which nobody sees; parameters that it counts together stay equal."""
+    optimizer = optim.Adam(params([(3,)] * 3), capturable=True)
+    stepped(optimizer, 2)
+    DEVICE.capturing = True
+    try:
+        stepped(optimizer, 1, lambda i, t: i == 2)
+    finally:
+        DEVICE.capturing = False
+    stepped(optimizer, 1, lambda i, t: i < 2)  # the third has the count that the others had
+    assert stepped(optimizer, 1)[1] == 0
+    (plan,) = optimizer.state.plans
+    assert sorted(len(bucket.indices) for bucket in plan.buckets) == [1, 2]
+
+
+# Pure optimizers
+
+RULES = {name.lower(): numbers for name, numbers in CLASSES.items()}
+
+
+def pure(name, way, lr):
+    opt = getattr(diffopt, name)()
+    given = [x.detach() for x in params()]
+    grads = [torch.ones_like(x) for x in given]
+    numbers = RULES[name] | ({} if lr is None else {"lr": lr})
+    state, record = opt.init(given), opt.hparams(**numbers)
+    for _ in range(3):
+        DEVICE.reset()
+        if way == "update":
+            given, state = opt.update(given, grads, state, record)
+        else:
+            opt.update_(given, grads, state, record)
+    return given
+
+
+@pytest.mark.parametrize("on", ["number", "cpu", "cuda"])
+@pytest.mark.parametrize("way", ["update", "update_"])
+@pytest.mark.parametrize("name", RULES)
+def test_pure_steps_wait_for_nothing_and_launch_lists(name, way, on):
+    rate = torch.tensor(0.01)
+    pure(name, way, {"number": None, "cpu": rate, "cuda": cuda(rate)}[on])
+    assert DEVICE.count("wait") == 0
+    if name in ("sgd", "adam", "adamw", "adagrad"):
+        assert DEVICE.count("launch") <= (4 if way == "update_" else 8)
+    elif name != "rprop":  # which has no foreach kernels for comparisons
+        assert DEVICE.count("launch") < 90  # scalars on the device, for any number of tensors
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_pure_steps_are_captured(name):
+    opt = getattr(diffopt, name)()
+    given = [x.detach() for x in params()]
+    state, grads = opt.init(given), [torch.ones_like(x) for x in given]
+    DEVICE.capturing = True
+    try:
+        opt.update_(given, grads, state, opt.hparams())
+    finally:
+        DEVICE.capturing = False
