@@ -31,10 +31,11 @@ def stand_in(name, module):
         sys.modules[name] = module
 
 
-stand_in("hypothesis", mock.MagicMock())
 stand_in("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
 
 from torch.testing._internal.common_optimizers import optim_db  # noqa: E402
+
+stand_in("hypothesis", mock.MagicMock())
 
 from registry import REGISTRY, SKIPPED  # noqa: E402
 

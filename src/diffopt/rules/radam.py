@@ -41,7 +41,7 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
     hparams: ClassVar[type[RAdamHParams]] = RAdamHParams
     elementwise = True
 
-    def scalars(self, t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any, Any]:
+    def scalars(self, t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any, Any, Any]:
         shrinkage = 1 - hp.lr * hp.weight_decay
         correction1, correction2 = 1 - hp.beta1**t, 1 - hp.beta2**t
         r_inf = 2 / (1 - hp.beta2) - 1
@@ -50,15 +50,14 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
         # Where it does not apply, keep the square root away from negative numbers.
         r, r_inf = ops.where(rectified, r, 6.0), ops.where(rectified, r_inf, 6.0)
         rectification = ((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
-        descent = -hp.lr / correction1
-        adaptive = descent * correction2**0.5 * rectification
-        plain, adaptive = ops.where(rectified, 0.0, descent), ops.where(rectified, adaptive, 0.0)
-        return plain, adaptive, ops.where(rectified, hp.eps, 1.0), shrinkage
+        adaptive = -hp.lr / correction1 * correction2**0.5 * rectification
+        adaptive, plain = ops.where(rectified, adaptive, 0.0), ops.where(rectified, 0.0, hp.lr)
+        return correction1, plain, adaptive, ops.where(rectified, hp.eps, 1.0), shrinkage
 
     def rule(
         self, p: Any, g: Any, s: RAdamState, hp: RAdamHParams, c: Any
     ) -> tuple[Any, RAdamState]:
-        plain, adaptive, eps, shrinkage = c
+        correction1, plain, adaptive, eps, shrinkage = c
         if self.decoupled_weight_decay:
             p = p * shrinkage
         else:
@@ -66,8 +65,10 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
         m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
         v = ops.addcmul(hp.beta2 * s.exp_avg_sq, g, g, 1 - hp.beta2)
         # One of the two has the factor 0; as a number it is left out.
-        p = p if ops.is_zero(plain) else ops.add(p, m, plain)
-        p = p if ops.is_zero(adaptive) else ops.addcdiv(p, m, ops.sqrt(v) + eps, adaptive)
+        if not ops.is_zero(adaptive):
+            p = ops.addcdiv(p, m, ops.sqrt(v) + eps, adaptive)
+        if ops.is_zero(adaptive) or not ops.is_zero(plain):
+            p = p - m / correction1 * plain
         return p, RAdamState(s.step, m, v)
 
 
