@@ -173,3 +173,12 @@ def test_pure_steps_are_captured(name):
         opt.update_(given, grads, state, opt.hparams())
     finally:
         DEVICE.capturing = False
+
+
+def test_what_is_on_the_cpu_is_copied_once_to_the_device():
+    opt = diffopt.transforms.accumulate(diffopt.adamw(), k=4)
+    given = [x.detach() for x in params()]
+    state, grads = opt.init(given), [torch.ones_like(x) for x in given]
+    DEVICE.reset()
+    opt.update(given, grads, state, opt.hparams())
+    assert DEVICE.count("wait") <= 2

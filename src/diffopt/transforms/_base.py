@@ -261,10 +261,23 @@ def near(value: Any, device: torch.device) -> Any:
     return exact(value if value.device.type == "cpu" else value.to(device))
 
 
+def everywhere(condition: Tensor) -> Callable[[torch.device], Tensor]:
+    """The condition on any device, copied once for each: a copy waits for the device."""
+    copies = {condition.device: condition}
+
+    def on(device: torch.device) -> Tensor:
+        if device not in copies:
+            copies[device] = condition.to(device)
+        return copies[device]
+
+    return on
+
+
 def select(condition: Tensor, new: Tree, old: Tree) -> Tree:
     """The new tree if the condition, a 0-d tensor, holds, else the old one."""
+    on = everywhere(condition)
 
     def choose(new: Any, old: Any) -> Any:
-        return old if new is old else torch.where(condition.to(old.device), new, old)
+        return old if new is old else torch.where(on(old.device), new, old)
 
     return _tree.map(choose, new, old)

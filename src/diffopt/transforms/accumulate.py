@@ -17,6 +17,7 @@ from diffopt.transforms._base import (
     Leaves,
     Tensors,
     Wrapper,
+    everywhere,
     gather,
     select,
     wide,
@@ -92,11 +93,12 @@ class Accumulate(Wrapper[AccumulateState]):
         leaves, old = self._gather(params, grads, state)
         step, sums = state.step + 1, _sums(leaves, old)
         due = step % self.k == 0
-        means = (torch.where(due.to(m.device), m, 0) for m in self._means(leaves, sums))
+        on = everywhere(due)
+        means = (torch.where(on(m.device), m, 0) for m in self._means(leaves, sums))
         wide_params, _ = leaves.wide()
         new, inner = self.optimizer.update(wide_params, leaves.filled(means), state.inner, hparams)
         kept, inner = select(due, (leaves.narrow(new, wide_params), inner), (params, state.inner))
-        rest = (torch.where(due.to(s.device), 0, s) for s in sums)
+        rest = (torch.where(on(s.device), 0, s) for s in sums)
         return kept, AccumulateState(step, leaves.filled(rest, old), inner)
 
     def prepare_(self, params: Tree, grads: Tree, state: AccumulateState, hparams: Any) -> Write:
