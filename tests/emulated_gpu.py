@@ -202,7 +202,7 @@ def emulated(monkeypatch):
         _modes, "intercepted", lambda: torch._C._len_torch_dispatch_stack() > depth + 1
     )
     kinds = (Tensor, torch.nn.Parameter, Cuda)
-    monkeypatch.setattr(_modes, "ordinary", lambda tensor: type(tensor) in kinds)
+    monkeypatch.setattr(_modes, "_ORDINARY", type(_modes._ORDINARY)(kinds))
     import torch.optim.optimizer as theirs
     import torch.utils._foreach_utils as theirs_too
 
