@@ -226,7 +226,8 @@ class Bucket:
         """
         lr, *rest = values  # every record begins with the rate
         rest = [_modes.number_of(value) for value in rest]
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        fused_here = self.wanted == "fused" and self.key.device.type == "cpu"
+        if isinstance(lr, Tensor) and lr.device.type == "cpu" and not fused_here:
             if lr.dtype != self.key.dtype == torch.float64 and self.wanted == "auto":
                 return [lr, *rest], "unfused"
             lr = _modes.number_of(lr)
