@@ -373,7 +373,11 @@ def test_solvers_refuse(make, message):
         (lambda s: s.solve(abs, B, transpose=3), TypeError, r"transpose is 3 .*, not a function"),
         (lambda s: GMRES(preconditioner=3), TypeError, r"preconditioner is 3 .*, not a function"),
         (lambda s: s.solve(lambda v: v[:3], B), ValueError, r"output of operator .*\(3,\), but"),
-        (lambda s: s.solve(lambda v: (v,), B), ValueError, r"the output of operator is a tuple"),
+        (
+            lambda s: s.solve(lambda v: (v,), B),
+            ValueError,
+            r"the output of operator has type tuple",
+        ),
         (
             lambda s: s.solve(lambda v: v, B, B[:2]),
             ValueError,

@@ -205,7 +205,11 @@ def _inputs(rule: AnyRule, numbers: Numbers) -> tuple[_Form, list[Tensor]]:
         (given if fits else constants).append(leaf)
     floats = torch.tensor([x for x in given if not isinstance(x, Tensor)], dtype=torch.float64)
     rest = iter(floats.unbind())
-    tensors = [x if isinstance(x, Tensor) else next(rest) for x in given]
+    tensors: list[Tensor] = []
+    for x in given:
+        x = x if isinstance(x, Tensor) else next(rest)
+        # One tensor in two places would need its own kernel.
+        tensors.append(x.clone() if any(x is other for other in tensors) else x)
     return _Form(spec, tuple(kinds), tuple(constants)), tensors
 
 

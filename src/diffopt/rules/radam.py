@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -72,6 +73,7 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
         return p, RAdamState(s.step, m, v)
 
 
+@factory
 def radam(
     *, decoupled_weight_decay: bool = False, maximize: bool = False, execution: Execution = "auto"
 ) -> RAdam:
