@@ -74,7 +74,7 @@ def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
 def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a / b`."""
     coefficient = _modes.number_of(coefficient)
-    if isinstance(coefficient, Tensor) and TensorList in map(type, (x, a, b)):
+    if isinstance(coefficient, Tensor) and any(isinstance(v, TensorList) for v in (x, a, b)):
         b, coefficient = b / coefficient, 1  # in place, where b is not needed again
     if isinstance(coefficient, _TENSORS):
         return x + a * coefficient / b
