@@ -21,6 +21,7 @@ from diffopt.optim._own import OwnClass
 from diffopt.rules import hparams, leafwise, number
 from diffopt.transforms import (
     accumulate,
+    add_decayed_weights,
     chain,
     clip_by_global_norm,
     ema,
@@ -643,6 +644,23 @@ def test_a_group_that_is_refused_leaves_those_before_it_as_they_were(name, spoil
         optimizer.step()
     after = [[p.detach() for p in params], optimizer.state_dict()["state"]]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["decay", "flatten"])
+def test_groups_that_share_memory_are_stepped_in_turn(name):
+    opt = {
+        "decay": chain(add_decayed_weights(), diffopt.sgd()),
+        "flatten": flatten(diffopt.sgd()),
+    }[name]
+    decay = {"0.weight_decay": 0.5} if name == "decay" else {}
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = optim.from_pure(opt, [{"params": [p]}, {"params": [q]}], lr=0.1, **decay)
+    q.data = p.data
+    p.grad, q.grad = torch.ones(2), torch.full((2,), 2.0)
+    optimizer.step()
+    w = 0.5 if decay else 0.0
+    right = (1 - 0.1 * (1 + w)) * (1 - 0.1 * w) - 0.1 * 2
+    torch.testing.assert_close(p.data, torch.full((2,), right))
 
 
 def test_narrow_state_of_a_composition_becomes_what_init_makes():

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _torch, _tree
+from diffopt import _memory, _torch, _tree
 from diffopt._tree import Tree
 from diffopt.optim._checkpoints import Checkpoints, check_scalar
 from diffopt.optim._groups import Group, check_length, check_number, name_of, records, short_names
-from diffopt.optimizer import Optimizer
+from diffopt.optimizer import Optimizer, Write
 
 Rows = list[dict[str, Any]]
 
@@ -42,9 +42,19 @@ class TreeOptimizer(Checkpoints):
         self.check_numbers()
         with torch.no_grad():
             groups = range(len(self.param_groups))
-            for update_ in [self.optimizer.prepare_(*self._arguments(i)) for i in groups]:
+            updates = list(map(self._prepared, groups))  # all checks come before any change
+            # Groups that share memory are prepared anew, each after the step of those before it.
+            for update_ in updates if self._apart() else map(self._prepared, groups):
                 update_()
         return loss
+
+    def _prepared(self, i: int) -> Write:
+        return self.optimizer.prepare_(*self._arguments(i))
+
+    def _apart(self) -> bool:
+        """Whether no two parameters share memory."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return len(self.param_groups) == 1 or _memory.overlap(params) is None
 
     def _arguments(self, i: int) -> tuple[Any, ...]:
         grads = self.tree(i, [param.grad for param in self.param_groups[i]["params"]])
