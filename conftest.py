@@ -1,5 +1,7 @@
 """Set-up for every test: pages as tests, and hypothesis without randomness."""
 
+import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,15 +9,32 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil import Example, Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
 
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 collect_ignore = ["tests/typing"]  # for type checkers: its mistakes are meant
 
-_blocks = Sybil(parsers=[PythonCodeBlockParser()])
+
+class Printing(PythonEvaluator):
+    """Runs a block, and keeps what it prints."""
+
+    def __call__(self, example: Example) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            super().__call__(example)
+        example.namespace["__printed__"] = printed.getvalue()
+
+
+def _compare(example: Example) -> str | None:
+    """What is wrong with a `text` block: it must show what the block of Python before it prints."""
+    shown, printed = example.parsed.strip(), example.namespace["__printed__"].strip()
+    return None if shown == printed else f"the page shows\n{shown}\nbut its code prints\n{printed}"
+
+
+_blocks = Sybil(parsers=[CodeBlockParser("python", Printing()), CodeBlockParser("text", _compare)])
 
 
 class Page(pytest.File):
@@ -27,7 +46,7 @@ class Page(pytest.File):
 
 
 class Blocks(pytest.Item):
-    """The `python` blocks of a page."""
+    """The `python` blocks of a page, and the `text` blocks that show what they print."""
 
     def runtest(self) -> None:
         for block in _blocks.parse(self.path):

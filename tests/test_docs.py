@@ -1,8 +1,16 @@
-"""The API page has an entry for every public name."""
+"""The site: an entry for every public name, no broken link, and pages that a browser shows."""
 
+import ast
+import functools
+import http.server
 import importlib
 import re
+import shutil
+import subprocess
+import threading
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 
@@ -12,6 +20,16 @@ if not (ROOT / "mkdocs.yml").exists():
 
 # Where a submodule has the same name, the entry is that of its member.
 PLACES = "{0}.{1}", "{0}.{1}.{1}", "diffopt.{1}"
+BROWSERS = "chromium", "chromium-browser", "chromium-headless-shell", "google-chrome"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    build = pytest.importorskip("mkdocs.commands.build")
+    config = importlib.import_module("mkdocs.config")
+    folder = tmp_path_factory.mktemp("site")
+    build.build(config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
+    return folder
 
 
 def public(module):
@@ -22,13 +40,27 @@ def public(module):
             yield name
 
 
-def test_every_public_name_has_an_entry(tmp_path):
-    build = pytest.importorskip("mkdocs.commands.build")
-    config = importlib.import_module("mkdocs.config")
-    build.build(config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path)))
-    page = (tmp_path / "api.html").read_text(encoding="utf-8")
-    anchors = set(re.findall(r'\bid="([\w.]+)"', page))
-    modules = re.findall(r"<h2[^>]*>(diffopt[.\w]*)", page)
+class Page(HTMLParser):
+    """The anchors of a page, and what it refers to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.anchors, self.references = {""}, set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.anchors |= {given[name] for name in ("id", "name") if given.get(name)}
+        name = {"a": "href", "link": "href", "img": "src", "script": "src"}.get(tag)
+        if name in given:
+            self.references.add(given[name])
+
+
+def test_every_public_name_has_an_entry(site):
+    pages = {path.name: Page(path) for path in (site / "api").glob("*.html")}
+    anchors = set().union(*(page.anchors for page in pages.values()))
+    titles = [(site / "api" / name).read_text(encoding="utf-8") for name in pages]
+    modules = [name for text in titles for name in re.findall(r"<h1[^>]*>(diffopt[.\w]*)", text)]
     assert {"diffopt", "diffopt.transforms"} < set(modules)
     absent = [
         f"{module}.{name}"
@@ -37,3 +69,79 @@ def test_every_public_name_has_an_entry(tmp_path):
         if not anchors & {place.format(module, name) for place in PLACES}
     ]
     assert absent == []
+
+
+def test_no_link_anchor_or_image_is_broken(site):
+    pages = {path: Page(path) for path in site.rglob("*.html")}
+    broken = [
+        f"{path.relative_to(site)}: {reference}"
+        for path, page in pages.items()
+        for reference in page.references
+        if not re.match(r"https?:|mailto:|data:|javascript:", reference) and path.name != "404.html"
+        if not _arrives(path, reference, pages)
+    ]
+    assert broken == []
+
+
+def _arrives(path, reference, pages):
+    url, anchor = urldefrag(urljoin(path.as_uri(), reference))
+    target = Path(unquote(url.removeprefix("file://").partition("?")[0]))
+    known = pages.get(target)
+    return target.exists() and (known is None or unquote(anchor) in known.anchors)
+
+
+def test_every_message_that_troubleshooting_explains_is_one_of_ours():
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    table = page[: page.index("## No error, but")]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if " | " in line]
+    messages = [row for row in rows if row != "message" and not row.startswith("|-")]
+    assert len(messages) > 20
+    said = "\n".join(_texts(path) for path in (ROOT / "src").rglob("*.py"))
+    assert [message for message in messages if message not in said] == []
+
+
+def _texts(path):
+    """All strings of a module, of f-strings the parts that are constant."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    texts = [ast.unparse(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
+    return "\n".join(texts)
+
+
+@pytest.fixture(scope="module")
+def browse(site):
+    """What a browser makes of a page of the site: its document, and what its console says."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium here: 'apt-get install chromium-headless-shell' brings one")
+    handler = functools.partial(Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def browse(page, *options):
+        url = f"http://127.0.0.1:{server.server_port}/{page}"
+        always = "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"
+        command = [browser, *always, "--virtual-time-budget=500", *options, "--dump-dom", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    yield browse
+    server.shutdown()
+    server.server_close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pages", "size", "dark"),
+    [("*", "1280,900", False), ("index", "390,800", True), ("adjoints", "390,800", False)],
+)
+def test_a_browser_shows_pages_and_its_console_is_silent(site, browse, pages, size, dark):
+    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    for path in site.rglob(f"{pages}.html"):
+        document, said = browse(path.relative_to(site), f"--window-size={size}", *scheme)
+        assert said == [], path
+        assert f'data-md-color-scheme="{"slate" if dark else "default"}"' in document, path
