@@ -8,11 +8,14 @@ import re
 import shutil
 import subprocess
 import threading
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
+
+import diffopt
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "mkdocs.yml").exists():
@@ -145,3 +148,10 @@ def test_a_browser_shows_pages_and_its_console_is_silent(site, browse, pages, si
         document, said = browse(path.relative_to(site), f"--window-size={size}", *scheme)
         assert said == [], path
         assert f'data-md-color-scheme="{"slate" if dark else "default"}"' in document, path
+
+
+def test_the_version_is_the_same_everywhere():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    (cited,) = re.findall(r"^version: (.+)$", citation, re.MULTILINE)
+    assert diffopt.__version__ == pyproject["project"]["version"] == cited

@@ -462,5 +462,6 @@ def test_without_hypothesis_the_error_says_what_to_install():
     code = "import sys; sys.modules['hypothesis'] = None; import diffopt.testing"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
-        "ImportError: diffopt.testing needs hypothesis: pip install diffopt[testing]" in run.stderr
+        "ImportError: diffopt.testing needs hypothesis: pip install 'torch-diffopt[testing]'"
+        in run.stderr
     )
