@@ -113,7 +113,7 @@ class Graph:
             A `matplotlib.figure.Figure`; a notebook shows it, `savefig` writes it.
 
         Raises:
-            ImportError: matplotlib is missing; `pip install 'diffopt[plots]'`.
+            ImportError: matplotlib is missing; `pip install 'torch-diffopt[plots]'`.
         """
         shown = self.merged() if len(self.steps) > _MOST_STEPS else self
         places = shown._places()

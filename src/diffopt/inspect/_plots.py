@@ -14,7 +14,8 @@ def subplots(rows: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plot() requires matplotlib: pip install 'diffopt[plots]'") from error
+        message = "plot() requires matplotlib: pip install 'torch-diffopt[plots]'"
+        raise ImportError(message) from error
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
     return figure, list(axes[:, 0])

@@ -172,7 +172,7 @@ class Trace(Adjoint):
             A `matplotlib.figure.Figure`; a notebook shows it, `savefig` writes it.
 
         Raises:
-            ImportError: matplotlib is missing; `pip install 'diffopt[plots]'`.
+            ImportError: matplotlib is missing; `pip install 'torch-diffopt[plots]'`.
         """
         norms = self.norms
         figure, (top, bottom) = _plots.subplots(2, (7.0, 6.0))

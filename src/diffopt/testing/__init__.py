@@ -1,6 +1,6 @@
 """The conformance kit: everything an optimizer must satisfy, even your own, in one call.
 
-Import it in tests only: it requires hypothesis (`pip install diffopt[testing]`).
+Import it in tests only: it requires hypothesis (`pip install 'torch-diffopt[testing]'`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from diffopt.testing._case import Case, Point, clone, map_fields, random_tensor,
 try:
     from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 except ImportError as error:
-    raise ImportError("diffopt.testing needs hypothesis: pip install diffopt[testing]") from error
+    message = "diffopt.testing needs hypothesis: pip install 'torch-diffopt[testing]'"
+    raise ImportError(message) from error
 
 SETTINGS = settings(
     max_examples=10,
