@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -32,28 +29,7 @@ class AdamaxHParams:
     weight_decay: Hyperparameter = number(0.0, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
-    """What `adamax` returns."""
-
-    State = AdamaxState
-    hparams: ClassVar[type[AdamaxHParams]] = AdamaxHParams
-    elementwise = True
-
-    def scalars(self, t: Any, hp: AdamaxHParams) -> Any:
-        return -hp.lr / (1 - hp.beta1**t)
-
-    def rule(
-        self, p: Any, g: Any, s: AdamaxState, hp: AdamaxHParams, c: Any
-    ) -> tuple[Any, AdamaxState]:
-        g = ops.add_decay(g, p, hp.weight_decay)
-        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
-        u = ops.maximum(hp.beta2 * s.exp_inf, abs(g) + hp.eps)
-        return ops.addcdiv(p, m, u, c), AdamaxState(s.step, m, u)
-
-
-@factory
-def adamax(*, maximize: bool = False, execution: Execution = "auto") -> Adamax:
     """Adamax: steps scaled by a decaying maximum of past gradients.
 
     With g_t = grad_t + weight_decay * p and m_0 = u_0 = 0,
@@ -65,13 +41,11 @@ def adamax(*, maximize: bool = False, execution: Execution = "auto") -> Adamax:
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (2e-3),
     `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0).
 
+    Where the two sides of the maximum are equal, each gets half of the derivative.
+
     Args:
         maximize: ascend instead of descend.
         execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. Where the two sides of the maximum are equal, each gets half of the
-        derivative.
 
     Raises:
         TypeError: a flag is not a bool.
@@ -89,4 +63,21 @@ def adamax(*, maximize: bool = False, execution: Execution = "auto") -> Adamax:
     Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 2; eps as
     in torch.
     """
-    return Adamax(maximize=maximize, execution=execution)
+
+    State = AdamaxState
+    hparams: ClassVar[type[AdamaxHParams]] = AdamaxHParams
+    elementwise = True
+
+    def scalars(self, t: Any, hp: AdamaxHParams) -> Any:
+        return -hp.lr / (1 - hp.beta1**t)
+
+    def rule(
+        self, p: Any, g: Any, s: AdamaxState, hp: AdamaxHParams, c: Any
+    ) -> tuple[Any, AdamaxState]:
+        g = ops.add_decay(g, p, hp.weight_decay)
+        m = ops.lerp(s.exp_avg, g, 1 - hp.beta1)
+        u = ops.maximum(hp.beta2 * s.exp_inf, abs(g) + hp.eps)
+        return ops.addcdiv(p, m, u, c), AdamaxState(s.step, m, u)
+
+
+adamax = Adamax

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, Write, copy_, overwriting
@@ -36,7 +36,7 @@ class AccumulateState(NamedTuple):
 torch.serialization.add_safe_globals([AccumulateState])
 
 
-@factory
+@explained
 def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateState, Any]:
     """Every k-th call takes one step, with the mean of the last k gradients.
 

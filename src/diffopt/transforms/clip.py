@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._modes import exact, real
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
@@ -30,7 +30,7 @@ class ClipValue:
     clip_value: Hyperparameter = number(1.0, ge=0)
 
 
-@factory
+@explained
 def clip_by_global_norm() -> ClipByGlobalNorm:
     """Scale all gradients down together, so that their global norm is at most `max_norm`.
 
@@ -81,7 +81,7 @@ class ClipByGlobalNorm(Stateless[MaxNorm]):
         return new
 
 
-@factory
+@explained
 def clip_by_norm() -> ClipByNorm:
     """Scale each tensor's gradient down, so that its norm is at most `max_norm`.
 
@@ -116,7 +116,7 @@ class ClipByNorm(Stateless[MaxNorm]):
         return [g * _coefficient(n, r, g) for g, n, r in zip(grads, norms, records, strict=True)]
 
 
-@factory
+@explained
 def clip_by_value() -> ClipByValue:
     """Clamp every element of a gradient between `-clip_value` and `clip_value`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt.transforms._base import Stateless, Tensors
@@ -15,7 +15,7 @@ class WeightDecay:
     weight_decay: Hyperparameter = number(1e-2, ge=0)
 
 
-@factory
+@explained
 def add_decayed_weights() -> AddDecayedWeights:
     """Add a multiple of each parameter to its gradient.
 

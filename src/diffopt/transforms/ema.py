@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
@@ -36,7 +36,7 @@ class EMAHParams:
     decay: Hyperparameter = number(0.999, ge=0, lt=1)
 
 
-@factory
+@explained
 def ema(
     optimizer: Optimizer[Any, Any], *, bias_correction: bool = False
 ) -> Optimizer[EMAState, tuple[EMAHParams, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._modes import has_derivative, real
 from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
@@ -19,7 +19,7 @@ from diffopt.optimizer import Optimizer, Write, copy_
 from diffopt.transforms._base import Leaves, Wrapper, gather, wide
 
 
-@factory
+@explained
 def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     """Concatenate all tensors into one vector, so that a step runs each operation only once.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, Write
 from diffopt.transforms._base import Wrapper, gather
 
 
-@factory
+@explained
 def maximize(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     """Ascend instead of descend: the optimizer sees -grad.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, overload
 
 from diffopt import _tree
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt._value import Value
@@ -25,7 +25,7 @@ H = TypeVar("H")
 Parts: TypeAlias = dict[Hashable, Any]
 
 
-@factory
+@explained
 def partition(
     optimizers: Mapping[Hashable, Optimizer[Any, Any]], labels: Tree | Callable[[Tree], Tree]
 ) -> Partition:
@@ -135,7 +135,7 @@ def masked(part: Optimizer[S, H], mask: Tree | Callable[[Tree], Tree]) -> Optimi
 def masked(
     part: Transformation[S, H], mask: Tree | Callable[[Tree], Tree]
 ) -> Transformation[S, H]: ...
-@factory
+@explained
 def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
     """Restrict a transformation or an optimizer to some of the params.
 
@@ -174,7 +174,7 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
     raise TypeError(f"part is {given}, neither an optimizer nor a gradient transformation")
 
 
-@factory
+@explained
 def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]:
     """Keep some of the params unchanged: `masked` by the negated mask.
 

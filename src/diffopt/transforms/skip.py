@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._modes import real
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, Write
@@ -16,7 +16,7 @@ from diffopt.transforms._base import Leaves, Wrapper, gather, select
 from diffopt.transforms._sharded import mesh_of, own, total
 
 
-@factory
+@explained
 def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     """Skip steps whose gradients are not all finite: params and state stay unchanged.
 
