@@ -25,24 +25,20 @@ H = TypeVar("H")
 Parts: TypeAlias = dict[Hashable, Any]
 
 
-@explained
-def partition(
-    optimizers: Mapping[Hashable, Optimizer[Any, Any]], labels: Tree | Callable[[Tree], Tree]
-) -> Partition:
+class Partition(Value, Optimizer[Parts, Parts]):
     """Update every tensor with the optimizer that its label names.
 
     Hyperparameters: a dict with the record of each label's optimizer. Keywords go to the one
     optimizer that accepts them; if several do, pass records: `hparams({"body": record, "head":
     record})`. Fields are Python numbers, tensors or prefix trees of *all* params.
 
+    The state is a dict with the state for each label: trees like params with `[]` where a tensor
+    has another label.
+
     Args:
         optimizers: an optimizer for each label.
         labels: a prefix tree of the params whose leaves are labels, or a function from params to
             such a tree. It may depend on shapes and dtypes, never on values.
-
-    Returns:
-        The optimizer. Its state is a dict with the state for each label: trees like params with
-        `[]` where a tensor has another label.
 
     Raises:
         TypeError: `optimizers` is not a dict, or one of its values is not an optimizer.
@@ -61,19 +57,18 @@ def partition(
         >>> opt.update(params, grads, opt.init(params), hp)[0]
         {'body': [tensor([-0.1000, -0.1000]), tensor([-0.1000])], 'head': tensor([-0.5000])}
     """
-    if not isinstance(optimizers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        kind = type(optimizers).__name__
-        raise TypeError(f"optimizers is a {kind}, not a dict with an optimizer for each label")
-    for label, optimizer in optimizers.items():
-        check_optimizer(optimizer, f"optimizers[{label!r}]")
-    return Partition(dict(optimizers), _owned(labels))
 
-
-class Partition(Value, Optimizer[Parts, Parts]):
-    """What `partition` returns."""
-
-    optimizers: dict[Hashable, Optimizer[Any, Any]]
+    optimizers: Mapping[Hashable, Optimizer[Any, Any]]
     labels: Tree | Callable[[Tree], Tree]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optimizers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            kind = type(self.optimizers).__name__
+            raise TypeError(f"optimizers is a {kind}, not a dict with an optimizer for each label")
+        for label, optimizer in self.optimizers.items():
+            check_optimizer(optimizer, f"optimizers[{label!r}]")
+        object.__setattr__(self, "optimizers", dict(self.optimizers))
+        object.__setattr__(self, "labels", _owned(self.labels))
 
     @property
     def hparams(self) -> ByLabel:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
@@ -127,6 +122,9 @@ class Partition(Value, Optimizer[Parts, Parts]):
                 given = _tree.shown(label)
                 raise ValueError(f"{path} has the label {given}, but optimizers has {known}")
         return {label: [mine == label for mine in labels] for label in self.optimizers}
+
+
+partition = Partition
 
 
 @overload
