@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import functools
+import inspect
 import multiprocessing
 import pickle
 import re
@@ -51,7 +52,6 @@ class LionHParams:
     beta2: float = number(0.99, ge=0, lt=1)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Lion(Leafwise[LionState, LionHParams]):
     State = LionState
     hparams = LionHParams
@@ -66,9 +66,13 @@ class Lion(Leafwise[LionState, LionHParams]):
         return p - hp.lr * direction, LionState(s.step, average)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Flagged(Lion):
     flag: object = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class FlaggedByField(Lion):
+    flag: tuple[int, ...] = dataclasses.field(default_factory=tuple, metadata={"unit": "steps"})
 
 
 def begin(p, step):
@@ -389,7 +393,23 @@ def test_a_rule_of_matrices_is_only_shown_matrices():
         (lambda: diffopt.muon().hparams(ns_coefficients=0), TypeError, "pass ns_a and ns_b and"),
         (lambda: diffopt.sgd().hparams(q=1), TypeError, "no hyperparameter 'q': pass lr, "),
         (lambda: diffopt.sgd(0.1), TypeError, r"go to sgd\(\).hparams\(...\)"),
-        (lambda: diffopt.adam(amsgard=True), TypeError, "no argument amsgard, only amsgrad, "),
+        (
+            lambda: diffopt.adam(amsgard=True),
+            TypeError,
+            "no argument amsgard, only amsgrad, execution, maximize: did you mean 'amsgrad'?",
+        ),
+        (lambda: Lion(lr=-1), TypeError, r"go to Lion\(\).hparams\(lr=-1\)"),
+        (
+            lambda: Lion([TENSOR]),
+            TypeError,
+            r"use diffopt.optim.from_pure\(Lion\(\), params, ...\)",
+        ),
+        (lambda: FlaggedByField(falg=()), TypeError, "did you mean 'flag'?"),
+        (
+            lambda: clip_by_norm(0.1),
+            TypeError,
+            r"takes no positional arguments: hyperparameters go to clip_by_norm\(\)",
+        ),
         (lambda: diffopt.adam(betas=(0, 0)), TypeError, "pass beta1 and beta2"),
         (
             lambda: transforms.chain(diffopt.sgd(), lr=torch.ones(())),
@@ -414,6 +434,50 @@ def test_a_factory_says_where_hyperparameters_go(name):
     call = re.escape(f"lr: hyperparameters go to {name}().hparams(lr=0.1)")
     with pytest.raises(TypeError, match=call):
         getattr(diffopt, name)(**FACTORIES[name], lr=0.1)
+
+
+@every_factory
+@pytest.mark.parametrize("numbers", [{}, {"lr": 0.1}])
+def test_a_factory_says_where_params_go(name, numbers):
+    make = getattr(diffopt, name)
+    message = rf"takes no params here: use (diffopt.optim.\w+)\(params, ...\), or {name}\(\).init"
+    with pytest.raises(TypeError, match=message) as caught:
+        make([TENSOR], **numbers)
+    owner = re.search(message, str(caught.value))[1].rpartition(".")[2]
+    assert owner.lower() == name.replace("_", "")
+    assert hasattr(diffopt.optim, owner)
+
+
+@every_factory
+def test_flags_are_keywords_of_the_signature(name):
+    parameters = inspect.signature(getattr(diffopt, name)).parameters
+    assert FACTORIES[name].keys() <= parameters.keys()
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters.values())
+
+
+def test_a_class_of_ones_own_may_be_decorated():
+    opt = FlaggedByField()
+    assert opt == FlaggedByField(flag=()) != FlaggedByField(flag=(1,))
+    assert dataclasses.replace(opt, flag=(2,)).flag == (2,)
+    assert [f.metadata for f in dataclasses.fields(opt)][-1] == {"unit": "steps"}
+    assert repr(opt) == "FlaggedByField(flag=(), maximize=False)"
+    torch.testing.assert_close(step_of(opt), step_of(Lion()))
+
+
+def test_optimizers_are_made_inside_a_compiled_function():
+    @torch.compile(backend="eager", fullgraph=True)
+    def stepped(p):
+        made = [
+            diffopt.adam(amsgrad=True),
+            diffopt.muon(precision=None),
+            diffopt.lbfgs(history_size=2),
+            transforms.chain(clip_by_norm(), diffopt.sgd(nesterov=True)),
+            Flagged(flag=(1,)),
+        ]
+        return [opt.update(p, p, opt.init(p), opt.hparams(lr=0.1))[0] for opt in made]
+
+    first, *_ = stepped(torch.ones(2, 2))
+    torch.testing.assert_close(first, torch.full((2, 2), 0.9))
 
 
 # State of another dtype than its parameter's

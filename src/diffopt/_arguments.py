@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import math
@@ -16,35 +17,80 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def factory(make: Callable[P, R]) -> Callable[P, R]:
-    """`make`, which says where hyperparameters go if it is called with one.
-
-    What it returns has a function `hparams`, which raises for what is not a hyperparameter.
-    """
-    flags = inspect.signature(make).parameters
-    positional = any(flag.kind is not flag.KEYWORD_ONLY for flag in flags.values())
-    call = f"{make.__name__}({'...' if positional else ''})"
+def explained(make: Callable[P, R]) -> Callable[P, R]:
+    """`make`, a function or a constructor, which explains arguments that it does not have."""
+    parameters = inspect.signature(make).parameters.values()
+    names, kinds = [p.name for p in parameters], [p.kind for p in parameters]
+    most = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    most = math.inf if inspect.Parameter.VAR_POSITIONAL in kinds else most
+    known = {*names}
 
     @functools.wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> R:
-        if args and not positional:
-            raise TypeError(f"{call} takes no numbers: hyperparameters go to {call}.hparams(...)")
-        others = {name: kwargs[name] for name in kwargs if name not in flags}
-        if not others:
-            return make(*args, **kwargs)
-        maker: Any = make
-        value = maker(*args, **{name: kwargs[name] for name in kwargs if name in flags})
-        try:
-            value.hparams(**others)
-        except TypeError as error:
-            unknown = f"{call} has no argument {', '.join(others)}, only {', '.join(flags)}"
-            raise TypeError(f"{unknown}; as a hyperparameter: {error}") from None
+        if len(args) > most or not kwargs.keys() <= known:
+            raise TypeError(_explanation(make, names, most, args, kwargs))
+        return make(*args, **kwargs)
+
+    return made
+
+
+def _explanation(
+    make: Callable[..., Any], names: list[str], most: float, args: Any, kwargs: dict[str, Any]
+) -> str:
+    """What is wrong with a call, and what to do instead."""
+    maker: Any = make
+    if make.__name__ == "__init__":
+        maker, args, names, most = type(args[0]), args[1:], names[1:], most - 1
+    call = f"{_public_name(maker)}({'...' if most else ''})"
+    if len(args) > most:
+        return f"{call} takes {most or 'no'} positional arguments{_instead(maker, call, most)}"
+    others = {name: kwargs[name] for name in kwargs if name not in names}
+    known = {name: kwargs[name] for name in kwargs if name in names}
+    fault = _fault(maker, args, known, others)
+    if fault is None:
         given = ", ".join(
             f"{name}={x if isinstance(x, (int, float)) else '...'}" for name, x in others.items()
         )
-        raise TypeError(f"{', '.join(others)}: hyperparameters go to {call}.hparams({given})")
+        return f"{', '.join(others)}: hyperparameters go to {call}.hparams({given})"
+    close = [near for name in others for near in difflib.get_close_matches(name, names, 1)]
+    only = f", only {', '.join(sorted(names))}" if names else ""
+    hint = f": did you mean {close[0]!r}?" if close else fault
+    return f"{call} has no argument {', '.join(others)}{only}{hint}"
 
-    return made
+
+def _public_name(maker: Any) -> str:
+    """What users call it: the last name that its module has for it, as in `adam = Adam`."""
+    module = vars(sys.modules[maker.__module__])
+    names = [name for name, value in module.items() if value is maker]
+    return names[-1] if names else maker.__name__
+
+
+def _instead(maker: Any, call: str, most: float) -> str:
+    """Where what was passed as a positional argument belongs."""
+    if most or not hasattr(maker(), "hparams"):
+        return ""
+    numbers = f"hyperparameters go to {call}.hparams(...)"
+    if not hasattr(maker(), "update"):
+        return f": {numbers}"
+    ours = maker.__module__.startswith("diffopt.")
+    inplace = f"{type(maker()).__name__}(" if ours else f"from_pure({call}, "
+    return (
+        f": a pure optimizer takes no params here: use diffopt.optim.{inplace}params, ...), "
+        f"or {call}.init(params); {numbers}"
+    )
+
+
+def _fault(maker: Any, args: Any, known: Any, others: dict[str, Any]) -> str | None:
+    """Why the others are not hyperparameters of what is made; None if they are."""
+    if isinstance(maker, type) and not hasattr(maker, "hparams"):
+        return ""
+    try:
+        maker(*args, **known).hparams(**others)
+    except TypeError as error:
+        return f"; as a hyperparameter: {error}"
+    except ValueError:  # out of range
+        pass
+    return None
 
 
 def check_number(value: Any, name: str, *, positive: bool = False) -> None:

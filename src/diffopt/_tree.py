@@ -246,7 +246,7 @@ def detach(tree: Tree) -> Tree:
     Returns:
         The same structure; each tensor shares its data with the old one and has no history.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.adam()
         >>> lr = torch.tensor(0.1, requires_grad=True)

@@ -11,6 +11,8 @@ from typing import Any, cast, dataclass_transform
 
 from torch import Tensor
 
+from diffopt._arguments import explained
+
 
 @dataclass_transform(eq_default=False, frozen_default=True)
 class Value:
@@ -19,16 +21,25 @@ class Value:
     Two are equal if they have the same class and equal fields: trees are compared by contents, and
     tensors by identity, since their values are never read. A constructor that a class defines is
     inherited by those that add no fields, and decorating a class as a dataclass changes nothing.
+    Calls with arguments that the constructor does not have are explained.
     """
+
+    _of_flags = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        adds_fields = bool(inspect.get_annotations(cls))
-        init = adds_fields or cls.__init__ is object.__init__
-        dataclasses.dataclass(frozen=True, eq=False, repr=False, init=init)(cls)
+        fields = [x for x in vars(cls).values() if isinstance(x, dataclasses.Field) and x.init]
+        own = "__init__" in vars(cls)
+        init = bool(inspect.get_annotations(cls)) or cls.__init__ is object.__init__
+        flags = cls._of_flags
+        dataclasses.dataclass(frozen=True, eq=flags, repr=False, init=init, kw_only=flags)(cls)
+        if init and not own:
+            cls.__init__ = explained(cls.__init__)
         del cls.__setattr__, cls.__delattr__  # which would not let it be decorated again
         for name in ("__eq__", "__hash__", "__repr__"):
             setattr(cls, name, getattr(cls, name))
+        for field in fields:  # for a decorator to see again
+            setattr(cls, field.name, field)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
@@ -47,6 +58,13 @@ class Value:
     def __repr__(self) -> str:
         fields = (f"{name}={brief(value)}" for name, value in _fields(self).items())
         return f"{type(self).__name__}({', '.join(fields)})"
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Flags(Value):
+    """Values whose fields are flags: keyword-only arguments, each of which has a hash."""
+
+    _of_flags = True
 
 
 def _fields(value: Value) -> dict[str, Any]:

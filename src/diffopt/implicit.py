@@ -194,7 +194,7 @@ def implicit_root(
         ConvergenceError: with `on_failure="raise"`, here or in `solver`.
         RuntimeError: under torch.compile.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.implicit import implicit_root
         >>> sqrt = implicit_root(lambda x, a: x**2 - a, lambda init, a: torch.sqrt(a))
@@ -250,7 +250,7 @@ def implicit_fixed_point(
     Raises:
         ValueError: see `implicit_root`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.implicit import implicit_fixed_point
         >>> layer = implicit_fixed_point(lambda x, a: (x + a / x) / 2)  # Heron's square root
@@ -329,7 +329,7 @@ def fixed_point_iteration(
         ValueError: a number is out of its range.
         TypeError: step is not a function.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.implicit import fixed_point_iteration
         >>> fixed_point_iteration(lambda x: 0.5 * x + 1, max_steps=100)(torch.tensor(0.0))

@@ -82,7 +82,7 @@ def functionalize(module: nn.Module) -> Functional:
             module has changed: a parameter has been replaced
             (`load_state_dict(assign=True)`), frozen, unfrozen, added or removed.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> model = diffopt.nn.functionalize(torch.nn.BatchNorm1d(2))
         >>> sorted(model.params), sorted(model.buffers)
@@ -282,7 +282,7 @@ def decay_mask(module: nn.Module) -> dict[str, bool]:
     Raises:
         TypeError: `module` is not a module.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
         >>> mask = diffopt.nn.decay_mask(model)

@@ -1,6 +1,6 @@
 """Schedules: pure functions of the step, differentiable with respect to their arguments.
 
-The functions here take numbers or tensors, and return a function `step -> value` for a field of
+They are made from numbers or tensors, and are functions `step -> value` for a field of
 hyperparameters: `opt.hparams(lr=schedule(state.step))`. Steps are counted from 0, before the first
 update. A value is a float if the step and the arguments are Python numbers, and a float64 tensor if
 one of them is a tensor of any dtype. Tensors broadcast: a tensor of steps gives the values at them.
@@ -16,11 +16,13 @@ which holds copies of its tensors, is a different schedule.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,80 +40,93 @@ Schedule: TypeAlias = Callable[[Any], Any]
 class Formula(_value.Value, ABC):
     """What the functions of this module return: a formula of the step and its own fields."""
 
+    _numbers: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    """The fields that must be numbers, and their bounds."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._names = tuple(field.name for field in dataclasses.fields(cls))  # which won't trace
+
+    def __post_init__(self) -> None:
+        for name, bounds in self._numbers.items():
+            self._keep(**{name: _number(name, getattr(self, name), **bounds)})
+
     def __call__(self, step: Number) -> Any:
-        fields: Any = type(self).__match_args__  # pyright: ignore[reportAttributeAccessIssue] (of every dataclass)
-        return type(self)(*[_exact(getattr(self, name)) for name in fields]).at(_exact(step))
+        exact = object.__new__(type(self))
+        exact._keep(**{name: _exact(getattr(self, name)) for name in self._names})
+        return exact.at(_exact(step))
 
     @abstractmethod
     def at(self, step: Number) -> Number:
         """The value; all tensors are in float64 here."""
 
+    def _keep(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
 
 class Constant(Formula):
-    """What `constant` returns."""
-
-    value: Number
-
-    def at(self, step: Number) -> Number:
-        return self.value + 0 * step
-
-
-def constant(value: Number) -> Constant:
     """The same value at every step: `value`.
+
+    For torch's ConstantLR, which changes once, see `piecewise`.
 
     Args:
         value: any number.
 
-    Returns:
-        The schedule. For torch's ConstantLR, which changes once, see `piecewise`.
-
     Raises:
         TypeError: an argument is neither a number nor a tensor.
 
-    Example:
+    Examples:
         >>> import diffopt
         >>> diffopt.schedules.constant(0.1)(7)
         0.1
     """
-    return Constant(_number("value", value))
+
+    value: Number
+
+    _numbers: ClassVar = {"value": {}}
+
+    def at(self, step: Number) -> Number:
+        return _same(self.value, step)
+
+
+constant = Constant
 
 
 class Linear(Formula):
-    """What `linear` and `warmup` return."""
-
-    init: Number
-    final: Number
-    steps: Number
-
-    def at(self, step: Number) -> Number:
-        return _between(self.init, self.final, _progress(step, self.steps))
-
-
-def linear(init: Number, final: Number, steps: Number) -> Linear:
     """A straight line, then constant.
 
     With x = min(step / steps, 1), the value is `init * (1 - x) + final * x`.
+
+    This is torch's LinearLR, with values instead of factors of the learning rate.
 
     Args:
         init: the value at step 0.
         final: the value from step `steps` on.
         steps: the length, > 0.
 
-    Returns:
-        The schedule: torch's LinearLR, with values instead of factors of the learning rate.
-
     Raises:
         ValueError: a number is out of range.
         TypeError: an argument is neither a number nor a tensor.
 
-    Example:
+    Examples:
         >>> import diffopt
         >>> lr = diffopt.schedules.linear(init=1.0, final=0.5, steps=4)
         >>> [lr(step) for step in range(6)]
         [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]
     """
-    init, final = _number("init", init), _number("final", final)
-    return Linear(init, final, _number("steps", steps, gt=0))
+
+    init: Number
+    final: Number
+    steps: Number
+
+    _numbers: ClassVar = {"init": {}, "final": {}, "steps": {"gt": 0}}
+
+    def at(self, step: Number) -> Number:
+        return _between(self.init, self.final, _progress(step, self.steps))
+
+
+linear = Linear
 
 
 def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Linear:
@@ -129,7 +144,7 @@ def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Linear:
         ValueError: a number is out of range.
         TypeError: an argument is neither a number nor a tensor.
 
-    Example:
+    Examples:
         >>> from diffopt.schedules import cosine, joined, warmup
         >>> lr = joined([warmup(peak=1.0, steps=2), cosine(init=1.0, steps=4)], [2])
         >>> [round(lr(step), 3) for step in range(7)]
@@ -141,22 +156,11 @@ def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Linear:
 
 
 class Polynomial(Formula):
-    """What `polynomial` returns."""
-
-    init: Number
-    steps: Number
-    power: Number
-    final: Number
-
-    def at(self, step: Number) -> Number:
-        left = 1 - _progress(step, self.steps)
-        return _between(self.final, self.init, _power(left, self.power))
-
-
-def polynomial(init: Number, steps: Number, power: Number = 1.0, final: Number = 0.0) -> Polynomial:
     """A power of the remaining steps, then constant.
 
     With r = (1 - min(step / steps, 1))^power, the value is `init * r + final * (1 - r)`.
+
+    This is torch's PolynomialLR, which only has `final=0`.
 
     Args:
         init: the value at step 0.
@@ -164,54 +168,50 @@ def polynomial(init: Number, steps: Number, power: Number = 1.0, final: Number =
         power: the exponent, > 0.
         final: the value from step `steps` on.
 
-    Returns:
-        The schedule: torch's PolynomialLR, which only has `final=0`.
-
     Raises:
         ValueError: a number is out of range.
         TypeError: an argument is neither a number nor a tensor.
 
-    Example:
+    Examples:
         >>> import diffopt
         >>> lr = diffopt.schedules.polynomial(init=1.0, steps=4, power=2.0)
         >>> [lr(step) for step in range(6)]
         [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
     """
-    init, final = _number("init", init), _number("final", final)
-    steps, power = _number("steps", steps, gt=0), _number("power", power, gt=0)
-    return Polynomial(init, steps, power, final)
-
-
-class Cosine(Formula):
-    """What `cosine` returns."""
 
     init: Number
     steps: Number
-    final: Number
+    power: Number = 1.0
+    final: Number = 0.0
+
+    _numbers: ClassVar = {"init": {}, "final": {}, "steps": {"gt": 0}, "power": {"gt": 0}}
 
     def at(self, step: Number) -> Number:
-        return _cosine(self.init, self.final, _progress(step, self.steps))
+        left = 1 - _progress(step, self.steps)
+        return _between(self.final, self.init, _power(left, self.power))
 
 
-def cosine(init: Number, steps: Number, final: Number = 0.0) -> Cosine:
+polynomial = Polynomial
+
+
+class Cosine(Formula):
     """Half a cosine wave, then constant.
 
     With r = (1 + cos(pi * min(step / steps, 1))) / 2, the value is `init * r + final * (1 - r)`.
+
+    This is torch's CosineAnnealingLR up to its T_max, after which torch's rises again and this one
+    stays constant.
 
     Args:
         init: the value at step 0.
         steps: the length, > 0.
         final: the value from step `steps` on.
 
-    Returns:
-        The schedule: torch's CosineAnnealingLR up to its T_max, after which torch's rises again and
-        this one stays constant.
-
     Raises:
         ValueError: a number is out of range.
         TypeError: an argument is neither a number nor a tensor.
 
-    Example:
+    Examples:
         >>> import diffopt
         >>> lr = diffopt.schedules.cosine(init=1.0, steps=4)
         >>> [round(lr(step), 3) for step in range(6)]
@@ -220,90 +220,143 @@ def cosine(init: Number, steps: Number, final: Number = 0.0) -> Cosine:
     Source: Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017,
     equation 5, without restarts.
     """
-    init, final = _number("init", init), _number("final", final)
-    return Cosine(init, _number("steps", steps, gt=0), final)
+
+    init: Number
+    steps: Number
+    final: Number = 0.0
+
+    _numbers: ClassVar = {"init": {}, "final": {}, "steps": {"gt": 0}}
+
+    def at(self, step: Number) -> Number:
+        return _cosine(self.init, self.final, _progress(step, self.steps))
+
+
+cosine = Cosine
 
 
 class Exponential(Formula):
-    """What `exponential` returns."""
-
-    init: Number
-    gamma: Number
-
-    def at(self, step: Number) -> Number:
-        return self.init * _decay(self.gamma, step)
-
-
-def exponential(init: Number, gamma: Number) -> Exponential:
     """A constant factor per step: `init * gamma^step`.
+
+    This is torch's ExponentialLR.
 
     Args:
         init: the value at step 0.
         gamma: the factor, >= 0.
 
-    Returns:
-        The schedule: torch's ExponentialLR.
-
     Raises:
         ValueError: a number is out of range.
         TypeError: an argument is neither a number nor a tensor.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> gamma = torch.tensor(0.5, requires_grad=True)
         >>> lr = diffopt.schedules.exponential(init=1.0, gamma=gamma)(3)
         >>> torch.autograd.grad(lr, gamma)  # 3 * 0.5^2
         (tensor(0.7500),)
     """
-    return Exponential(_number("init", init), _number("gamma", gamma, ge=0))
-
-
-class Step(Formula):
-    """What `step` returns."""
 
     init: Number
     gamma: Number
-    every: Number
+
+    _numbers: ClassVar = {"init": {}, "gamma": {"ge": 0}}
 
     def at(self, step: Number) -> Number:
-        return self.init * _decay(self.gamma, _floor(step / self.every))
+        return self.init * _decay(self.gamma, step)
 
 
-def step(init: Number, gamma: Number, every: Number) -> Step:
+exponential = Exponential
+
+
+class Step(Formula):
     """A constant factor every so many steps: `init * gamma^floor(step / every)`.
+
+    This is torch's StepLR.
 
     Args:
         init: the value at step 0.
         gamma: the factor, >= 0.
         every: the steps between two changes, > 0; its derivative is 0.
 
-    Returns:
-        The schedule: torch's StepLR.
-
     Raises:
         ValueError: a number is out of range.
         TypeError: an argument is neither a number nor a tensor.
 
-    Example:
+    Examples:
         >>> import diffopt
         >>> lr = diffopt.schedules.step(init=1.0, gamma=0.5, every=2)
         >>> [lr(step) for step in range(6)]
         [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
     """
-    init, gamma = _number("init", init), _number("gamma", gamma, ge=0)
-    return Step(init, gamma, _number("every", every, gt=0))
+
+    init: Number
+    gamma: Number
+    every: Number
+
+    _numbers: ClassVar = {"init": {}, "gamma": {"ge": 0}, "every": {"gt": 0}}
+
+    def at(self, step: Number) -> Number:
+        return self.init * _decay(self.gamma, _floor(step / self.every))
+
+
+step = Step
 
 
 class OneCycle(Formula):
-    """What `one_cycle` returns."""
+    """Up to a peak and down to almost nothing.
+
+    From `low = peak / div_factor` at step 0 to `peak` at step pct_start * steps - 1, and on to
+    `low / final_div_factor` at step steps - 1. With `three_phase` the way down has two parts: back
+    to `low` at step 2 * (pct_start * steps - 1), then to the end.
+
+    This is the learning rate of torch's OneCycleLR, which raises an error after its last step;
+    this one stays constant. For its momentum, use a schedule for `momentum` or `beta1`.
+
+    Args:
+        peak: the largest value.
+        steps: the number of steps, > 0; the last one is step `steps - 1`.
+        pct_start: the fraction of steps on the way up, in [0, 1].
+        div_factor: peak divided by first value, > 0.
+        final_div_factor: first value divided by last, > 0.
+        anneal: the interpolation between two values: "cos" as in `cosine`, "linear" as in `linear`.
+        three_phase: whether the way down has two parts.
+
+    Raises:
+        ValueError: a number is out of range, or `anneal` is unknown.
+        TypeError: an argument is neither a number nor a tensor, or `three_phase` is not a bool.
+
+    Examples:
+        >>> import diffopt
+        >>> lr = diffopt.schedules.one_cycle(
+        ...     peak=1.0, steps=5, pct_start=0.6, div_factor=2.0, anneal="linear"
+        ... )
+        >>> [round(lr(step), 3) for step in range(6)]
+        [0.5, 0.75, 1.0, 0.5, 0.0, 0.0]
+
+    Source: Smith and Topin, "Super-convergence: very fast training of neural networks using large
+    learning rates", 2018, as in torch.
+    """
 
     peak: Number
     steps: Number
-    pct_start: Number
-    div_factor: Number
-    final_div_factor: Number
-    anneal: Literal["cos", "linear"]
-    three_phase: bool
+    _: dataclasses.KW_ONLY
+    pct_start: Number = 0.3
+    div_factor: Number = 25.0
+    final_div_factor: Number = 1e4
+    anneal: Literal["cos", "linear"] = "cos"
+    three_phase: bool = False
+
+    _numbers: ClassVar = {
+        "peak": {},
+        "steps": {"gt": 0},
+        "pct_start": {"ge": 0, "le": 1},
+        "div_factor": {"gt": 0},
+        "final_div_factor": {"gt": 0},
+    }
+
+    def __post_init__(self) -> None:
+        hyper.check_flags(three_phase=self.three_phase)
+        _arguments.check_choice(self.anneal, "anneal", "cos", "linear")
+        super().__post_init__()
 
     def at(self, step: Number) -> Number:
         top, end = self.pct_start * self.steps - 1, self.steps - 1
@@ -320,147 +373,85 @@ class OneCycle(Formula):
         return value
 
 
-def one_cycle(
-    peak: Number,
-    steps: Number,
-    *,
-    pct_start: Number = 0.3,
-    div_factor: Number = 25.0,
-    final_div_factor: Number = 1e4,
-    anneal: Literal["cos", "linear"] = "cos",
-    three_phase: bool = False,
-) -> OneCycle:
-    """Up to a peak and down to almost nothing.
-
-    From `low = peak / div_factor` at step 0 to `peak` at step pct_start * steps - 1, and on to
-    `low / final_div_factor` at step steps - 1. With `three_phase` the way down has two parts: back
-    to `low` at step 2 * (pct_start * steps - 1), then to the end.
-
-    Args:
-        peak: the largest value.
-        steps: the number of steps, > 0; the last one is step `steps - 1`.
-        pct_start: the fraction of steps on the way up, in [0, 1].
-        div_factor: peak divided by first value, > 0.
-        final_div_factor: first value divided by last, > 0.
-        anneal: the interpolation between two values: "cos" as in `cosine`, "linear" as in `linear`.
-        three_phase: whether the way down has two parts.
-
-    Returns:
-        The schedule: the learning rate of torch's OneCycleLR, which raises an error after its last
-        step, while this one stays constant. For its momentum, use a schedule for `momentum` or
-        `beta1`.
-
-    Raises:
-        ValueError: a number is out of range, or `anneal` is unknown.
-        TypeError: an argument is neither a number nor a tensor, or `three_phase` is not a bool.
-
-    Example:
-        >>> import diffopt
-        >>> lr = diffopt.schedules.one_cycle(
-        ...     peak=1.0, steps=5, pct_start=0.6, div_factor=2.0, anneal="linear"
-        ... )
-        >>> [round(lr(step), 3) for step in range(6)]
-        [0.5, 0.75, 1.0, 0.5, 0.0, 0.0]
-
-    Source: Smith and Topin, "Super-convergence: very fast training of neural networks using large
-    learning rates", 2018, as in torch.
-    """
-    hyper.check_flags(three_phase=three_phase)
-    _arguments.check_choice(anneal, "anneal", "cos", "linear")
-    return OneCycle(
-        _number("peak", peak),
-        _number("steps", steps, gt=0),
-        _number("pct_start", pct_start, ge=0, le=1),
-        _number("div_factor", div_factor, gt=0),
-        _number("final_div_factor", final_div_factor, gt=0),
-        anneal,
-        three_phase,
-    )
+one_cycle = OneCycle
 
 
 class Piecewise(Formula):
-    """What `piecewise` returns."""
-
-    values: tuple[Number, ...] | Tensor
-    boundaries: tuple[Number, ...]
-
-    def at(self, step: Number) -> Number:
-        constants = tuple(Constant(value) for value in self.values)
-        return Joined(constants, self.boundaries).at(step)
-
-
-def piecewise(values: Sequence[Number] | Tensor, boundaries: Sequence[Number]) -> Piecewise:
     """Constant between boundaries: `values[i]` from step `boundaries[i - 1]` on.
+
+    This is torch's MultiStepLR, with values instead of its factor. ConstantLR is
+    `piecewise([factor * lr, lr], [total_iters])`.
 
     Args:
         values: the values, one more than boundaries: numbers, or a tensor with one per row.
         boundaries: the steps of the changes, increasing, >= 0; their derivative is 0.
 
-    Returns:
-        The schedule: torch's MultiStepLR, with values instead of its factor. ConstantLR is
-        `piecewise([factor * lr, lr], [total_iters])`.
-
     Raises:
         ValueError: lengths do not match, or boundaries do not increase.
         TypeError: an argument is neither a number nor a tensor.
 
-    Example:
+    Examples:
         >>> import diffopt
         >>> lr = diffopt.schedules.piecewise([0.1, 0.01, 0.005], [2, 3])
         >>> [lr(step) for step in range(5)]
         [0.1, 0.1, 0.01, 0.005, 0.005]
     """
-    starts = _starts("values", _sequence("values", values), boundaries)
-    if isinstance(values, Tensor):
-        return Piecewise(values, starts)
-    checked = (_number(f"values[{i}]", value) for i, value in enumerate(values))
-    return Piecewise(tuple(checked), starts)
+
+    values: Sequence[Number] | Tensor
+    boundaries: Sequence[Number]
+
+    def __post_init__(self) -> None:
+        values, starts = self.values, _starts("values", self.values, self.boundaries)
+        if not isinstance(values, Tensor):
+            values = tuple(_number(f"values[{i}]", value) for i, value in enumerate(values))
+        self._keep(values=values, boundaries=starts)
+
+    def at(self, step: Number) -> Number:
+        constants = [functools.partial(_same, value) for value in self.values]
+        return _in_turn(constants, self.boundaries, step)
+
+
+piecewise = Piecewise
 
 
 class Joined(Formula):
-    """What `joined` returns."""
-
-    schedules: tuple[Schedule, ...]
-    boundaries: tuple[Number, ...]
-
-    def at(self, step: Number) -> Number:
-        ends = [*self.boundaries, math.inf]
-        first, *others = self.schedules
-        value = first(_where(step < ends[0], step, 0.0))
-        for part, start, end in zip(others, self.boundaries, ends[1:], strict=True):
-            # At its own steps no part overflows; elsewhere that would make the derivative NaN.
-            local = _where((step >= start) & (step < end), step - start, 0.0)
-            value = _where(step >= start, part(local), value)
-        return value
-
-
-def joined(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Joined:
     """One schedule after another, each counting from its own first step.
 
     The value is `schedules[i](step - boundaries[i - 1])` from step `boundaries[i - 1]` on.
+
+    This is torch's SequentialLR. Parts that are not active are evaluated at their step 0.
 
     Args:
         schedules: the parts, one more than boundaries: any functions of the step.
         boundaries: the steps of the changes, increasing, >= 0.
 
-    Returns:
-        The schedule: torch's SequentialLR. Parts that are not active are evaluated at their step 0.
-
     Raises:
         ValueError: lengths do not match, or boundaries do not increase.
         TypeError: a boundary is neither a number nor a tensor, or a part is not a function.
 
-    Example:
+    Examples:
         >>> from diffopt.schedules import constant, joined, linear
         >>> lr = joined([constant(1.0), linear(init=1.0, final=0.0, steps=2)], [3])
         >>> [lr(step) for step in range(6)]
         [1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
     """
-    for i, part in enumerate(_sequence("schedules", schedules)):
-        if not callable(part):
-            what = _tree.describe(part)
-            raise TypeError(f"schedules[{i}] is {what}, not a function of the step")
-    return Joined(tuple(schedules), _starts("schedules", schedules, boundaries))
+
+    schedules: Sequence[Schedule]
+    boundaries: Sequence[Number]
+
+    def __post_init__(self) -> None:
+        starts = _starts("schedules", self.schedules, self.boundaries)
+        for i, part in enumerate(self.schedules):
+            if not callable(part):
+                what = _tree.describe(part)
+                raise TypeError(f"schedules[{i}] is {what}, not a function of the step")
+        self._keep(schedules=tuple(self.schedules), boundaries=starts)
+
+    def at(self, step: Number) -> Number:
+        return _in_turn(self.schedules, self.boundaries, step)
+
+
+joined = Joined
 
 
 # Arguments
@@ -485,9 +476,9 @@ def _sequence(name: str, value: Any) -> Any:
     raise TypeError(f"{name} is {_tree.describe(value)}, not a list")
 
 
-def _starts(name: str, parts: Sequence[Any], boundaries: Sequence[Number]) -> tuple[Number, ...]:
-    """The boundaries, checked."""
-    given = enumerate(_sequence("boundaries", boundaries))
+def _starts(name: str, parts: Any, boundaries: Sequence[Number]) -> tuple[Number, ...]:
+    """The boundaries, checked, as those of a sequence of parts."""
+    parts, given = _sequence(name, parts), enumerate(_sequence("boundaries", boundaries))
     checked = tuple(_number(f"boundaries[{i}]", b, ge=0) for i, b in given)
     if len(parts) != len(checked) + 1:
         raise ValueError(
@@ -523,6 +514,11 @@ def _tensor(value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full_like(like, value, dtype=dtype)
 
 
+def _same(value: Number, step: Number) -> Number:
+    """The value, in the shape of the steps."""
+    return value + 0 * step
+
+
 def _progress(step: Number, steps: Number) -> Number:
     """`step / steps`, but no less than 0 and no more than 1."""
     step = _where(step > 0, step, 0.0)
@@ -539,6 +535,18 @@ def _cosine(start: Number, end: Number, x: Number) -> Number:
     """Half a cosine wave from `start` at x = 0 to `end` at x = 1."""
     cos = torch.cos(math.pi * x) if isinstance(x, Tensor) else math.cos(math.pi * x)
     return _between(end, start, (1 + cos) / 2)
+
+
+def _in_turn(parts: Sequence[Schedule], starts: Sequence[Number], step: Number) -> Number:
+    """The value of the last part that has started, which counts from its own first step."""
+    ends = [*starts, math.inf]
+    first, *others = parts
+    value = first(_where(step < ends[0], step, 0.0))
+    for part, start, end in zip(others, starts, ends[1:], strict=True):
+        # At its own steps no part overflows; elsewhere that would make the derivative NaN.
+        local = _where((step >= start) & (step < end), step - start, 0.0)
+        value = _where(step >= start, part(local), value)
+    return value
 
 
 def _power(base: Number, exponent: Number) -> Number:

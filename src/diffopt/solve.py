@@ -98,7 +98,7 @@ def minimize(
             iterable, a leaf of params is not a tensor, `hparams` or `state` belongs to another
             optimizer, and so on; or the loss does not return what `has_aux` and `buffers` require.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.sgd()
         >>> lr = torch.tensor(0.25, requires_grad=True)

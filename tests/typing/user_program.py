@@ -12,7 +12,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt import transforms
-from diffopt.rules.adam import Adam, AdamHParams, AdamState, AdamWHParams
+from diffopt.rules.adam import Adam, AdamHParams, AdamState, AdamW, AdamWHParams
 from diffopt.rules.sgd import MomentumHParams, SGDState
 from diffopt.schedules import Schedule
 from diffopt.transforms.chain import Chain
@@ -22,7 +22,13 @@ params = {"w": torch.zeros(3), "b": torch.zeros(())}
 
 opt = diffopt.adam(amsgrad=True)
 assert_type(opt, Adam)
+assert_type(opt.amsgrad, bool)
+assert_type(diffopt.adamw(maximize=True, execution="leaf"), AdamW)
+assert_type(diffopt.lbfgs(history_size=5).history_size, int)
 diffopt.adam(amsgrd=True)  # type: ignore[call-arg]
+diffopt.adam(amsgrad="yes")  # type: ignore[arg-type]
+diffopt.adam(params.values())  # type: ignore[call-arg, arg-type]
+diffopt.lbfgs(lr=0.1)  # type: ignore[call-arg]
 
 hparams = opt.hparams(lr=1e-2, beta1=torch.tensor(0.9))
 assert_type(hparams, AdamHParams)

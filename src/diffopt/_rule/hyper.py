@@ -103,7 +103,7 @@ def hparams(cls: type[T]) -> type[T]:
         ValueError: when a record is created, a number is out of range; the message names field,
             value and range.
 
-    Example:
+    Examples:
         >>> from diffopt.rules import hparams, number
         >>> @hparams
         ... class Decay:

@@ -18,16 +18,15 @@ from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, hyper, lists, ops, running, ways
 from diffopt._rule.rule import EXECUTIONS, WORKING_DTYPE, Execution, H, Rule, S, Shape, unused
 from diffopt._tree import Tree
-from diffopt._value import brief
+from diffopt._value import Flags, brief
 from diffopt.optimizer import Optimizer, Write
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Leafwise(Rule[S, H], Optimizer[S, H]):
+class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
     """An optimizer that updates each tensor of a tree by the same rule.
 
-    A value: two with the same flags are equal. Subclass it as a frozen dataclass whose fields are
-    flags, mostly bools, and implement the methods of `Rule`; `leafwise` makes one from functions.
+    A value: two with the same flags are equal. A subclass is a frozen dataclass: annotate its
+    flags, mostly bools, and implement the methods of `Rule`. `leafwise` makes one from functions.
     Parameters in half precision are updated in float32 arithmetic, complex ones as pairs of reals.
 
     Attributes:
@@ -39,8 +38,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
             which takes seconds at the first step, and is the same for all shapes; `update` runs as
             "leaf", to be compiled together with the code around it.
 
-    Example:
-        >>> import dataclasses
+    Examples:
         >>> from typing import Any, NamedTuple
         >>> import torch
         >>> from diffopt.rules import Leafwise, hparams, number
@@ -49,8 +47,7 @@ class Leafwise(Rule[S, H], Optimizer[S, H]):
         >>> @hparams
         ... class SignHParams:
         ...     lr: float = number(1e-3, ge=0)
-        >>> @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-        ... class SignDescent(Leafwise[SignState, SignHParams]):
+        >>> class SignDescent(Leafwise[SignState, SignHParams]):
         ...     State = SignState
         ...     hparams = SignHParams
         ...     def rule(self, p, g, s, hp, c):
@@ -350,7 +347,6 @@ def _used(state: tuple[Any, ...], fields: tuple[str, ...]) -> Mapping[str, torch
     return {name: field.dtype for name, field in pairs if not unused(field)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class FunctionRule(Leafwise[S, H]):
     """What `leafwise` returns: a rule whose methods and attributes are the arguments.
 
@@ -431,7 +427,7 @@ def leafwise(
         The optimizer. Parameters in half precision are updated in float32 arithmetic, complex ones
         as pairs of reals.
 
-    Example:
+    Examples:
         >>> from typing import Any, NamedTuple
         >>> import torch
         >>> from diffopt.rules import hparams, leafwise, number

@@ -26,7 +26,7 @@ class Adjoint(ABC):
     also with other tensors in the same places: a step is pure. `minimize` passes a `GradientStep`,
     which has the loss and the optimizer as attributes; its carry is a tuple of trees.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> class LastHalf(diffopt.adjoint.Adjoint):  # the first half of the steps are constants
         ...     def run(self, step, carry, args, xs):

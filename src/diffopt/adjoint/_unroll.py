@@ -48,7 +48,7 @@ def unroll(
             `step` returns a carry of another structure.
         TypeError: `adjoint` is not an `Adjoint`, or `step` does not return a tuple of two.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> def euler(y, rate, t):
         ...     return y + 0.1 * rate * y, y

@@ -64,7 +64,7 @@ class Checkpointed(Adjoint):
         NotImplementedError: in the backward pass with "forward-over-reverse": an operation of the
             loss has no forward derivative.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> lr = torch.tensor(0.1, requires_grad=True)
         >>> opt = diffopt.sgd()

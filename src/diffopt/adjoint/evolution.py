@@ -88,7 +88,7 @@ class Evolution(Adjoint):
         TypeError: `generator` is not a torch.Generator.
         NotImplementedError: in forward mode, under torch.compile, for a second derivative.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> lr = torch.tensor(0.1, requires_grad=True)
         >>> opt = diffopt.sgd()

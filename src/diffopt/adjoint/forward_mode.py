@@ -67,7 +67,7 @@ class ForwardMode(Adjoint):
         NotImplementedError: the step has an operation without a forward derivative; in the backward
             pass: a second derivative is needed.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> lr = torch.tensor(0.1, requires_grad=True)
         >>> opt = diffopt.sgd()
@@ -126,7 +126,7 @@ class ForwardMode(Adjoint):
         Raises:
             ValueError: `discount` is not between 0 and 1.
 
-        Example:
+        Examples:
             >>> import torch, diffopt
             >>> def step(w, lr, t):
             ...     return w - lr * w, 0.5 * w**2  # the loss w^2 / 2

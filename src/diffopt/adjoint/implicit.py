@@ -62,7 +62,7 @@ class Implicit(ImplicitDerivative, Adjoint):
             function; `run`: the step is not one of `minimize` (use `diffopt.implicit_fixed_point`).
         ConvergenceError: with `on_failure="raise"`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> def loss(w, decay):
         ...     return 0.5 * (w - 3) ** 2 + 0.5 * decay * w**2

@@ -41,7 +41,7 @@ class OneStep(Adjoint):
     Raises:
         NotImplementedError: for a second derivative.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> target = torch.tensor(2.0, requires_grad=True)
         >>> opt = diffopt.sgd()

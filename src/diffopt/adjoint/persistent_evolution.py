@@ -64,7 +64,7 @@ class PersistentEvolution:
             called: `function` does not return a carry and a real 0-d tensor or number.
         NotImplementedError: for a second derivative.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> inner, outer = diffopt.sgd(), diffopt.adam()
         >>> def truncation(w, log_lr):

@@ -76,7 +76,7 @@ class Reversible(Adjoint):
         RuntimeError: in the backward pass: the initial params are not recovered, because the loss
             is not deterministic.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> lr = torch.tensor(0.25, requires_grad=True)
         >>> opt = diffopt.sgd()

@@ -57,7 +57,7 @@ def smooth(
             called: `function` does not return a real 0-d tensor or a number.
         NotImplementedError: for a second derivative.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> noise = torch.Generator().manual_seed(0)
         >>> sign = diffopt.adjoint.smooth(torch.sign, samples=1000, sigma=1.0, generator=noise)

@@ -30,7 +30,7 @@ class Truncated(Adjoint):
     Raises:
         ValueError: `k` is not an integer >= 0.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> lr = torch.tensor(0.1, requires_grad=True)
         >>> opt = diffopt.sgd()

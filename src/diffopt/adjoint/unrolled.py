@@ -17,7 +17,7 @@ class Unrolled(Adjoint):
     There are derivatives of any order with respect to the initial params, state and buffers, every
     tensor hyperparameter, the loss's arguments, the batches, and tensors that the loss closes over.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> lr = torch.tensor(0.1, requires_grad=True)
         >>> opt = diffopt.sgd()
@@ -46,7 +46,7 @@ class FirstOrder(Unrolled):
     adapted params. What acts only through the loss (its arguments, the batches, tensors it closes
     over) gets no gradient, and `losses`, `aux` and `buffers` are constants.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> w = torch.tensor(1.0, requires_grad=True)
         >>> opt = diffopt.sgd()

@@ -106,7 +106,7 @@ def explain(
         ValueError: `meta_grads` does not match `inputs` in structure or shapes.
         TypeError: `outer` is not a tensor, or `trace` is not a `Trace`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.sgd()
         >>> inputs = {"lr": torch.tensor(0.1, requires_grad=True), "decay": torch.tensor(0.01)}

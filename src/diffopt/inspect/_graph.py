@@ -195,7 +195,7 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
         ValueError: `outer` does not require a gradient, so there is no graph.
         RuntimeError: under a torch.func transform.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.sgd()
         >>> inputs = {name: torch.tensor(0.1, requires_grad=True) for name in ("w", "lr", "decay")}

@@ -97,7 +97,7 @@ class Trace(Adjoint):
         TypeError: `adjoint` is not an `Adjoint`, or is itself a `Trace`.
         RuntimeError: nothing has been run yet; `run`: under torch.compile.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.sgd()
         >>> w = torch.tensor(1.0, requires_grad=True)

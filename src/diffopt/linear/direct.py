@@ -22,7 +22,7 @@ class Direct(LinearSolver):
         damping: see `LinearSolver`.
         on_failure: see `LinearSolver`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.linear import Direct
         >>> A, b = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([2.0, 4.0])
@@ -53,7 +53,7 @@ class Nystrom(LinearSolver):
         atol: see `LinearSolver`.
         on_failure: see `LinearSolver`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.linear import Nystrom
         >>> A, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([4.0, 5.0])

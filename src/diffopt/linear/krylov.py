@@ -96,7 +96,7 @@ class ConjugateGradient(Krylov):
         preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
         on_failure: see `LinearSolver`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.linear import ConjugateGradient
         >>> A, b = torch.tensor([[4.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
@@ -156,7 +156,7 @@ class NormalCG(Krylov):
         preconditioner: `v -> P v` on trees like b, an approximate inverse of A.
         on_failure: see `LinearSolver`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.linear import NormalCG
         >>> A, b = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([2.0, 4.0])
@@ -209,7 +209,7 @@ class GMRES(Krylov):
         preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
         on_failure: see `LinearSolver`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.linear import GMRES
         >>> A, b = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([2.0, 4.0])
@@ -288,7 +288,7 @@ class BiCGStab(Krylov):
         preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
         on_failure: see `LinearSolver`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.linear import BiCGStab
         >>> A, b = torch.tensor([[3.0, 2.0], [-1.0, 1.0]]), torch.tensor([5.0, 0.0])

@@ -33,7 +33,7 @@ class Neumann(LinearSolver):
         preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
         on_failure: see `LinearSolver`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.linear import Neumann
         >>> Neumann(k=3).solve(lambda v: 0.5 * v, torch.tensor(1.0)).value  # 1 + 1/2 + 1/4

@@ -62,7 +62,7 @@ class OwnClass(OwnInit):
         TypeError: an option is unknown; the message lists the hyperparameters.
         ValueError: a number is out of range.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.optim._own import OwnClass
         >>> class Momentum(OwnClass):

@@ -68,7 +68,7 @@ def from_pure(
         TypeError: a hyperparameter is unknown; the message lists the known ones.
         ValueError: a number is out of range.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.transforms import chain, clip_by_global_norm
         >>> opt = chain(clip_by_global_norm(), diffopt.adamw())
@@ -115,7 +115,7 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
         ValueError: groups differ in a flag, such as `amsgrad`, or parameters differ in
             their number of steps: a pure state has only one.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> p = torch.nn.Parameter(torch.ones(1))
         >>> trained = torch.optim.Adam([p], lr=0.1)

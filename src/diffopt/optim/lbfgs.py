@@ -25,7 +25,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
 
     Constructor, iterations, stopping rules and state are torch's, so checkpoints can be exchanged
     in both directions in the middle of a run. An iteration synchronizes with the device only to
-    make decisions.
+    make decisions. From torch 2.14 on `maximize=True` ascends instead of descending.
 
     Args:
         params: the parameters, on one device, in a single group.
@@ -37,12 +37,11 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
         tolerance_change: stop if no entry changes by more, or the loss by less (1e-9).
         history_size: the number of pairs kept (100).
         line_search_fn: "strong_wolfe", or None for steps of length lr.
-        maximize: ascend instead of descend; from torch 2.14 on.
 
     Raises:
         ValueError: what `torch.optim.LBFGS` raises.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from diffopt.optim import LBFGS
         >>> p = torch.nn.Parameter(torch.tensor([-1.0, 1.0]))

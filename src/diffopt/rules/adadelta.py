@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -31,26 +28,7 @@ class AdadeltaHParams:
     weight_decay: Hyperparameter = number(0.0, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class Adadelta(Leafwise[AdadeltaState, AdadeltaHParams]):
-    """What `adadelta` returns."""
-
-    State = AdadeltaState
-    hparams: ClassVar[type[AdadeltaHParams]] = AdadeltaHParams
-    elementwise = True
-
-    def rule(
-        self, p: Any, g: Any, s: AdadeltaState, hp: AdadeltaHParams, c: Any
-    ) -> tuple[Any, AdadeltaState]:
-        g = ops.add_decay(g, p, hp.weight_decay)
-        v = ops.addcmul(hp.rho * s.square_avg, g, g, 1 - hp.rho)
-        d = ops.sqrt(s.acc_delta + hp.eps) / ops.sqrt(v + hp.eps) * g
-        u = ops.addcmul(hp.rho * s.acc_delta, d, d, 1 - hp.rho)
-        return ops.add(p, d, -hp.lr), AdadeltaState(s.step, v, u)
-
-
-@factory
-def adadelta(*, maximize: bool = False, execution: Execution = "auto") -> Adadelta:
     """Adadelta: steps in the units of the parameter, from running averages of squares.
 
     With g_t = grad_t + weight_decay * p and v_0 = u_0 = 0,
@@ -67,13 +45,10 @@ def adadelta(*, maximize: bool = False, execution: Execution = "auto") -> Adadel
         maximize: ascend instead of descend.
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
-    Returns:
-        The optimizer.
-
     Raises:
         TypeError: a flag is not a bool.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.adadelta()
         >>> params = [torch.tensor([1.0])]
@@ -86,4 +61,19 @@ def adadelta(*, maximize: bool = False, execution: Execution = "auto") -> Adadel
     Source: Zeiler, "ADADELTA: an adaptive learning rate method", 2012, algorithm 1; the learning
     rate as in torch.
     """
-    return Adadelta(maximize=maximize, execution=execution)
+
+    State = AdadeltaState
+    hparams: ClassVar[type[AdadeltaHParams]] = AdadeltaHParams
+    elementwise = True
+
+    def rule(
+        self, p: Any, g: Any, s: AdadeltaState, hp: AdadeltaHParams, c: Any
+    ) -> tuple[Any, AdadeltaState]:
+        g = ops.add_decay(g, p, hp.weight_decay)
+        v = ops.addcmul(hp.rho * s.square_avg, g, g, 1 - hp.rho)
+        d = ops.sqrt(s.acc_delta + hp.eps) / ops.sqrt(v + hp.eps) * g
+        u = ops.addcmul(hp.rho * s.acc_delta, d, d, 1 - hp.rho)
+        return ops.add(p, d, -hp.lr), AdadeltaState(s.step, v, u)
+
+
+adadelta = Adadelta

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, Shape, zeros_like
+from diffopt._rule.rule import Shape, zeros_like
 from diffopt._tree import Tree
 
 
@@ -43,9 +41,55 @@ class AdafactorEps1HParams(AdafactorHParams):
     eps1: Hyperparameter = number(torch.finfo(torch.float32).eps, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
-    """What `adafactor` returns."""
+    """Adafactor: Adam without momentum, whose averages are kept per row and column of a matrix.
+
+    With beta_t = 1 - t^beta2_decay, rho_t = min(lr, 1 / sqrt(t)), RMS(x) the root mean square of x,
+    and R_0 = C_0 = v_0 = 0,
+
+        a_t = rho_t * max(eps2, RMS(p))
+        p  <- p * (1 - lr * weight_decay)
+        R_t = beta_t * R_{t-1} + (1 - beta_t) * (mean of grad_t^2 over each row)
+        C_t = beta_t * C_{t-1} + (1 - beta_t) * (mean of grad_t^2 over each column)
+        v_t = R_t C_t / max(mean of R_t, eps1)
+        u_t = grad_t / max(sqrt(v_t), eps1)
+        p  <- p - a_t * u_t / max(1, RMS(u_t) / d)
+
+    Vectors and 0-d tensors use v_t = beta_t * v_{t-1} + (1 - beta_t) * grad_t^2 instead; a tensor
+    of more than two dimensions is a batch of matrices, which share the two RMS.
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2), the
+    largest relative step; `beta2_decay` <= 0 (-0.8), one for each tensor; `eps2` >= 0 (1e-3), `d`
+    >= 1 (1), `weight_decay` >= 0 (0); with `eps1=True`, `eps1` >= 0 (float32's machine epsilon).
+
+    Buffers that a parameter does not need are empty tensors: `variance` for a matrix, `row_var` and
+    `col_var` otherwise. RMS has derivative 0 at zero. Where the sides of a max or min are equal,
+    the derivative is that of one of them; which one depends on rounding at the first step of a
+    vector with d = 1, where RMS(u_t) is 1.
+
+    Args:
+        eps1: make eps1 a hyperparameter. False takes the machine epsilon of the parameter's dtype
+            (float32's for half precision), which is torch's eps=(None, eps2).
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.adafactor()
+        >>> params = [torch.ones(2, 2)]
+        >>> params, state = opt.update(
+        ...     params, [torch.full((2, 2), 5.0)], opt.init(params), opt.hparams(lr=0.1)
+        ... )
+        >>> params
+        [tensor([[0.9000, 0.9000],
+                [0.9000, 0.9000]])]
+
+    Source: Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost",
+    2018, algorithms 4 and 5, as in torch: lr bounds the relative step, eps1 the denominators.
+    """
 
     eps1: bool = False
 
@@ -96,60 +140,7 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
         )
 
 
-@factory
-def adafactor(
-    *, eps1: bool = False, maximize: bool = False, execution: Execution = "auto"
-) -> Adafactor:
-    """Adafactor: Adam without momentum, whose averages are kept per row and column of a matrix.
-
-    With beta_t = 1 - t^beta2_decay, rho_t = min(lr, 1 / sqrt(t)), RMS(x) the root mean square of x,
-    and R_0 = C_0 = v_0 = 0,
-
-        a_t = rho_t * max(eps2, RMS(p))
-        p  <- p * (1 - lr * weight_decay)
-        R_t = beta_t * R_{t-1} + (1 - beta_t) * (mean of grad_t^2 over each row)
-        C_t = beta_t * C_{t-1} + (1 - beta_t) * (mean of grad_t^2 over each column)
-        v_t = R_t C_t / max(mean of R_t, eps1)
-        u_t = grad_t / max(sqrt(v_t), eps1)
-        p  <- p - a_t * u_t / max(1, RMS(u_t) / d)
-
-    Vectors and 0-d tensors use v_t = beta_t * v_{t-1} + (1 - beta_t) * grad_t^2 instead; a tensor
-    of more than two dimensions is a batch of matrices, which share the two RMS.
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2), the
-    largest relative step; `beta2_decay` <= 0 (-0.8), one for each tensor; `eps2` >= 0 (1e-3), `d`
-    >= 1 (1), `weight_decay` >= 0 (0); with `eps1=True`, `eps1` >= 0 (float32's machine epsilon).
-
-    Args:
-        eps1: make eps1 a hyperparameter. False takes the machine epsilon of the parameter's dtype
-            (float32's for half precision), which is torch's eps=(None, eps2).
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. Buffers that a parameter does not need are empty tensors: `variance` for a
-        matrix, `row_var` and `col_var` otherwise. RMS has derivative 0 at zero. Where the sides of
-        a max or min are equal, the derivative is that of one of them; which one depends on rounding
-        at the first step of a vector with d = 1, where RMS(u_t) is 1.
-
-    Raises:
-        TypeError: a flag is not a bool.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.adafactor()
-        >>> params = [torch.ones(2, 2)]
-        >>> params, state = opt.update(
-        ...     params, [torch.full((2, 2), 5.0)], opt.init(params), opt.hparams(lr=0.1)
-        ... )
-        >>> params
-        [tensor([[0.9000, 0.9000],
-                [0.9000, 0.9000]])]
-
-    Source: Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost",
-    2018, algorithms 4 and 5, as in torch: lr bounds the relative step, eps1 the denominators.
-    """
-    return Adafactor(eps1=eps1, maximize=maximize, execution=execution)
+adafactor = Adafactor
 
 
 def _mean(x: Tensor, dim: int) -> Tensor:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from diffopt import _torch
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -32,9 +29,41 @@ class AdagradHParams:
     eps: Hyperparameter = number(1e-10, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class Adagrad(Leafwise[AdagradState, AdagradHParams]):
-    """What `adagrad` returns."""
+    """Adagrad: gradients divided by the square root of the sum of their squares so far.
+
+    With g_t = grad_t + weight_decay * p and G_0 = initial_accumulator_value,
+
+        G_t = G_{t-1} + g_t^2
+        p  <- p - lr / (1 + (t - 1) * lr_decay) * g_t / (sqrt(G_t) + eps)
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
+    `lr_decay` >= 0 (0), `weight_decay` >= 0 (0), `initial_accumulator_value` >= 0 (0), `eps` >= 0
+    (1e-10).
+
+    `init` does not know the hyperparameters, so `state.sum` starts at 0 and the first step adds
+    `initial_accumulator_value`; from then on it equals torch's.
+
+    Args:
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.adagrad()
+        >>> params = [torch.tensor([1.0])]
+        >>> params, state = opt.update(
+        ...     params, [torch.tensor([3.0])], opt.init(params), opt.hparams(lr=0.1)
+        ... )
+        >>> params, state.sum
+        ([tensor([0.9000])], [tensor([9.])])
+
+    Source: Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning and
+    stochastic optimization", 2011; lr_decay as in torch.
+    """
 
     State = AdagradState
     hparams: ClassVar[type[AdagradHParams]] = AdagradHParams
@@ -73,41 +102,4 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
         return {"sum": hp.initial_accumulator_value}
 
 
-@factory
-def adagrad(*, maximize: bool = False, execution: Execution = "auto") -> Adagrad:
-    """Adagrad: gradients divided by the square root of the sum of their squares so far.
-
-    With g_t = grad_t + weight_decay * p and G_0 = initial_accumulator_value,
-
-        G_t = G_{t-1} + g_t^2
-        p  <- p - lr / (1 + (t - 1) * lr_decay) * g_t / (sqrt(G_t) + eps)
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
-    `lr_decay` >= 0 (0), `weight_decay` >= 0 (0), `initial_accumulator_value` >= 0 (0), `eps` >= 0
-    (1e-10).
-
-    Args:
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. `init` does not know the hyperparameters, so `state.sum` starts at 0 and the
-        first step adds `initial_accumulator_value`; from then on it equals torch's.
-
-    Raises:
-        TypeError: a flag is not a bool.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.adagrad()
-        >>> params = [torch.tensor([1.0])]
-        >>> params, state = opt.update(
-        ...     params, [torch.tensor([3.0])], opt.init(params), opt.hparams(lr=0.1)
-        ... )
-        >>> params, state.sum
-        ([tensor([0.9000])], [tensor([9.])])
-
-    Source: Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning and
-    stochastic optimization", 2011; lr_decay as in torch.
-    """
-    return Adagrad(maximize=maximize, execution=execution)
+adagrad = Adagrad

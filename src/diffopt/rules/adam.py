@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple
 
 from diffopt import _torch
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import zeros_like
 from diffopt._tree import Tree
 
 
@@ -41,9 +40,42 @@ class AdamWHParams(AdamHParams):
     weight_decay: Hyperparameter = number(1e-2, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class Adam(Leafwise[AdamState, AdamHParams]):
-    """What `adam` returns, and, apart from the decay, `adamw` too."""
+    """Adam: running averages of the gradient and of its square.
+
+    With g_t = grad_t + weight_decay * p and m_0 = v_0 = 0,
+
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        p  <- p - lr * (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
+    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0).
+
+    Where a gradient has always been zero, derivatives are finite: those of the problem without that
+    coordinate.
+
+    Args:
+        amsgrad: divide by the square root of the largest v so far (AMSGrad).
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.adam()
+        >>> params = [torch.tensor([1.0, 1.0])]
+        >>> params, state = opt.update(
+        ...     params, [torch.tensor([5.0, -5.0])], opt.init(params), opt.hparams(lr=0.1)
+        ... )
+        >>> params
+        [tensor([0.9000, 1.1000])]
+
+    Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 1; Reddi et
+    al., "On the convergence of Adam and beyond", 2018, with the bias corrections of torch.
+    """
 
     amsgrad: bool = False
 
@@ -83,57 +115,10 @@ class Adam(Leafwise[AdamState, AdamHParams]):
         return True
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+adam = Adam
+
+
 class AdamW(Adam):
-    """What `adamw` returns."""
-
-    hparams: ClassVar[type[AdamWHParams]] = AdamWHParams
-    decoupled = True
-
-
-@factory
-def adam(*, amsgrad: bool = False, maximize: bool = False, execution: Execution = "auto") -> Adam:
-    """Adam: running averages of the gradient and of its square.
-
-    With g_t = grad_t + weight_decay * p and m_0 = v_0 = 0,
-
-        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
-        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
-        p  <- p - lr * (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
-    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0).
-
-    Args:
-        amsgrad: divide by the square root of the largest v so far (AMSGrad).
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. Where a gradient has always been zero, derivatives are finite: those of the
-        problem without that coordinate.
-
-    Raises:
-        TypeError: a flag is not a bool.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.adam()
-        >>> params = [torch.tensor([1.0, 1.0])]
-        >>> params, state = opt.update(
-        ...     params, [torch.tensor([5.0, -5.0])], opt.init(params), opt.hparams(lr=0.1)
-        ... )
-        >>> params
-        [tensor([0.9000, 1.1000])]
-
-    Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 1; Reddi et
-    al., "On the convergence of Adam and beyond", 2018, with the bias corrections of torch.
-    """
-    return Adam(amsgrad=amsgrad, maximize=maximize, execution=execution)
-
-
-@factory
-def adamw(*, amsgrad: bool = False, maximize: bool = False, execution: Execution = "auto") -> AdamW:
     """AdamW: `adam` with decoupled weight decay.
 
     The parameter is first scaled, p <- p * (1 - lr * weight_decay), and then takes the step of
@@ -144,13 +129,10 @@ def adamw(*, amsgrad: bool = False, maximize: bool = False, execution: Execution
         maximize: ascend instead of descend.
         execution: how it runs, see `diffopt.rules.Leafwise`.
 
-    Returns:
-        The optimizer.
-
     Raises:
         TypeError: a flag is not a bool.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.adamw()
         >>> params = [torch.tensor([1.0])]
@@ -163,4 +145,9 @@ def adamw(*, amsgrad: bool = False, maximize: bool = False, execution: Execution
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, as in torch: the
     decay is multiplied by the learning rate.
     """
-    return AdamW(amsgrad=amsgrad, maximize=maximize, execution=execution)
+
+    hparams: ClassVar[type[AdamWHParams]] = AdamWHParams
+    decoupled = True
+
+
+adamw = AdamW

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -32,9 +29,40 @@ class AdamaxHParams:
     weight_decay: Hyperparameter = number(0.0, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
-    """What `adamax` returns."""
+    """Adamax: steps scaled by a decaying maximum of past gradients.
+
+    With g_t = grad_t + weight_decay * p and m_0 = u_0 = 0,
+
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        u_t = max(beta2 * u_{t-1}, |g_t| + eps)
+        p  <- p - lr / (1 - beta1^t) * m_t / u_t
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (2e-3),
+    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0).
+
+    Where the two sides of the maximum are equal, each gets half of the derivative.
+
+    Args:
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.adamax()
+        >>> params = [torch.tensor([1.0, 1.0])]
+        >>> params, state = opt.update(
+        ...     params, [torch.tensor([5.0, -5.0])], opt.init(params), opt.hparams(lr=0.1)
+        ... )
+        >>> params
+        [tensor([0.9000, 1.1000])]
+
+    Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 2; eps as
+    in torch.
+    """
 
     State = AdamaxState
     hparams: ClassVar[type[AdamaxHParams]] = AdamaxHParams
@@ -52,41 +80,4 @@ class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
         return ops.addcdiv(p, m, u, c), AdamaxState(s.step, m, u)
 
 
-@factory
-def adamax(*, maximize: bool = False, execution: Execution = "auto") -> Adamax:
-    """Adamax: steps scaled by a decaying maximum of past gradients.
-
-    With g_t = grad_t + weight_decay * p and m_0 = u_0 = 0,
-
-        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
-        u_t = max(beta2 * u_{t-1}, |g_t| + eps)
-        p  <- p - lr / (1 - beta1^t) * m_t / u_t
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (2e-3),
-    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0).
-
-    Args:
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. Where the two sides of the maximum are equal, each gets half of the
-        derivative.
-
-    Raises:
-        TypeError: a flag is not a bool.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.adamax()
-        >>> params = [torch.tensor([1.0, 1.0])]
-        >>> params, state = opt.update(
-        ...     params, [torch.tensor([5.0, -5.0])], opt.init(params), opt.hparams(lr=0.1)
-        ... )
-        >>> params
-        [tensor([0.9000, 1.1000])]
-
-    Source: Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 2; eps as
-    in torch.
-    """
-    return Adamax(maximize=maximize, execution=execution)
+adamax = Adamax

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -33,9 +30,44 @@ class ASGDHParams:
     weight_decay: Hyperparameter = number(0.0, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class ASGD(Leafwise[ASGDState, ASGDHParams]):
-    """What `asgd` returns."""
+    """Gradient descent with a decaying learning rate, and the average of its iterates.
+
+    With g_t = grad_t + weight_decay * p, e_1 = lr, m_1 = 1 and a_0 = 0,
+
+        p  <- p * (1 - lambd * e_t) - e_t * g_t
+        a_t = a_{t-1} + m_t * (p - a_{t-1})
+        e_{t+1} = lr / (1 + lambd * lr * t)^alpha
+        m_{t+1} = 1 / max(1, t - t0)
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
+    `lambd` (1e-4), `alpha` (0.75), `t0` (1e6), `weight_decay` >= 0 (0).
+
+    The average a is `state.ax`; until step `t0` it is the iterate itself. As in torch, the rate e
+    and the weight m of a step, `state.eta` and `state.mu`, are computed from the hyperparameters of
+    the step before. They have the shape of the parameter and start at 0; the first step sets them
+    to `lr` and 1.
+
+    Args:
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.asgd()
+        >>> params, state = [torch.tensor([1.0])], opt.init([torch.tensor([1.0])])
+        >>> hp = opt.hparams(lr=0.1, lambd=0.0, t0=0.0)
+        >>> for _ in range(3):
+        ...     params, state = opt.update(params, [torch.ones(1)], state, hp)
+        >>> params, state.ax  # the average of 0.8 and 0.7
+        ([tensor([0.7000])], [tensor([0.7500])])
+
+    Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992, with
+    the schedules of torch.
+    """
 
     State = ASGDState
     hparams: ClassVar[type[ASGDHParams]] = ASGDHParams
@@ -58,44 +90,4 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
         return {"eta": hp.lr, "mu": 1.0}
 
 
-@factory
-def asgd(*, maximize: bool = False, execution: Execution = "auto") -> ASGD:
-    """Gradient descent with a decaying learning rate, and the average of its iterates.
-
-    With g_t = grad_t + weight_decay * p, e_1 = lr, m_1 = 1 and a_0 = 0,
-
-        p  <- p * (1 - lambd * e_t) - e_t * g_t
-        a_t = a_{t-1} + m_t * (p - a_{t-1})
-        e_{t+1} = lr / (1 + lambd * lr * t)^alpha
-        m_{t+1} = 1 / max(1, t - t0)
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
-    `lambd` (1e-4), `alpha` (0.75), `t0` (1e6), `weight_decay` >= 0 (0).
-
-    Args:
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. The average a is `state.ax`; until step `t0` it is the iterate itself. As in
-        torch, the rate e and the weight m of a step, `state.eta` and `state.mu`, are computed from
-        the hyperparameters of the step before. They have the shape of the parameter and start at 0;
-        the first step sets them to `lr` and 1.
-
-    Raises:
-        TypeError: a flag is not a bool.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.asgd()
-        >>> params, state = [torch.tensor([1.0])], opt.init([torch.tensor([1.0])])
-        >>> hp = opt.hparams(lr=0.1, lambd=0.0, t0=0.0)
-        >>> for _ in range(3):
-        ...     params, state = opt.update(params, [torch.ones(1)], state, hp)
-        >>> params, state.ax  # the average of 0.8 and 0.7
-        ([tensor([0.7000])], [tensor([0.7500])])
-
-    Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992, with
-    the schedules of torch.
-    """
-    return ASGD(maximize=maximize, execution=execution)
+asgd = ASGD

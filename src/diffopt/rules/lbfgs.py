@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._arguments import factory
 from diffopt._diff.gradient import value_and_grad
 from diffopt._modes import exact, exact_dtype, real
 from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._tree import Tree
+from diffopt._value import Flags
 from diffopt.optimizer import Optimizer
 from diffopt.rules._line_search import Point, strong_wolfe
 
@@ -46,58 +45,6 @@ class LBFGSHParams:
     """Hyperparameters of `lbfgs`."""
 
     lr: Hyperparameter = number(1.0, ge=0, per_parameter=False)
-
-
-@factory
-def lbfgs(*, history_size: int = 100) -> LimitedMemoryBFGS:
-    """L-BFGS: Newton's direction, with an inverse Hessian estimated from the last steps.
-
-    With the params as one vector x, g_t = grad_t, s = x_t - x_{t-1} and y = g_t - g_{t-1},
-
-        keep (s, y) if y.s > 1e-10, and drop all but the last history_size pairs
-        H_t = BFGS updates of (y.s / y.y) I by the kept pairs, the newest last
-        x  <- x - lr * H_t g_t                     (t = 1: x - lr * min(1, 1 / |g|_1) * g)
-
-    where H_t = I as long as no pair is kept, and H_t g_t is computed without forming H_t by two
-    loops over the pairs. Each step is one iteration of torch.optim.LBFGS without line search; for
-    one with a line search see `LimitedMemoryBFGS.search`.
-
-    Hyperparameters: `lr` >= 0 (1), a single number or 0-d tensor for all params.
-
-    Args:
-        history_size: the number of pairs kept. State and work are proportional to it from the first
-            step on: both loops run over all rows, so that the step can be batched and compiled.
-
-    Returns:
-        The optimizer. Which pairs are kept is decided by a comparison, which has no derivative;
-        otherwise derivatives are those of the formula, and finite where gradients or steps are
-        zero. A leaf whose gradient is None does not move and counts as having a zero gradient; its
-        last gradient and step are kept until it has a gradient again.
-
-    Raises:
-        TypeError: history_size is not an integer.
-        ValueError: history_size is less than 1.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.lbfgs(history_size=5)
-        >>> curvature = torch.tensor([1.0, 10.0])
-        >>> sol = diffopt.minimize(
-        ...     lambda x: 0.5 * (curvature * (x - 1) ** 2).sum(), torch.zeros(2),
-        ...     optimizer=opt, hparams=opt.hparams(), steps=10, adjoint=None,
-        ... )
-        >>> sol.params
-        tensor([1., 1.])
-
-    Source: Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Nocedal and
-    Wright, "Numerical optimization", 2006, algorithms 7.4 and 7.5, with the conventions of
-    torch.optim.LBFGS.
-    """
-    if type(history_size) is not int:
-        raise TypeError(f"history_size is {_tree.shown(history_size)}, not an integer")
-    if history_size < 1:
-        raise ValueError(f"history_size is {history_size}, but must be >= 1")
-    return LimitedMemoryBFGS(history_size)
 
 
 def direction(
@@ -163,19 +110,60 @@ class _Problem(NamedTuple):
         return x if self.active is None else torch.where(self.active, x, y)
 
 
-@dataclasses.dataclass(frozen=True)
-class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
-    """What `lbfgs` returns.
+class LBFGS(Flags, Optimizer[LBFGSState, LBFGSHParams]):
+    """L-BFGS: Newton's direction, with an inverse Hessian estimated from the last steps.
 
-    It computes in the widest dtype among the leaves, which must all be on one device.
+    With the params as one vector x, g_t = grad_t, s = x_t - x_{t-1} and y = g_t - g_{t-1},
 
-    Attributes:
-        history_size: the number of pairs kept.
+        keep (s, y) if y.s > 1e-10, and drop all but the last history_size pairs
+        H_t = BFGS updates of (y.s / y.y) I by the kept pairs, the newest last
+        x  <- x - lr * H_t g_t                     (t = 1: x - lr * min(1, 1 / |g|_1) * g)
+
+    where H_t = I as long as no pair is kept, and H_t g_t is computed without forming H_t by two
+    loops over the pairs. Each step is one iteration of torch.optim.LBFGS without line search; for
+    one with a line search see `search`.
+
+    Hyperparameters: `lr` >= 0 (1), a single number or 0-d tensor for all params.
+
+    Which pairs are kept is decided by a comparison, which has no derivative; otherwise derivatives
+    are those of the formula, and finite where gradients or steps are zero. A leaf whose gradient is
+    None does not move and counts as having a zero gradient; its last gradient and step are kept
+    until it has a gradient again. It computes in the widest dtype among the leaves, which must all
+    be on one device.
+
+    Args:
+        history_size: the number of pairs kept. State and work are proportional to it from the first
+            step on: both loops run over all rows, so that the step can be batched and compiled.
+
+    Raises:
+        TypeError: history_size is not an integer.
+        ValueError: history_size is less than 1.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.lbfgs(history_size=5)
+        >>> curvature = torch.tensor([1.0, 10.0])
+        >>> sol = diffopt.minimize(
+        ...     lambda x: 0.5 * (curvature * (x - 1) ** 2).sum(), torch.zeros(2),
+        ...     optimizer=opt, hparams=opt.hparams(), steps=10, adjoint=None,
+        ... )
+        >>> sol.params
+        tensor([1., 1.])
+
+    Source: Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Nocedal and
+    Wright, "Numerical optimization", 2006, algorithms 7.4 and 7.5, with the conventions of
+    torch.optim.LBFGS.
     """
 
-    history_size: int
+    history_size: int = 100
 
     hparams = LBFGSHParams
+
+    def __post_init__(self) -> None:
+        if type(self.history_size) is not int:
+            raise TypeError(f"history_size is {_tree.shown(self.history_size)}, not an integer")
+        if self.history_size < 1:
+            raise ValueError(f"history_size is {self.history_size}, but must be >= 1")
 
     def init(self, params: Tree) -> LBFGSState:
         tensors, _, device = _flatten(params)
@@ -234,7 +222,7 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
             ValueError: what `update` raises, or the loss does not depend on params.
             TypeError: what `update` raises.
 
-        Example:
+        Examples:
             >>> import torch, diffopt
             >>> def rosenbrock(p):
             ...     return (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
@@ -326,6 +314,10 @@ class LimitedMemoryBFGS(Optimizer[LBFGSState, LBFGSHParams]):
                     )
             if not field.is_floating_point() and (name != "step" or field.dtype == torch.bool):
                 raise ValueError(f"state.{name} has dtype {field.dtype}, not a floating-point one")
+
+
+LimitedMemoryBFGS = LBFGS
+lbfgs = LBFGS
 
 
 def _direction(problem: _Problem, old: LBFGSState) -> tuple[Tensor, LBFGSState]:

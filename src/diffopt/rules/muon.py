@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._arguments import check_choice, check_integer, factory
+from diffopt._arguments import check_choice, check_integer
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 Adjustment: TypeAlias = Literal["original", "match_rms_adamw", "spectral_unclamped"]
@@ -41,9 +39,61 @@ class MuonHParams:
     eps: Hyperparameter = number(1e-7, ge=0, per_weight=False)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class Muon(Leafwise[MuonState, MuonHParams]):
-    """What `muon` returns."""
+    """Muon: steps along the momentum of a matrix, whose singular values are brought near 1.
+
+    With B_0 = 0,
+
+        B_t = momentum * B_{t-1} + (1 - momentum) * grad_t
+        N_t = B_t           (nesterov: momentum * B_t + (1 - momentum) * grad_t)
+        X_0 = N_t / max(|N_t|, eps), with the Frobenius norm
+        X_k = ns_a * X_{k-1} + (ns_b * A + ns_c * A^2) X_{k-1}, where A = X_{k-1} X_{k-1}^T
+        p  <- p * (1 - lr * weight_decay) - lr * ratio * X_{ns_steps}
+
+    where ratio is sqrt(max(1, rows / columns)), or 0.2 * sqrt(max(rows, columns)) if `adjust_lr_fn`
+    is "match_rms_adamw", or sqrt(rows / columns) if it is "spectral_unclamped". Matrices with more
+    rows than columns are transposed for the iteration (Newton-Schulz with a polynomial of degree
+    5).
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
+    `weight_decay` >= 0 (0.1), `momentum` >= 0 (0.95); and, a single one for each matrix, `ns_a`,
+    `ns_b`, `ns_c` (3.4445, -4.775, 2.0315; torch's `ns_coefficients`) and `eps` >= 0 (1e-7).
+
+    Its parameters must be matrices; give others to another optimizer. At a zero gradient the
+    derivative is that of X_0 = N / eps.
+
+    Args:
+        nesterov: use Nesterov's momentum.
+        ns_steps: the number of iterations.
+        adjust_lr_fn: how the learning rate is adjusted to the shape, see ratio; None means
+            "original".
+        precision: the dtype of the iteration. bfloat16, torch's choice, changes the step by a few
+            percent and derivatives with respect to gradients by 5 to 30 percent; those with respect
+            to `ns_a`, `ns_b` and `ns_c` have no correct digit. Where derivatives matter, use
+            torch.float32 (1e-5), or None for the dtype of the parameter (float32 for half
+            precision).
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool, or `precision` is not a dtype.
+        ValueError: `ns_steps`, `adjust_lr_fn` or `precision` has a value that is not allowed; from
+            `init` and `update`: a parameter is not a real matrix.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.muon(precision=None)
+        >>> hp = opt.hparams(lr=0.1, ns_a=1.5, ns_b=-0.5, ns_c=0.0)  # this iteration converges
+        >>> params, grads = [torch.ones(2, 2)], [torch.tensor([[3.0, 0.0], [0.0, -4.0]])]
+        >>> params, state = opt.update(params, grads, opt.init(params), hp)
+        >>> (params[0] - 0.99).round(decimals=4)
+        tensor([[-0.1000,  0.0000],
+                [ 0.0000,  0.1000]])
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; Liu et
+    al., "Muon is scalable for LLM training", 2025, for "match_rms_adamw"; Bernstein, "Deriving
+    Muon", 2025, for "spectral_unclamped"; with torch's momentum: an average instead of a sum.
+    """
 
     nesterov: bool = True
     ns_steps: int = 5
@@ -82,79 +132,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
         return "is complex: Muon does not support complex parameters" if p.is_complex() else None
 
 
-@factory
-def muon(
-    *,
-    nesterov: bool = True,
-    ns_steps: int = 5,
-    adjust_lr_fn: Adjustment | None = None,
-    precision: torch.dtype | None = torch.bfloat16,
-    maximize: bool = False,
-    execution: Execution = "auto",
-) -> Muon:
-    """Muon: steps along the momentum of a matrix, whose singular values are brought near 1.
-
-    With B_0 = 0,
-
-        B_t = momentum * B_{t-1} + (1 - momentum) * grad_t
-        N_t = B_t           (nesterov: momentum * B_t + (1 - momentum) * grad_t)
-        X_0 = N_t / max(|N_t|, eps), with the Frobenius norm
-        X_k = ns_a * X_{k-1} + (ns_b * A + ns_c * A^2) X_{k-1}, where A = X_{k-1} X_{k-1}^T
-        p  <- p * (1 - lr * weight_decay) - lr * ratio * X_{ns_steps}
-
-    where ratio is sqrt(max(1, rows / columns)), or 0.2 * sqrt(max(rows, columns)) if `adjust_lr_fn`
-    is "match_rms_adamw", or sqrt(rows / columns) if it is "spectral_unclamped". Matrices with more
-    rows than columns are transposed for the iteration (Newton-Schulz with a polynomial of degree
-    5).
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
-    `weight_decay` >= 0 (0.1), `momentum` >= 0 (0.95); and, a single one for each matrix, `ns_a`,
-    `ns_b`, `ns_c` (3.4445, -4.775, 2.0315; torch's `ns_coefficients`) and `eps` >= 0 (1e-7).
-
-    Args:
-        nesterov: use Nesterov's momentum.
-        ns_steps: the number of iterations.
-        adjust_lr_fn: how the learning rate is adjusted to the shape, see ratio; None means
-            "original".
-        precision: the dtype of the iteration. bfloat16, torch's choice, changes the step by a few
-            percent and derivatives with respect to gradients by 5 to 30 percent; those with respect
-            to `ns_a`, `ns_b` and `ns_c` have no correct digit. Where derivatives matter, use
-            torch.float32 (1e-5), or None for the dtype of the parameter (float32 for half
-            precision).
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. Its parameters must be matrices; give others to another optimizer. At a zero
-        gradient the derivative is that of X_0 = N / eps.
-
-    Raises:
-        TypeError: a flag is not a bool, or `precision` is not a dtype.
-        ValueError: `ns_steps`, `adjust_lr_fn` or `precision` has a value that is not allowed; from
-            `init` and `update`: a parameter is not a real matrix.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.muon(precision=None)
-        >>> hp = opt.hparams(lr=0.1, ns_a=1.5, ns_b=-0.5, ns_c=0.0)  # this iteration converges
-        >>> params, grads = [torch.ones(2, 2)], [torch.tensor([[3.0, 0.0], [0.0, -4.0]])]
-        >>> params, state = opt.update(params, grads, opt.init(params), hp)
-        >>> (params[0] - 0.99).round(decimals=4)
-        tensor([[-0.1000,  0.0000],
-                [ 0.0000,  0.1000]])
-
-    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; Liu et
-    al., "Muon is scalable for LLM training", 2025, for "match_rms_adamw"; Bernstein, "Deriving
-    Muon", 2025, for "spectral_unclamped"; with torch's momentum: an average instead of a sum.
-    """
-    return Muon(
-        nesterov=nesterov,
-        ns_steps=ns_steps,
-        adjust_lr_fn=adjust_lr_fn,
-        precision=precision,
-        maximize=maximize,
-        execution=execution,
-    )
+muon = Muon
 
 
 def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:

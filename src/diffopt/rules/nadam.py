@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -34,9 +31,46 @@ class NAdamHParams:
     momentum_decay: Hyperparameter = number(4e-3, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class NAdam(Leafwise[NAdamState, NAdamHParams]):
-    """What `nadam` returns."""
+    """NAdam: Adam whose momentum looks one step ahead.
+
+    With g_t = grad_t + weight_decay * p, m_0 = v_0 = 0, M_0 = 1,
+
+        mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2)
+        M_t = M_{t-1} * mu_t
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        n_t = (1 - mu_t) / (1 - M_t) * g_t + mu_{t+1} / (1 - M_t * mu_{t+1}) * m_t
+        p  <- p - lr * n_t / (sqrt(v_t / (1 - beta2^t)) + eps)
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (2e-3),
+    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0),
+    `momentum_decay` >= 0 (4e-3).
+
+    `state.mu_product` has the shape of the parameter, since each weight may have its own `beta1`;
+    it starts at 0, which stands for 1.
+
+    Args:
+        decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
+            adding to its gradient.
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.nadam()
+        >>> params = [torch.tensor([1.0])]
+        >>> params, state = opt.update(
+        ...     params, [torch.tensor([5.0])], opt.init(params), opt.hparams(lr=0.1, beta1=0.0)
+        ... )
+        >>> params
+        [tensor([0.9000])]
+
+    Source: Dozat, "Incorporating Nesterov momentum into Adam", 2016, as in torch.
+    """
 
     decoupled_weight_decay: bool = False
 
@@ -72,50 +106,4 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
         return {"mu_product": 1.0}
 
 
-@factory
-def nadam(
-    *, decoupled_weight_decay: bool = False, maximize: bool = False, execution: Execution = "auto"
-) -> NAdam:
-    """NAdam: Adam whose momentum looks one step ahead.
-
-    With g_t = grad_t + weight_decay * p, m_0 = v_0 = 0, M_0 = 1,
-
-        mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2)
-        M_t = M_{t-1} * mu_t
-        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
-        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
-        n_t = (1 - mu_t) / (1 - M_t) * g_t + mu_{t+1} / (1 - M_t * mu_{t+1}) * m_t
-        p  <- p - lr * n_t / (sqrt(v_t / (1 - beta2^t)) + eps)
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (2e-3),
-    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0),
-    `momentum_decay` >= 0 (4e-3).
-
-    Args:
-        decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
-            adding to its gradient.
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. `state.mu_product` has the shape of the parameter, since each weight may have
-        its own `beta1`; it starts at 0, which stands for 1.
-
-    Raises:
-        TypeError: a flag is not a bool.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.nadam()
-        >>> params = [torch.tensor([1.0])]
-        >>> params, state = opt.update(
-        ...     params, [torch.tensor([5.0])], opt.init(params), opt.hparams(lr=0.1, beta1=0.0)
-        ... )
-        >>> params
-        [tensor([0.9000])]
-
-    Source: Dozat, "Incorporating Nesterov momentum into Adam", 2016, as in torch.
-    """
-    return NAdam(
-        decoupled_weight_decay=decoupled_weight_decay, maximize=maximize, execution=execution
-    )
+nadam = NAdam

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -32,9 +29,45 @@ class RAdamHParams:
     weight_decay: Hyperparameter = number(0.0, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class RAdam(Leafwise[RAdamState, RAdamHParams]):
-    """What `radam` returns."""
+    """RAdam: plain momentum while the second moment is too uncertain, then rectified Adam.
+
+    With g_t = grad_t + weight_decay * p, m_0 = v_0 = 0 and r_inf = 2 / (1 - beta2) - 1,
+
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        r_t = r_inf - 2 t beta2^t / (1 - beta2^t)
+        a_t = sqrt((r_t - 4) (r_t - 2) r_inf / ((r_inf - 4) (r_inf - 2) r_t))
+              * sqrt(1 - beta2^t) / (sqrt(v_t) + eps)      where r_t > 5, else 1
+        p  <- p - lr * m_t / (1 - beta1^t) * a_t
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
+    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0).
+
+    As a function of `beta2` it jumps where r_t crosses 5, and has no derivative there.
+
+    Args:
+        decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
+            adding to its gradient.
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.radam()
+        >>> params = [torch.tensor([1.0])]
+        >>> params, state = opt.update(
+        ...     params, [torch.tensor([5.0])], opt.init(params), opt.hparams(lr=0.1)
+        ... )
+        >>> params  # the first steps are those of momentum
+        [tensor([0.5000])]
+
+    Source: Liu et al., "On the variance of the adaptive learning rate and beyond", 2020, algorithm
+    2; eps and the threshold 5 (in the paper 4) as in torch.
+    """
 
     decoupled_weight_decay: bool = False
 
@@ -73,50 +106,4 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
         return p, RAdamState(s.step, m, v)
 
 
-@factory
-def radam(
-    *, decoupled_weight_decay: bool = False, maximize: bool = False, execution: Execution = "auto"
-) -> RAdam:
-    """RAdam: plain momentum while the second moment is too uncertain, then rectified Adam.
-
-    With g_t = grad_t + weight_decay * p, m_0 = v_0 = 0 and r_inf = 2 / (1 - beta2) - 1,
-
-        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
-        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
-        r_t = r_inf - 2 t beta2^t / (1 - beta2^t)
-        a_t = sqrt((r_t - 4) (r_t - 2) r_inf / ((r_inf - 4) (r_inf - 2) r_t))
-              * sqrt(1 - beta2^t) / (sqrt(v_t) + eps)      where r_t > 5, else 1
-        p  <- p - lr * m_t / (1 - beta1^t) * a_t
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
-    `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0).
-
-    Args:
-        decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
-            adding to its gradient.
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. As a function of `beta2` it jumps where r_t crosses 5, and has no derivative
-        there.
-
-    Raises:
-        TypeError: a flag is not a bool.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.radam()
-        >>> params = [torch.tensor([1.0])]
-        >>> params, state = opt.update(
-        ...     params, [torch.tensor([5.0])], opt.init(params), opt.hparams(lr=0.1)
-        ... )
-        >>> params  # the first steps are those of momentum
-        [tensor([0.5000])]
-
-    Source: Liu et al., "On the variance of the adaptive learning rate and beyond", 2020, algorithm
-    2; eps and the threshold 5 (in the paper 4) as in torch.
-    """
-    return RAdam(
-        decoupled_weight_decay=decoupled_weight_decay, maximize=maximize, execution=execution
-    )
+radam = RAdam

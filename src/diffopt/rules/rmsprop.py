@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution, zeros_like
+from diffopt._rule.rule import zeros_like
 from diffopt._tree import Tree
 
 
@@ -39,9 +37,41 @@ class RMSpropMomentumHParams(RMSpropHParams):
     momentum: Hyperparameter = number(0.0, ge=0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class RMSprop(Leafwise[RMSpropState, RMSpropHParams]):
-    """What `rmsprop` returns."""
+    """RMSprop: gradients divided by the square root of a running average of their squares.
+
+    With g_t = grad_t + weight_decay * p and v_0 = a_0 = b_0 = 0,
+
+        v_t = alpha * v_{t-1} + (1 - alpha) * g_t^2
+        a_t = alpha * a_{t-1} + (1 - alpha) * g_t            (centered only, else a_t = 0)
+        b_t = momentum * b_{t-1} + g_t / (sqrt(v_t - a_t^2) + eps)
+        p  <- p - lr * b_t
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
+    `alpha` >= 0 (0.99), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0), `momentum` >= 0 (0).
+
+    Args:
+        centered: subtract the square of the average gradient, an estimate of the variance.
+        momentum: False keeps no buffer b and has no hyperparameter `momentum`.
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.rmsprop()
+        >>> params = [torch.tensor([1.0])]
+        >>> params, state = opt.update(
+        ...     params, [torch.tensor([3.0])], opt.init(params), opt.hparams(lr=0.1, alpha=0.0)
+        ... )
+        >>> params
+        [tensor([0.9000])]
+
+    Source: Tieleman and Hinton, "Lecture 6.5: RMSProp", 2012; centered: Graves, "Generating
+    sequences with recurrent neural networks", 2013, with eps outside the root as in torch.
+    """
 
     centered: bool = False
     momentum: bool = True
@@ -72,49 +102,4 @@ class RMSprop(Leafwise[RMSpropState, RMSpropHParams]):
         return ops.add(p, b, -hp.lr), RMSpropState(s.step, v, b, a)
 
 
-@factory
-def rmsprop(
-    *,
-    centered: bool = False,
-    momentum: bool = True,
-    maximize: bool = False,
-    execution: Execution = "auto",
-) -> RMSprop:
-    """RMSprop: gradients divided by the square root of a running average of their squares.
-
-    With g_t = grad_t + weight_decay * p and v_0 = a_0 = b_0 = 0,
-
-        v_t = alpha * v_{t-1} + (1 - alpha) * g_t^2
-        a_t = alpha * a_{t-1} + (1 - alpha) * g_t            (centered only, else a_t = 0)
-        b_t = momentum * b_{t-1} + g_t / (sqrt(v_t - a_t^2) + eps)
-        p  <- p - lr * b_t
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
-    `alpha` >= 0 (0.99), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0), `momentum` >= 0 (0).
-
-    Args:
-        centered: subtract the square of the average gradient, an estimate of the variance.
-        momentum: False keeps no buffer b and has no hyperparameter `momentum`.
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        TypeError: a flag is not a bool.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.rmsprop()
-        >>> params = [torch.tensor([1.0])]
-        >>> params, state = opt.update(
-        ...     params, [torch.tensor([3.0])], opt.init(params), opt.hparams(lr=0.1, alpha=0.0)
-        ... )
-        >>> params
-        [tensor([0.9000])]
-
-    Source: Tieleman and Hinton, "Lecture 6.5: RMSProp", 2012; centered: Graves, "Generating
-    sequences with recurrent neural networks", 2013, with eps outside the root as in torch.
-    """
-    return RMSprop(centered=centered, momentum=momentum, maximize=maximize, execution=execution)
+rmsprop = RMSprop

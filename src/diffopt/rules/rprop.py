@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import Execution
 from diffopt._tree import Tree
 
 
@@ -34,9 +31,43 @@ class RpropHParams:
     step_size_max: Hyperparameter = number(50.0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class Rprop(Leafwise[RpropState, RpropHParams]):
-    """What `rprop` returns."""
+    """Rprop: each weight has a step size, which grows while the sign of its gradient is the same.
+
+    With e_0 = lr and g_0 = 0, and s_t = sign(grad_t * g_{t-1}),
+
+        e_t = clamp(e_{t-1} * (etaplus if s_t > 0, etaminus if s_t < 0, else 1),
+                    step_size_min, step_size_max)
+        g_t = 0 if s_t < 0, else grad_t
+        p  <- p - e_t * sign(g_t)
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2), the
+    first step size; `etaminus` in (0, 1) (0.5), `etaplus` > 1 (1.2), `step_size_min` (1e-6),
+    `step_size_max` (50).
+
+    The derivative of a step with respect to the gradient is 0, and that with respect to `lr` comes
+    from the first step size only. `init` does not know the hyperparameters: `state.step_size`
+    starts at 0, and the first step sets it to `lr`.
+
+    Args:
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.rprop()
+        >>> params, state = [torch.tensor([1.0])], opt.init([torch.tensor([1.0])])
+        >>> for _ in range(2):
+        ...     params, state = opt.update(params, [torch.ones(1)], state, opt.hparams(lr=0.1))
+        >>> params  # 1 - 0.1 - 0.12
+        [tensor([0.7800])]
+
+    Source: Riedmiller and Braun, "A direct adaptive method for faster backpropagation learning: the
+    RPROP algorithm", 1993; without its backtracking, as in torch.
+    """
 
     State = RpropState
     hparams: ClassVar[type[RpropHParams]] = RpropHParams
@@ -56,43 +87,4 @@ class Rprop(Leafwise[RpropState, RpropHParams]):
         return {"step_size": hp.lr}
 
 
-@factory
-def rprop(*, maximize: bool = False, execution: Execution = "auto") -> Rprop:
-    """Rprop: each weight has a step size, which grows while the sign of its gradient is the same.
-
-    With e_0 = lr and g_0 = 0, and s_t = sign(grad_t * g_{t-1}),
-
-        e_t = clamp(e_{t-1} * (etaplus if s_t > 0, etaminus if s_t < 0, else 1),
-                    step_size_min, step_size_max)
-        g_t = 0 if s_t < 0, else grad_t
-        p  <- p - e_t * sign(g_t)
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2), the
-    first step size; `etaminus` in (0, 1) (0.5), `etaplus` > 1 (1.2), `step_size_min` (1e-6),
-    `step_size_max` (50).
-
-    Args:
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. The derivative of a step with respect to the gradient is 0, and that with
-        respect to `lr` comes from the first step size only. `init` does not know the
-        hyperparameters: `state.step_size` starts at 0, and the first step sets it to `lr`.
-
-    Raises:
-        TypeError: a flag is not a bool.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.rprop()
-        >>> params, state = [torch.tensor([1.0])], opt.init([torch.tensor([1.0])])
-        >>> for _ in range(2):
-        ...     params, state = opt.update(params, [torch.ones(1)], state, opt.hparams(lr=0.1))
-        >>> params  # 1 - 0.1 - 0.12
-        [tensor([0.7800])]
-
-    Source: Riedmiller and Braun, "A direct adaptive method for faster backpropagation learning: the
-    RPROP algorithm", 1993; without its backtracking, as in torch.
-    """
-    return Rprop(maximize=maximize, execution=execution)
+rprop = Rprop

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from diffopt import _torch
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import WORKING_DTYPE, Execution, zeros_like
+from diffopt._rule.rule import WORKING_DTYPE, zeros_like
 from diffopt._tree import Tree
 
 
@@ -37,9 +35,44 @@ class MomentumHParams(SGDHParams):
     dampening: Hyperparameter = number(0.0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class SGD(Leafwise[SGDState, MomentumHParams]):
-    """What `sgd` returns."""
+    """Stochastic gradient descent with momentum.
+
+    With g_t = grad_t + weight_decay * p, b_1 = g_1 and, for t > 1,
+
+        b_t = momentum * b_{t-1} + (1 - dampening) * g_t
+        p  <- p - lr * b_t                       (nesterov: p - lr * (g_t + momentum * b_t))
+
+    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
+    `momentum` >= 0 (0), `dampening` (0), `weight_decay` >= 0 (0). If `momentum` is the number 0,
+    dampening has no effect, as in torch; if it is a tensor, the formula holds at 0 too.
+
+    Its first step is differentiable, unlike that of torch.optim.SGD, whose first buffer is a
+    detached gradient.
+
+    Args:
+        nesterov: use Nesterov's momentum.
+        momentum: False keeps no buffer, and removes the hyperparameters `momentum` and `dampening`.
+        maximize: ascend instead of descend.
+        execution: how it runs, see `diffopt.rules.Leafwise`.
+
+    Raises:
+        TypeError: a flag is not a bool.
+        ValueError: nesterov without momentum.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.sgd()
+        >>> hp = opt.hparams(lr=torch.tensor(0.1, requires_grad=True), momentum=0.9)
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> grads = {"w": torch.tensor([1.0, -1.0])}
+        >>> params, state = opt.update(params, grads, opt.init(params), hp)
+        >>> torch.autograd.grad(params["w"].sum(), hp.lr)  # -(1 - 1)
+        (tensor(-0.),)
+
+    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning",
+    2013, with the buffer as in torch.optim.SGD: without the learning rate.
+    """
 
     nesterov: bool = False
     momentum: bool = True
@@ -97,50 +130,4 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
         return True
 
 
-@factory
-def sgd(
-    *,
-    nesterov: bool = False,
-    momentum: bool = True,
-    maximize: bool = False,
-    execution: Execution = "auto",
-) -> SGD:
-    """Stochastic gradient descent with momentum.
-
-    With g_t = grad_t + weight_decay * p, b_1 = g_1 and, for t > 1,
-
-        b_t = momentum * b_{t-1} + (1 - dampening) * g_t
-        p  <- p - lr * b_t                       (nesterov: p - lr * (g_t + momentum * b_t))
-
-    Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
-    `momentum` >= 0 (0), `dampening` (0), `weight_decay` >= 0 (0). If `momentum` is the number 0,
-    dampening has no effect, as in torch; if it is a tensor, the formula holds at 0 too.
-
-    Args:
-        nesterov: use Nesterov's momentum.
-        momentum: False keeps no buffer, and removes the hyperparameters `momentum` and `dampening`.
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Returns:
-        The optimizer. Its first step is differentiable, unlike that of torch.optim.SGD, whose first
-        buffer is a detached gradient.
-
-    Raises:
-        TypeError: a flag is not a bool.
-        ValueError: nesterov without momentum.
-
-    Example:
-        >>> import torch, diffopt
-        >>> opt = diffopt.sgd()
-        >>> hp = opt.hparams(lr=torch.tensor(0.1, requires_grad=True), momentum=0.9)
-        >>> params = {"w": torch.tensor([1.0, 2.0])}
-        >>> grads = {"w": torch.tensor([1.0, -1.0])}
-        >>> params, state = opt.update(params, grads, opt.init(params), hp)
-        >>> torch.autograd.grad(params["w"].sum(), hp.lr)  # -(1 - 1)
-        (tensor(-0.),)
-
-    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning",
-    2013, with the buffer as in torch.optim.SGD: without the learning rate.
-    """
-    return SGD(nesterov=nesterov, momentum=momentum, maximize=maximize, execution=execution)
+sgd = SGD

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._rule import checks, hyper, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
+from diffopt._value import Flags
 from diffopt.optimizer import Optimizer, Write
 
 
@@ -49,7 +49,7 @@ def sparse_adam(
 ) -> Optimizer[SparseAdamState, SparseAdamHParams]: ...
 
 
-@factory
+@explained
 def sparse_adam(
     *, masked: bool = False, maximize: bool = False
 ) -> Optimizer[SparseAdamState, SparseAdamHParams]:
@@ -84,7 +84,7 @@ def sparse_adam(
     Raises:
         TypeError: a flag is not a bool.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.sparse_adam()
         >>> table = torch.zeros(3, 2)
@@ -104,7 +104,6 @@ def sparse_adam(
     return SparseAdam(maximize=maximize)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class EntriesAdam(Leafwise[SparseAdamState, SparseAdamHParams]):
     """The arithmetic of `sparse_adam`, on entries gathered in dense tensors."""
 
@@ -124,7 +123,6 @@ class EntriesAdam(Leafwise[SparseAdamState, SparseAdamHParams]):
         return p, SparseAdamState(s.step, m, v)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
 class MaskedAdam(EntriesAdam):
     """What `sparse_adam(masked=True)` returns: the same where a dense gradient is nonzero."""
 
@@ -153,8 +151,7 @@ class _Entries(NamedTuple):
     spec: _tree.Spec
 
 
-@dataclass(frozen=True, kw_only=True)
-class SparseAdam(Optimizer[SparseAdamState, SparseAdamHParams]):
+class SparseAdam(Flags, Optimizer[SparseAdamState, SparseAdamHParams]):
     """What `sparse_adam` returns."""
 
     maximize: bool = False

@@ -55,7 +55,7 @@ def check(
             is not among the dtypes, or a hyperparameter is a tree like params, which the checks
             draw themselves.
 
-    Example:
+    Examples:
         >>> from typing import Any, NamedTuple
         >>> import torch
         >>> from diffopt import testing

@@ -32,7 +32,7 @@ class Transformation(ABC, Generic[S, H]):
     Attributes:
         hparams: creates the record of hyperparameters, a pytree.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> class Sum(diffopt.transforms.Transformation):  # of all gradients so far
         ...     hparams = tuple
@@ -91,7 +91,7 @@ def stateless(
     Raises:
         TypeError: `hparams` is not a record class, or `function` is not callable.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.rules import hparams, number
         >>> @hparams

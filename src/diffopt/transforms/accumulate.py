@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import factory
 from diffopt._rule import checks
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, Write, copy_, overwriting
+from diffopt.optimizer import Write, copy_, overwriting
 from diffopt.transforms._base import (
     Leaves,
     Tensors,
@@ -36,8 +35,7 @@ class AccumulateState(NamedTuple):
 torch.serialization.add_safe_globals([AccumulateState])
 
 
-@factory
-def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateState, Any]:
+class Accumulate(Wrapper[AccumulateState]):
     """Every k-th call takes one step, with the mean of the last k gradients.
 
         s <- s + g
@@ -47,20 +45,19 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
     them. The choice is made by `torch.where`: the optimizer's step is computed at every call,
     except in `update_`. With k = 1 this is the optimizer itself.
 
+    Hyperparameters are those of the optimizer. The state has `step`, which counts calls, on the
+    CPU; `grad_sum`, in float32 for half-precision params; and `inner`. A tensor without a gradient
+    at a k-th call takes no step, and its sum is kept for the next.
+
     Args:
         optimizer: any optimizer.
         k: the number of gradients, >= 1.
-
-    Returns:
-        The optimizer, with the same hyperparameters. Its state has `step`, which counts calls, on
-        the CPU; `grad_sum`, in float32 for half-precision params; and `inner`. A tensor without a
-        gradient at a k-th call takes no step, and its sum is kept for the next.
 
     Raises:
         TypeError: `optimizer` is not an optimizer.
         ValueError: `k` is not an integer >= 1.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.transforms.accumulate(diffopt.sgd(), k=2)
         >>> p = torch.zeros(1)
@@ -72,15 +69,15 @@ def accumulate(optimizer: Optimizer[Any, Any], k: int) -> Optimizer[AccumulateSt
         (-2.0, 0.0)
         (-2.0, 5.0)
     """
-    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
-        raise ValueError(f"k is {_tree.shown(k)}, but must be an integer >= 1")
-    return Accumulate(optimizer, int(k))
-
-
-class Accumulate(Wrapper[AccumulateState]):
-    """What `accumulate` returns."""
 
     k: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        k: Any = self.k
+        if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
+            raise ValueError(f"k is {_tree.shown(k)}, but must be an integer >= 1")
+        object.__setattr__(self, "k", int(k))
 
     def init(self, params: Tree) -> AccumulateState:
         inner = super().init(params)
@@ -137,6 +134,9 @@ class Accumulate(Wrapper[AccumulateState]):
     def _gather(self, params: Tree, grads: Tree, state: Any) -> tuple[Leaves, Tensors]:
         leaves = gather(params, grads)
         return leaves, leaves.averages(state, AccumulateState, "grad_sum", params)
+
+
+accumulate = Accumulate
 
 
 def _sums(leaves: Leaves, old: Tensors) -> Tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffopt import _tree
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._tree import Tree
 from diffopt._value import Value
 from diffopt.optimizer import Optimizer, Write, check_optimizer, copy_, overwriting
@@ -13,7 +13,7 @@ from diffopt.transforms._base import Leaves, Transformation, gather
 from diffopt.transforms._records import InOrder, check_tuple
 
 
-@factory
+@explained
 def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
     """Gradients pass through transformations, one after another, and then update the params.
 
@@ -37,7 +37,7 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
         TypeError: the last part is not an optimizer, or another one is not a gradient
             transformation.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.transforms import chain, clip_by_global_norm
         >>> opt = chain(clip_by_global_norm(), diffopt.sgd())

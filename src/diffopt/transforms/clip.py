@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch
-from diffopt._arguments import factory
 from diffopt._modes import exact, real
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
@@ -30,8 +29,7 @@ class ClipValue:
     clip_value: Hyperparameter = number(1.0, ge=0)
 
 
-@factory
-def clip_by_global_norm() -> ClipByGlobalNorm:
+class ClipByGlobalNorm(Stateless[MaxNorm]):
     """Scale all gradients down together, so that their global norm is at most `max_norm`.
 
     With n the square root of the sum of |g|^2 over every gradient of every tensor,
@@ -41,15 +39,13 @@ def clip_by_global_norm() -> ClipByGlobalNorm:
     as in `torch.nn.utils.clip_grad_norm_`. Hyperparameters: `max_norm` >= 0 (1.0), a number, a
     tensor or a prefix tree of the params (then each tensor has its own numerator).
 
-    Returns:
-        The transformation. Missing gradients are ignored, and norms are computed in at least
-        float32; DTensors and plain tensors count alike. Where the minimum is 1, as for zero
-        gradients and for a norm equal to the bound, derivatives of any order are those of the
-        identity. One NaN makes all gradients NaN, and one infinite gradient makes itself NaN and
-        the others zero, as in torch: `skip_nonfinite` skips such steps. For norms of several groups
-        of params see `masked`.
+    Missing gradients are ignored, and norms are computed in at least float32; DTensors and plain
+    tensors count alike. Where the minimum is 1, as for zero gradients and for a norm equal to the
+    bound, derivatives of any order are those of the identity. One NaN makes all gradients NaN, and
+    one infinite gradient makes itself NaN and the others zero, as in torch: `skip_nonfinite` skips
+    such steps. For norms of several groups of params see `masked`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> clip = diffopt.transforms.clip_by_global_norm()
         >>> grads = [torch.tensor([3.0]), torch.tensor([[4.0]]), None]
@@ -59,11 +55,6 @@ def clip_by_global_norm() -> ClipByGlobalNorm:
     Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
     2013, algorithm 1, with torch's 1e-6.
     """
-    return ClipByGlobalNorm()
-
-
-class ClipByGlobalNorm(Stateless[MaxNorm]):
-    """What `clip_by_global_norm` returns."""
 
     hparams = MaxNorm
 
@@ -81,8 +72,10 @@ class ClipByGlobalNorm(Stateless[MaxNorm]):
         return new
 
 
-@factory
-def clip_by_norm() -> ClipByNorm:
+clip_by_global_norm = ClipByGlobalNorm
+
+
+class ClipByNorm(Stateless[MaxNorm]):
     """Scale each tensor's gradient down, so that its norm is at most `max_norm`.
 
     With n the square root of the sum of |g|^2 over the tensor,
@@ -92,22 +85,16 @@ def clip_by_norm() -> ClipByNorm:
     which is `torch.nn.utils.clip_grad_norm_` applied to one tensor at a time. Hyperparameters:
     `max_norm` >= 0 (1.0), a number, a tensor or a prefix tree of the params.
 
-    Returns:
-        The transformation. Where the minimum is 1, as for a zero gradient, derivatives of any order
-        are those of the identity. One NaN in a gradient makes all of it NaN.
+    Where the minimum is 1, as for a zero gradient, derivatives of any order are those of the
+    identity. One NaN in a gradient makes all of it NaN.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> clip = diffopt.transforms.clip_by_norm()
         >>> grads = [torch.tensor([3.0, 4.0]), torch.tensor([0.5])]
         >>> clip.apply(grads, grads, (), clip.hparams(max_norm=1.0))[0]
         [tensor([0.6000, 0.8000]), tensor([0.5000])]
     """
-    return ClipByNorm()
-
-
-class ClipByNorm(Stateless[MaxNorm]):
-    """What `clip_by_norm` returns."""
 
     hparams = MaxNorm
 
@@ -116,8 +103,10 @@ class ClipByNorm(Stateless[MaxNorm]):
         return [g * _coefficient(n, r, g) for g, n, r in zip(grads, norms, records, strict=True)]
 
 
-@factory
-def clip_by_value() -> ClipByValue:
+clip_by_norm = ClipByNorm
+
+
+class ClipByValue(Stateless[ClipValue]):
     """Clamp every element of a gradient between `-clip_value` and `clip_value`.
 
         g <- min(max(g, -clip_value), clip_value)
@@ -126,27 +115,24 @@ def clip_by_value() -> ClipByValue:
     separately. Hyperparameters: `clip_value` >= 0 (1.0), a number, a tensor or a prefix tree of the
     params.
 
-    Returns:
-        The transformation. Its derivative with respect to the gradient is 1 inside and on the
-        bounds, and 0 outside. NaN stays NaN.
+    Its derivative with respect to the gradient is 1 inside and on the bounds, and 0 outside. NaN
+    stays NaN.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> clip = diffopt.transforms.clip_by_value()
         >>> grad = torch.tensor([-3.0, 0.2, 0.7])
         >>> clip.apply(grad, grad, (), clip.hparams(clip_value=0.5))[0]
         tensor([-0.5000,  0.2000,  0.5000])
     """
-    return ClipByValue()
-
-
-class ClipByValue(Stateless[ClipValue]):
-    """What `clip_by_value` returns."""
 
     hparams = ClipValue
 
     def transform(self, grads: Tensors, params: Tensors, records: list[ClipValue]) -> Tensors:
         return [_between(g, r.clip_value) for g, r in zip(grads, records, strict=True)]
+
+
+clip_by_value = ClipByValue
 
 
 def _global_norm(grads: Tensors) -> Tensor:

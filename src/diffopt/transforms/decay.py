@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from diffopt._arguments import factory
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt.transforms._base import Stateless, Tensors
@@ -15,20 +14,18 @@ class WeightDecay:
     weight_decay: Hyperparameter = number(1e-2, ge=0)
 
 
-@factory
-def add_decayed_weights() -> AddDecayedWeights:
+class AddDecayedWeights(Stateless[WeightDecay]):
     """Add a multiple of each parameter to its gradient.
 
         g <- g + weight_decay * p
 
     Hyperparameters: `weight_decay` >= 0 (1e-2), a number, a tensor or a prefix tree of the params.
 
-    Returns:
-        The transformation. With `sgd` this is the same as its own `weight_decay`; `masked` by
-        `diffopt.nn.decay_mask(module)` it does not affect biases and norms. Most optimizers have a
-        hyperparameter of the same name: then pass one record for each part.
+    With `sgd` this is the same as its own `weight_decay`; `masked` by
+    `diffopt.nn.decay_mask(module)` it does not affect biases and norms. Most optimizers have a
+    hyperparameter of the same name: then pass one record for each part.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.transforms import add_decayed_weights, chain, masked
         >>> decay = masked(add_decayed_weights(), {"weight": True, "bias": False})
@@ -39,14 +36,12 @@ def add_decayed_weights() -> AddDecayedWeights:
         >>> opt.update(params, grads, opt.init(params), hp)[0]
         {'weight': tensor([0.9500]), 'bias': tensor([1.])}
     """
-    return AddDecayedWeights()
-
-
-class AddDecayedWeights(Stateless[WeightDecay]):
-    """What `add_decayed_weights` returns."""
 
     hparams = WeightDecay
 
     def transform(self, grads: Tensors, params: Tensors, records: list[WeightDecay]) -> Tensors:
         triples = zip(grads, params, records, strict=True)
         return [ops.add_decay(g, p, record.weight_decay) for g, p, record in triples]
+
+
+add_decayed_weights = AddDecayedWeights

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import factory
 from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, Write, copy_
+from diffopt.optimizer import Write, copy_
 from diffopt.transforms._base import Leaves, Tensors, Wrapper, gather, near, wide
 from diffopt.transforms._records import InOrder, check_tuple
 
@@ -36,10 +36,7 @@ class EMAHParams:
     decay: Hyperparameter = number(0.999, ge=0, lt=1)
 
 
-@factory
-def ema(
-    optimizer: Optimizer[Any, Any], *, bias_correction: bool = False
-) -> Optimizer[EMAState, tuple[EMAHParams, Any]]:
+class EMA(Wrapper[EMAState]):
     """Keep an average of the params in `state.average`; the steps themselves are not affected.
 
     With a_1 = p_1, the params after the first step, and p_t those after step t,
@@ -55,17 +52,16 @@ def ema(
     Hyperparameters: the records of this and of the optimizer, in a tuple. `decay` in [0, 1)
     (0.999), a number, a tensor or a prefix tree of the params.
 
+    The average of a tensor without a gradient does not change.
+
     Args:
         optimizer: any optimizer.
         bias_correction: weight as an average that started at zero and is corrected for that.
 
-    Returns:
-        The optimizer. The average of a tensor without a gradient does not change.
-
     Raises:
         TypeError: `optimizer` is not an optimizer, or the flag is not a bool.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.transforms.ema(diffopt.sgd())
         >>> p = torch.zeros(1)
@@ -78,14 +74,13 @@ def ema(
     Source: `torch.optim.swa_utils.get_ema_multi_avg_fn`; Polyak and Juditsky, "Acceleration of
     stochastic approximation by averaging", 1992.
     """
-    check_flags(bias_correction=bias_correction)
-    return EMA(optimizer, bias_correction)
 
+    _: KW_ONLY
+    bias_correction: bool = False
 
-class EMA(Wrapper[EMAState]):
-    """What `ema` returns."""
-
-    bias_correction: bool
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flags(bias_correction=self.bias_correction)
 
     @property
     def hparams(self) -> InOrder:
@@ -146,3 +141,6 @@ class EMA(Wrapper[EMAState]):
         old = leaves.averages(state, EMAState, "average", params)
         check_tuple(hparams, 2, "hparams", "hparams(...)")
         return leaves, old, leaves.records(EMAHParams, hparams[0], params)
+
+
+ema = EMA

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._arguments import factory
 from diffopt._modes import has_derivative, real
 from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import working_real
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, Write, copy_
+from diffopt.optimizer import Write, copy_
 from diffopt.transforms._base import Leaves, Wrapper, gather, wide
 
 
-@factory
-def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
+class Flatten(Wrapper[Any]):
     """Concatenate all tensors into one vector, so that a step runs each operation only once.
 
     With small tensors an eager step spends most of its time on calls, even more so under
@@ -31,21 +29,20 @@ def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     Hyperparameters are those of the optimizer, still prefix trees of the params. One that differs
     between tensors becomes a vector, and is computed with in the dtype of the params.
 
+    The state is that of the optimizer, with lists of vectors in place of trees like params. The
+    parts of a tensor without a gradient do not change.
+
     Args:
         optimizer: an elementwise optimizer, such as `adam()`, or a composition of it with
             transformations that do not depend on shapes, such as `clip_by_global_norm`. An
             optimizer that depends on shapes, like Muon, cannot be flattened. `partition`, whose
             labels refer to names, cannot either, but its parts can.
 
-    Returns:
-        The optimizer. Its state is that of the optimizer, with lists of vectors in place of trees
-        like params. The parts of a tensor without a gradient do not change.
-
     Raises:
         TypeError: `optimizer` is not an optimizer.
         ValueError: its rule mixes the elements of a tensor, as Muon's does.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.transforms.flatten(diffopt.sgd())
         >>> params = {"w": torch.zeros(2, 2), "b": torch.zeros(1)}
@@ -56,15 +53,14 @@ def flatten(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         >>> params["b"], state.momentum_buffer
         (tensor([-0.2000]), [tensor([1., 1., 1., 1., 1.])])
     """
-    if isinstance(optimizer, Leafwise) and not optimizer.batchable:
-        raise ValueError(
-            "optimizer mixes the elements of each tensor: flatten would mix those of all tensors"
-        )
-    return Flatten(optimizer)
 
-
-class Flatten(Wrapper[Any]):
-    """What `flatten` returns."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.optimizer, Leafwise) and not self.optimizer.batchable:
+            raise ValueError(
+                "optimizer mixes the elements of each tensor: flatten would mix those of all "
+                "tensors"
+            )
 
     def init(self, params: Tree) -> Any:
         tensors = _tree.leaves(params)
@@ -90,6 +86,9 @@ class Flatten(Wrapper[Any]):
             copy_((old, new) for old, new in pairs if new is not old)
 
         return write
+
+
+flatten = Flatten
 
 
 class _Layout(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, overload
 
 from diffopt import _tree
-from diffopt._arguments import factory
+from diffopt._arguments import explained
 from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt._value import Value
@@ -25,31 +25,27 @@ H = TypeVar("H")
 Parts: TypeAlias = dict[Hashable, Any]
 
 
-@factory
-def partition(
-    optimizers: Mapping[Hashable, Optimizer[Any, Any]], labels: Tree | Callable[[Tree], Tree]
-) -> Partition:
+class Partition(Value, Optimizer[Parts, Parts]):
     """Update every tensor with the optimizer that its label names.
 
     Hyperparameters: a dict with the record of each label's optimizer. Keywords go to the one
     optimizer that accepts them; if several do, pass records: `hparams({"body": record, "head":
     record})`. Fields are Python numbers, tensors or prefix trees of *all* params.
 
+    The state is a dict with the state for each label: trees like params with `[]` where a tensor
+    has another label.
+
     Args:
         optimizers: an optimizer for each label.
         labels: a prefix tree of the params whose leaves are labels, or a function from params to
             such a tree. It may depend on shapes and dtypes, never on values.
-
-    Returns:
-        The optimizer. Its state is a dict with the state for each label: trees like params with
-        `[]` where a tensor has another label.
 
     Raises:
         TypeError: `optimizers` is not a dict, or one of its values is not an optimizer.
         ValueError: (from `init` and `update`) `labels` is not a prefix tree of params, or a label
             is not a key of `optimizers`.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> sgd, adam = diffopt.sgd(), diffopt.adam()
         >>> opt = diffopt.transforms.partition(
@@ -61,19 +57,18 @@ def partition(
         >>> opt.update(params, grads, opt.init(params), hp)[0]
         {'body': [tensor([-0.1000, -0.1000]), tensor([-0.1000])], 'head': tensor([-0.5000])}
     """
-    if not isinstance(optimizers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        kind = type(optimizers).__name__
-        raise TypeError(f"optimizers is a {kind}, not a dict with an optimizer for each label")
-    for label, optimizer in optimizers.items():
-        check_optimizer(optimizer, f"optimizers[{label!r}]")
-    return Partition(dict(optimizers), _owned(labels))
 
-
-class Partition(Value, Optimizer[Parts, Parts]):
-    """What `partition` returns."""
-
-    optimizers: dict[Hashable, Optimizer[Any, Any]]
+    optimizers: Mapping[Hashable, Optimizer[Any, Any]]
     labels: Tree | Callable[[Tree], Tree]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optimizers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            kind = type(self.optimizers).__name__
+            raise TypeError(f"optimizers is a {kind}, not a dict with an optimizer for each label")
+        for label, optimizer in self.optimizers.items():
+            check_optimizer(optimizer, f"optimizers[{label!r}]")
+        object.__setattr__(self, "optimizers", dict(self.optimizers))
+        object.__setattr__(self, "labels", _owned(self.labels))
 
     @property
     def hparams(self) -> ByLabel:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
@@ -129,13 +124,16 @@ class Partition(Value, Optimizer[Parts, Parts]):
         return {label: [mine == label for mine in labels] for label in self.optimizers}
 
 
+partition = Partition
+
+
 @overload
 def masked(part: Optimizer[S, H], mask: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]: ...
 @overload
 def masked(
     part: Transformation[S, H], mask: Tree | Callable[[Tree], Tree]
 ) -> Transformation[S, H]: ...
-@factory
+@explained
 def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
     """Restrict a transformation or an optimizer to some of the params.
 
@@ -156,7 +154,7 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
         ValueError: (from `init` and `update`) `mask` is not a prefix tree of params, or a leaf of
             it is not a bool.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.transforms import chain, clip_by_global_norm, masked
         >>> clip = clip_by_global_norm()
@@ -174,7 +172,7 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
     raise TypeError(f"part is {given}, neither an optimizer nor a gradient transformation")
 
 
-@factory
+@explained
 def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]:
     """Keep some of the params unchanged: `masked` by the negated mask.
 
@@ -192,7 +190,7 @@ def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) ->
         ValueError: (from `init` and `update`) `frozen` is not a prefix tree of params, or a leaf of
             it is not a bool.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.transforms.freeze(diffopt.sgd(), {"body": True, "head": False})
         >>> params = {"body": torch.zeros(2), "head": torch.zeros(1)}

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
-from diffopt._arguments import factory
 from diffopt._modes import real
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, Write
+from diffopt.optimizer import Write
 from diffopt.transforms._base import Leaves, Wrapper, gather, select
 from diffopt.transforms._sharded import mesh_of, own, total
 
 
-@factory
-def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
+class SkipNonfinite(Wrapper[Any]):
     """Skip steps whose gradients are not all finite: params and state stay unchanged.
 
         p, s <- optimizer(p, g, s)   if every g of every tensor is finite, else p, s
@@ -26,21 +24,20 @@ def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
     counted in the state's `step`. The derivative of one is the identity with respect to params and
     state, and zero with respect to gradients and hyperparameters.
 
+    State and hyperparameters are those of the optimizer. Processes that share DTensors skip
+    together, even if only one of them has the nonfinite gradient. Under plain autograd, derivatives
+    through a skipped step do not enter the graph of its gradients, which is full of NaN: the result
+    is that of a loop without the step. Under torch.func transforms zeros pass through that graph,
+    and a loss can turn them into NaN. `update_` synchronizes with the device to decide whether to
+    step.
+
     Args:
         optimizer: any optimizer.
-
-    Returns:
-        The optimizer, with the same state and hyperparameters. Processes that share DTensors skip
-        together, even if only one of them has the nonfinite gradient. Under plain autograd,
-        derivatives through a skipped step do not enter the graph of its gradients, which is full of
-        NaN: the result is that of a loop without the step. Under torch.func transforms zeros pass
-        through that graph, and a loss can turn them into NaN. `update_` synchronizes with the
-        device to decide whether to step.
 
     Raises:
         TypeError: `optimizer` is not an optimizer.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.transforms.skip_nonfinite(diffopt.sgd())
         >>> p = torch.zeros(2)
@@ -50,11 +47,6 @@ def skip_nonfinite(optimizer: Optimizer[Any, Any]) -> Optimizer[Any, Any]:
         >>> opt.update(p, torch.tensor([1.0, 2.0]), state, hp)[0]
         tensor([-0.1000, -0.2000])
     """
-    return SkipNonfinite(optimizer)
-
-
-class SkipNonfinite(Wrapper[Any]):
-    """What `skip_nonfinite` returns."""
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
         leaves = gather(params, grads)
@@ -69,6 +61,9 @@ class SkipNonfinite(Wrapper[Any]):
         if _all_finite(gather(params, grads, writable=True)).item():
             return self.optimizer.prepare_(params, grads, state, hparams)
         return lambda: None
+
+
+skip_nonfinite = SkipNonfinite
 
 
 def _all_finite(leaves: Leaves) -> Tensor:
