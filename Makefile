@@ -53,7 +53,7 @@ types: $(STAMP) ## Check types, also those that a user's program sees
 	$(BIN)/mypy
 
 docs: $(STAMP) ## Build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 check: lint types docs test ## All of the above checks
 
