@@ -535,6 +535,22 @@ def test_what_a_group_no_longer_holds_is_freed(name):
     assert [ref() for ref in refs] == [None, None]
 
 
+@every_class
+def test_a_rate_in_a_tensor_is_freed_after_the_step(name):
+    params = parameters((200, 200))
+    optimizer = make(optim, name, params)
+    gc.disable()
+    try:
+        for t in range(7):  # RAdam's first five steps differ
+            optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+            ref = weakref.ref(optimizer.param_groups[0]["lr"])
+            step(optimizer, params, t)
+            optimizer.param_groups[0]["lr"] = 0.1
+            assert ref() is None
+    finally:
+        gc.enable()
+
+
 def test_copies_of_the_state_are_plain():
     params = parameters((3,), (2,))
     optimizer = make(optim, "Adam", params)

@@ -64,10 +64,15 @@ class Tape:
     def __init__(
         self, inputs: int, whole: Tensor | None = None, sums: Sequence[float] = ()
     ) -> None:
-        self.inputs = [Recorded(self, i) for i in range(inputs)]
+        self.size = inputs
         self.operations: list[Operation] = []
         self.constants: list[Any] = []
         self.whole, self.sums = whole, iter(sums)
+
+    @property
+    def inputs(self) -> list[Recorded]:
+        """What stands for the tensors; not kept here, where each would be in a cycle."""
+        return [Recorded(self, i) for i in range(self.size)]
 
     def place(self, argument: Any) -> int:
         """How an operation names a constant."""
@@ -81,7 +86,7 @@ class Tape:
         if not all(x is None or isinstance(x, Recorded) for x in outputs):
             raise Unrecordable("a new value that is not the result of an operation")
         indices = (None if x is None else x.index for x in outputs)
-        return _program(len(self.inputs), (*self.operations,), (*indices,))
+        return _program(self.size, (*self.operations,), (*indices,))
 
 
 class Recorded:
@@ -104,7 +109,7 @@ class Recorded:
             )
         places = tuple([x.index if type(x) is Recorded else tape.place(x) for x in arguments])
         named = tuple([(key, tape.place(x)) for key, x in options.items()])
-        index = len(tape.inputs) + len(tape.operations)
+        index = tape.size + len(tape.operations)
         boolean = name in _COMPARISONS
         tape.operations.append(Operation(_FUNCTIONS[name], places, named, index, boolean))
         return Recorded(tape, index)
