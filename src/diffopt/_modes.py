@@ -32,6 +32,11 @@ def observed() -> bool:
     return transformed() or intercepted()
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def forward_differentiated() -> bool:
     """Whether torch.autograd.forward_ad is active."""
     return _torch.forward_level() >= 0
@@ -78,6 +83,11 @@ def ordinary(tensor: Tensor) -> bool:
 def all_ordinary(tensors: Iterable[Any]) -> bool:
     """Whether all are ordinary tensors; much faster for thousands."""
     return set(map(type, tensors)) <= _ORDINARY
+
+
+def all_plain(tensors: Iterable[Any]) -> bool:
+    """Whether all are ordinary tensors, and nothing sees operations on them."""
+    return not observed() and all_ordinary(tensors)
 
 
 def real(tensor: Tensor) -> Tensor:

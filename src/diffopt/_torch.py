@@ -100,6 +100,8 @@ AccumulateGrad: Any = _C._functions.AccumulateGrad
 """The type of the nodes of autograd's graph that represent leaves."""
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
 """The number of writes to a tensor or to views of its memory."""
+base: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
+"""The tensor that a tensor is a view of; None if it is no view."""
 
 
 def function_class(node: Any) -> type | None:

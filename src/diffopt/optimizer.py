@@ -101,7 +101,7 @@ def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor
         return _tree.paths(old[name], name)[i]
 
     for k, (leaf, value) in enumerate(pairs):
-        if fault := _fault(leaf, value):
+        if fault := _fault(leaf, value, places[k][0]):
             raise ValueError(f"{path(k)} {fault}")
     if not _modes.transformed():
         _memory.check_apart(path, [leaf for leaf, _ in pairs])
@@ -111,17 +111,31 @@ def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor
 def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:
     """Overwrite tensors, such as those of `overwriting`, each with its new value."""
     for old, new in pairs:
-        old.copy_(new)
+        overwrite_(old, new)
 
 
-def _fault(old: Any, new: Any) -> str | None:
-    """Why a leaf cannot be overwritten; None if it can."""
+def overwrite_(old: Tensor, new: Tensor) -> None:
+    """Overwrite a tensor; a number of the state can become a larger tensor (see `_fault`)."""
+    if old.shape == new.shape:
+        # Tensor.copy_ asks for the device, which a machine lacks where tensors are fake.
+        torch.ops.aten.copy_.default(old, new)
+        return
+    old.data = new.clone()
+    torch.autograd.graph.increment_version(old)
+
+
+def _fault(old: Any, new: Any, tree: str) -> str | None:
+    """Why a leaf of the tree of this name cannot be overwritten; None if it can."""
     if not isinstance(old, Tensor):
         return f"is {_tree.describe(old)}, which update_ cannot overwrite: keep it in a tensor"
     if not isinstance(new, Tensor):
         return f"is a tensor, but its new value is {_tree.describe(new)}"
     if old.shape != new.shape:
-        return f"has shape {tuple(old.shape)}, but its new value has shape {tuple(new.shape)}"
+        fault = f"has shape {tuple(old.shape)}, but its new value has shape {tuple(new.shape)}"
+        if tree != "state" or old.dim():
+            return fault
+        if _modes.observed() or not _modes.all_ordinary([old, new]):
+            return f"{fault}: take the first step with update, whose state has that shape"
     if _modes.transformed():
         return None
     if not torch.can_cast(new.dtype, old.dtype):

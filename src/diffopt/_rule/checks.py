@@ -19,6 +19,7 @@ from diffopt._tree import Tree
 
 _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _LAYOUT = operator.attrgetter("layout")
+_NUMBER = operator.attrgetter("dtype", "layout", "device")
 _MANY = 8  # tensors that are worth a guard
 
 
@@ -109,6 +110,29 @@ def buffers(
                 f"{_tree.paths(tree, 'params')[i]} has shape {tuple(param.shape)}"
             )
             raise _error(tree, name, i, fault)
+
+
+def per_hyperparameter(numbers: list[Any], params: list[Tensor], tree: Tree, name: str) -> None:
+    """Raise unless each is a dense floating-point tensor that broadcasts to its parameter."""
+    if (
+        _modes.all_plain(numbers)
+        and not any(map(Tensor.dim, numbers))
+        and {*map(_NUMBER, numbers)} == {(torch.float64, torch.strided, params[0].device)}
+    ):
+        return
+    for i, (number, param) in enumerate(zip(numbers, params, strict=True)):
+        if not isinstance(number, Tensor):
+            raise TypeError(
+                f"{_tree.paths(tree, name)[i]} is {_tree.describe(number)}, not a tensor"
+            )
+        if not number.is_floating_point():
+            raise _error(tree, name, i, f"has dtype {number.dtype}, but must be floating-point")
+        if number.layout is not torch.strided:
+            raise _error(tree, name, i, f"has layout {number.layout}, but must be dense")
+        if number.dim() == 0 and number.is_meta and not param.is_meta:
+            raise _error(tree, name, i, f"has device meta, but must have device {param.device}")
+        if number.dim() and (fault := _misfit(number, param, True)):
+            raise _error(tree, name, i, f"has {fault.format(_tree.paths(tree, 'params')[i])}")
 
 
 def like(leaves: list[Any]) -> Callable[[list[Any]], bool]:

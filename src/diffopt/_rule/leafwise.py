@@ -15,7 +15,7 @@ from torch import Tensor
 from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_choice, check_function
 from diffopt._modes import exact, exact_dtype
-from diffopt._rule import checks, hyper, lists, ops, running, ways
+from diffopt._rule import checks, fields, hyper, lists, ops, running, ways
 from diffopt._rule.rule import EXECUTIONS, WORKING_DTYPE, Execution, H, Rule, S, Shape, unused
 from diffopt._tree import Tree
 from diffopt._value import Flags, brief
@@ -76,6 +76,10 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             _check_hashable(getattr(self, name), name)
         check_choice(self.execution, "execution", *EXECUTIONS)
         _check_classes(getattr(self, "State", None), getattr(self, "hparams", None))
+        for name in self.per_hyperparameter:
+            if name not in self.buffer_names:
+                fields = f"the fields of its state after step are {[*self.buffer_names]}"
+                raise ValueError(f"per_hyperparameter has {_tree.shown(name)}, but {fields}")
 
     def __repr__(self) -> str:
         """The flags, and `execution` where it is not "auto"."""
@@ -95,6 +99,8 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         step = torch.zeros((), dtype=exact_dtype(device), device=device)
         states = [self.begin(p, step) for p in tensors]
         columns = [[state[k + 1] for state in states] for k in range(len(self.buffer_names))]
+        for k in self._numbers(columns):
+            columns[k] = fields.packed(columns[k])
         return self._pack(step, columns, spec)
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
@@ -109,8 +115,11 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
         compute = self._leaf_by_leaf if differentiated else self._updated
         t = _modes.number_of(step)
-        for indices in work.groups():
-            results = compute(t, work.values(indices), work.columns(indices))
+        for indices, columns in self._parts(work, apart=differentiated):
+            results = compute(t, work.values(indices), columns)
+            for k in self._numbers(work.buffers):
+                old = [work.buffers[k][i] for i in indices]
+                results[k + 1] = fields.left(columns[k + 2], old, columns[0][0])
             for column, result in zip(new, results, strict=True):
                 for i, tensor in zip(indices, result, strict=False):
                     column[i] = tensor
@@ -119,18 +128,53 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
 
     def prepare_(self, params: Tree, grads: Tree, state: S, hparams: H) -> Write:
         work = self.gather(params, grads, state, hparams)
-        fields = zip(self.buffer_names, work.buffers, strict=True)
-        used = {f"state.{name}": c for name, c in fields if c and not unused(c[0])}
+        named = zip(self.buffer_names, work.buffers, strict=True)
+        used = {f"state.{name}": c for name, c in named if c and not unused(c[0])}
         columns = {"params": work.params, **used}
         checks.writable(columns, params, state[0], work.grads, work.numbers)
+        if self._may_grow(work) and not _modes.all_plain(work.tensors(state[0])):
+            return super().prepare_(params, grads, state, hparams)
         return functools.partial(self._update_, work, state[0])
 
     def _update_(self, work: Work, count: Tensor) -> None:
         step = exact(count) + 1
         t = _modes.number_of(step)
-        for indices in work.groups():
-            self._step_(t, work.values(indices), work.columns(indices))
+        for indices, columns in self._parts(work, apart=_modes.observed()):
+            self._step_(t, work.values(indices), columns)
+            for k in self._numbers(work.buffers):
+                old = [work.buffers[k][i] for i in indices]
+                fields.write_(columns[k + 2], old, columns[0][0])
         torch.ops.aten.copy_.default(count, step)  # see running.leaf_
+
+    def _numbers(self, buffers: list[list[Any]]) -> list[int]:
+        """The places of what has the shape of hyperparameters, among the buffers."""
+        pairs = enumerate(zip(self.buffer_names, buffers, strict=True))
+        numbers = self.per_hyperparameter
+        return [k for k, (name, c) in pairs if name in numbers and c and not unused(c[0])]
+
+    def _may_grow(self, work: Work) -> bool:
+        """Whether a number of the state may become a larger tensor."""
+        return any(x.dim() == 0 for k in self._numbers(work.buffers) for x in work.buffers[k]) and (
+            not all(map(running.is_scalar, itertools.chain(*(n.values for n in work.numbers))))
+        )
+
+    def _parts(self, work: Work, *, apart: bool) -> Iterator[tuple[list[int], list[Any]]]:
+        """The leaves that are updated together, and their columns.
+
+        Numbers of the state are equal within a part, or else `apart`: there is one for each leaf.
+        """
+        numbers = self._numbers(work.buffers)
+        for group in work.groups():
+            parts = [group]
+            if numbers and not apart:
+                parts = fields.equal_parts(
+                    group, [[work.buffers[k][i] for i in group] for k in numbers]
+                )
+            for indices in parts:
+                columns = work.columns(indices)
+                for k in numbers:
+                    columns[k + 2] = fields.entered(columns[k + 2], columns[0][0], apart=apart)
+                yield indices, columns
 
     def _leaf_by_leaf(self, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
         """The new columns, out of place, computed tensor by tensor."""
@@ -180,6 +224,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             wanted = "leaf"  # foreach kernels ask for the value of a scalar
         lr, *rest = values
         numeric = isinstance(lr, Tensor) and _takes_rate(lr, columns[0][0])
+        rest += [column.value for column in columns if isinstance(column, running.Shared)]
         return ways.choose(self, ways.survey(columns), [0.0 if numeric else lr, *rest], wanted)
 
     def _native_(self, t: Any, values: list[Any], columns: list[Any]) -> bool:
@@ -234,6 +279,9 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             columns.append([()] * len(tensors))
             if dtype is not None:
                 columns[-1] = _tree.leaves_like(field, spec, params, (name, "params"))
+                if self.buffer_names[k] in self.per_hyperparameter:
+                    checks.per_hyperparameter(columns[-1], tensors, params, name)
+                    continue
                 own = [row[k] for row in shapes if row is not None]
                 if own or not like(columns[-1]):
                     checks.buffers(columns[-1], tensors, params, name, dtype, own)
@@ -285,7 +333,8 @@ def _pays(way: ways.Way, columns: list[Any]) -> bool:
         fast = len(params) >= _MANY or any(p.numel() >= _BIG for p in params)
     else:
         fast = way == "stacks" and len(params) >= _MANY
-    dtypes = {x.dtype for column in columns for x in column} if fast else ()
+    tensors = itertools.chain(*(c for c in columns if isinstance(c, list)))
+    dtypes = {x.dtype for x in tensors} if fast else ()
     # The new value of an integer may be wider.
     return fast and all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
 
@@ -309,7 +358,7 @@ def _copied(columns: list[Any]) -> list[Any]:
     def copy(x: Tensor) -> Tensor:
         return x.to(wider(x), copy=True)
 
-    return [copies(params), grads, *(copies(c) if c else () for c in buffers)]
+    return [copies(params), grads, *(copies(c) if isinstance(c, list) else c for c in buffers)]
 
 
 def _for_kernels(values: list[Any], like: Tensor) -> list[Any]:
@@ -386,6 +435,7 @@ def leafwise(
     shapes: Callable[[Shape], tuple[Shape, ...]] | None = None,
     refuse: Callable[[Tensor], str | None] | None = None,
     stackable: bool = False,
+    per_hyperparameter: tuple[str, ...] = (),
     execution: Execution = "auto",
 ) -> FunctionRule[S, H]:
     """Make an optimizer from functions on one tensor: quicker to write than a class.
@@ -421,6 +471,8 @@ def leafwise(
             updated as one batch, by `torch.vmap` of the rule, and big ones in pieces if the rule
             uses nothing but elementwise operations and `ops.total`. Both change the order in which
             sums are rounded.
+        per_hyperparameter: the fields of the state that have the shape of hyperparameters: see
+            `Leafwise.per_hyperparameter`; `init` makes them as 0-d tensors.
         execution: how it runs, see `Leafwise`.
 
     Returns:
@@ -459,7 +511,15 @@ def leafwise(
     if not _modes.compiling():  # it cannot be traced
         torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
     given = {name: function for name, function in optional.items() if function is not None}
-    members = {"State": state, "hparams": hparams, "begin": init, "rule": rule, **given, **flags}
+    constants = {**flags, "per_hyperparameter": per_hyperparameter}
+    members = {
+        "State": state,
+        "hparams": hparams,
+        "begin": init,
+        "rule": rule,
+        **given,
+        **constants,
+    }
     return FunctionRule(members=(*members.items(),), maximize=maximize, execution=execution)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _modes, _tree
 
 S = TypeVar("S", bound=tuple[Any, ...])
 H = TypeVar("H")
@@ -46,12 +46,16 @@ class Rule(ABC, Generic[S, H]):
     Attributes:
         State: the class of the state.
         hparams: the class of the record of hyperparameters, made by `diffopt.rules.hparams`.
+        per_hyperparameter: the fields of the state that have the shape of hyperparameters instead
+            of the parameter's: one number, or a tensor if a hyperparameter is one. The rule
+            computes them from nothing but themselves, hyperparameters and the step.
         elementwise, batchable, stackable, native: see `leafwise`.
         maximize: ascend instead of descend.
     """
 
     State: ClassVar[type[Any]]
     hparams: ClassVar[Any]
+    per_hyperparameter: ClassVar[tuple[str, ...]] = ()
     elementwise = False
     batchable = True
     stackable = False
@@ -64,8 +68,12 @@ class Rule(ABC, Generic[S, H]):
         return self.State._fields[1:]
 
     def begin(self, p: Tensor, step: Tensor) -> S:
-        """The state of one tensor before its first step: unless overridden, zeros in its shape."""
-        return self.State(step, *(zeros_like(p) for _ in self.buffer_names))
+        """The state of one tensor before its first step: unless overridden, zeros."""
+        numbers = self.per_hyperparameter
+        return self.State(
+            step,
+            *(zero_for(p) if name in numbers else zeros_like(p) for name in self.buffer_names),
+        )
 
     def scalars(self, t: Any, hp: H) -> Any:
         """What is computed once per step instead of once per tensor, such as bias corrections."""
@@ -113,6 +121,11 @@ def zeros_like(param: Tensor) -> Tensor:
         raise TypeError(f"param is {_tree.describe(param)}, not a tensor")
     dtype = WORKING_DTYPE.get(param.dtype)
     return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+
+
+def zero_for(param: Tensor) -> Tensor:
+    """The number 0 in the state of `param`, in the precision of the step."""
+    return torch.zeros((), dtype=_modes.exact_dtype(param.device), device=param.device)
 
 
 def unused(field: Any) -> bool:

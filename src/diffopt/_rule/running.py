@@ -1,8 +1,9 @@
 """Running a rule on tensors: one by one, sparse or native.
 
 All of them take columns: the params, their gradients, and one column for each field of the state
-after the step. A column is a list of tensors, `()` for a field that is not used, or a `Shared`. Its
-tensors share device, dtype, step and hyperparameters, so that per-step scalars are computed once.
+after the step. A column is a list of tensors, `()` for a field that is not used, or a `Shared`; to
+run tensor by tensor also a list of these. Its tensors share device, dtype, step and
+hyperparameters, so that per-step scalars are computed once.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class Numbers(NamedTuple):
 
 
 class Shared:
-    """A 0-d field of the state that all tensors of the columns share, and its new value."""
+    """A field of the state that all tensors of the columns share, and its new value.
+
+    It is a number, or where that varies within a tensor, what broadcasts to it.
+    """
 
     __slots__ = ("new", "value")
 

@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
 def survey(columns: Sequence[Any]) -> Kind:
     """The `Kind` of columns whose params share device and dtype."""
-    lists = [column for column in columns if isinstance(column, list)]
+    lists = [c for c in columns if isinstance(c, list) and not isinstance(c[0], running.Shared)]
     like = columns[0][0]
     uniform = all({*map(_DTYPE, column)} <= {like.dtype} for column in lists)
     return Kind(like.device.type, like.dtype, uniform, _layout(lists))

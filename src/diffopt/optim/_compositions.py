@@ -223,7 +223,8 @@ def _like(row: dict[str, Any], key: str, fresh: Tensor, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{key} of {name} is {_tree.describe(value)}, not a tensor")
     kinds = [(x.is_floating_point(), x.is_complex(), tuple(x.shape)) for x in (value, fresh)]
-    if kinds[0] != kinds[1]:
+    grown = fresh.dim() == 0 and fresh.is_floating_point() and value.is_floating_point()
+    if kinds[0] != kinds[1] and not grown:
         raise ValueError(
             f"{key} of {name} has shape {tuple(value.shape)} and dtype {value.dtype}, but must "
             f"have shape {tuple(fresh.shape)} and dtype {fresh.dtype}"

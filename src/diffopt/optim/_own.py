@@ -41,6 +41,10 @@ class LeafwiseOptimizer(OwnInit):
         self.optimizer = optimizer
         super().__init__(params, hparams)
 
+    @property
+    def scalar_state(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
+        return ("step", *self.optimizer.per_hyperparameter)
+
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         return self.optimizer
 
@@ -79,6 +83,7 @@ class OwnClass(OwnInit):
         super().__init_subclass__()
         if "make" in vars(cls):
             cls.flags = tuple(inspect.signature(cls.make).parameters)
+            cls.scalar_state = ("step", *cls.make().per_hyperparameter)
 
     def __init__(self, params: Iterable[Any], lr: Any = None, **others: Any) -> None:
         others |= {} if lr is None else {"lr": lr}

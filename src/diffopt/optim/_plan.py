@@ -399,10 +399,11 @@ def trace_(
 
 
 def _stepped(opt: Leafwise[Any, Any], t: Any, values: list[Any], row: list[Any]) -> list[Any]:
-    """The new parameter and buffers, of which a 0-d one is a number of the whole parameter."""
+    """The new parameter and buffers."""
     param, grad, *old = row
     numbers = running.numbers_of(opt, t, running.placed(values, param))
-    enter = [Shared(x) if running.is_scalar(x) and param.dim() else x for x in old]
+    whole = [name in opt.per_hyperparameter for name in opt.buffer_names]
+    enter = [Shared(x) if one else x for one, x in zip(whole, old, strict=True)]
     new = running.apply(opt, numbers, [param, grad, *enter])
     return [x.new if isinstance(x, Shared) else x for x in new]
 

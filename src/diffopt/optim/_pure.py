@@ -11,6 +11,7 @@ from torch import Tensor
 from diffopt import _tree
 from diffopt._rule import hyper, running
 from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import zero_for
 from diffopt._tree import Tree
 from diffopt.optim import _classes
 from diffopt.optim._adapter import RuleOptimizer
@@ -223,9 +224,8 @@ def _pure_row(
     buffers: dict[str, Tensor] = {}
     for name in opt.buffers_of(p):
         value = row.get(name, p.new_empty(0))
-        if name in optimizer.scalar_state:
-            number = value.item()
-            value = torch.full_like(p, complex(number, number) if p.is_complex() else number)
+        if name in opt.per_hyperparameter:
+            value = value.to(zero_for(p))
         buffers[name] = copied(value.to_dense() if value.is_sparse else value)
     # Where torch keeps no count, it only matters that the next step is not the first.
     return float(row.get("step", begun)), buffers

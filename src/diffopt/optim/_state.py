@@ -65,7 +65,7 @@ class Known:
     def learn(self, tensors: Iterable[Any]) -> None:
         """Read what is not known; a graph that is being captured cannot wait for that."""
         unknown = [x for x in tensors if _countable(x) and self.mark(x) is None]
-        if capturing():
+        if _modes.capturing():
             for x in unknown:
                 self.note([x], (object(), 0.0))
         elif unknown:
@@ -73,11 +73,6 @@ class Known:
             numbers = torch.stack([x.detach().to(device).double().reshape(()) for x in unknown])
             for x, number in zip(unknown, numbers.cpu().tolist(), strict=True):
                 self.note([x], (None, number))
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _countable(x: Any) -> bool:
@@ -279,7 +274,7 @@ class Counts:
         if self.marks:
             alpha = {"alpha": 1} if isinstance(number, Tensor) else {}  # or it waits for its value
             _torch.foreach["add"][1](self._written(i), number, **alpha)
-            unknown = isinstance(number, Tensor) or capturing()
+            unknown = isinstance(number, Tensor) or _modes.capturing()
             token, before = self.marks[i or 0].value
             self._mark(None if unknown else (token, before + number), i)
             return

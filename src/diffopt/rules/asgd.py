@@ -45,8 +45,8 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
 
     The average a is `state.ax`; until step `t0` it is the iterate itself. As in torch, the rate e
     and the weight m of a step, `state.eta` and `state.mu`, are computed from the hyperparameters of
-    the step before. They have the shape of the parameter and start at 0; the first step sets them
-    to `lr` and 1.
+    the step before. Each is one number for each tensor, or has the shape of a hyperparameter that
+    is larger, and starts at 0; the first step sets them to `lr` and 1.
 
     Args:
         maximize: ascend instead of descend.
@@ -72,6 +72,7 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
     State = ASGDState
     hparams: ClassVar[type[ASGDHParams]] = ASGDHParams
     elementwise = True
+    per_hyperparameter = ("eta", "mu")
 
     def scalars(self, t: Any, hp: ASGDHParams) -> tuple[Any, Any]:
         next_eta = hp.lr / (1 + hp.lambd * hp.lr * t) ** hp.alpha

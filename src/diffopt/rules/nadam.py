@@ -47,8 +47,8 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
     `beta1` and `beta2` in [0, 1) (0.9, 0.999), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0),
     `momentum_decay` >= 0 (4e-3).
 
-    `state.mu_product` has the shape of the parameter, since each weight may have its own `beta1`;
-    it starts at 0, which stands for 1.
+    `state.mu_product`, M, is one number for each tensor, or has the shape of a `beta1` or
+    `momentum_decay` that is larger; it starts at 0, which stands for 1.
 
     Args:
         decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
@@ -77,6 +77,7 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
     State = NAdamState
     hparams: ClassVar[type[NAdamHParams]] = NAdamHParams
     elementwise = True
+    per_hyperparameter = ("mu_product",)
 
     def scalars(self, t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any]:
         shrinkage = 1 - hp.lr * hp.weight_decay

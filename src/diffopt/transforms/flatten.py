@@ -138,6 +138,8 @@ class _Layout(NamedTuple):
         """The tree with its vectors restricted to the leaves that have a gradient."""
 
         def cut(vector: Tensor, group: list[int], some: list[int]) -> Tensor:
+            if vector.dim() == 0:
+                return vector
             pieces = self._pieces(vector, group)
             return torch.cat([vector[:0], *(pieces[i] for i in some)])
 
@@ -147,6 +149,9 @@ class _Layout(NamedTuple):
         """The tree with vectors of all leaves: the old values where there is no gradient."""
 
         def merge(old: Tensor, new: Tensor, group: list[int], some: list[int]) -> Tensor:
+            if group == some or not some:
+                return new if some else old
+            old, new = (x.expand(self._size(part)) for x, part in ((old, group), (new, some)))
             return torch.cat([*(self._pieces(old, group) | self._pieces(new, some)).values()])
 
         return new if self.groups == self.some else self._map_vectors(merge, old, new)
@@ -155,12 +160,21 @@ class _Layout(NamedTuple):
         pieces = torch.split(vector, [self.sizes[i] for i in group])
         return dict(zip(group, pieces, strict=True))
 
+    def _size(self, group: list[int]) -> int:
+        return sum(self.sizes[i] for i in group)
+
     def _map_vectors(self, function: Callable[..., Tensor], *trees: Any) -> Any:
-        """Apply to each list of whole vectors in the first tree; keep the rest of the last tree."""
-        shapes = [(sum(self.sizes[i] for i in group),) for group in self.groups]
+        """Apply to each list of whole vectors in the first tree; keep the rest of the last tree.
+
+        A vector whose elements are all equal may be a number.
+        """
+        sizes = list(map(self._size, self.groups))
 
         def is_column(node: Any) -> bool:
-            return isinstance(node, list) and shapes == [getattr(v, "shape", v) for v in node]
+            if not isinstance(node, list) or len(node) != len(sizes):
+                return False
+            shapes = (getattr(x, "shape", None) for x in node)
+            return all(shape in ((), (n,)) for shape, n in zip(shapes, sizes, strict=True))
 
         nodes, spec = _tree.flatten(trees[0], is_leaf=is_column)
         rows = zip(nodes, *(spec.flatten_up_to(tree) for tree in trees[1:]), strict=True)

@@ -1,0 +1,144 @@
+"""Fields of the state that have the shape of hyperparameters: most often one number per tensor.
+
+Tensors whose numbers are equal are updated together. On a CPU the numbers are read. On a device,
+where that would wait, it is remembered which ones were written together: a mark says what stands
+for the value of each, and at which version. Numbers made together are views of one vector, so that
+one kernel makes them and one version tells whether somebody else has written to any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from diffopt import _modes, _torch
+from diffopt._rule.running import Shared, placed, scalar_on
+from diffopt.optimizer import overwrite_
+
+_MARKS: Any = WeakTensorKeyDictionary()
+"""For a tensor that is no view: its version, and by offset what stands for the numbers in it."""
+
+
+def packed(column: list[Tensor]) -> list[Tensor]:
+    """The same numbers; on a device as views of one vector."""
+    kinds = {(x.device, x.dtype, x.dim()) for x in column}
+    if len(kinds) != 1 or not _markable(column[0]):
+        return column
+    with torch.no_grad():
+        return [*torch.stack(column).unbind()]
+
+
+def equal_parts(indices: Sequence[int], columns: Sequence[list[Tensor]]) -> list[list[int]]:
+    """The indices in parts in which all numbers of a column are equal."""
+    parts: dict[Any, list[int]] = {}
+    for i, values in zip(indices, zip(*map(_values, columns), strict=True), strict=True):
+        parts.setdefault(values, []).append(i)
+    return [*parts.values()]
+
+
+def entered(column: list[Tensor], like: Tensor, *, apart: bool) -> Any:
+    """The numbers as the rule sees them: like hyperparameters of params like this one.
+
+    That is one `Shared` for tensors whose numbers are equal, or, with `apart`, a list.
+    """
+    if apart:
+        return list(map(Shared, placed(column, like)))
+    return Shared(placed(column[:1], like)[0])
+
+
+def left(column: Any, old: list[Tensor], like: Tensor) -> list[Tensor]:
+    """The new values of what `entered` returned, one for each of the old ones."""
+    if isinstance(column, list):
+        return [_left(x.new, y, like) for x, y in zip(column, old, strict=True)]
+    new = _left(column.new, old[0], like)
+    if not _markable(new):
+        return [new.clone() for _ in old]
+    with torch.no_grad():
+        numbers = new.expand(len(old)).clone().unbind()
+    _mark(numbers, object())
+    return [*numbers]
+
+
+def write_(column: Any, old: list[Tensor], like: Tensor) -> None:
+    """Put the new values into the old tensors, which may grow."""
+    if isinstance(column, list):
+        for x, y in zip(column, old, strict=True):
+            overwrite_(y, _left(x.new, y, like))
+        return
+    new = _left(column.new, old[0], like)
+    if new.shape != old[0].shape:
+        for x in old:
+            overwrite_(x, new)
+        return
+    _torch.foreach_copy_(old, [new] * len(old))
+    if all(map(_markable, old)):
+        _mark(old, object())
+
+
+def _left(new: Any, old: Tensor, like: Tensor) -> Tensor:
+    """A new value in the form that the state has."""
+    if not isinstance(new, Tensor):
+        return scalar_on(new, old.dtype, old.device)
+    if new.dim() and like.is_complex():
+        new = new.squeeze(-1)
+    return new.to(old) if new.shape == old.shape else new
+
+
+def _values(column: list[Tensor]) -> list[Any]:
+    """What tells the numbers apart; they are equal where these are."""
+    if not _modes.all_ordinary(column) or any(map(Tensor.dim, column)):
+        return [*map(id, column)]
+    if {x.device.type for x in column} == {"cpu"}:
+        return [*map(Tensor.item, column)]
+    markable = all(map(_markable, column))
+    values = _marked(column) if markable else [None] * len(column)
+    if None in values and not (column[0].is_meta or _modes.capturing()):
+        device = column[0].device
+        values = torch.stack([x.to(device, torch.float64) for x in column]).cpu().tolist()
+        for x, value in zip(column, values, strict=True) if markable else ():
+            _mark([x], value)
+    return [id(x) if value is None else value for x, value in zip(column, values, strict=True)]
+
+
+def _marked(column: list[Tensor]) -> list[Any]:
+    """What marks say of the numbers; None for what is not known. Marks that are wrong end."""
+    values: list[Any] = []
+    marks: dict[int, Any] = {}
+    for x in column:
+        base = _base(x)
+        if id(base) not in marks:
+            version, marks[id(base)] = _MARKS.get(base) or (None, {})
+            if version != _torch.version(base):
+                marks[id(base)] = {}
+                _MARKS.pop(base, None)
+        values.append(marks[id(base)].get(x.storage_offset()))
+    return values
+
+
+def _mark(numbers: Sequence[Tensor], value: object) -> None:
+    """Note that these numbers have this value, and have been written last."""
+    bases = {id(base): base for base in map(_base, numbers)}
+    known = {k: (_MARKS.get(base) or (0, {}))[1] for k, base in bases.items()}
+    for x in numbers:
+        known[id(_base(x))][x.storage_offset()] = value
+    for k, base in bases.items():
+        _MARKS[base] = _torch.version(base), known[k]
+
+
+def _base(x: Tensor) -> Tensor:
+    base = _torch.base(x)
+    return x if base is None else base
+
+
+def _markable(x: Tensor) -> bool:
+    """Whether marks can tell its value: others can be read, or have no version."""
+    return (
+        x.dim() == 0
+        and x.device.type not in ("cpu", "meta")
+        and not (x.is_inference() or _modes.observed())
+        and _modes.ordinary(x)
+    )
