@@ -121,7 +121,8 @@ def overwrite_(old: Tensor, new: Tensor) -> None:
         torch.ops.aten.copy_.default(old, new)
         return
     old.data = new.clone()
-    torch.autograd.graph.increment_version(old)
+    if not old.is_inference():
+        torch.autograd.graph.increment_version(old)
 
 
 def _fault(old: Any, new: Any, tree: str) -> str | None:
@@ -132,7 +133,8 @@ def _fault(old: Any, new: Any, tree: str) -> str | None:
         return f"is a tensor, but its new value is {_tree.describe(new)}"
     if old.shape != new.shape:
         fault = f"has shape {tuple(old.shape)}, but its new value has shape {tuple(new.shape)}"
-        if tree != "state" or old.dim():
+        number = old.dim() == 0 and old.is_floating_point() and new.is_floating_point()
+        if tree != "state" or not number:
             return fault
         if _modes.observed() or not _modes.all_ordinary([old, new]):
             return f"{fault}: take the first step with update, whose state has that shape"

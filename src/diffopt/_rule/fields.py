@@ -8,6 +8,7 @@ one kernel makes them and one version tells whether somebody else has written to
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from diffopt import _modes, _torch
 from diffopt._rule.running import Shared, placed, scalar_on
 from diffopt.optimizer import overwrite_
 
+_ON_CPU = operator.attrgetter("is_cpu")  # in C: a step reads thousands
 _MARKS: Any = WeakTensorKeyDictionary()
 """For a tensor that is no view: its version, and by offset what stands for the numbers in it."""
 
@@ -34,8 +36,11 @@ def packed(column: list[Tensor]) -> list[Tensor]:
 
 def equal_parts(indices: Sequence[int], columns: Sequence[list[Tensor]]) -> list[list[int]]:
     """The indices in parts in which all numbers of a column are equal."""
+    found = [*map(_values, columns)]
+    if all(len({*values}) == 1 for values in found):
+        return [[*indices]]
     parts: dict[Any, list[int]] = {}
-    for i, values in zip(indices, zip(*map(_values, columns), strict=True), strict=True):
+    for i, values in zip(indices, zip(*found, strict=True), strict=True):
         parts.setdefault(values, []).append(i)
     return [*parts.values()]
 
@@ -92,7 +97,7 @@ def _values(column: list[Tensor]) -> list[Any]:
     """What tells the numbers apart; they are equal where these are."""
     if not _modes.all_ordinary(column) or any(map(Tensor.dim, column)):
         return [*map(id, column)]
-    if {x.device.type for x in column} == {"cpu"}:
+    if all(map(_ON_CPU, column)):
         return [*map(Tensor.item, column)]
     markable = all(map(_markable, column))
     values = _marked(column) if markable else [None] * len(column)

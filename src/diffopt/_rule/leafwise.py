@@ -115,7 +115,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
         compute = self._leaf_by_leaf if differentiated else self._updated
         t = _modes.number_of(step)
-        for indices, columns in self._parts(work, apart=differentiated):
+        for indices, columns in self._parts(work, apart=differentiated or _modes.observed()):
             results = compute(t, work.values(indices), columns)
             for k in self._numbers(work.buffers):
                 old = [work.buffers[k][i] for i in indices]
