@@ -59,7 +59,8 @@ class Optimizer(ABC, Generic[S, H]):
     def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
         """The same step in place: overwrites the tensors of `params` and `state`, without autograd.
 
-        Arguments and errors are those of `update`; if it raises, nothing has been changed.
+        Arguments and errors are those of `update`; if it raises, nothing has been changed. A number
+        of the state becomes a larger tensor where `update` would return one.
 
         Raises:
             ValueError: also if autograd is recording and `grads` or `hparams` require a gradient,
