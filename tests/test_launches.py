@@ -187,11 +187,13 @@ def test_what_is_on_the_cpu_is_copied_once_to_the_device():
     assert DEVICE.count("wait") <= 2
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_rate_in_a_tensor_on_the_cpu_is_not_copied_at_every_step(name):
     rate = torch.tensor(0.01)
     optimizer = getattr(optim, name)(params(), lr=rate, fused=True)
-    assert stepped(optimizer, 3)[:2] <= (3, 0)
+    launches, waits, _ = stepped(optimizer, 3)
+    assert launches <= 3
+    assert waits == 0
     rate.fill_(0.0)
     before = [p.detach().inner.clone() for p in optimizer.param_groups[0]["params"]]
     stepped(optimizer, 1)

@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt import linear
 from diffopt.linear import (
@@ -240,6 +242,33 @@ def test_nystrom_approximates_by_random_columns():
     assert min((value - c).norm() for c in candidates) < 1e-10
     assert not torch.equal(value, solve(replaced(solver, seed=3), POSITIVE, B).value)
     torch.testing.assert_close(value, solve(solver, POSITIVE, B).value)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(result):
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+def test_nystrom_makes_nothing_larger_than_its_columns(samples):
+    n, rank = 2000, 3
+    diagonal = random(n).abs() + 1
+
+    def run(b):
+        return Nystrom(rank, rtol=1e9).solve(lambda v, d: d * v, b, operands=(diagonal,)).value
+
+    with _Largest() as largest:
+        torch.func.vmap(run)(random(samples, n)) if samples else run(random(n))
+    assert largest.numel <= rank * n * (samples or 1)
 
 
 def test_a_transpose_may_be_given():

@@ -31,7 +31,8 @@ class Direct(LinearSolver):
     """
 
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
-        x = _solve(torch.vmap(system.matvec)(_identity(x0)).T, system.b)
+        identity = torch.eye(x0.numel(), dtype=x0.dtype, device=x0.device)
+        x = _solve(torch.vmap(system.matvec)(identity).T, system.b)
         return Run(x, torch.ones_like(system.tolerance, dtype=torch.int64), "it may be singular")
 
 
@@ -83,15 +84,12 @@ class Nystrom(LinearSolver):
         rank = min(self.rank, n)
         # Python's generator, since torch's cannot be used under vmap.
         indices = sorted(random.Random(self.seed).sample(range(n), rank))
-        units = _identity(b)[indices]
+        chosen = torch.tensor(indices, device=b.device)
+        units = (torch.arange(n, device=b.device) == chosen[:, None]).to(b.dtype)
         columns = torch.vmap(system.matvec)(units) - damping * units  # as rows
-        core = columns[:, indices] + columns @ columns.T / damping
+        core = columns[:, chosen] + columns @ columns.T / damping
         x = b / damping - _solve(core, columns @ b) @ columns / damping**2
         return Run(x, torch.full_like(system.tolerance, rank, dtype=torch.int64))
-
-
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(like.numel(), dtype=like.dtype, device=like.device)
 
 
 def _solve(matrix: Tensor, b: Tensor) -> Tensor:
