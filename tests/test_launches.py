@@ -133,6 +133,49 @@ def test_what_a_graph_counts_is_not_known():
     assert sorted(len(bucket.indices) for bucket in plan.buckets) == [1, 2]
 
 
+# Rules that mix the elements of a tensor
+
+MATRICES = [*[(8, 6)] * 9, *[(6, 8)] * 5, (1, 4), *[(12, 4)] * 3]
+MIXING = [
+    ("Adafactor", {"lr": 0.1, "weight_decay": 0.1}, [*MATRICES, *[(7,)] * 4, *[()] * 3, (2, 3, 4)]),
+    ("Muon", {}, MATRICES),
+    ("Muon", {"adjust_lr_fn": "match_rms_adamw", "nesterov": False}, MATRICES),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "flags", "shapes"), MIXING)
+def test_tensors_of_one_shape_are_stepped_together(name, flags, shapes, dtype):
+    theirs, ours = (
+        stepped(getattr(lib, name)(params(shapes, dtype), **flags), 1) for lib in LIBRARIES
+    )
+    assert ours[0] < theirs[0]
+    assert ours[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "flags", "shapes"), MIXING)
+def test_steps_together_are_those_of_a_cpu(name, flags, shapes, dtype):
+    there = params(shapes, dtype)
+    here = [Parameter(p.detach().inner.clone()) for p in there]
+    for given in (there, here):
+        stepped(getattr(optim, name)(given, **flags), 2)
+    exact = dtype is not torch.bfloat16 and name != "Muon"  # which iterates in bfloat16
+    tolerances = {} if exact else {"rtol": 0.02, "atol": 1e-3}
+    torch.testing.assert_close([p.detach().inner for p in there], list(here), **tolerances)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Adafactor", "Muon"])
+def test_tensors_of_one_shape_take_no_more_memory_than_the_params(name, dtype, monkeypatch):
+    monkeypatch.setattr("diffopt._rule.tiles._LEAST", 1 << 10)
+    given = params([(16, 8)] * 60, dtype)
+    launches, _, size = stepped(getattr(optim, name)(given), 2)
+    assert size <= sum(p.nbytes for p in given)
+    if dtype is not torch.bfloat16:  # whose pieces are smaller
+        assert launches < stepped(getattr(torch.optim, name)(given), 2)[0]
+
+
 # Pure optimizers
 
 RULES = {name.lower(): numbers for name, numbers in CLASSES.items()}

@@ -50,6 +50,8 @@ class Rule(ABC, Generic[S, H]):
             of the parameter's: one number, or a tensor if a hyperparameter is one. The rule
             computes them from nothing but themselves, hyperparameters and the step.
         elementwise, batchable, stackable, native: see `leafwise`.
+        batched: whether `rule` also takes a batch of tensors of one shape, with one dimension more
+            in front, as one tensor.
         maximize: ascend instead of descend.
     """
 
@@ -59,6 +61,7 @@ class Rule(ABC, Generic[S, H]):
     elementwise = False
     batchable = True
     stackable = False
+    batched = False
     maximize = False
     native: Callable[..., bool] | None = None
 

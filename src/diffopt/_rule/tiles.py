@@ -22,6 +22,7 @@ from diffopt._rule.running import (
     leaf_,
     pick,
     run,
+    widest,
     written,
 )
 
@@ -29,6 +30,7 @@ _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
 _LITTLE = 1 << 15  # elements in all, for which no program is worth recording
 _USUAL = 6  # the number of tensors in the cache at once that this assumes
+_LEAST, _STACKED = 1 << 24, 12  # on a device: bytes that may be taken, by so many stacks at once
 _SMALL, _FEW = 1 << 12, 8  # stacking pays for tensors of at most, and of at least so many
 
 
@@ -94,23 +96,25 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    """In place; small tensors of one shape by one call of the rule under torch.vmap.
+    """In place; small tensors of one shape by one call of the rule, under torch.vmap if need be.
 
-    Big ones run in pieces, if the rule consists of elementwise operations and sums.
+    On a CPU big ones run in pieces, if the rule consists of elementwise operations and sums.
     """
     lists = [c for c in columns if isinstance(c, list)]
+    on_cpu = columns[0][0].device.type == "cpu"
     alone: list[int] = []
 
     def leaf(*tensors: Tensor) -> list[Tensor]:
         row = in_place_of_lists(tensors, columns)
         return [x for x in apply(rule, numbers, row) if isinstance(x, Tensor)]
 
-    for batch in _alike(columns[0]):
-        if len(batch) < _FEW:
+    stack: Any = leaf if rule.batched else torch.func.vmap(leaf)
+    for batch in _alike(columns[0]) if on_cpu else _within_memory(columns[0], widest(columns)):
+        if len(batch) < (_FEW if on_cpu else 2):
             alone += batch
             continue
         pieces = [[column[i] for i in batch] for column in lists]
-        stacks: Any = torch.func.vmap(leaf)(*map(torch.stack, pieces))
+        stacks: Any = stack(*map(torch.stack, pieces))
         for old, new in zip(written(pieces), stacks, strict=True):
             if new.numel():
                 _torch.foreach_copy_(old, new.unbind())
@@ -118,6 +122,7 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
         i
         for i in alone
         if columns[0][i].numel() < _TILE
+        or not on_cpu
         or not _pieced_(rule, numbers, [pick(column, i) for column in columns])
     ]
     leaf_(rule, numbers, [pick(column, whole) for column in columns])
@@ -130,6 +135,17 @@ def _alike(params: list[Tensor]) -> Iterator[list[int]]:
     alike: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
         alike.setdefault(p.shape if lengths[i] <= _SMALL else i, []).append(i)
+    for indices in alike.values():
+        yield from _batches(indices, lengths, size)
+
+
+def _within_memory(params: list[Tensor], dtype: torch.dtype) -> Iterator[list[int]]:
+    """Indices of tensors in batches of one shape that take no more memory than all params."""
+    size = max(_LEAST, sum(x.nbytes for x in params)) // (_STACKED * dtype.itemsize)
+    alike: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        alike.setdefault(p.shape, []).append(i)
+    lengths = list(map(Tensor.numel, params))
     for indices in alike.values():
         yield from _batches(indices, lengths, size)
 

@@ -86,8 +86,9 @@ def _tiles(a: _Asked) -> bool:
 
 
 def _stacks(a: _Asked) -> bool:
-    ordinary_on_cpu = a.kind.device == "cpu" and a.kind.layout in ("regular", "strided")
-    return a.rule.stackable and a.scalar and ordinary_on_cpu
+    real = a.kind.device != "meta" and a.kind.layout in ("regular", "strided")
+    fits = a.rule.stackable or (a.rule.batched and a.kind.device != "cpu")
+    return fits and a.scalar and real
 
 
 def _foreach(a: _Asked) -> bool:

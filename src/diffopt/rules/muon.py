@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _modes, _tree
 from diffopt._arguments import check_choice, check_integer
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
@@ -103,6 +104,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     State = MuonState
     hparams: ClassVar[type[MuonHParams]] = MuonHParams
     batchable = False
+    batched = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +120,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
         n = ops.lerp(g, b, hp.momentum) if self.nesterov else b
         x = _newton_schulz(n.to(self.precision or n.dtype), hp, self.ns_steps).to(p.dtype)
         p = p * (1 - hp.lr * hp.weight_decay)
-        return ops.add(p, x, -hp.lr * self._ratio(*p.shape)), MuonState(s.step, b)
+        return ops.add(p, x, -hp.lr * self._ratio(*p.shape[-2:])), MuonState(s.step, b)
 
     def _ratio(self, rows: int, columns: int) -> float:
         if self.adjust_lr_fn == "match_rms_adamw":
@@ -136,8 +138,8 @@ muon = Muon
 
 
 def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:
-    """A matrix with its singular values brought near 1."""
-    if x.shape[0] > x.shape[1]:
+    """A matrix, or each of a batch, with its singular values brought near 1."""
+    if x.shape[-2] > x.shape[-1]:
         return _newton_schulz(x.mT, hp, steps).mT
     x = x / _norm(x).clamp(min=hp.eps)
     for _ in range(steps):
@@ -148,12 +150,15 @@ def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     """The Frobenius norm, with derivative 0 at 0."""
-    zero = torch.linalg.vector_norm(x) == 0
-    return torch.where(zero, 0, torch.linalg.vector_norm(torch.where(zero, 1, x)))
+    norm = functools.partial(torch.linalg.vector_norm, dim=(-2, -1), keepdim=True)
+    if not _modes.differentiable():
+        return norm(x)
+    zero = norm(x) == 0
+    return torch.where(zero, 0, norm(torch.where(zero, 1, x)))
 
 
 def _addmm(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
     """`beta * x + alpha * a @ b`, rounded once where the coefficients are numbers."""
     if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
         return beta * x + alpha * (a @ b)
-    return torch.addmm(x, a, b, beta=beta, alpha=alpha)
+    return (torch.addmm if x.dim() == 2 else torch.baddbmm)(x, a, b, beta=beta, alpha=alpha)
