@@ -101,6 +101,7 @@ class Cuda(Tensor):
             Tensor.data_ptr: lambda x: x.inner.data_ptr(),
             Tensor.__float__: lambda x: float(x.item()),
             Tensor.cpu: lambda x: x.to("cpu"),
+            Tensor.copy_: torch.ops.aten.copy_.default,  # which asks for no machine
             Tensor.__repr__: lambda x: f"Cuda({x.inner})",
         }
         if function in own:

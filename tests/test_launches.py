@@ -6,7 +6,7 @@ from torch.nn import Parameter
 
 import diffopt
 from diffopt import optim
-from emulated_gpu import DEVICE, cuda, emulated
+from emulated_gpu import DEVICE, Cuda, cuda, emulated
 from registry import skip_old_adagrad
 
 LIBRARIES = (torch.optim, optim)
@@ -228,6 +228,26 @@ def test_what_is_on_the_cpu_is_copied_once_to_the_device():
     DEVICE.reset()
     opt.update(given, grads, state, opt.hparams())
     assert DEVICE.count("wait") <= 2
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_are_moved_by_lists(bias_correction, dtype):
+    opt = diffopt.transforms.ema(diffopt.adamw(), bias_correction=bias_correction)
+    there = [p.detach() for p in params(dtype=dtype)]
+    here = [p.inner.clone() for p in there]
+    averages = []
+    for given in (there, here):
+        state, grads = opt.init(given), [torch.ones_like(x) for x in given]
+        decay = {"decay": torch.tensor(0.9)} if given is there else {"decay": 0.9}
+        for _ in range(3):
+            DEVICE.reset()
+            opt.update_(given, grads, state, opt.hparams(**decay))
+        averages.append([x.inner if isinstance(x, Cuda) else x for x in state.average])
+        if given is there:
+            assert DEVICE.count("launch") < 50  # for any number of tensors
+            assert DEVICE.count("wait") <= 1  # for the decay
+    torch.testing.assert_close(*averages)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._modes import exact, exact_dtype
-from diffopt._rule import checks, ops
+from diffopt._rule import checks, ops, running, ways
 from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
+from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
-from diffopt.optimizer import Write, copy_
+from diffopt.optimizer import Write
 from diffopt.transforms._base import Leaves, Tensors, Wrapper, gather, near, wide
 from diffopt.transforms._records import InOrder, check_tuple
 
@@ -114,10 +115,21 @@ class EMA(Wrapper[EMAState]):
             update_()
             step = exact(state.step) + 1
             moved = leaves.moved(old), leaves.moved(leaves.params)
-            copy_(zip(moved[0], self._averages(*moved, records, step), strict=True))
+            self._average_(*moved, records, _modes.number_of(step))
             state.step.copy_(step)
 
         return write
+
+    def _average_(self, old: Tensors, new: Tensors, records: list[EMAHParams], t: Any) -> None:
+        """In place, as an optimizer steps: tensors with the same decay together."""
+        rule, groups = _Average(bias_correction=self.bias_correction), dict[Any, list[Any]]()
+        for x, y, record in zip(old, new, records, strict=True):
+            groups.setdefault((id(record), x.dtype, y.dtype), []).append((x, y, record.decay))
+        for group in groups.values():
+            *columns, (decay, *_) = map(list, zip(*group, strict=True))
+            way = ways.choose(rule, ways.survey(columns), [decay])
+            numbers = running.numbers_at(rule, t, [decay], columns[0][0])
+            ways.RUN[way](rule, numbers, columns)
 
     def _averages(
         self, old: Tensors, new: Tensors, records: list[EMAHParams], step: Tensor
@@ -125,11 +137,8 @@ class EMA(Wrapper[EMAState]):
         t = _modes.number_of(step)
 
         def mean(old: Tensor, new: Tensor, decay: Any) -> Tensor:
-            now, dtype = near(t, new.device), torch.promote_types(old.dtype, wide(new).dtype)
-            if self.bias_correction:
-                weight = (1 - decay) / (1 - decay**now)
-            else:
-                weight = 1 - decay * ops.after_first(now)
+            dtype = torch.promote_types(old.dtype, wide(new).dtype)
+            weight = _weight(decay, near(t, new.device), self.bias_correction)
             return ops.lerp(old.to(dtype), new.to(dtype), weight).to(dtype)
 
         return [mean(x, y, r.decay) for x, y, r in zip(old, new, records, strict=True)]
@@ -144,3 +153,30 @@ class EMA(Wrapper[EMAState]):
 
 
 ema = EMA
+
+
+class _Step(NamedTuple):
+    step: Any
+
+
+class _Average(Leafwise[_Step, EMAHParams]):
+    """A step of averages, whose gradients are the new params."""
+
+    bias_correction: bool = False
+
+    State = _Step
+    hparams: ClassVar[type[EMAHParams]] = EMAHParams
+    elementwise = True
+
+    def scalars(self, t: Any, hp: EMAHParams) -> Any:
+        return _weight(hp.decay, t, self.bias_correction)
+
+    def rule(self, p: Any, g: Any, s: _Step, hp: EMAHParams, c: Any) -> tuple[Any, _Step]:
+        return ops.lerp(p, g, c), s
+
+
+def _weight(decay: Any, t: Any, bias_correction: bool) -> Any:
+    """1 - d_t."""
+    if bias_correction:
+        return (1 - decay) / (1 - decay**t)
+    return 1 - decay * ops.after_first(t)
