@@ -102,10 +102,10 @@ class Cuda(Tensor):
             Tensor.__float__: lambda x: float(x.item()),
             Tensor.cpu: lambda x: x.to("cpu"),
             Tensor.copy_: torch.ops.aten.copy_.default,  # which asks for no machine
-            Tensor.__repr__: lambda x: f"Cuda({x.inner})",
+            Tensor.__repr__: lambda x, **_: f"Cuda({x.inner})",
         }
         if function in own:
-            return own[function](*args)
+            return own[function](*args, **(kwargs or {}))
         if any(t.__name__ == "TensorList" for t in types):
             return NotImplemented
         with torch._C.DisableTorchFunctionSubclass():
@@ -138,7 +138,8 @@ def _run(function, args, kwargs):
         here = not there[0]
     if here and not any(there):
         return function(*args, **kwargs)
-    _log(name, function, args, tensors, there, here)
+    _log(name, function, args, kwargs, tensors, there, here)
+    kwargs = {key: x for key, x in kwargs.items() if key != "pin_memory"}  # which needs a machine
     kwargs = kwargs | ({} if asked is None else {"device": "cpu"})
     plain = [pytree.tree_map(_inner, x) for x in (args, kwargs)]
     result = function(*plain[0], **plain[1])
@@ -156,7 +157,7 @@ def _inner(x):
     return x.inner if isinstance(x, Cuda) else x
 
 
-def _log(name, function, args, tensors, there, here):
+def _log(name, function, args, kwargs, tensors, there, here):
     if name.startswith(("_foreach", "_fused")):
         lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
         fast, loops = _fast(name, lists, [x for x in args if isinstance(x, Tensor)]), len(lists[0])
@@ -165,7 +166,8 @@ def _log(name, function, args, tensors, there, here):
     elif name in _WAITS:
         DEVICE.note("wait", name)
     elif (name == "_to_copy" and there[0] == here) or (name == "copy_" and there[0] != there[1]):
-        DEVICE.note("wait", f"{name} between devices")
+        asynchronous = kwargs.get("non_blocking") or args[2:] == (True,)
+        DEVICE.note("copy" if asynchronous else "wait", f"{name} between devices")
     elif name not in _NO_WORK:
         if any(x.dim() for x, is_there in zip(tensors, there, strict=True) if not is_there):
             raise RuntimeError(f"{name}: tensors on cpu and cuda:0")

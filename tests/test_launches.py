@@ -1,11 +1,14 @@
 """What a step asks of a GPU, by counts on an emulated one: launches, waiting, memory."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn import Parameter
 
 import diffopt
-from diffopt import optim
+from diffopt import _torch, optim
+from diffopt.adjoint._offloaded import Offloaded
 from emulated_gpu import DEVICE, Cuda, cuda, emulated
 from registry import skip_old_adagrad
 
@@ -174,6 +177,58 @@ def test_tensors_of_one_shape_take_no_more_memory_than_the_params(name, dtype, m
     assert size <= sum(p.nbytes for p in given)
     if dtype is not torch.bfloat16:  # whose pieces are smaller
         assert launches < stepped(getattr(torch.optim, name)(given), 2)[0]
+
+
+# Offloading
+
+
+class Stream:
+    """What is asked of a stream."""
+
+    def __init__(self, device=None):
+        self.waits = []
+
+    def wait_stream(self, stream):
+        self.waits.append(stream)
+
+    wait_event = wait_stream
+
+    def record_event(self):
+        return object()
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """The current stream; others are emulated too."""
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: None)
+    return current
+
+
+def test_offloaded_tensors_are_copied_beside_the_computation(stream, monkeypatch):
+    nodes = [params([(3,), (2, 2)]) for _ in range(4)]
+    hooks = Offloaded([nodes[0][0].data_ptr()])
+    DEVICE.reset()
+    packed = []
+    for number, tensors in enumerate(nodes):
+        monkeypatch.setattr(_torch, "next_node", lambda number=number: number)
+        packed.append([hooks.pack(x.detach()) for x in tensors])
+    assert isinstance(packed[0][0], Cuda)
+    assert DEVICE.count("copy") == 7
+    (side,) = hooks.streams.values()
+    assert side.waits == [stream] * 7
+    for number in (3, 2, 1, 0):
+        back = [hooks.unpack(x) for x in packed[number]]
+        before = packed[number - 1] if number else []
+        assert all(isinstance(x, Cuda) or x.ahead for x in before)
+        values = [x.inner for x in back]
+        torch.testing.assert_close(values, [x.detach().inner for x in nodes[number]])
+    assert DEVICE.count("copy") == 14
+    assert DEVICE.count("wait") == 0
+    assert len(stream.waits) == 7
 
 
 # Pure optimizers

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import diffopt
 from diffopt.adjoint import Checkpointed, FirstOrder, ForwardMode, Truncated, Unrolled
+from diffopt.adjoint._offloaded import Offloaded
 
 START = torch.linspace(-1, 1, 4, dtype=torch.float64)
 
@@ -171,6 +173,30 @@ def test_what_lives_at_once_hardly_grows_with_the_number_of_steps(adjoint):
         return loss.most
 
     assert most(160) <= 3 * most(10)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_offloaded_checkpoints_give_the_same_derivatives(levels, monkeypatch):
+    """On a CPU that passes for a GPU, without its streams."""
+    loss, lr = Census(), torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+    packed = []
+    pack, empty_like = Offloaded.pack, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: None)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: empty_like(x))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: mock.Mock())
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    monkeypatch.setattr(Offloaded, "pack", lambda hooks, x: packed.append(x) or pack(hooks, x))
+    results = []
+    for offload in ("cpu", None):
+        adjoint = Checkpointed(offload=offload, levels=levels)
+        total = solve(loss, steps=9, adjoint=adjoint, lr=lr).params.sum()
+        (first,) = torch.autograd.grad(total, lr, create_graph=True)
+        results.append((first, *torch.autograd.grad(first, lr)))
+    assert all(x.shape in ((), START.shape) for x in packed)  # the carries, not their losses
+    assert 0 < len(packed) < 9 * 3
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_checkpoints_are_offloaded_from_a_gpu_only():

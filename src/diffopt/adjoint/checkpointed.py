@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._arguments import check_choice, check_integer
@@ -25,6 +24,7 @@ from diffopt._diff.gradient import HVP, check_hvp
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._offloaded import Offloaded, staying
 from diffopt.adjoint.unrolled import Unrolled
 
 
@@ -50,7 +50,9 @@ class Checkpointed(Adjoint):
         segments: the number of pieces at each level, T^(1/(levels + 1)) by default.
         levels: the number of levels of nested segments.
         offload: "cpu" keeps the carries of the first level in pinned host memory if they are on a
-            GPU; not supported under torch.func transforms.
+            GPU. They are copied while the GPU computes, and on the way back each one while the
+            segment after it is differentiated, so that two are on the GPU at a time. Not supported
+            under torch.func transforms.
         hvp: how the gradient in a step is differentiated. "reverse-over-reverse": through its
             graph, one step at a time. "forward-over-reverse": without a graph; by the symmetry of
             second derivatives its vector-Jacobian product is a forward derivative. That takes fewer
@@ -111,30 +113,17 @@ class Checkpointed(Adjoint):
                 refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
         pieces = self.segments or _root(len(xs), self.levels + 1)
-        loop = _Loop(step, pieces, frugal, varies, captured)
+        loop = _Loop(step, pieces, frugal, varies, captured, self.offload is not None)
         with self._offloaded(args, xs):
             return loop.by_pieces(self.levels, (carry, args, xs))
 
     def _offloaded(self, args: Tree, xs: list[Any]) -> contextlib.AbstractContextManager[Any]:
-        """A context in which autograd saves GPU tensors on the host, except args and xs."""
+        """A context in which autograd keeps GPU tensors on the host, except args and xs."""
         if self.offload is None:
             return contextlib.nullcontext()
         if _modes.transformed():
             raise ValueError("offload='cpu' does not work under torch.func transforms: use None")
-        stay = {x.data_ptr() for x in _tree.split((args, xs))[0]}
-
-        def pack(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-            if not x.is_cuda or x.data_ptr() in stay:
-                return x
-            return x.device, torch.empty_like(x, device="cpu", pin_memory=True).copy_(x)
-
-        def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            device, host = packed
-            return host.to(device, non_blocking=True)
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        return Offloaded(x.data_ptr() for x in _tree.split((args, xs))[0])
 
 
 @dataclass(frozen=True)
@@ -150,6 +139,7 @@ class _Loop:
         frugal: whether the graph of a step holds little more than carries.
         varies: which tensors of a carry depend on what may be differentiated.
         captured: what the step captures.
+        offloaded: whether what autograd saves is offloaded, which the graph of a step is not.
     """
 
     step: Step
@@ -157,6 +147,7 @@ class _Loop:
     frugal: bool
     varies: list[bool]
     captured: Captured
+    offloaded: bool
 
     def by_pieces(self, level: int, inputs: Tree) -> tuple[Tree, list[Any]]:
         """The steps in pieces, each cut again at levels above 1; at level 0 one by one."""
@@ -176,7 +167,8 @@ class _Loop:
         self.captured.check()
         # The graph of a frugal step does not show the loss, which is checked elsewhere.
         step = self.step if self.frugal else watched("the loss or step", self.step)
-        carry, outputs = Unrolled().run(step, *inputs)
+        with staying() if self.offloaded else contextlib.nullcontext():
+            carry, outputs = Unrolled().run(step, *inputs)
         starts, ends = (_tree.split(tree)[0] for tree in (inputs[0], carry))
         constants = [x for x, v in zip(starts, self.varies, strict=True) if not v]
         if torch.is_grad_enabled() and not any(x.requires_grad for x in constants):
