@@ -143,6 +143,14 @@ def tolerance(dtype):
 # Values
 
 
+@every_class
+def test_small_tensors_of_a_group_are_stepped_by_one_call(name, uncompiled):
+    train(getattr(optim, name), draw(sizes=[10] * 50), steps=3, fused=True)
+    steps = [length for length in uncompiled if length != compiled._SAMPLE]
+    assert steps[-2:] == [500, 500]
+    assert len(steps) == 3
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_rule
 def test_a_kernel_computes_the_rule_in_every_layout_and_dtype(rule, dtype, uncompiled):

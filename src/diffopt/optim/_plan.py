@@ -332,7 +332,7 @@ class Bucket:
             param.copy_(new_param)
 
 
-_JOINT = ("tiles", "stacks", "foreach")
+_JOINT = ("compiled", "tiles", "stacks", "foreach")
 """The ways that may write one parameter before they read the gradient of another."""
 
 
