@@ -21,6 +21,7 @@ _NO_WORK = {
         "select",
         "slice",
         "split",
+        "split_with_sizes",
         "unbind",
         "unsqueeze",
         "squeeze",

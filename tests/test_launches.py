@@ -78,6 +78,14 @@ def test_half_precision_takes_no_more_memory_than_the_params(name, monkeypatch):
     assert stepped(optimizer, 3)[2] <= 40 * 64 * 2 * 1.1
 
 
+def test_half_precision_fills_the_memory_it_may_take(monkeypatch):
+    monkeypatch.setattr("diffopt._rule.lists._LEAST", 1 << 10)
+    optimizer = optim.Adam(params([(900,)] * 10, torch.bfloat16), foreach=True)
+    launches, _, size = stepped(optimizer, 3)
+    assert launches <= 7 * 14  # three lists in float32 take six times the params
+    assert size <= 10 * 900 * 2
+
+
 @pytest.mark.parametrize(("name", "flags"), ASKED)
 def test_no_step_waits_where_gradients_come_and_go(name, flags):
     optimizer = getattr(optim, name)(params(), **CLASSES[name], **flags)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from diffopt._rule.running import (
 )
 from diffopt._rule.tensorlist import Program, TensorList
 
+_ALIGNED = 64  # elements: pieces begin where kernels load several at once
 _LEAST = 1 << 24  # bytes: to save less is not worth further launches
 
 
@@ -85,23 +86,26 @@ def _batches(program: Program, lists: list[Any], dtype: torch.dtype) -> Iterator
     if program.lean or sum(map(Tensor.numel, lists[0])) <= size:
         yield lists
         return
-    batch, total = list[Any](), 0
-    for row in _rows(program, lists, size):
-        if batch and total + row[0].numel() > size:
-            yield _columns(batch, lists)
-            batch, total = [], 0
-        batch.append(row)
-        total += row[0].numel()
+    batch, room = list[Any](), size
+    for row in zip(*(x for x in lists if x is not None), strict=True):
+        for piece in _pieces(row, room, size) if program.pieces else (row,):
+            if batch and piece[0].numel() > room:
+                yield _columns(batch, lists)
+                batch, room = [], size
+            batch.append(piece)
+            room -= piece[0].numel()
     yield _columns(batch, lists)
 
 
-def _rows(program: Program, lists: list[Any], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors of one parameter after the other, or pieces of them."""
-    for row in zip(*(x for x in lists if x is not None), strict=True):
-        if program.pieces and row[0].numel() > size and all(map(Tensor.is_contiguous, row)):
-            yield from zip(*(x.view(-1).split(size) for x in row), strict=True)
-        else:
-            yield row
+def _pieces(row: tuple[Tensor, ...], room: int, size: int) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors of one parameter, or pieces of them: one to fill a batch, and whole batches."""
+    room, size = (max(0, x // _ALIGNED * _ALIGNED) for x in (room, size))
+    n = row[0].numel()
+    if n <= room or not size or not all(map(Tensor.is_contiguous, row)):
+        return [row]
+    rest = n - room
+    lengths = [room] * bool(room) + [size] * (rest // size) + [rest % size] * bool(rest % size)
+    return zip(*(x.view(-1).split(lengths) for x in row), strict=True)
 
 
 def _columns(batch: list[Any], lists: list[Any]) -> list[Any]:
