@@ -35,8 +35,9 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             differentiable; "auto": the fastest way that applies, see `diffopt._rule.ways`, whose
             results may differ in the last bits; in `update` where no derivative is needed.
             "compiled": `update_` of an elementwise rule runs as one kernel made by `torch.compile`,
-            which takes seconds at the first step, and is the same for all shapes; `update` runs as
-            "leaf", to be compiled together with the code around it.
+            which takes seconds at the first step, and is the same for all shapes; that of other
+            rules, such as Adafactor and Muon, runs as by "auto". `update` runs as "leaf", to be
+            compiled together with the code around it.
 
     Examples:
         >>> from typing import Any, NamedTuple
@@ -467,10 +468,10 @@ def leafwise(
             product does: then it is called with one tensor at a time, never with a list of several.
         shapes: `(shape of the param) -> shapes of its buffers`: see `Leafwise.shapes`.
         refuse: `(param) -> reason or None`: see `Leafwise.refuse`.
-        stackable: for rules that are not elementwise: whether small tensors of one shape may be
-            updated as one batch, by `torch.vmap` of the rule, and big ones in pieces if the rule
-            uses nothing but elementwise operations and `ops.total`. Both change the order in which
-            sums are rounded.
+        stackable: for rules that are not elementwise: whether tensors of one shape may be updated
+            as one batch, by `torch.vmap` of the rule, and big ones in pieces if the rule uses
+            nothing but elementwise operations and `ops.total`. Both change the order in which sums
+            are rounded.
         per_hyperparameter: the fields of the state that have the shape of hyperparameters: see
             `Leafwise.per_hyperparameter`; `init` makes them as 0-d tensors.
         execution: how it runs, see `Leafwise`.

@@ -30,7 +30,7 @@ _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
 _LITTLE = 1 << 15  # elements in all, for which no program is worth recording
 _USUAL = 6  # the number of tensors in the cache at once that this assumes
-_LEAST, _STACKED = 1 << 24, 12  # on a device: bytes that may be taken, by so many stacks at once
+_LEAST, _STACKED = 1 << 24, 8  # on a device: bytes that may be taken, by so many stacks at once
 _SMALL, _FEW = 1 << 12, 8  # stacking pays for tensors of at most, and of at least so many
 
 
@@ -108,16 +108,18 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
         row = in_place_of_lists(tensors, columns)
         return [x for x in apply(rule, numbers, row) if isinstance(x, Tensor)]
 
-    stack: Any = leaf if rule.batched else torch.func.vmap(leaf)
+    together: Any = leaf if rule.batched else torch.func.vmap(leaf)
+
+    def update_(pieces: list[list[Tensor]]) -> None:
+        for old, new in zip(written(pieces), together(*map(torch.stack, pieces)), strict=True):
+            if new.numel():
+                _torch.foreach_copy_(old, new.unbind())
+
     for batch in _alike(columns[0]) if on_cpu else _within_memory(columns[0], widest(columns)):
         if len(batch) < (_FEW if on_cpu else 2):
             alone += batch
-            continue
-        pieces = [[column[i] for i in batch] for column in lists]
-        stacks: Any = stack(*map(torch.stack, pieces))
-        for old, new in zip(written(pieces), stacks, strict=True):
-            if new.numel():
-                _torch.foreach_copy_(old, new.unbind())
+        else:
+            update_([[column[i] for i in batch] for column in lists])
     whole = [
         i
         for i in alone
@@ -141,7 +143,8 @@ def _alike(params: list[Tensor]) -> Iterator[list[int]]:
 
 def _within_memory(params: list[Tensor], dtype: torch.dtype) -> Iterator[list[int]]:
     """Indices of tensors in batches of one shape that take no more memory than all params."""
-    size = max(_LEAST, sum(x.nbytes for x in params)) // (_STACKED * dtype.itemsize)
+    stacks = _STACKED + 2 * (params[0].dtype != dtype)  # those that are converted
+    size = max(_LEAST, sum(x.nbytes for x in params)) // (stacks * dtype.itemsize)
     alike: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
         alike.setdefault(p.shape, []).append(i)
