@@ -13,6 +13,7 @@ from diffopt import _tree
 from diffopt._tree import Tree
 from diffopt.testing._assertions import same
 from diffopt.testing._case import Case, Point, generic_point, objective, run_steps
+from diffopt.testing._derivatives import smooth
 
 
 def vmap(case: Case) -> None:
@@ -36,15 +37,24 @@ def vmap(case: Case) -> None:
 
 
 def compiled(case: Case) -> None:
-    """`torch.compile(fullgraph=True)` of a step and of a meta-gradient equals eager mode."""
-    point = generic_point(case)
+    """`torch.compile(fullgraph=True)` of a step and of its gradient equals eager mode.
 
-    def outer(hparams: Any) -> Tensor:
-        return objective(run_steps(case, point._replace(hparams=hparams))[0])
+    The gradient of all results is taken with respect to all inputs, those of later steps included.
+    """
+    point = generic_point(case)
+    leaves, spec = _tree.flatten(point)
+    chosen = [i for i, _ in smooth(point, "point")]
+
+    def outer(inputs: list[Tensor]) -> Tensor:
+        values = list(leaves)
+        for i, value in zip(chosen, inputs, strict=True):
+            values[i] = value
+        results = _tree.leaves(case.optimizer.update(*_tree.unflatten(values, spec)))
+        return objective([x for x in results if x.is_floating_point()])
 
     for function, arguments in (
         (case.optimizer.update, tuple(point)),
-        (torch.func.grad(outer), (point.hparams,)),
+        (torch.func.grad(outer), ([leaves[i] for i in chosen],)),
     ):
         torch.compiler.reset()
         traced = torch.compile(function, backend=case.backend, fullgraph=True)
