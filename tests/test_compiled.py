@@ -175,14 +175,16 @@ def test_a_class_fused_computes_what_it_does_otherwise(name, dtype, uncompiled):
 
 @pytest.mark.slow
 @needs_compiler
-@every_rule
-def test_what_is_compiled_computes_the_rule(rule):
+@pytest.mark.parametrize(
+    ("rule", "dtype"),  # what is cast, and where, is the same for all rules
+    [*((r, torch.float32) for r in RULES), *((r, torch.bfloat16) for r in ALGORITHMS)],
+)
+def test_what_is_compiled_computes_the_rule(rule, dtype):
+    params = draw(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="torch.compile")
-        for dtype in (torch.float32, torch.bfloat16):
-            params = draw(dtype)
-            found, expected = (run(opt, params) for opt in ways(RULES[rule]))
-            torch.testing.assert_close(found, expected, **tolerance(dtype))
+        found, expected = (run(opt, params) for opt in ways(RULES[rule]))
+    torch.testing.assert_close(found, expected, **tolerance(dtype))
 
 
 @pytest.mark.slow
