@@ -1,6 +1,7 @@
 """Set-up for every test: pages as tests, and hypothesis without randomness."""
 
 import contextlib
+import gc
 import io
 import os
 from collections.abc import Iterator
@@ -59,3 +60,19 @@ class Blocks(pytest.Item):
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Page | None:
     return Page.from_parent(parent, path=file_path) if file_path.suffix == ".md" else None
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of collections, which some tests make, from now on."""
+    gc.freeze()
+
+
+@pytest.fixture
+def frugal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the kit: leave out what torch does beside what is asserted, half of the time."""
+    # For 0-d float64 arguments torch.compile traces everything twice, in case their `item()` is
+    # in the graph, which no rule calls. test_compiles_for_real keeps both traces.
+    tensorify = "torch.fx.passes._tensorify_python_scalars._is_tensorify_enabled"
+    monkeypatch.setattr(tensorify, lambda: False, raising=False)
+    # Anomaly mode formats the Python stack of every operation, for a warning beside its error.
+    monkeypatch.setattr("torch.fx.traceback.format_stack", list)

@@ -27,17 +27,6 @@ def cases():
             yield pytest.param(row, check, marks=() if quick else pytest.mark.thorough)
 
 
-@pytest.fixture
-def frugal(monkeypatch):
-    """Leave out what torch does beside what is asserted, and what takes half of the time."""
-    # For 0-d float64 arguments torch.compile traces everything twice, in case their `item()` is
-    # in the graph, which no rule calls. test_compiles_for_real keeps both traces.
-    tensorify = "torch.fx.passes._tensorify_python_scalars._is_tensorify_enabled"
-    monkeypatch.setattr(tensorify, lambda: False, raising=False)
-    # Anomaly mode formats the Python stack of every operation, for a warning beside its error.
-    monkeypatch.setattr("torch.fx.traceback.format_stack", list)
-
-
 @pytest.mark.usefixtures("frugal")
 @pytest.mark.parametrize(("row", "check"), list(cases()))
 def test_conforms(row, check):

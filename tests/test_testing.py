@@ -335,10 +335,12 @@ def test_no_check_is_without_a_defect_that_it_finds():
     assert {name for name, _ in DEFECTS} == CHECKS.keys()
 
 
+@pytest.mark.usefixtures("frugal")
 def test_a_sound_rule_passes():
     testing.check(make(), reference=Reference)
 
 
+@pytest.mark.usefixtures("frugal")
 def test_a_sound_optimizer_that_is_not_elementwise_passes():
     testing.check(Trust())
 
@@ -386,6 +388,7 @@ def test_the_check_finds_the_defect_of_a_composition(name, case):
         CHECKS[name](case)
 
 
+@pytest.mark.usefixtures("frugal")
 def test_a_frozen_composition_passes():
     testing.check(diffopt.transforms.freeze(make(), everything), frozen=everything)
 
@@ -415,6 +418,7 @@ def learned(p, g, s, hp, _):
     return p - hp.lr * update, LearnedState(s.step, average)
 
 
+@pytest.mark.usefixtures("frugal")
 def test_a_tree_of_weights_may_be_a_hyperparameter():
     def init(p, step):
         return LearnedState(step, zeros_like(p))

@@ -1396,6 +1396,7 @@ def test_params_on_two_devices(row):
 # Transformations of one's own
 
 
+@pytest.mark.usefixtures("frugal")
 def test_a_transformation_of_ones_own_passes_the_kit():
     @hparams
     class Scale:
