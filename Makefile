@@ -29,8 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# Without TORCHINDUCTOR_VEC_ISA_OK inductor compiles a program for each instruction set of the CPU, to
+# see if the compiler knows it: many seconds on a fresh machine.
 test: $(STAMP) ## Run the tests (ARGS="-k adam" and the like are passed on)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 quick: $(STAMP) ## Run in under a minute what most changes break; compiles nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q \
