@@ -565,6 +565,61 @@ def test_copies_of_the_state_are_plain():
 # Steps that are refused
 
 
+UNCOMPUTABLE = [
+    ("Adam", (0.9, 1.5)),
+    ("Adam", (1.0, 0.999)),
+    ("AdamW", (0.9, 1.5)),
+    ("AdamW", (0.9, float("nan"))),
+    ("Adamax", (1.0, 0.999)),
+    ("RAdam", (0.9, 1.5)),
+    ("RAdam", (1.0, 0.999)),
+]
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize(("name", "betas"), UNCOMPUTABLE)
+def test_betas_set_later_with_which_no_step_can_be_computed_change_nothing(name, betas, lr):
+    params = parameters((3,), (2,))
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = getattr(optim, name)(groups, lr=lr)
+    step(optimizer, params)
+    before = copy.deepcopy((params, optimizer.state_dict()["state"]))
+    optimizer.param_groups[1]["betas"] = betas
+    message = rf"param_groups\[1\]: hparams.beta\d is {betas[0] if betas[0] == 1 else betas[1]}"
+    with pytest.raises(ValueError, match=message):
+        step(optimizer, params)
+    torch.testing.assert_close((params, optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    optimizer.param_groups[1]["betas"] = (0.9, 0.99)
+    step(optimizer, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("SGD", "lr", -0.1),
+        ("Adam", "betas", (1.5, 0.9)),
+        ("Adam", "betas", (-0.5, 0.9)),
+        ("Adam", "lr", -0.1),
+        ("Adamax", "betas", (0.9, 1.5)),
+        ("Adagrad", "lr_decay", -0.1),
+        ("ASGD", "lambd", -0.1),
+        ("AdamW", "weight_decay", -0.1),
+    ],
+)
+def test_numbers_out_of_range_with_which_torch_trains_are_taken(name, key, value):
+    ends = []
+    for library in (torch.optim, optim):
+        params = parameters((3,))
+        optimizer = getattr(library, name)(params, lr=0.1)
+        for t in range(4):
+            if t == 1:
+                optimizer.param_groups[0][key] = value
+            step(optimizer, params, t)
+        ends.append(params)
+    torch.testing.assert_close(*ends)
+    assert ends[0][0].isfinite().all()
+
+
 def spoil_rate(value):
     return lambda o, ps: o.param_groups[1].update(lr=value)
 

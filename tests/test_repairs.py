@@ -171,3 +171,23 @@ def test_weight_norm_is_mended_inside_torch_func(way):
         stacked = [torch.stack([x, x]) for x in inputs]
         actual = [both[1] for both in torch.vmap(gradient)(*stacked)]
         torch.testing.assert_close(actual, [*expected])
+
+
+@pytest.mark.parametrize("net", [parametrization, Direct])
+def test_weight_norm_is_mended_where_torch_compile_traces_the_whole_loop(net):
+    torch.manual_seed(0)
+    functional = diffopt.nn.functionalize(net(nn.Linear(3, 2).double(), 0))
+    opt, x = diffopt.sgd(), randn(5, 3)
+
+    def loss(params):
+        return functional(params, {}, x)[0].pow(3).sum()
+
+    def outer(params):
+        sol = diffopt.minimize(loss, params, optimizer=opt, hparams=opt.hparams(lr=0.1), steps=1)
+        return sum(p.pow(3).sum() for p in sol.params.values())
+
+    params = {name: p.detach() for name, p in functional.params.items()}
+    gradient = torch.func.grad(outer)
+    compiled = torch.compile(gradient, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(params), gradient(params))
+    torch.compiler.reset()

@@ -566,3 +566,53 @@ def test_a_rule_may_count_in_integers():
     opt.update_(p, g, state, opt.hparams(lr=0.1))
     assert state.exp_avg.tolist() == [0, 3]
     torch.testing.assert_close(p, torch.tensor([1.0, 1 - 0.1 - 0.05 - 0.1 / 3]))
+
+
+class Started(NamedTuple):
+    step: Any
+    exp_avg: Any
+
+
+@hparams
+class StartedHParams:
+    lr: float = number(0.1, ge=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Unfinished(Leafwise[Started, StartedHParams]):
+    State = Started
+    hparams = StartedHParams
+    returned: Any = None
+
+    def begin(self, p, step):
+        return self.returned
+
+    def rule(self, p, g, s, hp, c):
+        return p - hp.lr * g, s
+
+
+def step_of_a_class(opt, p):
+    param = torch.nn.Parameter(p)
+    param.grad = p
+    diffopt.optim.from_pure(opt, [param], lr=0.1).step()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda opt, p: opt.init(p),
+        lambda opt, p: opt.update(p, p, Started(torch.zeros(()), p), opt.hparams()),
+        step_of_a_class,
+    ],
+    ids=["init", "update", "class"],
+)
+@pytest.mark.parametrize("returned", [None, (0, 1), 1.0], ids=str)
+def test_a_begin_that_returns_no_state_is_named(returned, call):
+    with pytest.raises(TypeError, match=r"Unfinished\.begin must return a Started, not"):
+        call(Unfinished(returned=returned), torch.zeros(2))
+
+
+def test_an_init_of_leafwise_that_returns_no_state_is_named():
+    opt = leafwise(Started, StartedHParams, lambda p, step: None, lambda p, g, s, hp, c: (p, s))
+    with pytest.raises(TypeError, match=r"^init must return a Started, not None"):
+        opt.init(torch.zeros(2))

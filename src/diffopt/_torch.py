@@ -125,6 +125,23 @@ def weight_norm_inputs(node: Any) -> tuple[Tensor, Tensor, int]:
     return node._saved_v, node._saved_g, node._saved_dim
 
 
+def trace_as(original: Any, function: Callable[..., Any]) -> bool:
+    """From now on torch.compile traces `function` in place of an operation of torch.
+
+    `torch.compiler.substitute_in_graph` refuses operations that a graph can have.
+    """
+    from torch._dynamo.variables import UserFunctionVariable
+    from torch._dynamo.variables.builder import VariableBuilder
+
+    builder: Any = VariableBuilder
+    builder._id_dispatch()[id(original)] = lambda _, __: UserFunctionVariable(function)
+    return True
+
+
+# So torch.compile calls it when it traces its caller. The decorator would import torch._dynamo.
+setattr(trace_as, "_dynamo_marked_constant", True)  # noqa: B010
+
+
 # Random numbers.
 def mps_generator() -> torch.Generator:
     """The default random number generator of MPS."""

@@ -26,9 +26,13 @@ def mended() -> contextlib.AbstractContextManager[Any]:
     """A context in which the active transforms differentiate a loss correctly.
 
     What plain autograd gets wrong is left to `mend_graph`, since torch.compile would trace a mode.
+    While it traces, it is told for good what weight normalization is; the other fixes need a mode.
     """
+    if _modes.compiling():
+        _torch.trace_as(_torch.weight_norm, _weight_norm)
+        return contextlib.nullcontext()
     forward = _modes.forward_differentiated()
-    if _modes.compiling() or not (forward or _modes.transformed()):
+    if not (forward or _modes.transformed()):
         return contextlib.nullcontext()
     return _Mended(stops=forward)
 

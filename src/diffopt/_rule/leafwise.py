@@ -98,7 +98,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         checks.params(tensors, params, self.refuse)
         device = tensors[0].device if tensors else torch.get_default_device()
         step = torch.zeros((), dtype=exact_dtype(device), device=device)
-        states = [self.begin(p, step) for p in tensors]
+        states = [_begun(self, p, step) for p in tensors]
         columns = [[state[k + 1] for state in states] for k in range(len(self.buffer_names))]
         for k in self._numbers(columns):
             columns[k] = fields.packed(columns[k])
@@ -294,7 +294,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         `p` is any tensor that the rule can update; the dtypes are those of its buffers.
         """
         if _modes.compiling():
-            return _used(self.begin(p, p.new_zeros(())), self.buffer_names)
+            return _used(_begun(self, p, p.new_zeros(())), self.buffer_names)
         return _buffers_of(self, p.shape, p.dtype)
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
@@ -386,10 +386,22 @@ def _buffers_of(
     """What `buffers_of` returns for parameters of this shape and dtype."""
     try:
         example = torch.empty(shape, dtype=dtype, device="meta")
-        state = rule.begin(example, torch.empty((), device="meta"))
+        state = _begun(rule, example, torch.empty((), device="meta"))
     except Exception:  # a user's `begin` may depend on values
-        state = rule.begin(torch.zeros(shape, dtype=dtype), torch.zeros(()))
+        state = _begun(rule, torch.zeros(shape, dtype=dtype), torch.zeros(()))
     return _used(state, rule.buffer_names)
+
+
+def _begun(rule: Rule[Any, Any], p: Tensor, step: Tensor) -> Any:
+    """The state of one tensor before its first step; raises where a user's rule returns none."""
+    state = rule.begin(p, step)
+    if not isinstance(state, rule.State):
+        own = not isinstance(rule, FunctionRule)
+        raise TypeError(
+            f"{f'{type(rule).__name__}.begin' if own else 'init'} must return a "
+            f"{rule.State.__name__}, not {_tree.describe(state)}"
+        )
+    return state
 
 
 def _used(state: tuple[Any, ...], fields: tuple[str, ...]) -> Mapping[str, torch.dtype]:

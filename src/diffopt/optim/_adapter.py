@@ -110,7 +110,9 @@ class RuleOptimizer(Checkpoints):
         params, index = group["params"], self.param_groups.index(group)
         grads = [param.grad for param in params]
         self._check(group, index, grads)
-        plan = Plan(self, group, Options(self, group), grads)
+        options = Options(self, group)
+        options.check(f"param_groups[{index}]")
+        plan = Plan(self, group, options, grads)
         self._refuse_trace(group, plan)
         names = self._names(plan.options.opt, group)
         for param, grad in zip(params, grads, strict=True):
@@ -207,7 +209,10 @@ class RuleOptimizer(Checkpoints):
         if all(plan and plan.options.current(self, group) for group, plan in pairs):
             return [plan.options for plan in plans]
         self.check_numbers()
-        return [Options(self, group) for group in self.param_groups]
+        options = [Options(self, group) for group in self.param_groups]
+        for i, found in enumerate(options):
+            found.check(f"param_groups[{i}]")
+        return options
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state":

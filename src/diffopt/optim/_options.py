@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import operator
 from typing import Any
 
+from torch import Tensor
+
+from diffopt import _tree
+from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._groups import Group, values_of
 
@@ -28,6 +34,23 @@ class Options:
         self.constant = all(map(_constant, given.values()))
         self.given = given if self.constant else {}  # which users may let go
 
+    def check(self, where: str) -> None:
+        """Raise for a number out of its range with which no step can be computed.
+
+        As in torch, others are taken: schedules may leave the ranges that constructors check.
+        """
+        record = self.opt.hparams
+        numbers = [1.0 if isinstance(value, Tensor) else value for value in self.values]
+        with contextlib.suppress(ArithmeticError, ValueError, TypeError):  # math.isfinite(1j)
+            hparams = hyper.assemble(record, numbers)
+            scalars = [self.opt.scalars(t, hparams) for t in (1.0, 10.0)]  # RAdam: without, with v
+            if all(map(_computed, _tree.leaves(scalars))):
+                return
+        try:
+            record(**{f.name: x for f, x in zip(hyper.FIELDS[record], numbers, strict=True)})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
     def current(self, optimizer: Any, group: Group) -> bool:
         """Whether the group still says the same: it has the same objects, all of them constants."""
         given = _given(group)
@@ -37,6 +60,11 @@ class Options:
             and all(map(operator.is_, given.values(), self.given.values()))
             and self.opt == optimizer.rule(group)
         )
+
+
+def _computed(scalar: Any) -> bool:
+    """Whether it is a real number or a tensor: the root of a negative number is complex."""
+    return isinstance(scalar, Tensor) or math.isfinite(scalar)
 
 
 def _given(group: Group) -> dict[str, Any]:
