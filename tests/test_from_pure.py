@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -765,7 +766,26 @@ def test_a_class_that_torch_lacks_takes_two_lines():
     torch.testing.assert_close([*mine], params, rtol=1e-12, atol=1e-12)
     saved = copy.deepcopy(optimizer).state_dict()
     torch.testing.assert_close(saved["state"], optimizer.state_dict()["state"])
-    with pytest.raises(TypeError, match="no hyperparameter 'momentum'"):
+    with pytest.raises(TypeError, match="no option 'momentum'"):
         Lion(mine, momentum=0.9)
     with pytest.raises(ValueError, match="beta1 is 2"):
         Lion(mine, beta1=2.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"weight_deacy": 0.1}, "'weight_deacy': did you mean 'weight_decay'? The options are lr"),
+        ({"maximise": True}, "'maximise': did you mean 'maximize'?"),
+        ({"diferentiable": True}, "'diferentiable': did you mean 'differentiable'?"),
+        ({"beta": (0.9, 0.9)}, "'beta': did you mean 'beta"),
+        ({"xyz": 1}, "'xyz': The options are lr, beta1, beta2, eps, weight_decay, betas, amsgrad"),
+    ],
+    ids=str,
+)
+def test_an_unknown_option_of_a_class_of_ones_own_is_told_from_all_its_options(wrong, message):
+    class Own(OwnClass):
+        make = staticmethod(diffopt.adam)
+
+    with pytest.raises(TypeError, match=rf"^Own has no option {re.escape(message)}"):
+        Own([torch.nn.Parameter(torch.ones(2))], **wrong)

@@ -964,3 +964,19 @@ def test_an_encoder_in_eval_mode_runs_under_vmap():
     mine = torch.vmap(lambda x: model(model.params, model.buffers, x)[0])(x)
     torch.testing.assert_close(mine, torch.stack([layer(one) for one in x]))
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(2, 3),), r"params is a tensor .* not a dictionary .*: call model\(params"),
+        ((), r"params is None, not a dictionary .*: call model\(params, buffers, \*inputs\)"),
+        (({},), r"params lacks|buffers is None, not a dictionary"),
+    ],
+    ids=["like a module", "nothing", "params only"],
+)
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_call_without_params_and_buffers_says_what_to_pass(arguments, message, unpacked):
+    model = diffopt.nn.functionalize(nn.BatchNorm1d(3))
+    with pytest.raises((TypeError, ValueError), match=message):
+        (model.apply if unpacked else model)(*arguments)

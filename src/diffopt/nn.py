@@ -18,6 +18,8 @@ from diffopt import _modes, _replica, _torch, _tree
 Tensors: TypeAlias = Mapping[str, Tensor]
 """Tensors of a module by name."""
 
+_MISSING = cast(Any, None)  # explained by the same error as an argument of another kind
+
 
 class Functional(NamedTuple):
     """What `functionalize` returns; calling it calls `apply`.
@@ -33,7 +35,7 @@ class Functional(NamedTuple):
     buffers: dict[str, Tensor]
 
     def __call__(
-        self, params: Tensors, buffers: Tensors, *inputs: Any, **kwargs: Any
+        self, params: Tensors = _MISSING, buffers: Tensors = _MISSING, *inputs: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """The module's outputs at these tensors, and the buffers after the call."""
         return self.apply(params, buffers, *inputs, **kwargs)
@@ -130,7 +132,7 @@ class _Apply:
         return type(self.module).__name__
 
     def __call__(
-        self, params: Tensors, buffers: Tensors, *inputs: Any, **kwargs: Any
+        self, params: Tensors = _MISSING, buffers: Tensors = _MISSING, *inputs: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         self._check("params", params, self.params)
         self._check("buffers", buffers, self.buffers)

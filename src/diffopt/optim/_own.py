@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._adapter import RuleOptimizer
 from diffopt.optim._groups import Group, options
@@ -63,7 +65,7 @@ class OwnClass(OwnInit):
             group.
 
     Raises:
-        TypeError: an option is unknown; the message lists the hyperparameters.
+        TypeError: an option is unknown; the message lists all.
         ValueError: a number is out of range.
 
     Examples:
@@ -90,8 +92,22 @@ class OwnClass(OwnInit):
         arguments = inspect.signature(type(self).make).parameters
         known = {name: argument.default for name, argument in arguments.items()} | _WAYS
         flags = {name: others.pop(name, default) for name, default in known.items()}
-        _, numbers = options(self.rule(flags).hparams, others)
+        record = self.rule(flags).hparams
+        fields = [field.name for field in hyper.FIELDS[record]]
+        pairs = ["betas"] if {*hyper.TORCH_PAIRS["betas"]} <= {*fields} else []
+        self._check_names(others, [*fields, *pairs, *known])
+        _, numbers = options(record, others)
         super().__init__(params, {**numbers, **flags})
+
+    def _check_names(self, given: Iterable[str], names: list[str]) -> None:
+        for name in given:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}: {hint}The options are "
+                    f"{', '.join(names)}"
+                )
 
 
 def _raised(buffer: Tensor, initial: Any) -> Tensor:
