@@ -70,4 +70,14 @@ trained = diffopt.optim.Adam([torch.zeros(3, requires_grad=True)], lr=1e-3)
 assert_type(trained, diffopt.optim.Adam)
 fused = diffopt.optim.RMSprop([torch.zeros(3, requires_grad=True)], lr=1e-3, fused=True)
 assert_type(fused, diffopt.optim.RMSprop)
+weights = [torch.zeros(3, requires_grad=True)]
+diffopt.optim.Adamax(weights, 1e-3, (0.9, 0.99), eps=1e-8, weight_decay=0.1, fused=True)
+diffopt.optim.NAdam(weights, momentum_decay=0.1, decoupled_weight_decay=True, foreach=False)
+diffopt.optim.RMSprop(weights, alhpa=0.9)  # type: ignore[call-arg]
+diffopt.optim.Adamax(weights, beta=(0.9, 0.9))  # type: ignore[call-arg]
+diffopt.optim.NAdam(weights, momentum_deacy=0.1)  # type: ignore[call-arg]
+diffopt.optim.RAdam(weights, decoupled=True)  # type: ignore[call-arg]
+diffopt.optim.Adadelta(weights, rh0=0.9)  # type: ignore[call-arg]
+diffopt.optim.ASGD(weights, lambda_=0.9)  # type: ignore[call-arg]
+diffopt.optim.Rprop(weights, eta=(0.5, 1.2), fuse=True)  # type: ignore[call-arg]
 assert_type(diffopt.optim.from_pure(opt, params, lr=1e-3), torch.optim.Optimizer)

@@ -7,7 +7,8 @@ function that creates its optimizer.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -16,6 +17,22 @@ from diffopt import rules
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._adapter import Fusible, RuleOptimizer
 from diffopt.optim._groups import Group
+
+Rate: TypeAlias = float | Tensor
+Pair: TypeAlias = tuple[Rate, Rate]
+
+
+class Flags(TypedDict, total=False):
+    """What the constructors of `Fusible` classes take by keyword."""
+
+    foreach: bool | None
+    maximize: bool
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+
+
+# For type checkers `Fusible` classes repeat torch's constructors, which lack `fused`.
 
 
 class SGD(RuleOptimizer, torch.optim.SGD):
@@ -45,11 +62,37 @@ class AdamW(Adam, torch.optim.AdamW):
 class Adamax(Fusible, torch.optim.Adamax):
     """`torch.optim.Adamax`, stepped by `diffopt.adamax`."""
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: Iterable[Any],
+            lr: Rate = 2e-3,
+            betas: Pair = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0.0,
+            **flags: Unpack[Flags],
+        ) -> None: ...
+
     make = staticmethod(rules.adamax)
 
 
 class NAdam(Fusible, torch.optim.NAdam):
     """`torch.optim.NAdam`, stepped by `diffopt.nadam`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: Iterable[Any],
+            lr: Rate = 2e-3,
+            betas: Pair = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0.0,
+            momentum_decay: float = 4e-3,
+            decoupled_weight_decay: bool = False,
+            **flags: Unpack[Flags],
+        ) -> None: ...
 
     make = staticmethod(rules.nadam)
     flags = ("decoupled_weight_decay", "maximize")
@@ -59,12 +102,39 @@ class NAdam(Fusible, torch.optim.NAdam):
 class RAdam(Fusible, torch.optim.RAdam):
     """`torch.optim.RAdam`, stepped by `diffopt.radam`."""
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: Iterable[Any],
+            lr: Rate = 1e-3,
+            betas: Pair = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0.0,
+            decoupled_weight_decay: bool = False,
+            **flags: Unpack[Flags],
+        ) -> None: ...
+
     make = staticmethod(rules.radam)
     flags = ("decoupled_weight_decay", "maximize")
 
 
 class RMSprop(Fusible, torch.optim.RMSprop):
     """`torch.optim.RMSprop`, stepped by `diffopt.rmsprop`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: Iterable[Any],
+            lr: Rate = 1e-2,
+            alpha: float = 0.99,
+            eps: float = 1e-8,
+            weight_decay: float = 0.0,
+            momentum: float = 0.0,
+            centered: bool = False,
+            **flags: Unpack[Flags],
+        ) -> None: ...
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         flags = {name: group[name] for name in ("centered", "maximize")}
@@ -82,11 +152,36 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
 class Adadelta(Fusible, torch.optim.Adadelta):
     """`torch.optim.Adadelta`, stepped by `diffopt.adadelta`."""
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: Iterable[Any],
+            lr: Rate = 1.0,
+            rho: float = 0.9,
+            eps: float = 1e-6,
+            weight_decay: float = 0.0,
+            **flags: Unpack[Flags],
+        ) -> None: ...
+
     make = staticmethod(rules.adadelta)
 
 
 class ASGD(Fusible, torch.optim.ASGD):
     """`torch.optim.ASGD`, stepped by `diffopt.asgd`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: Iterable[Any],
+            lr: Rate = 1e-2,
+            lambd: float = 1e-4,
+            alpha: float = 0.75,
+            t0: float = 1e6,
+            weight_decay: float = 0.0,
+            **flags: Unpack[Flags],
+        ) -> None: ...
 
     make = staticmethod(rules.asgd)
     scalar_state = ("step", "eta", "mu")
@@ -95,6 +190,17 @@ class ASGD(Fusible, torch.optim.ASGD):
 
 class Rprop(Fusible, torch.optim.Rprop):
     """`torch.optim.Rprop`, stepped by `diffopt.rprop`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            params: Iterable[Any],
+            lr: Rate = 1e-2,
+            etas: Pair = (0.5, 1.2),
+            step_sizes: Pair = (1e-6, 50),
+            **flags: Unpack[Flags],
+        ) -> None: ...
 
     make = staticmethod(rules.rprop)
     later = ("lr", *Fusible.later)
