@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import cmath
 import contextlib
-import math
 import operator
 from typing import Any
 
@@ -41,7 +41,7 @@ class Options:
         """
         record = self.opt.hparams
         numbers = [1.0 if isinstance(value, Tensor) else value for value in self.values]
-        with contextlib.suppress(ArithmeticError, ValueError, TypeError):  # math.isfinite(1j)
+        with contextlib.suppress(Exception):  # such as division by zero
             hparams = hyper.assemble(record, numbers)
             scalars = [self.opt.scalars(t, hparams) for t in (1.0, 10.0)]  # RAdam: without, with v
             if all(map(_computed, _tree.leaves(scalars))):
@@ -63,8 +63,9 @@ class Options:
 
 
 def _computed(scalar: Any) -> bool:
-    """Whether it is a real number or a tensor: the root of a negative number is complex."""
-    return isinstance(scalar, Tensor) or math.isfinite(scalar)
+    """False for numbers that are not finite and real: the root of a negative number is complex."""
+    number = isinstance(scalar, (int, float, complex))
+    return not number or (cmath.isfinite(scalar) and not scalar.imag)
 
 
 def _given(group: Group) -> dict[str, Any]:
