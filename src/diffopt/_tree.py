@@ -187,6 +187,18 @@ def leaves_like(tree: Tree, spec: Spec, like: Tree, names: tuple[str, str]) -> l
     return spec.flatten_up_to(tree)
 
 
+def column(node: Tree, spec: Spec) -> list[Any] | None:
+    """The leaves of a tree of tensors of this structure; [] where a part of a partition has none.
+
+    None for other trees.
+    """
+    try:
+        values = spec.flatten_up_to(node)
+    except ValueError:
+        return None
+    return values if all(isinstance(x, Tensor) or x == [] for x in values) else None
+
+
 def ordered_like(tree: Tree, like: Tree, names: tuple[str, str]) -> Tree:
     """`tree` with its dictionaries in the order of `like`; raises as `leaves_like` does."""
     spec = flatten(like)[1]

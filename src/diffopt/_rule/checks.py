@@ -206,11 +206,14 @@ def writable(
     step: Tensor | None = None,
     grads: Sequence[Tensor | None] = (),
     numbers: Sequence[hyper.Covered] = (),
+    *,
+    coarse: bool = False,
 ) -> None:
     """Raise for tensors that cannot be updated in place: overlapping, inference or too coarse.
 
     `columns` are the params and the buffers by name, `step` is the step count in the state. `grads`
     and `numbers` are only read: no write may change them, but a gradient may be its own parameter.
+    With `coarse`, buffers may be narrower than their params.
     """
     if _modes.transformed():
         return
@@ -233,7 +236,7 @@ def writable(
         for k, tensor in enumerate(tensors):
             if _modes.locked(tensor):
                 raise ValueError(f"{path(k)} {_memory.LOCKED}: clone it")
-    for name, column in columns.items():
+    for name, column in () if coarse else columns.items():
         _precise(column, columns["params"], tree, name)
     _memory.check_apart(path, tensors, [x for *_, column in read for x in column])
 

@@ -141,7 +141,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         step = exact(count) + 1
         t = _modes.number_of(step)
         for indices, columns in self._parts(work, apart=_modes.observed()):
-            self._step_(t, work.values(indices), columns)
+            self.step_(t, work.values(indices), columns)
             for k in self._numbers(work.buffers):
                 old = [work.buffers[k][i] for i in indices]
                 fields.write_(columns[k + 2], old, columns[0][0])
@@ -204,7 +204,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             return lists.foreach(self, numbers, columns, widen=True)
         return self._leaf_by_leaf(t, values, columns)
 
-    def _step_(self, t: Any, values: list[Any], columns: list[Any]) -> None:
+    def step_(self, t: Any, values: list[Any], columns: list[Any]) -> None:
         """Update tensors that share device, dtype and hyperparameters, in place."""
         kernel_values = _for_kernels(values, columns[0][0])
         way = self._way(t, kernel_values, columns)

@@ -58,7 +58,7 @@ def in_pieces_(
     for batch in (*alone, *_batches(small, lengths, length)):
         pieces = lists if len(batch) == len(lengths) else [pick(c, batch) for c in lists]
         if len(batch) > 1:
-            _together_(update_, pieces)
+            together_(update_, pieces)
             continue
         row = [column[0].view(-1) for column in pieces]
         if row[0].data_ptr() == row[1].data_ptr():  # a gradient that is its own parameter
@@ -67,7 +67,7 @@ def in_pieces_(
             update_(piece)
 
 
-def _together_(update_: Callable[[Sequence[Tensor]], None], lists: list[list[Tensor]]) -> None:
+def together_(update_: Callable[[Sequence[Tensor]], None], lists: list[list[Tensor]]) -> None:
     """Update tensors as one: concatenated, but for columns that are so in memory."""
     views = [None if k == 1 else _joined(tensors) for k, tensors in enumerate(lists)]
     pairs = list(zip(views, lists, strict=True))

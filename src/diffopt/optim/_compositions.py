@@ -183,7 +183,7 @@ class Layout(NamedTuple):
 def _laid_out(state: Any, params: Tree) -> tuple[Layout, Rows]:
     """The layout of a state, and the states of the parameters."""
     tensors, spec = _tree.flatten(params)
-    nodes, structure = _tree.flatten(state, lambda node: _leaves(node, spec) is not None)
+    nodes, structure = _tree.flatten(state, lambda node: _tree.column(node, spec) is not None)
     paths = _tree.paths(_tree.unflatten(range(len(nodes)), structure), "")
     names = short_names([re.findall(r"[^\[\]'.]+", path) or ["state"] for path in paths])
     rows: Rows = [{} for _ in tensors]
@@ -193,23 +193,13 @@ def _laid_out(state: Any, params: Tree) -> tuple[Layout, Rows]:
             shared.add(name)
             for row in rows if node.dim() == 0 else rows[:1]:
                 row[name] = node
-        elif (leaves := _leaves(node, spec)) is None:
+        elif (leaves := _tree.column(node, spec)) is None:
             rest[name] = node
         else:
             for row, leaf in zip(rows, leaves, strict=True):
                 if isinstance(leaf, Tensor):
                     row[name] = leaf
     return Layout(spec, structure, names, list(map(set, rows)), shared, rest), rows
-
-
-def _leaves(node: Any, params: _tree.Spec) -> list[Any] | None:
-    """The leaves of a tree like params; [] if a part of a partition has none."""
-    try:
-        leaves = params.flatten_up_to(node)
-    except ValueError:
-        return None
-    fits = all(isinstance(leaf, Tensor) or leaf == [] for leaf in leaves)
-    return leaves if fits and not isinstance(node, Tensor) else None
 
 
 def _like(row: dict[str, Any], key: str, fresh: Tensor, name: str) -> Tensor:

@@ -32,4 +32,8 @@ from diffopt.transforms.partition import (
     masked as masked,
     partition as partition,
 )
+from diffopt.transforms.precision import (
+    PrecisionState as PrecisionState,
+    precision as precision,
+)
 from diffopt.transforms.skip import skip_nonfinite as skip_nonfinite

@@ -1,0 +1,340 @@
+"""precision(): the state of an optimizer in bfloat16, and float32 master weights."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _tree
+from diffopt._arguments import check_bool, factory
+from diffopt._modes import exact
+from diffopt._rule import checks, running, tiles, ways
+from diffopt._rule.leafwise import Leafwise, Work
+from diffopt._rule.rule import unused
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, Write
+from diffopt.transforms._base import Leaves, Wrapper, gather, wide
+from diffopt.transforms._rounding import Rounding, through
+
+Masters: TypeAlias = list[Tensor | None]
+
+_TILE = 1 << 17  # elements per thread in a piece: its copies in float32 stay in the cache
+_NUMBERS = ("mu_product", "eta", "mu")  # fields that are one number for each hyperparameter
+
+
+class PrecisionState(NamedTuple):
+    """State of `precision`: the master weights, `[]` where there is none; the optimizer's state."""
+
+    master: Tree
+    inner: Any
+
+
+torch.serialization.add_safe_globals([PrecisionState])
+
+
+@factory
+def precision(
+    optimizer: Optimizer[Any, Any],
+    *,
+    state_dtype: torch.dtype | None = torch.bfloat16,
+    master_dtype: torch.dtype | None = torch.float32,
+    stochastic: bool = True,
+) -> Optimizer[PrecisionState, Any]:
+    """Keep the state of an optimizer in bfloat16, and master weights for half-precision params.
+
+    Every step converts the state to float32, computes as before, and rounds the new state. To
+    nearest, an average in bfloat16 would stop: 0.999 * v is v again. So it is rounded up or down at
+    random, with probabilities such that
+
+        E[round(x)] = x
+
+    Nonnegative numbers stay nonnegative, and what bfloat16 can hold stays as it is.
+
+    Params narrower than `master_dtype` are rounded to nearest from a master copy, which is what is
+    updated: `state.master`. Where a param is no longer the rounding of its master, it has been set
+    since, as by `load_state_dict` of a model, and its value becomes that of the master.
+
+    Random numbers come from torch's default generator: loops that recompute their steps, such as
+    those of `Checkpointed`, draw them again, and `torch.vmap` needs `randomness="different"` or
+    "same". `update` and `update_` draw the same numbers.
+
+    Derivatives are those of the expectation: a rounded number has the derivative of the number
+    itself, and a master that of its param. Autograd rounds the gradients of bfloat16 tensors to
+    nearest, which adds up in the derivative through hundreds of steps: there, keep the state in
+    float32.
+
+    Args:
+        optimizer: any optimizer. Put `precision` around a whole composition, not inside `chain`,
+            `accumulate` or `flatten`, which pass float32 copies of half-precision params on.
+        state_dtype: the dtype of buffers with the shape of their param: torch.bfloat16, or None to
+            leave them. Step counts, other single numbers and complex buffers stay as they are.
+        master_dtype: torch.float32, torch.float64, or None for no masters: then half-precision
+            params are rounded as the state is.
+        stochastic: round at random; False for to nearest. float16 is always rounded to nearest.
+
+    Returns:
+        The optimizer, with the same hyperparameters. With a rule such as `adamw()`, `update_` holds
+        copies in float32 of at most one tensor at a time; if it is elementwise, on a CPU, of pieces
+        that fit the cache. With a composition it holds a copy of the whole state.
+
+    Raises:
+        TypeError: `optimizer` is not an optimizer, or `stochastic` is not a bool.
+        ValueError: a dtype is not supported; (from `update`) `state.master` does not fit.
+
+    Example:
+        >>> import torch, diffopt
+        >>> opt = diffopt.transforms.precision(diffopt.adamw())
+        >>> params = {"w": torch.ones(3, dtype=torch.bfloat16)}
+        >>> state, hp = opt.init(params), opt.hparams(lr=1e-4)
+        >>> for _ in range(10):
+        ...     params, state = opt.update(params, {"w": torch.ones_like(params["w"])}, state, hp)
+        >>> params["w"]  # half a unit in the last place is 0.002
+        tensor([1., 1., 1.], dtype=torch.bfloat16)
+        >>> state.master["w"].round(decimals=4)
+        tensor([0.9990, 0.9990, 0.9990])
+        >>> state.inner.exp_avg_sq["w"].dtype
+        torch.bfloat16
+
+    Source: Micikevicius et al., "Mixed precision training", 2018, for master weights; Zamirai et
+    al., "Revisiting bfloat16 training", 2020, for stochastic rounding.
+    """
+    check_bool(stochastic, "stochastic")
+    _check_dtype(state_dtype, "state_dtype", torch.bfloat16, None)
+    _check_dtype(master_dtype, "master_dtype", torch.float32, torch.float64, None)
+    return Precision(optimizer, state_dtype, master_dtype, stochastic)
+
+
+def _check_dtype(value: Any, name: str, *known: torch.dtype | None) -> None:
+    if not any(value is dtype for dtype in known):
+        choices = " or ".join(map(str, known))
+        raise ValueError(f"{name} is {_tree.shown(value)}, but must be {choices}")
+
+
+class Precision(Wrapper[PrecisionState]):
+    """What `precision` returns."""
+
+    state_dtype: torch.dtype | None
+    master_dtype: torch.dtype | None
+    stochastic: bool
+
+    def init(self, params: Tree) -> PrecisionState:
+        tensors, spec = _tree.flatten(params)
+        rule = self.optimizer if isinstance(self.optimizer, Leafwise) else None
+        checks.params(tensors, params, rule and rule.refuse)
+        checks.undistributed(params, "params", "precision")
+        masters = [p.detach().to(self.master_dtype) if self._mastered(p) else None for p in tensors]
+        used = list(map(_used, tensors, masters))
+        if rule is None or not used:
+            tree = _tree.unflatten(used, spec)
+            inner = self._narrowed(self.optimizer.init(tree), tree)
+        else:  # one by one: only the buffers of one tensor are there in float32
+            inner = _joined([self._narrowed(rule.init([p]), [p]) for p in used], spec)
+        return PrecisionState(_pruned(masters, spec), inner)
+
+    def update(
+        self, params: Tree, grads: Tree, state: PrecisionState, hparams: Any
+    ) -> tuple[Tree, PrecisionState]:
+        leaves, masters = self._gather(params, grads, state)
+        some = leaves.moved(map(_used, leaves.params, masters))
+        used = leaves.filled(some, leaves.params)
+        pairs = zip(leaves.gradients(), some, strict=True)
+        wide_grads = leaves.filled(grad.to(p.dtype) for grad, p in pairs)
+        wide_inner = _tree.map_tensors(wide, state.inner)
+        new, new_inner = self.optimizer.update(used, wide_grads, wide_inner, hparams)
+
+        old, spec = _tree.flatten(state.inner)
+        rounding = self._rounding(old, leaves.params, masters)
+        rows = zip(_tree.leaves(new_inner), _tree.leaves(wide_inner), old, strict=True)
+        inner = [o if n is u else rounding.rounded(k, n, o) for k, (n, u, o) in enumerate(rows)]
+        pairs = list(zip(_tree.leaves(new), _tree.leaves(used), strict=True))
+        moved = enumerate(zip(pairs, leaves.params, strict=True), len(old))
+        new_params = [
+            p if n is u else rounding.rounded(k, n, p).to(p.dtype) for k, ((n, u), p) in moved
+        ]
+        rows = zip(pairs, masters, strict=True)
+        masters = _pruned((m if m is None or n is u else n for (n, u), m in rows), leaves.spec)
+        return leaves.tree(new_params), PrecisionState(masters, _tree.unflatten(inner, spec))
+
+    def prepare_(self, params: Tree, grads: Tree, state: PrecisionState, hparams: Any) -> Write:
+        leaves, masters = self._gather(params, grads, state)
+        rule = self.optimizer
+        foreign = _modes.observed() or not _modes.all_ordinary(leaves.params)
+        if foreign or not isinstance(rule, Leafwise):
+            return super().prepare_(params, grads, state, hparams)
+        work = rule.gather(params, grads, state.inner, hparams)
+        fields = zip(rule.buffer_names, work.buffers, strict=True)
+        pairs = zip(masters, work.params, strict=True)
+        columns = {
+            "params": work.params,
+            **{f"state.inner.{name}": column for name, column in fields if _holds(column)},
+            "state.master": [p.new_empty(0) if m is None else m for m, p in pairs],
+        }
+        count = state.inner.step
+        checks.writable(columns, params, count, work.grads, work.numbers, coarse=True)
+        return functools.partial(self._update_, rule, work, masters, count)
+
+    def _update_(
+        self, rule: Leafwise[Any, Any], work: Work, masters: Masters, count: Tensor
+    ) -> None:
+        step = exact(count) + 1
+        buffers = [column for column in work.buffers if _holds(column)]
+        rounding = self._rounding(itertools.chain(*buffers), work.params, masters)
+        for indices in work.groups():
+            mastered = [masters] if masters[indices[0]] is not None else []
+            lists: list[list[Any]] = [work.params, work.grads, *buffers, *mastered]
+            values, columns = work.values(indices), work.columns(indices)
+            numbers = _modes.number_of(step), values
+            step_ = _Step(rule, rounding, len(work.params), columns, numbers, bool(mastered))
+            size = _piece_size(rule, values, columns)
+            for run in _runs(indices, lists, size):
+                step_.run_(run, [[column[i] for i in run] for column in lists], size)
+        torch.ops.aten.copy_.default(count, step)  # see running.leaf_
+
+    def _gather(self, params: Tree, grads: Tree, state: Any) -> tuple[Leaves, Masters]:
+        checks.instance(state, PrecisionState, "state", "init()")
+        leaves = gather(params, grads)
+        checks.undistributed(params, "params", "precision")
+        narrow = [p if self._mastered(p) else None for p in leaves.params]
+        expected, owners = _pruned(narrow, leaves.spec), [p for p in narrow if p is not None]
+        names = ("state.master", "the params that have a master")
+        try:
+            found = _tree.leaves_like(state.master, _tree.flatten(expected)[1], expected, names)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Those are narrower than {self.master_dtype}: create the state with "
+                "init() for params of these dtypes, and put precision around a composition, whose "
+                "parts may see them in float32"
+            ) from None
+        checks.buffers(found, owners, expected, names[0], self.master_dtype)
+        rest = iter(found)
+        return leaves, [p if p is None else next(rest) for p in narrow]
+
+    def _mastered(self, p: Tensor) -> bool:
+        """Whether a param has a master."""
+        dtype = self.master_dtype
+        return dtype is not None and p.is_floating_point() and p.element_size() < dtype.itemsize
+
+    def _narrowed(self, inner: Any, params: Tree) -> Any:
+        """The optimizer's first state, with buffers like params in `state_dtype`."""
+        if self.state_dtype is None:
+            return inner
+        tensors, spec = _tree.flatten(params)
+        nodes, structure = _tree.flatten(inner, lambda x: _tree.column(x, spec) is not None)
+        paths = _tree.paths(_tree.unflatten(range(len(nodes)), structure), "")
+
+        def narrowed(x: Any, p: Tensor) -> Any:
+            buffer = isinstance(x, Tensor) and x.dim() > 0 and x.shape == p.shape
+            return x.to(self.state_dtype) if buffer and x.dtype in running.AS_IS else x
+
+        def column(path: str, node: Any) -> Any:
+            leaves = None if path.endswith(_NUMBERS) else _tree.column(node, spec)
+            if leaves is None:
+                return node
+            return _tree.unflatten(map(narrowed, leaves, tensors), spec)
+
+        return _tree.unflatten(map(column, paths, nodes), structure)
+
+    def _rounding(self, inner: Iterable[Any], params: list[Tensor], masters: Masters) -> Rounding:
+        pairs = zip(params, masters, strict=True)
+        unmastered = [p if m is None else None for p, m in pairs]
+        return Rounding([*inner, *unmastered], stochastic=self.stochastic)
+
+
+class _Step(NamedTuple):
+    """The step of leaves that share device, dtype and hyperparameters, in place."""
+
+    rule: Leafwise[Any, Any]
+    rounding: Rounding
+    leaves: int
+    """How many there are in the tree: in `rounding`, one list follows the other."""
+    columns: list[Any]
+    numbers: tuple[Any, list[Any]]
+    mastered: bool
+
+    def run_(self, run: list[int], lists: list[list[Tensor]], size: int) -> None:
+        """Step consecutive leaves, one of them in pieces of a size, or whole if that is 0."""
+        if len(run) > 1:
+            tiles.together_(functools.partial(self.piece_, run[0], 0), lists)
+            return
+        row = [column[0] for column in lists]
+        if not size:
+            self.piece_(run[0], 0, row)
+            return
+        pieces = zip(*(x.view(-1).split(size) for x in row), strict=True)
+        for i, piece in enumerate(pieces):
+            self.piece_(run[0], i * size, piece)
+
+    def piece_(self, leaf: int, offset: int, piece: Sequence[Tensor]) -> None:
+        """Step a piece that begins at an offset in a leaf."""
+        p, g, *buffers = piece
+        master = buffers.pop() if self.mastered else None
+        if master is not None:
+            _resume_(master, p)
+        wide_p = wide(p) if master is None else master
+        new = [wide_p, g.to(wide_p.dtype), *map(wide, buffers)]
+        columns = running.in_place_of_lists([[x] for x in new], self.columns)
+        self.rule.step_(*self.numbers, columns)
+        places = range(leaf, (len(buffers) + 1) * self.leaves, self.leaves)
+        for k, x, old in zip(places, [*new[2:], wide_p], [*buffers, p], strict=True):
+            if x is not old:
+                self.rounding.write_(k, x, old, offset)
+
+
+def _runs(indices: list[int], lists: list[list[Any]], size: int) -> Iterator[list[int]]:
+    """Consecutive leaves of the same dtypes and of at most `size` elements, or single ones."""
+    run, dtypes, total = list[int](), None, 0
+    for i in indices:
+        length, kinds = lists[0][i].numel(), [column[i].dtype for column in lists]
+        fits = run and i == run[-1] + 1 and kinds == dtypes and total + length <= size
+        if run and not fits:
+            yield run
+            run, total = [], 0
+        run, dtypes, total = [*run, i], kinds, total + length
+    if run:
+        yield run
+
+
+def _piece_size(rule: Leafwise[Any, Any], values: list[Any], columns: list[Any]) -> int:
+    """The elements of a piece; 0 where leaves must stay whole."""
+    kind = ways.survey(columns)
+    cut = rule.elementwise and all(map(running.is_scalar, values))
+    return torch.get_num_threads() * _TILE if cut and kind[::3] == ("cpu", "regular") else 0
+
+
+def _used(p: Tensor, master: Tensor | None) -> Tensor:
+    """What the optimizer sees of a param: its value where that is not the rounding of the master.
+
+    The derivative is that of the param.
+    """
+    if master is None:
+        return wide(p)
+    value = p.to(master.dtype)
+    return through(value, torch.where(master.to(p.dtype) == p, master, value))
+
+
+def _resume_(master: Tensor, p: Tensor) -> None:
+    """The same, put into the master."""
+    if p.device.type != "cpu" or not torch.equal(master.to(p.dtype), p):
+        master.copy_(_used(p, master))
+
+
+def _pruned(masters: Iterable[Any], spec: _tree.Spec) -> Tree:
+    """A tree like params with `[]`, which has no leaves, where there is no master."""
+    return _tree.unflatten(([] if m is None else m for m in masters), spec)
+
+
+def _joined(states: list[Any], spec: _tree.Spec) -> Any:
+    """The state of all tensors, from the states of lists of one."""
+    step, *fields = zip(*states, strict=True)
+    trees = [() if unused(f[0]) else _tree.unflatten([x for (x,) in f], spec) for f in fields]
+    return type(states[0])(step[0], *trees)
+
+
+def _holds(column: list[Any]) -> bool:
+    """Whether a column has buffers."""
+    return bool(column) and not unused(column[0])
