@@ -415,6 +415,7 @@ COMPOSITIONS: dict[str, Callable[[], Any]] = {
     "freeze": lambda: transforms.freeze(diffopt.adam(), {"w": True, "v": False}),
     "maximize": lambda: transforms.maximize(diffopt.adam()),
     "partition": lambda: transforms.partition({"a": diffopt.adam()}, "a"),
+    "precision": lambda: transforms.precision(diffopt.adam()),
     "skip_nonfinite": lambda: transforms.skip_nonfinite(diffopt.adam()),
 }
 for name, make in COMPOSITIONS.items():
@@ -426,6 +427,14 @@ for name, make in COMPOSITIONS.items():
 for name in ("ema", "flatten", "maximize", "skip_nonfinite"):
     options = {"bias_correction": FLAG} if name == "ema" else {}
     plain(name, getattr(transforms, name), optimizer=OPTIMIZER, **options)
+plain(
+    "precision",
+    transforms.precision,
+    optimizer=OPTIMIZER,
+    state_dtype=optional(Argument(torch.bfloat16)),
+    master_dtype=optional(Argument(torch.float32)),
+    stochastic=FLAG,
+)
 plain("accumulate", transforms.accumulate, optimizer=OPTIMIZER, k=count(2))
 plain(
     "stateless",

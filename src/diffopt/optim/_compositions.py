@@ -17,6 +17,9 @@ from diffopt.optimizer import Optimizer, Write
 
 Rows = list[dict[str, Any]]
 
+_COPIED = ("master",)
+"""What begins as a copy of the parameter also where a checkpoint lacks it."""
+
 
 class TreeOptimizer(Checkpoints):
     """A `torch.optim.Optimizer` that steps the params of a group as one tree."""
@@ -119,6 +122,7 @@ class TreeOptimizer(Checkpoints):
         layout, fresh = self._begin(i)
         for param, row, name in zip(params, fresh, self._names(i), strict=True):
             old = self.state.get(param, {})
+            old = {k: x for k, x in row.items() if k.rpartition(".")[2] in _COPIED} | old
             self.state[param] = old | {k: _like(old, k, row[k], name) for k in row}
         layout.join([self.state[param] for param in params], self._names(i))
 

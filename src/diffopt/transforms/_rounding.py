@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +31,15 @@ class Noise(NamedTuple):
         width = min(length, _WIDTH)
         sizes = -(-length // width), width
         numbers = torch.randint(1 << _DROPPED, (sum(sizes),), dtype=torch.int32, device=device)
-        return cls(*numbers.split(sizes))
+        rows, columns = numbers.split(sizes)
+        return cls(rows.unsqueeze(1), columns)
 
-    def at(self, start: int, shape: Sequence[int]) -> Tensor:
-        """Those from a position on, in this shape."""
-        width, length = self.columns.shape[0], torch.Size(shape).numel()
+    def at(self, start: int, length: int) -> Tensor:
+        """Those from a position on."""
+        width = self.columns.shape[0]
         first, skipped = divmod(start, width)
-        grid = self.rows[first : -(-(start + length) // width), None] ^ self.columns
-        return grid.reshape(-1)[skipped : skipped + length].view(shape)
+        grid = (self.rows[first : -(-(start + length) // width)] ^ self.columns).reshape(-1)
+        return grid[skipped : skipped + length]
 
 
 def stochastic(x: Tensor, noise: Tensor) -> Tensor:
@@ -110,7 +111,8 @@ class Rounding:
             old.copy_(new)
 
     def _noise(self, k: int, new: Tensor, offset: int = 0) -> Tensor:
-        return self.noise.at(self.starts[k] + offset, new.shape).to(new.device)
+        noise = self.noise.at(self.starts[k] + offset, new.numel())
+        return noise.to(new.device).view(new.shape)
 
 
 def _narrow(x: Any) -> bool:

@@ -23,7 +23,7 @@ from diffopt.transforms._rounding import Rounding, through
 
 Masters: TypeAlias = list[Tensor | None]
 
-_TILE = 1 << 17  # elements per thread in a piece: its copies in float32 stay in the cache
+_TILE = 1 << 18  # elements per thread in a piece: its copies in float32 stay in the cache
 _NUMBERS = ("mu_product", "eta", "mu")  # fields that are one number for each hyperparameter
 
 
