@@ -15,7 +15,7 @@ PATH = Path(__file__).parents[1] / "examples/low_memory/digits.py"
 
 def test_training_in_less_memory_is_on_a_par_with_float32(tmp_path, monkeypatch):
     file = tmp_path / "figures.json"
-    command = ["digits.py", "--seeds", "0", "--epochs", "3"]
+    command = ["digits.py", "--seeds", "0", "--epochs", "2"]
     command += ["--out", str(tmp_path), "--json", str(file)]
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(PATH), run_name="__main__")
