@@ -48,6 +48,15 @@ def test_lbfgs_refuses_dtensors(mesh):
         diffopt.lbfgs().init(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
 
 
+def test_precision_refuses_dtensors(mesh):
+    opt, params = diffopt.transforms.precision(diffopt.adam()), {"w": torch.ones(4, 3)}
+    state, record = opt.init(params), opt.hparams(lr=0.1)
+    params["w"] = distribute_tensor(params["w"], mesh, [Shard(0)])
+    for use in (opt.init, lambda p: opt.update(p, p, state, record)):
+        with pytest.raises(ValueError, match=r"params\['w'\] is a DTensor, .* precision"):
+            use(params)
+
+
 @pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed(), Checkpointed(levels=2)])
 def test_adjoints_that_take_dtensors(adjoint, mesh):
     grads: list[torch.Tensor] = []

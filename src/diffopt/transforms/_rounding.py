@@ -38,8 +38,8 @@ class Noise(NamedTuple):
         """Those from a position on."""
         width = self.columns.shape[0]
         first, skipped = divmod(start, width)
-        grid = (self.rows[first : -(-(start + length) // width)] ^ self.columns).reshape(-1)
-        return grid[skipped : skipped + length]
+        rows = self.rows.narrow(0, first, -(-(skipped + length) // width))
+        return (rows ^ self.columns).reshape(-1).narrow(0, skipped, length)
 
 
 def stochastic(x: Tensor, noise: Tensor) -> Tensor:

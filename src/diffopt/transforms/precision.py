@@ -69,8 +69,9 @@ def precision(
     float32.
 
     Args:
-        optimizer: any optimizer. Put `precision` around a whole composition, not inside `chain`,
-            `accumulate` or `flatten`, which pass float32 copies of half-precision params on.
+        optimizer: any optimizer. Put `precision` around a whole composition: inside `chain` or
+            `accumulate`, which pass on float32 copies of half-precision params, it raises. Only
+            `flatten`, whose vectors are like no param, goes outside; then there are no masters.
         state_dtype: the dtype of buffers with the shape of their param: torch.bfloat16, or None to
             leave them. Step counts, other single numbers and complex buffers stay as they are.
         master_dtype: torch.float32, torch.float64, or None for no masters: then half-precision
@@ -128,8 +129,9 @@ class Precision(Wrapper[PrecisionState]):
         checks.params(tensors, params, rule and rule.refuse)
         checks.undistributed(params, "params", "precision")
         masters = [p.detach().to(self.master_dtype) if self._mastered(p) else None for p in tensors]
-        used = list(map(_used, tensors, masters))
-        if rule is None or not used:
+        pairs = zip(tensors, masters, strict=True)
+        used = (wide(p) if m is None else m for p, m in pairs)
+        if rule is None or not tensors:
             tree = _tree.unflatten(used, spec)
             inner = self._narrowed(self.optimizer.init(tree), tree)
         else:  # one by one: only the buffers of one tensor are there in float32
@@ -301,9 +303,10 @@ def _runs(indices: list[int], lists: list[list[Any]], size: int) -> Iterator[lis
 
 def _piece_size(rule: Leafwise[Any, Any], values: list[Any], columns: list[Any]) -> int:
     """The elements of a piece; 0 where leaves must stay whole."""
-    kind = ways.survey(columns)
-    cut = rule.elementwise and all(map(running.is_scalar, values))
-    return torch.get_num_threads() * _TILE if cut and kind[::3] == ("cpu", "regular") else 0
+    device, _, _, layout = ways.survey(columns)
+    cut = rule.elementwise and layout == "regular" and all(map(running.is_scalar, values))
+    parallel = {"cpu": torch.get_num_threads(), "cuda": 4}
+    return _TILE * parallel.get(device, 0) if cut else 0
 
 
 def _used(p: Tensor, master: Tensor | None) -> Tensor:
