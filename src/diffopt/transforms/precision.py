@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import check_bool, factory
 from diffopt._modes import exact
 from diffopt._rule import checks, running, tiles, ways
+from diffopt._rule.hyper import check_flags
 from diffopt._rule.leafwise import Leafwise, Work
 from diffopt._rule.rule import unused
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, Write
+from diffopt.optimizer import Write
 from diffopt.transforms._base import Leaves, Wrapper, gather, wide
 from diffopt.transforms._rounding import Rounding, through
 
@@ -37,14 +38,7 @@ class PrecisionState(NamedTuple):
 torch.serialization.add_safe_globals([PrecisionState])
 
 
-@factory
-def precision(
-    optimizer: Optimizer[Any, Any],
-    *,
-    state_dtype: torch.dtype | None = torch.bfloat16,
-    master_dtype: torch.dtype | None = torch.float32,
-    stochastic: bool = True,
-) -> Optimizer[PrecisionState, Any]:
+class Precision(Wrapper[PrecisionState]):
     """Keep the state of an optimizer in bfloat16, and master weights for half-precision params.
 
     Every step converts the state to float32, computes as before, and rounds the new state. To
@@ -68,6 +62,10 @@ def precision(
     nearest, which adds up in the derivative through hundreds of steps: there, keep the state in
     float32.
 
+    Hyperparameters are those of the optimizer. With a rule such as `adamw()`, `update_` holds
+    copies in float32 of at most one tensor at a time, or, if it is elementwise, of pieces of a few
+    MB. With a composition it holds a copy of the whole state.
+
     Args:
         optimizer: any optimizer. Put `precision` around a whole composition: inside `chain` or
             `accumulate`, which pass on float32 copies of half-precision params, it raises. Only
@@ -77,11 +75,6 @@ def precision(
         master_dtype: torch.float32, torch.float64, or None for no masters: then half-precision
             params are rounded as the state is.
         stochastic: round at random; False for to nearest. float16 is always rounded to nearest.
-
-    Returns:
-        The optimizer, with the same hyperparameters. With a rule such as `adamw()`, `update_` holds
-        copies in float32 of at most one tensor at a time; if it is elementwise, on a CPU, of pieces
-        that fit the cache. With a composition it holds a copy of the whole state.
 
     Raises:
         TypeError: `optimizer` is not an optimizer, or `stochastic` is not a bool.
@@ -104,24 +97,17 @@ def precision(
     Source: Micikevicius et al., "Mixed precision training", 2018, for master weights; Zamirai et
     al., "Revisiting bfloat16 training", 2020, for stochastic rounding.
     """
-    check_bool(stochastic, "stochastic")
-    _check_dtype(state_dtype, "state_dtype", torch.bfloat16, None)
-    _check_dtype(master_dtype, "master_dtype", torch.float32, torch.float64, None)
-    return Precision(optimizer, state_dtype, master_dtype, stochastic)
 
+    _: KW_ONLY
+    state_dtype: torch.dtype | None = torch.bfloat16
+    master_dtype: torch.dtype | None = torch.float32
+    stochastic: bool = True
 
-def _check_dtype(value: Any, name: str, *known: torch.dtype | None) -> None:
-    if not any(value is dtype for dtype in known):
-        choices = " or ".join(map(str, known))
-        raise ValueError(f"{name} is {_tree.shown(value)}, but must be {choices}")
-
-
-class Precision(Wrapper[PrecisionState]):
-    """What `precision` returns."""
-
-    state_dtype: torch.dtype | None
-    master_dtype: torch.dtype | None
-    stochastic: bool
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flags(stochastic=self.stochastic)
+        _check_dtype(self.state_dtype, "state_dtype", torch.bfloat16, None)
+        _check_dtype(self.master_dtype, "master_dtype", torch.float32, torch.float64, None)
 
     def init(self, params: Tree) -> PrecisionState:
         tensors, spec = _tree.flatten(params)
@@ -247,6 +233,9 @@ class Precision(Wrapper[PrecisionState]):
         return Rounding([*inner, *unmastered], stochastic=self.stochastic)
 
 
+precision = Precision
+
+
 class _Step(NamedTuple):
     """The step of leaves that share device, dtype and hyperparameters, in place."""
 
@@ -285,6 +274,12 @@ class _Step(NamedTuple):
         for k, x, old in zip(places, [*new[2:], wide_p], [*buffers, p], strict=True):
             if x is not old:
                 self.rounding.write_(k, x, old, offset)
+
+
+def _check_dtype(value: Any, name: str, *known: torch.dtype | None) -> None:
+    if not any(value is dtype for dtype in known):
+        choices = " or ".join(map(str, known))
+        raise ValueError(f"{name} is {_tree.shown(value)}, but must be {choices}")
 
 
 def _runs(indices: list[int], lists: list[list[Any]], size: int) -> Iterator[list[int]]:
