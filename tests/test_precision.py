@@ -5,6 +5,7 @@ import itertools
 import math
 import pickle
 import sys
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 import diffopt
 from diffopt import adjoint, transforms as t
 from diffopt.optim import from_pure, to_pure
+from diffopt.rules import hparams, leafwise, number, zeros_like
 from diffopt.testing import CHECKS, Case
 from diffopt.testing._assertions import Snapshot
 from diffopt.transforms import _rounding
@@ -240,6 +242,40 @@ def test_pieces_give_what_whole_tensors_give(dtype, monkeypatch):
     monkeypatch.setattr(module, "_TILE", 50)
     pieces = steps(opt, params, grads, opt.hparams(lr=0.1), in_place=True)
     torch.testing.assert_close(pieces, whole)
+
+
+class Counted(NamedTuple):
+    step: Any
+    sum: Any
+    count: Any
+
+
+@hparams
+class CountedHParams:
+    lr: float = number(1e-3, ge=0)
+
+
+def counted(p, g, s, hp, _):
+    total = 0.9 * s.sum + g
+    return p - hp.lr * (1 + s.count.sum()) * total, Counted(s.step, total, s.count + 1)
+
+
+def test_buffers_of_other_shapes_stay_as_they_are():
+    rule = leafwise(
+        Counted,
+        CountedHParams,
+        lambda p, step: Counted(step, zeros_like(p), torch.zeros(2)),
+        counted,
+        shapes=lambda shape: (shape, (2,)),
+    )
+    params = [torch.ones(5000), torch.ones(3)]
+    grads, record = 3 * [[torch.ones_like(p) for p in params]], rule.hparams(lr=0.1)
+    expected, _ = steps(rule, params, grads, record)
+    for in_place in (False, True):
+        new, state = steps(precision(rule), params, grads, record, in_place=in_place)
+        torch.testing.assert_close(new, expected, rtol=2e-2, atol=2e-2)
+        assert state.inner.sum[0].dtype == BF16
+        assert [x.tolist() for x in state.inner.count] == [[3.0, 3.0], [3.0, 3.0]]
 
 
 def peak_bytes(function, *args):

@@ -299,7 +299,8 @@ def _runs(indices: list[int], lists: list[list[Any]], size: int) -> Iterator[lis
 def _piece_size(rule: Leafwise[Any, Any], values: list[Any], columns: list[Any]) -> int:
     """The elements of a piece; 0 where leaves must stay whole."""
     device, _, _, layout = ways.survey(columns)
-    cut = rule.elementwise and layout == "regular" and all(map(running.is_scalar, values))
+    alike = len({sum(map(Tensor.numel, column)) for column in columns if column}) == 1
+    cut = rule.elementwise and alike and layout == "regular" and all(map(running.is_scalar, values))
     parallel = {"cpu": torch.get_num_threads(), "cuda": 4}
     return _TILE * parallel.get(device, 0) if cut else 0
 
