@@ -352,6 +352,15 @@ def test_a_param_that_was_set_since_is_what_its_master_goes_on_from(in_place):
     torch.testing.assert_close(state.master[0], expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_master_goes_on_where_its_param_overflows(in_place):
+    params, grads = [torch.tensor([65504.0, 1.0]).half()], [torch.tensor([-1.0, 1.0]).half()]
+    opt = precision(diffopt.sgd())
+    new, state = steps(opt, params, 3 * [grads], opt.hparams(lr=100.0), in_place=in_place)
+    assert new[0].tolist() == [math.inf, -299.0]
+    assert state.master[0].tolist() == [65804.0, -299.0]
+
+
 def test_the_derivative_of_a_master_is_that_of_its_param():
     opt, record = precision(diffopt.sgd()), diffopt.sgd().hparams
 

@@ -74,9 +74,8 @@ def _ordinary(x: Tensor) -> bool:
 
 
 def through(x: Tensor, value: Tensor) -> Tensor:
-    """Other values for x, to which they are close, with the derivative of x."""
-    rest = value.detach() - x.detach()  # exact, and so is its sum with x
-    return x + torch.where(rest.isfinite(), rest, 0)
+    """These values, with the derivative of x, to which they are close."""
+    return value.detach() + torch.where(x.detach().isfinite(), x - x.detach(), 0)
 
 
 class Rounding:

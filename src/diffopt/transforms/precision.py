@@ -68,8 +68,9 @@ class Precision(Wrapper[PrecisionState]):
 
     Args:
         optimizer: any optimizer. Put `precision` around a whole composition: inside `chain` or
-            `accumulate`, which pass on float32 copies of half-precision params, it raises. Only
-            `flatten`, whose vectors are like no param, goes outside; then there are no masters.
+            `accumulate`, which pass on float32 copies of half-precision params, it raises. With
+            `flatten`, whose vectors are float32 and like no param, there are either masters
+            (outside) or vectors in bfloat16 (inside).
         state_dtype: the dtype of buffers with the shape of their param: torch.bfloat16, or None to
             leave them. Step counts, other single numbers and complex buffers stay as they are.
         master_dtype: torch.float32, torch.float64, or None for no masters: then half-precision
