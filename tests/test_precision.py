@@ -22,7 +22,6 @@ from registry import REGISTRY
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LARGEST = torch.finfo(BF16).max
-NUMBERS = ["mu_product", "eta", "mu"]  # one number each, of no parameter's own
 precision = t.precision
 module = sys.modules[t.PrecisionState.__module__]
 
@@ -160,7 +159,7 @@ def test_buffers_like_their_params_are_narrow_and_single_numbers_are_not(row):
     for name, old, new in zip(plain._fields, plain, state.inner, strict=True):
         old, new = (x if isinstance(x, list) else [x] for x in (old, new))
         for p, x, y in zip(params, old, new, strict=False) if old != [()] else ():
-            like = name not in ("step", *NUMBERS) and x.dim() > 0 and x.shape == p.shape
+            like = name != "step" and x.dim() > 0 and x.shape == p.shape
             assert y.dtype == (BF16 if like else x.dtype), name
             assert torch.equal(y, x.to(y.dtype))
 
@@ -276,6 +275,17 @@ def test_buffers_of_other_shapes_stay_as_they_are():
         torch.testing.assert_close(new, expected, rtol=2e-2, atol=2e-2)
         assert state.inner.sum[0].dtype == BF16
         assert [x.tolist() for x in state.inner.count] == [[3.0, 3.0], [3.0, 3.0]]
+
+
+def test_a_number_of_the_state_may_grow():
+    opt, params = precision(diffopt.nadam()), {"w": draw(6)}
+    grads = [{"w": draw(6, seed=i)} for i in range(1, 4)]
+    record = opt.hparams(lr=0.1, beta1={"w": torch.linspace(0.1, 0.9, 6)})
+    pure = steps(opt, params, grads, record)
+    in_place = steps(opt, params, grads, record, in_place=True)
+    torch.testing.assert_close(in_place, pure)
+    assert pure[1].inner.mu_product["w"].shape == (6,)
+    assert pure[1].inner.mu_product["w"].dtype != BF16
 
 
 def peak_bytes(function, *args):

@@ -133,15 +133,16 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         used = {f"state.{name}": c for name, c in named if c and not unused(c[0])}
         columns = {"params": work.params, **used}
         checks.writable(columns, params, state[0], work.grads, work.numbers)
-        if self._may_grow(work) and not _modes.all_plain(work.tensors(state[0])):
+        if self.may_grow(work) and not _modes.all_plain(work.tensors(state[0])):
             return super().prepare_(params, grads, state, hparams)
-        return functools.partial(self._update_, work, state[0])
+        return functools.partial(self.write_, work, state[0], lambda _, *part: self.step_(*part))
 
-    def _update_(self, work: Work, count: Tensor) -> None:
+    def write_(self, work: Work, count: Tensor, step_: Callable[..., None]) -> None:
+        """Update what was gathered in place: `step_(indices, t, values, columns)` does one part."""
         step = exact(count) + 1
         t = _modes.number_of(step)
         for indices, columns in self._parts(work, apart=_modes.observed()):
-            self.step_(t, work.values(indices), columns)
+            step_(indices, t, work.values(indices), columns)
             for k in self._numbers(work.buffers):
                 old = [work.buffers[k][i] for i in indices]
                 fields.write_(columns[k + 2], old, columns[0][0])
@@ -153,7 +154,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         numbers = self.per_hyperparameter
         return [k for k, (name, c) in pairs if name in numbers and c and not unused(c[0])]
 
-    def _may_grow(self, work: Work) -> bool:
+    def may_grow(self, work: Work) -> bool:
         """Whether a number of the state may become a larger tensor."""
         return any(x.dim() == 0 for k in self._numbers(work.buffers) for x in work.buffers[k]) and (
             not all(map(running.is_scalar, itertools.chain(*(n.values for n in work.numbers))))

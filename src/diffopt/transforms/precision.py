@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._modes import exact
 from diffopt._rule import checks, running, tiles, ways
 from diffopt._rule.hyper import check_flags
 from diffopt._rule.leafwise import Leafwise, Work
@@ -25,7 +24,6 @@ from diffopt.transforms._rounding import Rounding, through
 Masters: TypeAlias = list[Tensor | None]
 
 _TILE = 1 << 18  # elements per thread in a piece: its copies in float32 stay in the cache
-_NUMBERS = ("mu_product", "eta", "mu")  # fields that are one number for each hyperparameter
 
 
 class PrecisionState(NamedTuple):
@@ -156,6 +154,8 @@ class Precision(Wrapper[PrecisionState]):
         if foreign or not isinstance(rule, Leafwise):
             return super().prepare_(params, grads, state, hparams)
         work = rule.gather(params, grads, state.inner, hparams)
+        if rule.may_grow(work):
+            return super().prepare_(params, grads, state, hparams)
         fields = zip(rule.buffer_names, work.buffers, strict=True)
         pairs = zip(masters, work.params, strict=True)
         columns = {
@@ -165,24 +165,13 @@ class Precision(Wrapper[PrecisionState]):
         }
         count = state.inner.step
         checks.writable(columns, params, count, work.grads, work.numbers, coarse=True)
-        return functools.partial(self._update_, rule, work, masters, count)
 
-    def _update_(
-        self, rule: Leafwise[Any, Any], work: Work, masters: Masters, count: Tensor
-    ) -> None:
-        step = exact(count) + 1
-        buffers = [column for column in work.buffers if _holds(column)]
-        rounding = self._rounding(itertools.chain(*buffers), work.params, masters)
-        for indices in work.groups():
-            mastered = [masters] if masters[indices[0]] is not None else []
-            lists: list[list[Any]] = [work.params, work.grads, *buffers, *mastered]
-            values, columns = work.values(indices), work.columns(indices)
-            numbers = _modes.number_of(step), values
-            step_ = _Step(rule, rounding, len(work.params), columns, numbers, bool(mastered))
-            size = _piece_size(rule, values, columns)
-            for run in _runs(indices, lists, size):
-                step_.run_(run, [[column[i] for i in run] for column in lists], size)
-        torch.ops.aten.copy_.default(count, step)  # see running.leaf_
+        def write() -> None:
+            buffers = itertools.chain(*filter(_holds, work.buffers))
+            rounding = self._rounding(buffers, work.params, masters)
+            rule.write_(work, count, functools.partial(_step_, rule, work, masters, rounding))
+
+        return write
 
     def _gather(self, params: Tree, grads: Tree, state: Any) -> tuple[Leaves, Masters]:
         checks.instance(state, PrecisionState, "state", "init()")
@@ -213,20 +202,16 @@ class Precision(Wrapper[PrecisionState]):
         if self.state_dtype is None:
             return inner
         tensors, spec = _tree.flatten(params)
-        nodes, structure = _tree.flatten(inner, lambda x: _tree.column(x, spec) is not None)
-        paths = _tree.paths(_tree.unflatten(range(len(nodes)), structure), "")
 
         def narrowed(x: Any, p: Tensor) -> Any:
             buffer = isinstance(x, Tensor) and x.dim() > 0 and x.shape == p.shape
             return x.to(self.state_dtype) if buffer and x.dtype in running.AS_IS else x
 
-        def column(path: str, node: Any) -> Any:
-            leaves = None if path.endswith(_NUMBERS) else _tree.column(node, spec)
-            if leaves is None:
-                return node
-            return _tree.unflatten(map(narrowed, leaves, tensors), spec)
+        def column(node: Any) -> Any:
+            leaves = _tree.column(node, spec)
+            return node if leaves is None else _tree.unflatten(map(narrowed, leaves, tensors), spec)
 
-        return _tree.unflatten(map(column, paths, nodes), structure)
+        return _tree.map(column, inner, is_leaf=lambda x: _tree.column(x, spec) is not None)
 
     def _rounding(self, inner: Iterable[Any], params: list[Tensor], masters: Masters) -> Rounding:
         pairs = zip(params, masters, strict=True)
@@ -237,29 +222,56 @@ class Precision(Wrapper[PrecisionState]):
 precision = Precision
 
 
-class _Step(NamedTuple):
-    """The step of leaves that share device, dtype and hyperparameters, in place."""
+def _step_(
+    rule: Leafwise[Any, Any],
+    work: Work,
+    masters: Masters,
+    rounding: Rounding,
+    indices: list[int],
+    t: Any,
+    values: list[Any],
+    columns: list[Any],
+) -> None:
+    """Step leaves that share device, dtype and hyperparameters, in place: see `Leafwise.write_`."""
+    own, n = [masters[i] for i in indices], len(masters)
+    mastered = own[0] is not None
+    lists = [column for column in columns if isinstance(column, list)] + [own] * mastered
+    held = [k for k, column in enumerate(work.buffers, 2) if _holds(column)]
+    places = [n * held.index(k) for k in held if isinstance(columns[k], list)] + [n * len(held)]
+    part = _Part(rule, rounding, places, (t, values), columns, mastered)
+    size = _piece_size(rule, values, columns)
+    for run in _runs(indices, lists, size):
+        part.run_(indices[run[0]], [[column[j] for j in run] for column in lists], size)
+
+
+class _Part(NamedTuple):
+    """Leaves that are stepped alike.
+
+    Attributes:
+        places: for each list of buffers, and last for the params, its beginning in `rounding`.
+        numbers: the step and the hyperparameters.
+        mastered: whether the last list is that of masters.
+    """
 
     rule: Leafwise[Any, Any]
     rounding: Rounding
-    leaves: int
-    """How many there are in the tree: in `rounding`, one list follows the other."""
-    columns: list[Any]
+    places: list[int]
     numbers: tuple[Any, list[Any]]
+    columns: list[Any]
     mastered: bool
 
-    def run_(self, run: list[int], lists: list[list[Tensor]], size: int) -> None:
+    def run_(self, leaf: int, lists: list[list[Tensor]], size: int) -> None:
         """Step consecutive leaves, one of them in pieces of a size, or whole if that is 0."""
-        if len(run) > 1:
-            tiles.together_(functools.partial(self.piece_, run[0], 0), lists)
+        if len(lists[0]) > 1:
+            tiles.together_(functools.partial(self.piece_, leaf, 0), lists)
             return
         row = [column[0] for column in lists]
         if not size:
-            self.piece_(run[0], 0, row)
+            self.piece_(leaf, 0, row)
             return
         pieces = zip(*(x.view(-1).split(size) for x in row), strict=True)
         for i, piece in enumerate(pieces):
-            self.piece_(run[0], i * size, piece)
+            self.piece_(leaf, i * size, piece)
 
     def piece_(self, leaf: int, offset: int, piece: Sequence[Tensor]) -> None:
         """Step a piece that begins at an offset in a leaf."""
@@ -271,10 +283,26 @@ class _Step(NamedTuple):
         new = [wide_p, g.to(wide_p.dtype), *map(wide, buffers)]
         columns = running.in_place_of_lists([[x] for x in new], self.columns)
         self.rule.step_(*self.numbers, columns)
-        places = range(leaf, (len(buffers) + 1) * self.leaves, self.leaves)
-        for k, x, old in zip(places, [*new[2:], wide_p], [*buffers, p], strict=True):
+        for place, x, old in zip(self.places, [*new[2:], wide_p], [*buffers, p], strict=True):
             if x is not old:
-                self.rounding.write_(k, x, old, offset)
+                self.rounding.write_(place + leaf, x, old, offset)
+
+
+def _runs(indices: list[int], lists: list[list[Any]], size: int) -> Iterator[list[int]]:
+    """The places of consecutive leaves of the same dtypes and of at most `size` elements in all.
+
+    Larger ones are alone.
+    """
+    run, dtypes, total = list[int](), None, 0
+    for j, i in enumerate(indices):
+        length, kinds = lists[0][j].numel(), [column[j].dtype for column in lists]
+        follows = run and i == indices[run[-1]] + 1 and kinds == dtypes
+        if run and not (follows and total + length <= size):
+            yield run
+            run, total = [], 0
+        run, dtypes, total = [*run, j], kinds, total + length
+    if run:
+        yield run
 
 
 def _check_dtype(value: Any, name: str, *known: torch.dtype | None) -> None:
@@ -283,24 +311,11 @@ def _check_dtype(value: Any, name: str, *known: torch.dtype | None) -> None:
         raise ValueError(f"{name} is {_tree.shown(value)}, but must be {choices}")
 
 
-def _runs(indices: list[int], lists: list[list[Any]], size: int) -> Iterator[list[int]]:
-    """Consecutive leaves of the same dtypes and of at most `size` elements, or single ones."""
-    run, dtypes, total = list[int](), None, 0
-    for i in indices:
-        length, kinds = lists[0][i].numel(), [column[i].dtype for column in lists]
-        fits = run and i == run[-1] + 1 and kinds == dtypes and total + length <= size
-        if run and not fits:
-            yield run
-            run, total = [], 0
-        run, dtypes, total = [*run, i], kinds, total + length
-    if run:
-        yield run
-
-
 def _piece_size(rule: Leafwise[Any, Any], values: list[Any], columns: list[Any]) -> int:
     """The elements of a piece; 0 where leaves must stay whole."""
     device, _, _, layout = ways.survey(columns)
-    alike = len({sum(map(Tensor.numel, column)) for column in columns if column}) == 1
+    lists = [column for column in columns if isinstance(column, list)]
+    alike = len({sum(map(Tensor.numel, column)) for column in lists}) == 1
     cut = rule.elementwise and alike and layout == "regular" and all(map(running.is_scalar, values))
     parallel = {"cpu": torch.get_num_threads(), "cuda": 4}
     return _TILE * parallel.get(device, 0) if cut else 0
