@@ -79,7 +79,7 @@ class Precision(Wrapper[PrecisionState]):
         TypeError: `optimizer` is not an optimizer, or `stochastic` is not a bool.
         ValueError: a dtype is not supported; (from `update`) `state.master` does not fit.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> opt = diffopt.transforms.precision(diffopt.adamw())
         >>> params = {"w": torch.ones(3, dtype=torch.bfloat16)}
