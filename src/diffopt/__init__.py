@@ -15,6 +15,7 @@ from diffopt.implicit import (
     implicit_fixed_point as implicit_fixed_point,
     implicit_root as implicit_root,
 )
+from diffopt.innerloop import InnerLoop as InnerLoop, innerloop as innerloop
 from diffopt.optimizer import Optimizer as Optimizer
 from diffopt.rules.adadelta import adadelta as adadelta
 from diffopt.rules.adafactor import adafactor as adafactor

@@ -11,7 +11,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -34,19 +34,36 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
     known: dict[int, Any] = {**tensors, **{id(part): object.__new__(type(part)) for part in parts}}
     copies = _Copies(known, _Copies(known, None))
     for part in parts:
-        attributes = vars(known[id(part)])
-        attributes.update(vars(part))
-        for name, value in vars(part).items():
-            kind: type = type(value)
-            if kind not in _ATOMS and (kind not in _DICTS or value) and name not in _TABLES:
-                attributes[name] = _replaced(value, copies, part, name)
-        for name in _TABLES:
-            attributes[name] = {k: known.get(id(v), v) for k, v in attributes[name].items()}
-        for name in attributes.keys() & _REGISTRIES:
-            attributes[name] = attributes[name].copy()
-        for slot, value in _slotted(part).items():
-            slot.__set__(known[id(part)], _replaced(value, copies, part, slot.__name__))
+        result = known[id(part)]
+        vars(result).update(vars(part))
+        _replace(part, result, copies)
+        for name in vars(part).keys() & _REGISTRIES:
+            vars(result)[name] = vars(result)[name].copy()
     return known[id(parts[0])]
+
+
+def replace_(parts: Iterable[nn.Module], tensors: Mapping[int, Tensor]) -> None:
+    """Put `tensors[id(tensor)]` in place of each of these tensors in a replica's parts.
+
+    Raises:
+        ValueError: as `replica`.
+    """
+    copies = _Copies(tensors, _Copies(tensors, None))
+    for part in parts:
+        _replace(part, part, copies)
+
+
+def _replace(part: nn.Module, result: nn.Module, copies: _Copies) -> None:
+    """Set the attributes of a part in `result`, which has them already, with replacements."""
+    attributes = vars(result)
+    for name, value in vars(part).items():
+        kind: type = type(value)
+        if kind not in _ATOMS and (kind not in _DICTS or value) and name not in _TABLES:
+            attributes[name] = _replaced(value, copies, part, name)
+    for name in _TABLES:
+        attributes[name] = {k: copies.known.get(id(v), v) for k, v in attributes[name].items()}
+    for slot, value in _slotted(part).items():
+        slot.__set__(result, _replaced(value, copies, part, slot.__name__))
 
 
 def _replaced(value: Any, copies: _Copies, part: nn.Module, name: str) -> Any:

@@ -203,6 +203,21 @@ def parametrized_anew() -> Generator[None]:
         _parametrize._cache = kept
 
 
+def forget_parametrized() -> None:
+    """Empty that cache, after parameters have been replaced."""
+    _parametrize._cache = {}
+
+
+def uncompiled(module: Any) -> Any:
+    """The module itself, of one that `torch.compile` returned."""
+    return vars(module).get("_modules", {}).get("_orig_mod", module)
+
+
+def run_uncompiled(module: Any) -> None:
+    """Undo `module.compile()`."""
+    module._compiled_call_impl = None
+
+
 # Kernels for lists of tensors, which torch.optim itself uses.
 
 

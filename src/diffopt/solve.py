@@ -121,9 +121,9 @@ def minimize(
     check_adjoint(adjoint)
     _check_loss(loss, has_aux, buffers)
     _check_params(params)
-    _check_hparams(hparams, optimizer.hparams)
+    check_hparams(hparams, optimizer.hparams)
     if state is not None:
-        _check_state(state, optimizer, params)
+        check_state(state, optimizer, params)
     stateful = buffers is not None
 
     def objective(params: Tree, inputs: Any) -> tuple[Tensor, Any]:
@@ -133,7 +133,7 @@ def minimize(
         return value, (_like_buffers(new, buffers) if stateful else (), aux)
 
     def of_step(number: int) -> Any:
-        return _own(hparams(number), number, optimizer.hparams)
+        return of_one_step(hparams(number), number, optimizer.hparams)
 
     step = GradientStep(objective, optimizer, tol)
     state = optimizer.init(params) if state is None else state
@@ -235,7 +235,7 @@ def _fault(param: Tensor) -> str | None:
     return None
 
 
-def _check_hparams(hparams: Any, maker: Any) -> None:
+def check_hparams(hparams: Any, maker: Any) -> None:
     """Raise unless it is a record of the optimizer, as far as can be told, or a function."""
     if isinstance(hparams, type) or (type(hparams) is type(maker) and hparams == maker):
         raise TypeError(f"hparams is {hparams!r}, which must be called: optimizer.hparams(...)")
@@ -246,7 +246,8 @@ def _check_hparams(hparams: Any, maker: Any) -> None:
         )
 
 
-def _check_state(state: Any, optimizer: Optimizer[Any, Any], params: Tree) -> None:
+def check_state(state: Any, optimizer: Optimizer[Any, Any], params: Tree) -> None:
+    """Raise unless it is a state of the optimizer, as far as can be told."""
     with torch.no_grad():
         expected = type(optimizer.init(params)).__name__
     if type(state).__name__ != expected:
@@ -271,7 +272,7 @@ def _xs(
         raise ValueError(f"batches has {count} entries, but steps is {steps}")
 
 
-def _own(record: Any, number: int, maker: Any) -> Any:
+def of_one_step(record: Any, number: int, maker: Any) -> Any:
     """What `hparams` returned for this step, checked to be a record of the optimizer."""
     if not hyper.made_by(record, maker):
         raise TypeError(

@@ -107,8 +107,10 @@ def _weight_norm_gradient(node: Any) -> Callable[..., tuple[Tensor | None, ...]]
     v, g, dim = _torch.weight_norm_inputs(node)
 
     def gradient(
-        grads: Sequence[Tensor | None], cotangents: Sequence[Tensor]
+        grads: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
+        if cotangents[0] is None:  # autograd's zero
+            return tuple(grads)
         norm = torch.norm_except_dim(v, 2, dim)
         unit, cotangent = v / norm, cotangents[0]
         dims = [i for i, size in enumerate(norm.shape) if size == 1]

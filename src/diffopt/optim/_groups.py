@@ -152,8 +152,7 @@ def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict
         check_length(betas, len(_BETAS), "betas")
         given |= zip(_BETAS, betas, strict=True)
     template = _made(maker, given)
-    template = records(template, _numbers(template) | given)
-    template = _tree.map(lambda x: type(x)(**vars(x)), template, is_leaf=hyper.is_record)
+    template = _checked(records(template, _numbers(template) | given))
     numbers = _numbers(template)
     if numbers.keys() >= set(_BETAS):
         numbers["betas"] = tuple(numbers.pop(name) for name in _BETAS)
@@ -174,6 +173,45 @@ def _made(maker: Callable[..., Any], given: dict[str, Any]) -> Any:
     if unknown := given.keys() - known.keys():
         raise TypeError(f"there is no hyperparameter {min(unknown)!r}, only {list(known)}")
     return template
+
+
+def overridden(record: Any, given: Mapping[str, Any], owners: Sequence[Sequence[str]]) -> Any:
+    """The records with other values, given under the names of fields or of options of torch.optim.
+
+    A list has one value for each parameter group; `owners` are the names of each group's params.
+    """
+    known = _numbers(record)
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        pair = () if name in known else hyper.TORCH_PAIRS.get(name, ())
+        each = value if isinstance(value, list) else [value] * len(owners)
+        if len(each) != len(owners):
+            raise ValueError(
+                f"override[{name!r}] has {len(each)} values, but there are {len(owners)} parameter "
+                "groups"
+            )
+        for part in each if pair else ():
+            check_length(part, len(pair), f"override[{name!r}]")
+        columns = zip(pair, zip(*each, strict=True), strict=True) if pair else [(name, each)]
+        values.update((field, _of_groups(column, owners)) for field, column in columns)
+    if unknown := values.keys() - known.keys():
+        raise TypeError(
+            f"override has {min(unknown)!r}, but the hyperparameters are {', '.join(known)}"
+        )
+    return _checked(records(record, known | values))
+
+
+def _of_groups(values: Sequence[Any], owners: Sequence[Sequence[str]]) -> Any:
+    """A single value if all groups have the same one, otherwise a dict by parameter."""
+    if all(value is values[0] for value in values):
+        return values[0]
+    pairs = zip(values, owners, strict=True)
+    return {name: value for value, names in pairs for name in names}
+
+
+def _checked(template: Any) -> Any:
+    """The records, made anew: their numbers are in range."""
+    return _tree.map(lambda x: type(x)(**vars(x)), template, is_leaf=hyper.is_record)
 
 
 def records(template: Any, group: Mapping[str, Any]) -> Any:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffopt import _tree
+from diffopt import _modes, _tree
 from diffopt._rule import hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import zero_for
@@ -17,11 +17,11 @@ from diffopt.optim import _classes
 from diffopt.optim._adapter import RuleOptimizer
 from diffopt.optim._checkpoints import copied
 from diffopt.optim._compositions import TreeOptimizer
-from diffopt.optim._groups import Group, options, values_of, with_betas
+from diffopt.optim._groups import Group, name_of, options, values_of, with_betas
 from diffopt.optim._own import LeafwiseOptimizer
 from diffopt.optim._plan import filled
 from diffopt.optim.lbfgs import LBFGS
-from diffopt.optimizer import Optimizer, check_optimizer
+from diffopt.optimizer import Optimizer, check_optimizer, copy_
 from diffopt.rules.lbfgs import lbfgs
 from diffopt.rules.sparse_adam import sparse_adam
 
@@ -98,23 +98,25 @@ def from_pure(
     return TreeOptimizer(optimizer, params, template, numbers, structure)
 
 
-def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
+def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None) -> Pure:
     """Convert an optimizer of torch.optim or diffopt.optim to a pure one, at any time in a run.
 
     Args:
         optimizer: of a class of torch.optim or diffopt.optim, or from `from_pure`. The line search
             of LBFGS is the method `search` of the pure one.
+        module: the module whose parameters it trains. Then `params`, `state` and trees among
+            `hparams` are dicts by name, as those of `diffopt.nn.functionalize(module)`.
 
     Returns:
         A named tuple of copies: `optimizer`, the pure one; `params` of all groups, a dict if the
         optimizer was given names, otherwise a list; `state`; and `hparams`, where a value that
         differs between groups is a tree like params. So an inner loop can start in the middle of
-        training.
+        training. Hyperparameters that are tensors keep their history.
 
     Raises:
-        TypeError: the class is not supported.
-        ValueError: groups differ in a flag, such as `amsgrad`, or parameters differ in
-            their number of steps: a pure state has only one.
+        TypeError: the class is not supported, or `module` is not a module.
+        ValueError: groups differ in a flag, such as `amsgrad`; parameters differ in their number of
+            steps, of which a pure state has only one; or a parameter is not one of the module's.
 
     Examples:
         >>> import torch, diffopt
@@ -129,10 +131,11 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
         >>> torch.autograd.grad(new[0].sum(), lr)[0].round(decimals=4)
         tensor(-1.)
     """
+    names = None if module is None else names_in(optimizer, module)
     if isinstance(optimizer, TreeOptimizer):
-        return _tree_to_pure(optimizer)
+        return _tree_to_pure(optimizer, names)
     if type(optimizer) in (torch.optim.LBFGS, LBFGS):
-        return _lbfgs_to_pure(optimizer)
+        return _lbfgs_to_pure(optimizer, names)
     shell = _as_ours(optimizer)
     rules = [shell.rule(group) for group in shell.param_groups]
     opt = rules[0]
@@ -142,7 +145,7 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
             f"{rules[others[0]]}: a pure optimizer has the same flags for all params"
         )
     owners = [(group, p) for group in shell.param_groups for p in group["params"]]
-    _, spec = _tree.flatten(_tree_of(shell.param_groups))
+    _, spec = _tree.flatten(_tree_of(shell.param_groups, names))
     params = _tree.unflatten([copied(p) for _, p in owners], spec)
     rows = [_pure_row(shell, opt, group, p) for group, p in owners]
     steps = {step for step, _ in rows if step}
@@ -154,26 +157,68 @@ def to_pure(optimizer: torch.optim.Optimizer) -> Pure:
         buffers = {name: _tree.unflatten(column, spec) for name, column in columns.items()}
         state = state._replace(step=torch.full_like(state.step, step), **buffers)
     values = zip(*(filled(values_of(opt, group), p.dtype) for group, p in owners), strict=True)
-    record = hyper.assemble(opt.hparams, [_shared(copied(column), spec) for column in values])
+    record = hyper.assemble(opt.hparams, [_shared(_cloned(column), spec) for column in values])
     if isinstance(shell, _classes.SparseAdam):  # whose rule is for the rows of its gradients
         return Pure(sparse_adam(maximize=opt.maximize), params, state, record)
     return Pure(opt, params, state, record)
 
 
-def _tree_to_pure(optimizer: TreeOptimizer) -> Pure:
+def names_in(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:
+    """The names in a module of the parameters of each group; raises for one that is not there."""
+    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"module is {_tree.describe(module)}, not a torch.nn.Module")
+    known = {id(p): name for name, p in module.named_parameters()}
+    for i, group in enumerate(optimizer.param_groups):
+        for j, param in enumerate(group["params"]):
+            if id(param) not in known:
+                raise ValueError(
+                    f"{name_of(group, i, j)} is not a parameter of the module "
+                    f"{type(module).__name__}: create the optimizer with the module's parameters"
+                )
+    return [[known[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _tree_to_pure(optimizer: TreeOptimizer, names: list[list[str]] | None) -> Pure:
     groups = optimizer.param_groups
     if len(groups) != 1:
         raise ValueError(f"there are {len(groups)} parameter groups, but only one is supported")
     params = optimizer.params_of(0) if optimizer.structure else _tree_of(groups)
-    state = optimizer.state_of(0)
-    return Pure(optimizer.optimizer, *copied((params, state, optimizer.record_of(0))))
+    state, record = copied(optimizer.state_of(0)), _cloned(optimizer.record_of(0))
+    opt, params = optimizer.optimizer, copied(params)
+    if names is None or (isinstance(params, dict) and [*params] == names[0]):
+        return Pure(opt, params, state, record)
+    tensors, spec = _tree.flatten(params)
+    named = dict(zip(names[0], tensors, strict=True))
+    try:
+        structure = _tree.flatten(opt.init(named))[1]
+        state = _tree.unflatten(_tree.flatten(state)[0], structure)
+        record = _tree.map(
+            lambda x: _by_name(x, spec, params, names[0]), record, is_leaf=hyper.is_record
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the state of {opt!r} has no names ({error}): create the optimizer with "
+            "from_pure(optimizer, dict(module.named_parameters()))"
+        ) from error
+    return Pure(opt, named, state, record)
 
 
-def _lbfgs_to_pure(optimizer: torch.optim.Optimizer) -> Pure:
+def _by_name(record: Any, spec: _tree.Spec, params: Tree, names: list[str]) -> Any:
+    """A record whose trees like params are dicts with these names."""
+    values = [
+        field.tree
+        if _tree.is_leaf(field.tree) or not field.per_parameter
+        else {name: field.at(i) for i, name in enumerate(names)}
+        for field in hyper.broadcast(record, spec, params)
+    ]
+    return hyper.assemble(type(record), values)
+
+
+def _lbfgs_to_pure(optimizer: torch.optim.Optimizer, names: list[list[str]] | None) -> Pure:
     """Convert LBFGS, which has a single vector and all its state with the first parameter."""
     (group,) = optimizer.param_groups
     opt = lbfgs(history_size=group["history_size"])
-    params = copied(_tree_of(optimizer.param_groups))
+    params = copied(_tree_of(optimizer.param_groups, names))
     state, row = opt.init(params), optimizer.state.get(group["params"][0], {})
     if row.get("n_iter"):
         for name in ("old_dirs", "old_stps", "ro") if row["old_dirs"] else ():
@@ -185,7 +230,7 @@ def _lbfgs_to_pure(optimizer: torch.optim.Optimizer) -> Pure:
             prev_flat_grad=copied(row["prev_flat_grad"]),
             prev_flat_step=copied(row["d"] * row["t"]),
         )
-    return Pure(opt, params, state, opt.hparams(lr=copied(group["lr"])))
+    return Pure(opt, params, state, opt.hparams(lr=_cloned(group["lr"])))
 
 
 def _as_ours(optimizer: torch.optim.Optimizer) -> RuleOptimizer:
@@ -206,11 +251,17 @@ def _as_ours(optimizer: torch.optim.Optimizer) -> RuleOptimizer:
     return shell
 
 
-def _tree_of(groups: list[Group]) -> Tree:
+def _tree_of(groups: list[Group], names: list[list[str]] | None = None) -> Tree:
     """The parameters of all groups: a dict if they have names, otherwise a list."""
     tensors = [p for group in groups for p in group["params"]]
-    names = [name for group in groups for name in group.get("param_names", ())]
-    return dict(zip(names, tensors, strict=True)) if names else tensors
+    given = [group.get("param_names", ()) for group in groups] if names is None else names
+    flat = [name for group in given for name in group]
+    return dict(zip(flat, tensors, strict=True)) if flat else tensors
+
+
+def _cloned(tree: Tree) -> Tree:
+    """A copy whose tensors keep their history."""
+    return _tree.map_tensors(Tensor.clone, tree)
 
 
 def _pure_row(
@@ -229,6 +280,55 @@ def _pure_row(
         buffers[name] = copied(value.to_dense() if value.is_sparse else value)
     # Where torch keeps no count, it only matters that the next step is not the first.
     return float(row.get("step", begun)), buffers
+
+
+def restore_(optimizer: torch.optim.Optimizer, old: Any, new: Any) -> None:
+    """Overwrite an optimizer's state with a pure one that began as `to_pure`'s, `old`.
+
+    The state of parameters that have had no gradient since is left alone.
+
+    Raises:
+        ValueError: the optimizer has no place for that state.
+    """
+    new = _tree.ordered_like(new, old, ("the new state", "state"))
+    if isinstance(optimizer, TreeOptimizer):
+        copy_(zip(_tree.leaves(optimizer.state_of(0)), _tree.leaves(new), strict=True))
+        return
+    if type(optimizer) in (torch.optim.LBFGS, LBFGS):
+        raise ValueError("the state of LBFGS cannot be written back")
+    shell = _as_ours(optimizer)
+    params = [(group, p) for group in shell.param_groups for p in group["params"]]
+    opt = shell.rule(params[0][0])
+    moved = [
+        any(_buffer(new, name, i) is not _buffer(old, name, i) for name in opt.buffers_of(p))
+        for i, (_, p) in enumerate(params)
+    ]
+    rows = [_torch_row(shell, opt, new, i, *params[i]) for i, move in enumerate(moved) if move]
+    optimizer.state.update(rows)
+
+
+def _torch_row(
+    optimizer: RuleOptimizer, opt: Leafwise[Any, Any], state: Any, i: int, group: Group, p: Tensor
+) -> tuple[Tensor, dict[str, Any]]:
+    """A parameter and its state as torch keeps it: the inverse of `_pure_row`."""
+    (row,) = optimizer.new_states([p], group)
+    for name in opt.buffers_of(p).keys() & row.keys():
+        value = _buffer(state, name, i).detach()
+        if name in optimizer.scalar_state:
+            numbers = _modes.real(value).unique()
+            if len(numbers) != 1:
+                raise ValueError(f"{name} differs between the elements of a parameter")
+            row[name] = optimizer.new_scalar(numbers[0], p, group)
+        else:
+            row[name].copy_(value)
+    if "step" in row:
+        row["step"] = optimizer.new_scalar(state.step, p, group)
+    return p, row
+
+
+def _buffer(state: Any, name: str, i: int) -> Any:
+    """A parameter's leaf of a field of a pure state."""
+    return _tree.leaves(getattr(state, name))[i]
 
 
 def _shared(values: Sequence[Any], spec: _tree.Spec) -> Any:

@@ -1,0 +1,429 @@
+"""innerloop(): steps on an existing module and optimizer, through which one can differentiate."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from diffopt import _modes, _replica, _torch, _tree
+from diffopt._arguments import check_bool, check_function
+from diffopt._diff import functions, repairs
+from diffopt._diff.lacking import explained
+from diffopt.nn import Functional, functionalize
+from diffopt.optim._groups import overridden
+from diffopt.optim._pure import names_in, restore_, to_pure
+from diffopt.optimizer import Optimizer, check_optimizer, copy_, overwriting
+from diffopt.solve import check_hparams, check_state, of_one_step
+
+M = TypeVar("M", bound=nn.Module)
+
+Gradients: TypeAlias = dict[str, Tensor | None]
+"""By the name of the parameter; None where the loss does not depend on it."""
+
+
+@contextlib.contextmanager
+def innerloop(
+    model: M,
+    optimizer: Optimizer[Any, Any] | torch.optim.Optimizer,
+    *,
+    hparams: Any = None,
+    state: Any = None,
+    override: Mapping[str, Any] | None = None,
+    first_order: bool = False,
+    grad_callback: Callable[[Gradients], Gradients] | None = None,
+    track_graph: bool = True,
+) -> Generator[tuple[M, InnerLoop]]:
+    """Step a copy of a module, in a way that can be differentiated.
+
+    In `with innerloop(model, optimizer) as (fmodel, inner)`, `fmodel` is a copy of the module, of
+    the same class, and `inner.step(loss)` moves its parameters as the optimizer would move the
+    module's. A loss of `fmodel` is then a function of the module's own parameters: its `backward()`
+    goes through the steps and accumulates gradients there, in tensor hyperparameters, and in
+    whatever else the losses have used. Neither the module nor the optimizer is changed.
+
+    A copy has the hooks, the mode (`train`, `eval`) and the plain attributes of the module, and the
+    same frozen parameters; buffers are its own. A tensor with several names (tied weights) stays
+    one tensor. A parameter that a loss does not use has gradient None: that step leaves it alone.
+    A module that DistributedDataParallel wraps is taken out of it, and `torch.compile` is undone,
+    since torch does not differentiate its results twice. Entered under `torch.no_grad`, it enables
+    gradients, and behaves as with `track_graph=False`.
+
+    Args:
+        model: any module that `diffopt.nn.functionalize` takes, also an `fmodel`.
+        optimizer: a pure optimizer; or one of torch.optim or diffopt.optim for parameters of the
+            module, whose groups, hyperparameters and state are the initial ones. It moves only the
+            parameters it was given.
+        hparams: hyperparameters from `optimizer.hparams(...)` of the pure optimizer, or a function
+            of the step 0, 1, ... that returns them; by default those of the groups, or the
+            defaults of a pure optimizer.
+        state: the state of a pure optimizer; `optimizer.init(params)` if None.
+        override: hyperparameters to replace, by name, such as `{"lr": lr, "betas": (b1, b2)}`. A
+            value is a number, a tensor, a dict by name of a parameter or a part of the module, or a
+            list with one of these for each parameter group.
+        first_order: whether gradients are constants, which drops the second derivatives of the
+            losses, as in first-order MAML.
+        grad_callback: called with the gradients by name; returns those to step with, such as
+            clipped ones, or averages over processes.
+        track_graph: False for evaluation: steps are not differentiable, parameters are leaves of
+            autograd's graph, and memory does not grow with the number of steps.
+
+    Yields:
+        The copy of the module, and an `InnerLoop`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the module has no parameters to train, or is one that `functionalize` rejects;
+            the optimizer is one that `to_pure` rejects, or has a parameter that is not the
+            module's.
+        RuntimeError: a transform of torch.func or torch.compile is active, for which there is
+            `minimize`; or torch.inference_mode is.
+
+    Example:
+        >>> import torch, diffopt
+        >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(net.weight, 2.0)
+        >>> x, lr = torch.ones(1, 1), torch.tensor(0.1, requires_grad=True)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=1.0)
+        >>> with diffopt.innerloop(net, sgd, override={"lr": lr}) as (fnet, inner):
+        ...     for _ in range(2):
+        ...         inner.step(0.5 * fnet(x).square().sum())
+        ...     fnet(x).sum().backward()
+        >>> net.weight.grad, lr.grad  # of 2 (1 - lr)^2
+        (tensor([[0.8100]]), tensor(-3.6000))
+    """
+    _check_modes()
+    check_bool(first_order, "first_order")
+    check_bool(track_graph, "track_graph")
+    check_function(grad_callback, "grad_callback", optional=True)
+    module = _unwrapped(model)
+    functional = functionalize(module)
+    if not functional.params:
+        raise ValueError(f"model is {type(module).__name__}, which has no parameters to train")
+    track = track_graph and torch.is_grad_enabled()
+    with torch.enable_grad():
+        fmodel, params = _copied(module, functional, track)
+        source = _source(optimizer, module, params, hparams, state)
+        inner = InnerLoop(fmodel, params, module, source, override or {}, track)
+        inner.first_order, inner.grad_callback = first_order, grad_callback
+        try:
+            yield cast(M, fmodel), inner
+        finally:
+            inner.ended = True
+
+
+class _Source(NamedTuple):
+    """What an inner loop starts from.
+
+    Attributes:
+        given: the optimizer of torch.optim, or None.
+        owners: the names of the parameters in each group.
+    """
+
+    given: torch.optim.Optimizer | None
+    owners: list[list[str]]
+    optimizer: Optimizer[Any, Any]
+    state: Any
+    hparams: Any
+
+
+class InnerLoop:
+    """What takes the steps of an `innerloop`.
+
+    Attributes:
+        steps: the number of steps taken.
+        losses: the loss of each step, detached.
+        optimizer: the pure optimizer.
+        state: its state after the last step.
+        hparams: the hyperparameters, or the function of the step that returns them.
+        first_order: as given to `innerloop`; may be set between steps.
+        grad_callback: as given to `innerloop`; may be set between steps.
+        track_graph: whether steps are differentiable.
+        ended: whether the context has been left, after which there are no more steps.
+    """
+
+    def __init__(
+        self,
+        fmodel: nn.Module,
+        params: dict[str, Tensor],
+        module: nn.Module,
+        source: _Source,
+        override: Mapping[str, Any],
+        track_graph: bool,
+    ) -> None:
+        self.optimizer, self.state, self.hparams = source.optimizer, source.state, source.hparams
+        self.first_order, self.track_graph, self.ended = False, track_graph, False
+        self.grad_callback: Callable[[Gradients], Gradients] | None = None
+        self.steps = 0
+        self.losses: list[Tensor] = []
+        self._fmodel, self._module, self._source = fmodel, module, source
+        self._override = override
+        self._params = [params]
+        self._record(None, {})  # raises for what is wrong with them
+        self._first = _torch.next_node()
+
+    def step(
+        self,
+        loss: Tensor,
+        *,
+        hparams: Any = None,
+        override: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        """Move the parameters of the copy by one step of the optimizer.
+
+        Args:
+            loss: a real 0-d tensor, computed with the copy since the last step; of any number of
+                its forward passes.
+            hparams: hyperparameters of this step alone.
+            override: hyperparameters to replace in this step, besides those given to `innerloop`.
+            **others: there are none.
+
+        Raises:
+            TypeError: `loss` is not a tensor, or `grad_callback` does not return a dict.
+            ValueError: `loss` is not a real 0-d tensor, or does not depend on the parameters of the
+                copy as they are now; the copy has got other parameters; also what
+                `optimizer.update` raises. Nothing has changed.
+            RuntimeError: the context has been left.
+        """
+        _refuse_keywords(others)
+        if self.ended:
+            raise RuntimeError(
+                "the innerloop has ended: take steps inside its `with` block, or begin another one"
+            )
+        _check_loss(loss)
+        record = self._record(hparams, override or {})
+        moved, fixed = self._moved()
+        grads = self._called_back(self._gradients(loss, moved)) | dict.fromkeys(fixed)
+        with torch.set_grad_enabled(self.track_graph):
+            new, state = self.optimizer.update(moved | fixed, grads, self.state, record)
+        self._put(self._params[-1] | {name: new[name] for name in moved})
+        self.state = state
+        self.losses.append(loss.detach())
+        self.steps += 1
+
+    def params(self, t: int = -1) -> dict[str, Tensor]:
+        """The trainable parameters of the copy by name, after `t` steps; after the last by default.
+
+        `params(0)` are those at the start. Without a graph only the last are kept.
+
+        Raises:
+            IndexError: there are no parameters of that step.
+        """
+        count = self.steps + 1
+        index = t + count if t < 0 else t
+        if not 0 <= index < count:
+            raise IndexError(f"t is {t}, but {self.steps} steps have been taken")
+        if not self.track_graph and index < self.steps:
+            raise IndexError(
+                f"t is {t}, but without a graph only the parameters after the last step, "
+                f"{self.steps}, are kept"
+            )
+        return dict(self._params[index if self.track_graph else 0])
+
+    def copy_back(self, *, state: bool = True) -> None:
+        """Write parameters and buffers to the user's module, and state to the user's optimizer.
+
+        The values are detached. Do it after `backward()` if a loss uses the module itself.
+
+        Args:
+            state: whether to write the optimizer's state too. A pure optimizer has none of its own:
+                its state is `inner.state`.
+
+        Raises:
+            ValueError: the module is itself the copy of an innerloop, or the optimizer cannot take
+                the state.
+        """
+        own = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        new = {**dict(self._fmodel.named_buffers()), **self._params[-1]}
+        if any(tensor.grad_fn is not None for tensor in own.values()):
+            raise ValueError(
+                "copy_back would write to tensors that autograd has computed: the module is the "
+                "copy of another innerloop"
+            )
+        pairs = overwriting({"model": own}, {"model": own | new})
+        with torch.no_grad():
+            if state and self._source.given is not None:
+                restore_(self._source.given, self._source.state, self.state)
+            copy_(pairs)
+
+    def _moved(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The parameters that the optimizer has: those that are trained, and frozen ones."""
+        params, own = self._params[-1], dict(self._module.named_parameters())
+        names = [name for names in self._source.owners for name in names]
+        fixed: dict[str, Tensor] = {name: own[name] for name in names if name not in params}
+        return {name: params[name] for name in names if name in params}, fixed
+
+    def _record(self, hparams: Any, override: Mapping[str, Any]) -> Any:
+        """The hyperparameters of the next step."""
+        record = self.hparams if hparams is None else hparams
+        check_hparams(record, self.optimizer.hparams)
+        if callable(record):
+            record = of_one_step(record(self.steps), self.steps, self.optimizer.hparams)
+        values = {**self._override, **override}
+        return overridden(record, values, self._source.owners) if values else record
+
+    def _gradients(self, loss: Tensor, params: dict[str, Tensor]) -> Gradients:
+        self._check_same()
+        second = self.track_graph and not self.first_order
+        with explained():
+            repairs.mend_graph(loss, self._first)
+            found: Any = torch.autograd.grad(
+                loss,
+                [*params.values()],
+                create_graph=second,
+                retain_graph=self.track_graph,
+                allow_unused=True,
+            )
+        if all(grad is None for grad in found):
+            raise ValueError(
+                "loss does not depend on the parameters that the optimizer moves, as they are now: "
+                "compute it with the module that innerloop returned, after the last step"
+            )
+        return dict(zip(params, found, strict=True))
+
+    def _check_same(self) -> None:
+        """Raise if the copy has parameters that no step would move."""
+        known = {id(tensor) for tensor in self._params[-1].values()}
+        for name, tensor in self._fmodel.named_parameters():
+            if tensor.requires_grad and id(tensor) not in known:
+                raise ValueError(
+                    f"{name!r} has been added, replaced or unfrozen in the copy of the module, and "
+                    "would not be trained: change the module before innerloop"
+                )
+
+    def _called_back(self, grads: Gradients) -> Gradients:
+        if self.grad_callback is None:
+            return grads
+        new: Any = self.grad_callback(dict(grads))
+        if not isinstance(new, Mapping):
+            raise TypeError(
+                f"grad_callback returned {_tree.describe(new)}, not a dict of the gradients by name"
+            )
+        return _tree.ordered_like(dict(cast(Gradients, new)), grads, ("the returned dict", "grads"))
+
+    def _put(self, params: dict[str, Tensor]) -> None:
+        """Make these the parameters of the copy, and its buffers new ones of the same values."""
+        new = {name: functions.alias(p, self.track_graph) for name, p in params.items()}
+        old = self._params[-1]
+        tensors = {id(old[name]): tensor for name, tensor in new.items()}
+        tensors |= {id(b): _fresh(b, self.track_graph) for b in self._fmodel.buffers()}
+        _replica.replace_(self._fmodel.modules(), tensors)
+        _torch.forget_parametrized()
+        self._params = [*(self._params if self.track_graph else ()), new]
+        self._first = _torch.next_node()
+
+
+def _check_modes() -> None:
+    if _modes.transformed() or _modes.forward_differentiated():
+        raise RuntimeError(
+            "innerloop steps by torch.autograd.grad, which transforms of torch.func, torch.compile "
+            "and forward mode do not differentiate: use diffopt.minimize with "
+            "diffopt.nn.functionalize(model)"
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "gradients cannot be computed in torch.inference_mode: use torch.no_grad"
+        )
+
+
+def _unwrapped(model: Any) -> Any:
+    """The module that a wrapper runs, which could not run a copy of it."""
+    if isinstance(model, nn.Module):
+        model = _torch.uncompiled(model)
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _copied(
+    module: nn.Module, functional: Functional, track: bool
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A replica of the module, and its parameters by name."""
+    frozen = {id(tensor) for tensor in module.parameters()}
+    buffers = [b for b in functional.buffers.values() if id(b) not in frozen]
+    params = {name: _started(p, track) for name, p in functional.params.items()}
+    tensors = {id(p): params[name] for name, p in functional.params.items()}
+    tensors |= {id(b): _fresh(b, track) for b in buffers}
+    result = _replica.replica([*module.modules()], tensors)
+    _torch.forget_parametrized()
+    parts = list(result.modules())
+    owners = Counter(id(b) for part in parts for b in part.buffers(recurse=False))
+    for part in parts:
+        _torch.run_uncompiled(part)
+        names = [name for name, b in part.named_buffers(recurse=False) if owners[id(b)] == 1]
+        if names:
+            hook = functools.partial(_write_apart, names)
+            part.register_forward_pre_hook(hook, prepend=True)
+    return result, params
+
+
+def _started(param: Tensor, track: bool) -> Tensor:
+    """A copy, so that nothing that is done to it in place changes the module."""
+    return param.clone() if track else param.detach().clone().requires_grad_()
+
+
+def _fresh(buffer: Tensor, track: bool) -> Tensor:
+    return (buffer if track else buffer.detach()).clone()
+
+
+def _write_apart(names: list[str], part: nn.Module, _: Any) -> None:
+    """Let a module write to new buffers: an earlier pass may need the old ones for its gradient.
+
+    torch's batch norm does not tell autograd that it writes to them.
+    """
+    if part.training:
+        buffers = [b for name, b in part.named_buffers(recurse=False) if name in names]
+        _replica.replace_([part], {id(b): b.clone() for b in buffers})
+
+
+def _source(
+    given: Any, module: nn.Module, params: dict[str, Tensor], hparams: Any, state: Any
+) -> _Source:
+    """What to start from; its trees are dicts by name."""
+    if isinstance(given, torch.optim.Optimizer):
+        if state is not None:
+            raise TypeError(
+                "state is the torch.optim optimizer's own: pass a pure optimizer to start from "
+                "another one"
+            )
+        pure, owners = to_pure(given, module=module), names_in(given, module)
+        hparams = pure.hparams if hparams is None else hparams
+        return _Source(given, owners, pure.optimizer, pure.state, hparams)
+    check_optimizer(given, "optimizer")
+    if state is not None:
+        check_state(state, given, params)
+    hparams = given.hparams() if hparams is None else hparams
+    with torch.no_grad():
+        state = given.init(params) if state is None else state
+    return _Source(None, [[*params]], given, state, hparams)
+
+
+def _refuse_keywords(others: dict[str, Any]) -> None:
+    if "adjoint" in others:
+        raise TypeError(
+            "step() has no adjoint: the program between steps is differentiated by autograd, as "
+            "it runs, and no step can be run again. For an adjoint use diffopt.minimize with "
+            "diffopt.nn.functionalize(model)"
+        )
+    if others:
+        raise TypeError(f"step() has no argument {min(others)!r}, only loss, hparams and override")
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss is {_tree.describe(loss)}, not a tensor")
+    if loss.dim() != 0 or not loss.is_floating_point():
+        raise ValueError(
+            f"loss must be a real 0-d tensor, but has shape {tuple(loss.shape)} and dtype "
+            f"{loss.dtype}"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "loss has no graph: compute it with the module that innerloop returned, and not under "
+            "torch.no_grad"
+        )

@@ -1,0 +1,596 @@
+"""innerloop(): an existing module and optimizer, stepped so that one can differentiate."""
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import diffopt
+from diffopt import transforms
+
+X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(6, 2)
+Y = X.sin().sum(1, keepdim=True)
+NEW_X = X.flip(1) * 0.7 + 0.1
+NEW_Y = NEW_X.sin().sum(1, keepdim=True)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+
+def loss_of(model, x=X, y=Y):
+    return (model(x) - y).square().mean()
+
+
+def leaf(value):
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def adapted(net, opt, steps=3, loss=loss_of, outer=loss_of, **options):
+    """The outer loss after some steps."""
+    with diffopt.innerloop(net, opt, **options) as (fnet, inner):
+        for _ in range(steps):
+            inner.step(loss(fnet))
+        return outer(fnet, NEW_X, NEW_Y)
+
+
+def by_minimize(net, opt, hparams, steps=3, adjoint=None):
+    model = diffopt.nn.functionalize(net)
+    sol = diffopt.minimize(
+        lambda p: (model(p, {}, X)[0] - Y).square().mean(), model.params,
+        optimizer=opt, hparams=hparams, steps=steps, adjoint=adjoint or diffopt.adjoint.Unrolled(),
+    )  # fmt: skip
+    return (model(sol.params, {}, NEW_X)[0] - NEW_Y).square().mean()
+
+
+def gradients(value, net, *others):
+    return torch.autograd.grad(value, [*net.parameters(), *others])
+
+
+RULES = [
+    diffopt.sgd(), diffopt.sgd(nesterov=True), diffopt.adam(), diffopt.adamw(amsgrad=True),
+    diffopt.rmsprop(), diffopt.adagrad(), diffopt.nadam(), diffopt.radam(),
+    transforms.chain(transforms.clip_by_global_norm(), diffopt.adam()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("opt", RULES, ids=repr)
+def test_meta_gradients_equal_those_of_minimize(opt):
+    net, lr = mlp(), leaf(0.05)
+    found = gradients(adapted(net, opt, hparams=opt.hparams(lr=lr)), net, lr)
+    expected = gradients(by_minimize(net, opt, opt.hparams(lr=lr)), net, lr)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_derivatives_are_right_to_second_order():
+    net, opt = mlp(), diffopt.adam()
+
+    def outer(scale, lr, beta2, x):
+        hparams = opt.hparams(lr=lr, beta2=beta2)
+        return adapted(Traced(net, scale), opt, hparams=hparams, loss=lambda f: loss_of(f, x))
+
+    class Traced(nn.Module):
+        """A module whose parameters are functions of a scale."""
+
+        def __init__(self, net, scale):
+            super().__init__()
+            for name, p in net.named_parameters():
+                self._parameters[name.replace(".", "_")] = scale * p.detach()
+
+        def forward(self, x):
+            h = torch.tanh(x @ self._parameters["0_weight"].T + self._parameters["0_bias"])
+            return h @ self._parameters["2_weight"].T + self._parameters["2_bias"]
+
+    inputs = leaf(1.3), leaf(0.1), leaf(0.9), X.clone().requires_grad_()
+    assert torch.autograd.gradcheck(outer, inputs)
+    assert torch.autograd.gradgradcheck(outer, inputs)
+
+
+# Existing optimizers.
+
+
+CLASSES = {
+    "SGD": dict(lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01),
+    "Adam": dict(lr=0.05, amsgrad=True),
+    "AdamW": dict(lr=0.05, betas=(0.8, 0.9)),
+    "Adamax": dict(lr=0.05),
+    "NAdam": dict(lr=0.05, momentum_decay=0.1),
+    "RAdam": dict(lr=0.05),
+    "RMSprop": dict(lr=0.02, momentum=0.5, centered=True),
+    "Adagrad": dict(lr=0.1),
+    "Adadelta": dict(lr=1.0),
+    "ASGD": dict(lr=0.1, t0=1),
+    "Rprop": dict(lr=0.02),
+    "Adafactor": dict(lr=0.1),
+}
+
+
+def groups(net, **options):
+    return [{"params": net[0].parameters()}, {"params": net[2].parameters(), **options}]
+
+
+def trained(net, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("library", [torch.optim, diffopt.optim], ids=["torch", "diffopt"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_steps_go_on_from_an_optimizer_and_can_be_copied_back(name, library):
+    net = mlp()
+    optimizer = getattr(library, name)(groups(net, lr=0.07), **CLASSES[name])
+    trained(net, optimizer, 3)
+    reference, net_before = copy.deepcopy((net, optimizer)), copy.deepcopy(net)
+    trained(*reference, 2)
+    with diffopt.innerloop(net, optimizer) as (fnet, inner):
+        for _ in range(2):
+            inner.step(loss_of(fnet))
+    assert_equal_modules(fnet, reference[0])
+    assert_equal_modules(net, net_before)
+    inner.copy_back()
+    assert_equal_modules(net, reference[0])
+    trained(*reference, 2)
+    trained(net, optimizer, 2)
+    assert_equal_modules(net, reference[0])
+
+
+def assert_equal_modules(net, other):
+    found, expected = (dict(n.named_parameters()) | dict(n.named_buffers()) for n in (net, other))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)  # counts are float32
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_copy_back_without_steps_changes_nothing(name):
+    net = mlp()
+    optimizer = getattr(torch.optim, name)(net.parameters(), **CLASSES[name])
+    trained(net, optimizer, 1)
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    with diffopt.innerloop(net, optimizer) as (_, inner):
+        pass
+    inner.copy_back()
+    after = net.state_dict(), optimizer.state_dict()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    "pure", [transforms.chain(transforms.clip_by_global_norm(), diffopt.adam()), diffopt.adam()]
+)
+def test_optimizers_from_pure_go_on_and_are_copied_back(pure, named):
+    net = mlp()
+    params = dict(net.named_parameters()) if named else net.parameters()
+    optimizer = diffopt.optim.from_pure(pure, params, lr=0.1)
+    trained(net, optimizer, 2)
+    reference = copy.deepcopy((net, optimizer))
+    trained(*reference, 2)
+    with diffopt.innerloop(net, optimizer) as (fnet, inner):
+        for _ in range(2):
+            inner.step(loss_of(fnet))
+    inner.copy_back()
+    trained(*reference, 1)
+    trained(net, optimizer, 1)
+    assert_equal_modules(net, reference[0])
+
+
+def test_a_parameter_that_the_optimizer_lacks_is_not_moved_but_gets_a_meta_gradient():
+    net = mlp()
+    with diffopt.innerloop(net, torch.optim.SGD(net[2].parameters(), lr=0.1)) as (fnet, inner):
+        inner.step(loss_of(fnet))
+        torch.testing.assert_close(fnet[0].weight, net[0].weight, rtol=0, atol=0)
+        loss_of(fnet, NEW_X, NEW_Y).backward()
+    assert net[0].weight.grad.abs().min() > 0
+    assert net[2].weight.grad.abs().min() > 0
+
+
+def test_one_hyperparameter_for_each_group_is_learned():
+    net, lrs, decay = mlp(), [leaf(0.1), leaf(0.2)], leaf(0.01)
+    optimizer = torch.optim.SGD(groups(net), lr=1.0, momentum=0.9)
+    override = {"lr": lrs, "weight_decay": decay}
+    found = gradients(adapted(net, optimizer, override=override), net, *lrs, decay)
+    opt = diffopt.sgd()
+    hparams = opt.hparams(lr={"0": lrs[0], "2": lrs[1]}, momentum=0.9, weight_decay=decay)
+    expected = gradients(by_minimize(net, opt, hparams), net, *lrs, decay)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+def test_betas_are_overridden_as_torch_names_them(per_group):
+    net, b1, b2 = mlp(), leaf(0.8), leaf(0.9)
+    optimizer = torch.optim.Adam(groups(net), lr=0.1)
+    betas = [(b1, b2), (b1, b2)] if per_group else (b1, b2)
+    found = gradients(adapted(net, optimizer, override={"betas": betas}), net, b1, b2)
+    opt = diffopt.adam()
+    hparams = opt.hparams(lr=0.1, beta1=b1, beta2=b2)
+    expected = gradients(by_minimize(net, opt, hparams), net, b1, b2)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_rate_in_a_group_that_requires_a_gradient_gets_one():
+    net, lr = mlp(), leaf(0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    (found,) = torch.autograd.grad(adapted(net, optimizer), lr)
+    opt = diffopt.sgd()
+    (expected,) = torch.autograd.grad(by_minimize(net, opt, opt.hparams(lr=lr)), lr)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("way", ["function", "step", "override"])
+def test_each_step_may_have_its_own_rate(way):
+    net, lrs, opt = mlp(), [leaf(0.1), leaf(0.2), leaf(0.3)], diffopt.sgd()
+    expected = by_minimize(net, opt, lambda t: opt.hparams(lr=lrs[t]))
+    hparams = (lambda t: opt.hparams(lr=lrs[t])) if way == "function" else None
+    with diffopt.innerloop(net, opt, hparams=hparams) as (fnet, inner):
+        for lr in lrs:
+            options = {"step": {"hparams": opt.hparams(lr=lr)}, "override": {"override": {"lr": lr}}}
+            inner.step(loss_of(fnet), **options.get(way, {}))
+    found = loss_of(fnet, NEW_X, NEW_Y)
+    torch.testing.assert_close(gradients(found, net, *lrs), gradients(expected, net, *lrs))
+
+
+# Options.
+
+
+def test_first_order_equals_that_of_minimize():
+    net, lr, opt = mlp(), leaf(0.1), diffopt.adam()
+    hparams = opt.hparams(lr=lr)
+    found = gradients(adapted(net, opt, hparams=hparams, first_order=True), net, lr)
+    expected = by_minimize(net, opt, hparams, adjoint=diffopt.adjoint.FirstOrder())
+    torch.testing.assert_close(found, gradients(expected, net, lr), rtol=1e-12, atol=1e-14)
+
+
+def test_losses_of_first_order_steps_can_be_part_of_the_outer_loss():
+    net, opt = mlp(), diffopt.sgd()
+    total = torch.zeros((), dtype=torch.float64)
+    with diffopt.innerloop(net, opt, hparams=opt.hparams(lr=0.1), first_order=True) as (f, inner):
+        for _ in range(2):
+            value = loss_of(f)
+            total = total + value
+            inner.step(value)
+    total.backward()
+    assert net[0].weight.grad.abs().min() > 0
+    torch.testing.assert_close(sum(inner.losses), total.detach())
+
+
+def test_gradients_pass_through_the_callback():
+    net, opt, lr = mlp(), diffopt.sgd(), leaf(0.5)
+    seen = []
+
+    def clip(grads):
+        seen.append([*grads])
+        norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+        return {name: g * 0.1 / (norm + 1e-6) for name, g in reversed(grads.items())}
+
+    hparams = opt.hparams(lr=lr)
+    found = adapted(net, opt, hparams=hparams, grad_callback=clip)
+    chain = transforms.chain(transforms.clip_by_global_norm(), opt)
+    expected = by_minimize(net, chain, chain.hparams(lr=lr, max_norm=0.1))
+    torch.testing.assert_close(gradients(found, net, lr), gradients(expected, net, lr))
+    assert seen == [[name for name, _ in net.named_parameters()]] * 3
+
+
+@pytest.mark.parametrize("ambient", [False, True])
+def test_without_a_graph_values_are_the_same_and_nothing_is_kept(ambient):
+    net, opt = mlp(), diffopt.adam()
+    hparams = opt.hparams(lr=leaf(0.1))
+    expected = adapted(net, opt, hparams=hparams, steps=5)
+    alive = []
+    with torch.set_grad_enabled(not ambient):
+        with diffopt.innerloop(net, opt, hparams=hparams, track_graph=ambient) as (fnet, inner):
+            for _ in range(5):
+                inner.step(loss_of(fnet))
+                assert all(p.is_leaf and p.requires_grad for p in fnet.parameters())
+                alive.append(weakref.ref(fnet[0].weight))
+            assert [ref() is not None for ref in alive] == [False] * 4 + [True]
+            found = loss_of(fnet, NEW_X, NEW_Y)
+        assert torch.is_grad_enabled() is not ambient
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    with pytest.raises(IndexError, match="only the parameters after the last step, 5, are kept"):
+        inner.params(2)
+    assert [*inner.params()] == [*inner.params(5)] == [*dict(net.named_parameters())]
+
+
+def test_parameters_of_every_step_are_kept_and_differentiable():
+    net, opt = mlp(), diffopt.sgd()
+    with diffopt.innerloop(net, opt, hparams=opt.hparams(lr=0.1)) as (fnet, inner):
+        seen = [inner.params()]
+        for _ in range(3):
+            inner.step(loss_of(fnet))
+            seen.append(inner.params())
+    assert inner.steps == len(inner.losses) == 3
+    for t in range(4):
+        for name, p in inner.params(t).items():
+            assert p is seen[t][name] is inner.params(t - 4)[name]
+    assert dict(fnet.named_parameters()) == inner.params(3)
+    torch.testing.assert_close(inner.params(0), dict(net.named_parameters()))
+    assert all(g is not None for g in gradients(inner.params(2)["0.weight"].sum(), net)[:1])
+    for t in (4, -5):
+        with pytest.raises(IndexError, match="3 steps have been taken"):
+            inner.params(t)
+
+
+def test_nothing_is_alive_afterwards():
+    def loop(net, opt):
+        with diffopt.innerloop(net, opt, hparams=opt.hparams(lr=0.1)) as (fnet, inner):
+            for _ in range(3):
+                inner.step(loss_of(fnet))
+            outer = loss_of(fnet, NEW_X, NEW_Y)
+        outer.backward()
+        tensors = [p for t in range(4) for p in inner.params(t).values()]
+        tensors += [*fnet.buffers(), *inner.state.exp_avg.values(), outer]
+        return [*map(weakref.ref, tensors), weakref.ref(fnet), weakref.ref(inner)]
+
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    gc.collect()
+    gc.disable()
+    try:
+        assert {ref() for ref in loop(net, diffopt.adam())} == {None}
+    finally:
+        gc.enable()
+
+
+# Modules.
+
+
+class Net(nn.Module):
+    """Submodules, methods, a buffer, tied weights, a frozen and an unused parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh())
+        self.head = nn.Linear(3, 1)
+        self.tied = nn.Linear(2, 3)
+        self.tied.weight = self.encoder[0].weight
+        self.frozen = nn.Parameter(torch.full((1,), 0.5), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def features(self, x):
+        return self.encoder(x) + self.tied(x)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.head(self.features(x)) * self.frozen
+
+
+def net_of_kinds():
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def test_a_copy_is_of_the_modules_class_and_keeps_all_kinds_of_tensors_apart():
+    net, opt = net_of_kinds(), diffopt.adamw()
+    before = copy.deepcopy(net.state_dict())
+    with diffopt.innerloop(net, opt, hparams=opt.hparams(lr=0.1, weight_decay=0.1)) as (f, inner):
+        assert type(f) is Net
+        for _ in range(2):
+            inner.step(loss_of(f))
+        assert f.tied.weight is f.encoder[0].weight is inner.params()["encoder.0.weight"]
+        assert f.frozen is net.frozen
+        torch.testing.assert_close(f.unused, net.unused, rtol=0, atol=0)
+        assert f.calls == f.encoder[1].num_batches_tracked == 2
+        torch.testing.assert_close(f.features(X), f.encoder(X) + f.tied(X))
+        loss_of(f).backward()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    grads = {name: p.grad is not None for name, p in net.named_parameters()}
+    assert grads == {name: name not in ("frozen", "unused") for name in grads}
+
+
+@pytest.mark.parametrize("optimizer", ["pure", "torch"])
+def test_all_kinds_of_tensors_are_copied_back(optimizer):
+    net, opt = net_of_kinds(), diffopt.sgd()
+    trained_net = copy.deepcopy(net)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    trained(trained_net, torch.optim.SGD(trained_net.parameters(), lr=0.1, momentum=0.9), 2)
+    opt, hparams = (sgd, None) if optimizer == "torch" else (opt, opt.hparams(lr=0.1, momentum=0.9))
+    with diffopt.innerloop(net, opt, hparams=hparams) as (f, inner):
+        for _ in range(2):
+            inner.step(loss_of(f))
+        outer = loss_of(f)
+        inner.copy_back(state=optimizer == "torch")
+    trained_net(X)
+    assert_equal_modules(f, trained_net)
+    outer.backward()
+    assert net.encoder[0].weight.grad.abs().min() > 0
+    assert net.calls == 3
+
+
+@pytest.mark.parametrize("part", ["whole", "part"])
+def test_a_pass_in_training_does_not_change_the_gradient_of_one_in_evaluation(part):
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
+
+    def meta_gradient(interfere):
+        opt = diffopt.sgd()
+        with diffopt.innerloop(net.eval(), opt, hparams=opt.hparams(lr=0.1)) as (f, inner):
+            value = f(X).square().sum()
+            if interfere:
+                f.train()
+                f(5 * X) if part == "whole" else f[1](5 * f[0](X))
+                f.eval()
+            inner.step(value)
+            return gradients(f[0](X).square().sum(), net[0])
+
+    torch.testing.assert_close(meta_gradient(True), meta_gradient(False), rtol=0, atol=0)
+
+
+def test_several_passes_and_modes_belong_to_one_step():
+    net, opt = net_of_kinds(), diffopt.sgd()
+    with diffopt.innerloop(net, opt, hparams=opt.hparams(lr=0.1)) as (f, inner):
+        inner.step(loss_of(f) + loss_of(f, NEW_X, NEW_Y))
+        f.eval()
+        assert net.training
+        inner.step(loss_of(f))
+        loss_of(f).backward()
+    assert net.head.weight.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_modules(kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = kind(2, 3, batch_first=True), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.head(self.rnn(x.reshape(3, 2, 2))[0]).reshape(6, 1)
+
+    torch.manual_seed(0)
+    net, opt, lr = Recurrent().double(), diffopt.sgd(), leaf(0.2)
+    found = adapted(net, opt, hparams=opt.hparams(lr=lr))
+    expected = by_minimize(net, opt, opt.hparams(lr=lr))
+    torch.testing.assert_close(gradients(found, net, lr), gradients(expected, net, lr))
+
+
+def test_dropout_draws_as_the_module_does():
+    net, opt = nn.Sequential(nn.Linear(2, 8), nn.Dropout(), nn.Linear(8, 1)).double(), diffopt.sgd()
+    values = []
+    for run in (adapted, by_minimize):
+        torch.manual_seed(1)
+        values.append(run(net, opt, hparams=opt.hparams(lr=0.1)))
+    torch.testing.assert_close(gradients(values[0], net), gradients(values[1], net))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision(dtype):
+    net, lr = mlp().float(), torch.tensor(0.1, requires_grad=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def run(enabled):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            return adapted(
+                net, optimizer, override={"lr": lr},
+                loss=lambda f: (f(X.float()).float() - Y.float()).square().mean(),
+                outer=lambda f, *_: (f(NEW_X.float()).float() - NEW_Y.float()).square().mean(),
+            )  # fmt: skip
+
+    found, expected = (gradients(run(enabled), net, lr) for enabled in (True, False))
+    assert all(g.dtype is torch.float32 for g in found)
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.02)
+
+
+def test_loops_nest():
+    """The derivative of an inner loop's result is the gradient of an outer loop's step."""
+    net, opt, lr = mlp(), diffopt.sgd(), leaf(0.1)
+    hparams = opt.hparams(lr=lr)
+    with diffopt.innerloop(net, opt, hparams=hparams) as (f, outer):
+        for _ in range(2):
+            outer.step(adapted(f, opt, hparams=hparams, steps=2))
+        found = gradients(loss_of(f, NEW_X, NEW_Y), net, lr)
+
+    model = diffopt.nn.functionalize(net)
+
+    def loss(p, x, y):
+        return (model(p, {}, x)[0] - y).square().mean()
+
+    def meta_loss(p):
+        sol = diffopt.minimize(loss, p, X, Y, optimizer=opt, hparams=hparams, steps=2)
+        return loss(sol.params, NEW_X, NEW_Y)
+
+    sol = diffopt.minimize(meta_loss, model.params, optimizer=opt, hparams=hparams, steps=2)
+    expected = gradients(loss(sol.params, NEW_X, NEW_Y), net, lr)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_the_gradient_of_a_step_is_partial_where_the_loss_uses_the_module_itself():
+    """As in iMAML, where the distance from the start is part of the loss."""
+    net, opt = mlp(), diffopt.sgd()
+
+    def proximal(f):
+        pairs = zip(f.parameters(), net.parameters(), strict=True)
+        return loss_of(f) + sum((p - q).square().sum() for p, q in pairs)
+
+    found = adapted(net, opt, hparams=opt.hparams(lr=0.1), loss=proximal)
+    model = diffopt.nn.functionalize(net)
+
+    def loss(p, start):
+        value = (model(p, {}, X)[0] - Y).square().mean()
+        return value + sum((p[k] - start[k]).square().sum() for k in p)
+
+    sol = diffopt.minimize(
+        loss, model.params, model.params, optimizer=opt, hparams=opt.hparams(lr=0.1), steps=3
+    )
+    expected = (model(sol.params, {}, NEW_X)[0] - NEW_Y).square().mean()
+    torch.testing.assert_close(gradients(found, net), gradients(expected, net), rtol=1e-10, atol=0)
+
+
+def test_threads_may_adapt_one_module_at_once():
+    net, opt = net_of_kinds(), diffopt.adam()
+    results = {}
+
+    def work(i):
+        x = X * (1 + i)
+        results[i] = adapted(
+            net, opt, 4, loss=lambda f: loss_of(f, x), hparams=opt.hparams(lr=0.1)
+        ).item()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = dict(results)
+    for i in range(4):
+        work(i)
+    assert together == results
+
+
+def test_hooks_belong_to_the_copy():
+    net, opt, calls = mlp(), diffopt.sgd(), []
+    net[0].register_forward_hook(lambda module, *_: calls.append(module))
+    fired = []
+    net[0].weight.register_hook(fired.append)
+    with diffopt.innerloop(net, opt, hparams=opt.hparams(lr=0.1)) as (f, inner):
+        handle = f[2].register_forward_hook(lambda *_: calls.append("copy"))
+        inner.step(loss_of(f))
+        assert calls == [f[0], "copy"]
+        handle.remove()
+        inner.step(loss_of(f))
+        assert calls == [f[0], "copy", f[0]]
+        assert not fired
+        loss_of(f).backward()
+    net(X)
+    assert calls[-1] is net[0]
+    assert len(fired) == 1
+
+
+def test_what_is_done_in_place_to_a_copy_leaves_the_module_alone():
+    net, opt = net_of_kinds(), diffopt.sgd()
+    before = copy.deepcopy(net.state_dict())
+    with diffopt.innerloop(net, opt) as (f, _):
+        nn.init.zeros_(f.head.weight)
+        f.encoder[1].reset_running_stats()
+        assert not f.head.weight.any()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm,
+                                  nn.utils.parametrizations.spectral_norm])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+def test_normalized_weights(norm):
+    """torch's double backward of weight normalization is wrong without a repair."""
+    torch.manual_seed(0)
+    net, opt = nn.Sequential(norm(nn.Linear(2, 3)), nn.Linear(3, 1)).double(), diffopt.sgd()
+    if "spectral" in norm.__name__:
+        net.eval()
+
+    def outer(lr):
+        return adapted(net, opt, hparams=opt.hparams(lr=lr))
+
+    assert torch.autograd.gradcheck(outer, (leaf(0.1),))
+
+
+def test_what_parametrize_caches_is_dropped_by_a_step():
+    net, opt = nn.Sequential(nn.Linear(2, 1)).double(), diffopt.sgd()
+    nn.utils.parametrizations.weight_norm(net[0])
+    expected = adapted(net, opt, hparams=opt.hparams(lr=0.1))
+    with nn.utils.parametrize.cached():
+        found = adapted(net, opt, hparams=opt.hparams(lr=0.1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
