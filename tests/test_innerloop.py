@@ -96,18 +96,18 @@ def test_derivatives_are_right_to_second_order():
 
 
 CLASSES = {
-    "SGD": dict(lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01),
-    "Adam": dict(lr=0.05, amsgrad=True),
-    "AdamW": dict(lr=0.05, betas=(0.8, 0.9)),
-    "Adamax": dict(lr=0.05),
-    "NAdam": dict(lr=0.05, momentum_decay=0.1),
-    "RAdam": dict(lr=0.05),
-    "RMSprop": dict(lr=0.02, momentum=0.5, centered=True),
-    "Adagrad": dict(lr=0.1),
-    "Adadelta": dict(lr=1.0),
-    "ASGD": dict(lr=0.1, t0=1),
-    "Rprop": dict(lr=0.02),
-    "Adafactor": dict(lr=0.1),
+    "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01},
+    "Adam": {"lr": 0.05, "amsgrad": True},
+    "AdamW": {"lr": 0.05, "betas": (0.8, 0.9)},
+    "Adamax": {"lr": 0.05},
+    "NAdam": {"lr": 0.05, "momentum_decay": 0.1},
+    "RAdam": {"lr": 0.05},
+    "RMSprop": {"lr": 0.02, "momentum": 0.5, "centered": True},
+    "Adagrad": {"lr": 0.1},
+    "Adadelta": {"lr": 1.0},
+    "ASGD": {"lr": 0.1, "t0": 1},
+    "Rprop": {"lr": 0.02},
+    "Adafactor": {"lr": 0.1},
 }
 
 
@@ -230,7 +230,10 @@ def test_each_step_may_have_its_own_rate(way):
     hparams = (lambda t: opt.hparams(lr=lrs[t])) if way == "function" else None
     with diffopt.innerloop(net, opt, hparams=hparams) as (fnet, inner):
         for lr in lrs:
-            options = {"step": {"hparams": opt.hparams(lr=lr)}, "override": {"override": {"lr": lr}}}
+            options = {
+                "step": {"hparams": opt.hparams(lr=lr)},
+                "override": {"override": {"lr": lr}},
+            }
             inner.step(loss_of(fnet), **options.get(way, {}))
     found = loss_of(fnet, NEW_X, NEW_Y)
     torch.testing.assert_close(gradients(found, net, *lrs), gradients(expected, net, *lrs))
@@ -594,3 +597,229 @@ def test_what_parametrize_caches_is_dropped_by_a_step():
     with nn.utils.parametrize.cached():
         found = adapted(net, opt, hparams=opt.hparams(lr=0.1))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+# Wrapped modules, and what torch cannot differentiate.
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def distributed(net):
+    return nn.parallel.DistributedDataParallel(net)
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [
+    distributed, torch.compile, lambda net: distributed(torch.compile(net)), nn.DataParallel,
+    lambda net: Around(torch.compile(net)), lambda net: Around(distributed(net)),
+    lambda net: net.compile() or net,
+])  # fmt: skip
+def test_wrapped_modules(wrap, one_process):
+    net, opt = mlp(), diffopt.adam()
+    expected = gradients(adapted(net, opt, hparams=opt.hparams(lr=0.1)), net)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    wrapped = wrap(copy.copy(net))
+    torch.testing.assert_close(gradients(adapted(wrapped, optimizer), net), expected)
+
+
+def test_a_loop_inside_the_forward_pass_of_distributed_data_parallel(one_process):
+    class Meta(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self):
+            return adapted(self.net, diffopt.sgd(), hparams=diffopt.sgd().hparams(lr=0.1))
+
+    net = mlp()
+    expected = gradients(Meta(net)(), net)
+    distributed(Meta(net))().backward()
+    torch.testing.assert_close([p.grad for p in net.parameters()], [*expected])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
+def test_functions_that_are_compiled_say_what_to_do():
+    class Compiled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+            self.f = torch.compile(lambda h: h.sin() * h, backend="aot_eager")
+
+        def forward(self, x):
+            return self.f(self.layer(x))
+
+    net, opt = Compiled().double(), diffopt.sgd()
+    value = adapted(net, opt, hparams=opt.hparams(lr=0.1))
+    with pytest.raises(NotImplementedError, match="that is not compiled"):
+        value.backward()
+    adapted(net, opt, hparams=opt.hparams(lr=0.1), first_order=True).backward()
+    assert net.layer.weight.grad.abs().min() > 0
+
+
+def test_attention_says_which_kernel_has_second_derivatives():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(2, 4)
+
+        def forward(self, x):
+            h = self.project(x)[None, None]
+            return nn.functional.scaled_dot_product_attention(h, h, h)[0, 0].sum(1, keepdim=True)
+
+    net, opt = Attention().double(), diffopt.sgd()
+    hparams = opt.hparams(lr=0.1)
+    with pytest.raises(NotImplementedError, match=r"sdpa_kernel\(SDPBackend\.MATH\)"):
+        adapted(net, opt, hparams=hparams).backward()
+    with sdpa_kernel(SDPBackend.MATH):
+        value = adapted(net, opt, hparams=hparams)
+    value.backward()
+    assert net.project.weight.grad.abs().min() > 0
+
+
+# Mistakes.
+
+
+def enter(net, optimizer, **options):
+    with diffopt.innerloop(net, optimizer, **options):
+        pass
+
+
+BAD_ARGUMENTS = {
+    "model": (lambda net: (3, diffopt.sgd()), {}, TypeError, "not a torch.nn.Module"),
+    "no parameters": (lambda net: (nn.ReLU(), diffopt.sgd()), {}, ValueError, "no parameters to"),
+    "optimizer": (lambda net: (net, 3), {}, TypeError, "optimizer is 3, not a diffopt optimizer"),
+    "another's": (lambda net: (net, torch.optim.SGD(mlp().parameters())), {}, ValueError,
+                  r"param_groups\[0\]\['params'\]\[0\] is not a parameter of the module"),
+    "hparams": (lambda net: (net, diffopt.sgd()), {"hparams": 0.1}, TypeError, "hparams is 0.1"),
+    "state": (lambda net: (net, diffopt.sgd()), {"state": 3}, TypeError, "state has type int"),
+    "torch's state": (lambda net: (net, torch.optim.SGD(net.parameters())), {"state": 3}, TypeError,
+                      "pass a pure optimizer"),
+    "unknown": (lambda net: (net, diffopt.sgd()), {"override": {"rate": 1}}, TypeError,
+                "override has 'rate', but the hyperparameters are lr, weight_decay"),
+    "groups": (lambda net: (net, diffopt.sgd()), {"override": {"lr": [1, 2]}}, ValueError,
+               "override.'lr'. has 2 values"),
+    "range": (lambda net: (net, diffopt.sgd()), {"override": {"lr": -1.0}}, ValueError, "lr is -1"),
+    "override": (lambda net: (net, diffopt.sgd()), {"override": "lr"}, TypeError, "not a dict"),
+    "betas": (lambda net: (net, diffopt.adam()), {"override": {"betas": 0.9}}, TypeError,
+              "must be 2 numbers"),
+    "callback": (lambda net: (net, diffopt.sgd()), {"grad_callback": 3}, TypeError, "a function"),
+    "first_order": (lambda net: (net, diffopt.sgd()), {"first_order": 1}, TypeError, "not a bool"),
+    "track_graph": (lambda net: (net, diffopt.sgd()), {"track_graph": 1}, TypeError, "not a bool"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", BAD_ARGUMENTS)
+def test_mistaken_arguments_are_rejected(mistake):
+    arguments, options, error, match = BAD_ARGUMENTS[mistake]
+    with pytest.raises(error, match=match):
+        enter(*arguments(mlp()), **options)
+
+
+def unfrozen(f):
+    f.frozen = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    return loss_of(f)
+
+
+BAD_LOSSES = {
+    "number": (lambda f, net, old: 1.0, TypeError, "loss is 1.0 of type float, not a tensor"),
+    "vector": (lambda f, net, old: f(X)[:, 0], ValueError, r"has shape \(6,\)"),
+    "integer": (
+        lambda f, net, old: torch.ones((), dtype=torch.long),
+        ValueError,
+        "dtype torch.int",
+    ),
+    "constant": (lambda f, net, old: loss_of(f).detach(), ValueError, "loss has no graph"),
+    "stale": (lambda f, net, old: old, ValueError, "after the last step"),
+    "the module's": (lambda f, net, old: loss_of(net), ValueError, "does not depend on"),
+    "new parameter": (lambda f, net, old: unfrozen(f), ValueError, "'frozen' has been added"),
+}
+
+
+@pytest.mark.parametrize("track_graph", [True, False])
+@pytest.mark.parametrize("mistake", BAD_LOSSES)
+def test_mistaken_losses_are_rejected_and_nothing_has_changed(mistake, track_graph):
+    net, opt = net_of_kinds(), diffopt.adam()
+    make, error, match = BAD_LOSSES[mistake]
+    with diffopt.innerloop(net, opt, track_graph=track_graph) as (f, inner):
+        old = loss_of(f)
+        inner.step(old)
+        before = inner.params(), inner.state
+        with pytest.raises(error, match=match):
+            inner.step(make(f, net, old))
+        assert (inner.params(), inner.state) == before
+        assert inner.steps == len(inner.losses) == 1
+
+
+@pytest.mark.parametrize(("returned", "error", "match"), [
+    (lambda grads: None, TypeError, "grad_callback returned None"),
+    (lambda grads: {"0.weight": grads["0.weight"]}, ValueError, "'0.bias'. is missing"),
+    (lambda grads: dict.fromkeys(grads, 1.0), TypeError, r"grads\['0.weight'\] is 1.0"),
+])  # fmt: skip
+def test_what_a_callback_returns_is_checked(returned, error, match):
+    with diffopt.innerloop(mlp(), diffopt.sgd(), grad_callback=returned) as (f, inner):
+        value = loss_of(f)
+        with pytest.raises(error, match=match):
+            inner.step(value)
+
+
+def test_a_step_has_no_adjoint_and_points_to_minimize():
+    with diffopt.innerloop(mlp(), diffopt.sgd()) as (f, inner):
+        with pytest.raises(TypeError, match=r"no adjoint.*diffopt\.minimize"):
+            inner.step(loss_of(f), adjoint=diffopt.adjoint.Checkpointed())
+        with pytest.raises(TypeError, match="no argument 'retain_graph'"):
+            inner.step(loss_of(f), retain_graph=True)
+
+
+def test_there_are_no_steps_after_the_context():
+    with diffopt.innerloop(mlp(), diffopt.sgd()) as (f, inner):
+        inner.step(loss_of(f))
+    assert inner.ended
+    with pytest.raises(RuntimeError, match="the innerloop has ended"):
+        inner.step(loss_of(f))
+
+
+@pytest.mark.parametrize("run", [
+    lambda outer: torch.func.grad(outer)(torch.tensor(0.1)),
+    lambda outer: torch.vmap(outer)(torch.ones(2)),
+    lambda outer: torch.func.jvp(outer, (torch.ones(()),), (torch.ones(()),)),
+])  # fmt: skip
+def test_transforms_point_to_minimize(run):
+    net, opt = mlp(), diffopt.sgd()
+    with pytest.raises(RuntimeError, match=r"use diffopt\.minimize"):
+        run(lambda lr: adapted(net, opt, hparams=opt.hparams(lr=lr)))
+
+
+def test_inference_mode_is_rejected():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+        enter(mlp(), diffopt.sgd())
+
+
+def test_copying_back_is_refused_where_it_cannot_be():
+    net = mlp()
+    with diffopt.innerloop(net, torch.optim.LBFGS(net.parameters(), lr=0.1)) as (f, inner):
+        inner.step(loss_of(f))
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(ValueError, match="LBFGS cannot be written back"):
+            inner.copy_back()
+        torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+        with diffopt.innerloop(f, diffopt.sgd()) as (_, innermost):
+            pass
+        with pytest.raises(ValueError, match="copy of another innerloop"):
+            innermost.copy_back()
+        inner.copy_back(state=False)
+    assert_equal_modules(net, f)

@@ -215,7 +215,7 @@ def uncompiled(module: Any) -> Any:
 
 def run_uncompiled(module: Any) -> None:
     """Undo `module.compile()`."""
-    module._compiled_call_impl = None
+    vars(module).pop("_compiled_call_impl", None)
 
 
 # Kernels for lists of tensors, which torch.optim itself uses.

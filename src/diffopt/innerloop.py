@@ -163,9 +163,10 @@ class InnerLoop:
         self.steps = 0
         self.losses: list[Tensor] = []
         self._fmodel, self._module, self._source = fmodel, module, source
-        self._override = override
+        self._override: Mapping[str, Any] = {}
         self._params = [params]
-        self._record(None, {})  # raises for what is wrong with them
+        self._record(None, override)  # raises for what is wrong with them
+        self._override = override
         self._first = _torch.next_node()
 
     def step(
@@ -266,6 +267,10 @@ class InnerLoop:
         check_hparams(record, self.optimizer.hparams)
         if callable(record):
             record = of_one_step(record(self.steps), self.steps, self.optimizer.hparams)
+        if not isinstance(override, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
+            raise TypeError(
+                f"override is {_tree.describe(override)}, not a dict of hyperparameters"
+            )
         values = {**self._override, **override}
         return overridden(record, values, self._source.owners) if values else record
 
@@ -306,7 +311,8 @@ class InnerLoop:
             raise TypeError(
                 f"grad_callback returned {_tree.describe(new)}, not a dict of the gradients by name"
             )
-        return _tree.ordered_like(dict(cast(Gradients, new)), grads, ("the returned dict", "grads"))
+        names = "what grad_callback returned", "the gradients"
+        return _tree.ordered_like(dict(cast(Gradients, new)), grads, names)
 
     def _put(self, params: dict[str, Tensor]) -> None:
         """Make these the parameters of the copy, and its buffers new ones of the same values."""
@@ -334,10 +340,11 @@ def _check_modes() -> None:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The module that a wrapper runs, which could not run a copy of it."""
-    if isinstance(model, nn.Module):
-        model = _torch.uncompiled(model)
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """What a wrapper runs that could not run a copy of it."""
+    if isinstance(model, DistributedDataParallel):
+        return _unwrapped(model.module)
+    inner = _torch.uncompiled(model) if isinstance(model, nn.Module) else model
+    return model if inner is model else _unwrapped(inner)
 
 
 def _copied(
@@ -355,6 +362,8 @@ def _copied(
     owners = Counter(id(b) for part in parts for b in part.buffers(recurse=False))
     for part in parts:
         _torch.run_uncompiled(part)
+        if (inner := _unwrapped(part)) is not part:
+            vars(part)["forward"] = inner.__call__
         names = [name for name, b in part.named_buffers(recurse=False) if owners[id(b)] == 1]
         if names:
             hook = functools.partial(_write_apart, names)

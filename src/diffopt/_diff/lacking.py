@@ -22,6 +22,7 @@ _REMEDIES = {  # by names of operations, or of nodes in autograd's graph
         "torch.backends.mha.set_fastpath_enabled(False)"
     ),
     r"mkldnn_rnn": "compute the loss under torch.backends.mkldnn.flags(enabled=False)",
+    r"CompiledFunction": "compute the loss with the function or module that is not compiled",
     r"cudnn_rnn|CudnnRnn": "compute the loss under torch.backends.cudnn.flags(enabled=False)",
 }
 _MODULES = {  # by the module of torch whose code raised
@@ -31,7 +32,7 @@ _MODULES = {  # by the module of torch whose code raised
     ),
     r"torch\.nn\.parallel": "functionalize the module inside the DataParallel, its `.module`",
 }
-_ONCE = re.compile("ScaledDotProduct|CudnnRnn")  # fused kernels that are differentiable only once
+_ONCE = re.compile("ScaledDotProduct|CudnnRnn|CompiledFunction")  # differentiable only once
 
 
 def remedy(error: BaseException) -> str | None:

@@ -47,7 +47,8 @@ def _not_a_tensor(leaf: Any, path: str) -> str:
     if isinstance(leaf, torch.nn.Module):
         return (
             f"{path} is a module, {type(leaf).__name__}: turn it into a function with model = "
-            "diffopt.nn.functionalize(module), and pass model.params"
+            "diffopt.nn.functionalize(module), and pass model.params; or step it as it is with "
+            "diffopt.innerloop"
         )
     if isinstance(leaf, Iterator):  # as of module.parameters() and module.named_parameters()
         return f"{path} is an iterator: pass dict(module.named_parameters()) or a list of tensors"

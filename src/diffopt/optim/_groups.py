@@ -187,8 +187,8 @@ def overridden(record: Any, given: Mapping[str, Any], owners: Sequence[Sequence[
         each = value if isinstance(value, list) else [value] * len(owners)
         if len(each) != len(owners):
             raise ValueError(
-                f"override[{name!r}] has {len(each)} values, but there are {len(owners)} parameter "
-                "groups"
+                f"override[{name!r}] has {len(each)} values, but the number of parameter groups is "
+                f"{len(owners)}"
             )
         for part in each if pair else ():
             check_length(part, len(pair), f"override[{name!r}]")
