@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler as sched
 
 import diffopt
-from diffopt import optim
+from diffopt import _tree, optim
 from diffopt.optim._own import OwnClass
 from diffopt.rules import hparams, leafwise, number
 from diffopt.transforms import (
@@ -789,3 +789,63 @@ def test_an_unknown_option_of_a_class_of_ones_own_is_told_from_all_its_options(w
 
     with pytest.raises(TypeError, match=rf"^Own has no option {re.escape(message)}"):
         Own([torch.nn.Parameter(torch.ones(2))], **wrong)
+
+
+@pytest.mark.parametrize("make", [
+    lambda net: torch.optim.Adam(net.parameters(), lr=0.1),
+    lambda net: torch.optim.Adam([{"params": [net[1].bias], "lr": 0.2}, {"params": net[0].weight}]),
+    lambda net: diffopt.optim.Adam(net.named_parameters(), lr=0.1),
+    lambda net: diffopt.optim.from_pure(diffopt.adam(), net, lr=0.1),
+    lambda net: diffopt.optim.from_pure(
+        chain(clip_by_global_norm(), diffopt.adam()), net.parameters(), lr=0.1
+    ),
+    lambda net: diffopt.optim.from_pure(
+        chain(clip_by_global_norm(), diffopt.adam()), dict(net.named_parameters()), lr=0.1
+    ),
+    lambda net: torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=1),
+])  # fmt: skip
+def test_to_pure_names_trees_as_the_module_does(make):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    optimizer, x = make(net), torch.ones(4, 2)
+
+    def closure():
+        net.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    plain, named = (diffopt.optim.to_pure(optimizer, **k) for k in ({}, {"module": net}))
+    assert named.optimizer == plain.optimizer
+    known = {p: name for name, p in net.named_parameters()}
+    order = [known[p] for group in optimizer.param_groups for p in group["params"]]
+    assert [*named.params] == order
+    torch.testing.assert_close([*named.params.values()], _tree.leaves(plain.params))
+    torch.testing.assert_close(_tree.leaves(named.state), _tree.leaves(plain.state))
+    closure()
+    grads = [net.get_parameter(name).grad for name in order]
+    grads = dict(zip(order, grads, strict=True))
+    new, _ = named.optimizer.update(named.params, grads, named.state, named.hparams)
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.step()
+        torch.testing.assert_close(new, {name: net.get_parameter(name) for name in order})
+
+
+def test_to_pure_rejects_what_is_not_the_optimizers_module():
+    net = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\] is not a parameter"):
+        diffopt.optim.to_pure(optimizer, module=torch.nn.Linear(2, 1))
+    with pytest.raises(TypeError, match="module is 3 of type int"):
+        diffopt.optim.to_pure(optimizer, module=3)
+
+
+def test_to_pure_keeps_the_history_of_a_rate():
+    p, lr = torch.nn.Parameter(torch.ones(1)), torch.tensor(0.1, requires_grad=True)
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    opt, params, state, hparams = diffopt.optim.to_pure(optimizer)
+    assert hparams.lr is not lr
+    opt.update(params, [torch.ones(1)], state, hparams)[0][0].backward()
+    assert lr.grad == -1

@@ -253,13 +253,8 @@ def test_errors(change, message):
         ([torch.ones(99)], {}, "params is [^\\n]{,100} of type list, not a dictionary"),
         (
             {},
-            torch.ones(6, 3),
-            "buffers is a tensor of shape \\(6, 3\\), not a dictionary of the module",
-        ),
-        (
-            {},
             None,
-            "buffers is None, not a dictionary .* has none: call model\\(params, {}, \\*inputs",
+            "buffers is None, not a dictionary .* has none: call model\\(params, \\*inputs",
         ),
         ({"bias": 3}, {}, "params\\['bias'\\] is 3 of type int, not a tensor"),
     ],
@@ -270,6 +265,64 @@ def test_what_is_not_a_dictionary_of_tensors_is_refused(params, buffers, message
         params = functional.params | params
     with pytest.raises(TypeError, match=message):
         functional(params, buffers, torch.ones(6, 3))
+
+
+def test_buffers_that_are_not_a_dictionary_are_refused():
+    functional, x = diffopt.nn.functionalize(model()), data()
+    message = r"buffers is a tensor of shape .*: call model\(params, buffers, \*inputs\)"
+    with pytest.raises(TypeError, match=message):
+        functional(functional.params, x)
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x, scale=None, buffers=1.0):
+        x = x["x"] if isinstance(x, dict) else x
+        y = self.layer(x) * buffers
+        return y if scale is None else y * scale
+
+
+def test_a_module_without_buffers_is_called_without_them():
+    module, x, two = Keywords(), torch.ones(6, 3), torch.tensor(2.0)
+    apply, params, buffers = functional = diffopt.nn.functionalize(module)
+    assert buffers == {}
+    for call in (functional, apply):
+        for inputs, keywords in (
+            ((x,), {}), ((x, two), {}), ((x,), {"scale": two}), ((), {"x": x, "scale": two}),
+            (({"x": x},), {}), (({"x": x},), {"scale": two}), ((x,), {"buffers": two}),
+        ):  # fmt: skip
+            torch.testing.assert_close(
+                call(params, *inputs, **keywords), module(*inputs, **keywords)
+            )
+        y, new = call(params, {}, x)
+        torch.testing.assert_close((y, new), (module(x), {}))
+        torch.testing.assert_close(call(params, buffers={}, x=x)[0], module(x))
+    with pytest.raises(ValueError, match=r"buffers has unknown \['other'\]"):
+        functional(params, {"other": x}, x)
+
+
+def test_a_module_without_buffers_is_called_under_transforms():
+    functional, x = diffopt.nn.functionalize(nn.Linear(3, 2)), torch.ones(6, 3)
+
+    def loss(params):
+        return functional(params, x).square().mean()
+
+    expected = torch.func.grad(lambda p: functional(p, {}, x)[0].square().mean())(functional.params)
+    torch.testing.assert_close(torch.func.grad(loss)(functional.params), expected)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(functional.params), loss(functional.params))
+
+
+def test_modules_and_parameter_dicts_are_params():
+    module, other, x = nn.Linear(3, 2), nn.Linear(3, 2), torch.ones(6, 3)
+    functional = diffopt.nn.functionalize(module)
+    entries = nn.ParameterDict(dict(other.named_parameters()))
+    for params in (other, entries):
+        torch.testing.assert_close(functional(params, {}, x)[0], other(x))
+    torch.testing.assert_close(functional(other, x), other(x))
 
 
 class Recomputed(nn.Module):
@@ -866,6 +919,81 @@ def test_names_of_parts_serve_transforms_too(optimizer):
     torch.testing.assert_close(
         new["2.weight"], (0.8 if optimizer == "partition" else 1) * params["2.weight"]
     )
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        self.head = nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"encoder": {"0": 0.1, "1": 0.2}, "head": 0.3},
+        {"encoder": {"0": 0.1, "1": {"weight": 0.2, "bias": 0.2}}, "head.weight": 0.3,
+         "head": {"bias": 0.3}},
+        {"encoder.0": 0.1, "encoder": {"1": 0.2}, "head": {"weight": 0.3, "bias": 0.3}},
+        {"encoder": {"0.weight": 0.1, "0.bias": 0.1, "1": 0.2}, "head": 0.3},
+    ],
+)  # fmt: skip
+def test_names_of_parts_may_be_nested(rates):
+    params = dict(Deep().named_parameters())
+    sgd = diffopt.sgd()
+    new, _ = sgd.update(params, params, sgd.init(params), sgd.hparams(lr=rates))
+    for name, p in params.items():
+        rate = 0.3 if "head" in name else 0.2 if ".1." in name else 0.1
+        torch.testing.assert_close(new[name], (1 - rate) * p)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"encoder": {"0": 0.1}, "head": 0.3}, r"lr\['encoder.1.weight'\] is missing"),
+        ({"encoder": {"0": 0.1, "2": 0.1}, "head": 0.3}, r"lr\['encoder.2'\] is not expected"),
+        ({"encoder": {"0": 0.1, "1": 1}, "encoder.0": 0.1, "head": 0.3}, r"'encoder.0' twice"),
+        ({"encoder": {"0": 0.1, "1": 1}, "encoder.0.bias": 0.1, "head": 0.3}, "both cover"),
+    ],
+)
+def test_mistaken_nested_names_are_rejected(rates, message):
+    params = dict(Deep().named_parameters())
+    sgd = diffopt.sgd()
+    with pytest.raises(ValueError, match=message):
+        sgd.update(params, params, sgd.init(params), sgd.hparams(lr=rates))
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        nn.ParameterDict({"weight": torch.tensor(0.5), "bias": torch.tensor(0.25)}),
+        {"weight": torch.tensor(0.5), "bias": torch.tensor(0.25)},
+    ],
+)
+def test_a_parameter_dict_holds_hyperparameters(rates):
+    params = dict(nn.Linear(2, 1).named_parameters())
+    sgd = diffopt.sgd()
+    new, _ = sgd.update(params, params, sgd.init(params), sgd.hparams(lr=rates))
+    expected = {"weight": 0.5 * params["weight"], "bias": 0.75 * params["bias"]}
+    torch.testing.assert_close(new, expected)
+    if isinstance(rates, nn.ParameterDict):
+        new["weight"].sum().backward()
+        assert rates["weight"].grad == -params["weight"].sum()
+
+
+def test_parameter_lists_and_dicts_are_params_of_a_loop():
+    sgd = diffopt.sgd()
+    for make in (nn.ParameterDict, nn.ParameterList):
+        value = torch.ones(2)
+        params = make({"w": value} if make is nn.ParameterDict else [value])
+        sol = diffopt.minimize(
+            lambda p: sum(x.square().sum() for x in (p.values() if isinstance(p, dict) else p)),
+            params, optimizer=sgd, hparams=sgd.hparams(lr=0.25), steps=1,
+        )  # fmt: skip
+        expected = {"w": value / 2} if make is nn.ParameterDict else [value / 2]
+        torch.testing.assert_close(sol.params, expected)
+        with pytest.raises(TypeError, match=r"pass (dict|list)\(params\)"):
+            sgd.init(params)
 
 
 class Words(nn.Module):

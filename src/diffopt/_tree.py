@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffopt import _modes, _torch
 
@@ -211,7 +211,8 @@ def broadcast_prefix(
     """The leaves of `prefix`, and for each leaf of `like` the index of the one that covers it.
 
     `prefix` is a tree with leaves where `like`, of structure `spec`, has whole subtrees. Dotted
-    names of a module's parameters count as nested: "body" covers "body.0.weight" and "body.0.bias".
+    names of a module's parameters count as nested: "body" covers "body.0.weight" and "body.0.bias",
+    and {"body": {"0": x}} is {"body.0": x}.
     Raises `ValueError` with the path of the first difference.
     """
     if is_leaf(prefix):
@@ -234,18 +235,53 @@ def broadcast_prefix(
 
 
 def _spelled_out(prefix: Tree, like: Tree, path: str) -> Tree:
-    """The prefix with its keys expanded to the dotted names of `like` that begin with them."""
-    if not isinstance(prefix, dict) or not isinstance(like, dict) or like.keys() >= prefix.keys():
+    """The prefix with its keys expanded to the dotted names of `like` that begin with them.
+
+    Names may be nested too: {"body": {"0": x}} is {"body.0": x}, where `like` has no such dicts.
+    """
+    if not isinstance(prefix, dict) or not isinstance(like, dict):
         return prefix
-    given, used = cast(dict[Any, Any], prefix), set[Any]()
-    result: dict[Any, Any] = {}
-    for name in cast(dict[Any, Any], like):
+    names = cast(dict[Any, Any], like)
+    given = dict[Any, Any]()
+    for key, value in _flat(cast(dict[Any, Any], prefix), names):
+        if key in given:
+            raise ValueError(f"{path} has {key!r} twice, once of them nested")
+        given[key] = value
+    if names.keys() >= given.keys():
+        return given
+    used, result = set[Any](), dict[Any, Any]()
+    for name in names:
         keys = [key for key in given if name == key or f"{name}".startswith(f"{key}.")]
         if len(keys) > 1:
             raise ValueError(f"{path} has {keys[0]!r} and {keys[1]!r}, which both cover {name!r}")
         used.update(keys)
         result.update((name, given[key]) for key in keys)
     return result | {key: value for key, value in given.items() if key not in used}
+
+
+def _flat(prefix: dict[Any, Any], names: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """The items, with dicts replaced by dotted keys where some of the names begin with those."""
+    for key, value in prefix.items():
+        part = key not in names and any(f"{name}".startswith(f"{key}.") for name in names)
+        if part and isinstance(value, dict):
+            children = cast(dict[Any, Any], value).items()
+            yield from _flat({f"{key}.{name}": child for name, child in children}, names)
+        else:
+            yield key, value
+
+
+def as_dict(value: Any) -> Any:
+    """What a module holds by name: the entries of a ParameterDict, otherwise what it trains.
+
+    A ParameterList is a list; anything that is not a module is itself.
+    """
+    if isinstance(value, nn.ParameterDict):
+        return dict(value.items())
+    if isinstance(value, nn.ParameterList):
+        return list(cast(Iterable[Any], value))
+    if isinstance(value, nn.Module):
+        return {name: p for name, p in value.named_parameters() if p.requires_grad}
+    return value
 
 
 def detach(tree: Tree) -> Tree:

@@ -267,6 +267,7 @@ class InnerLoop:
         check_hparams(record, self.optimizer.hparams)
         if callable(record):
             record = of_one_step(record(self.steps), self.steps, self.optimizer.hparams)
+        override = _tree.as_dict(override)
         if not isinstance(override, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
             raise TypeError(
                 f"override is {_tree.describe(override)}, not a dict of hyperparameters"

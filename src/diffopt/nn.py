@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, jit, nn
@@ -25,20 +25,32 @@ class Functional(NamedTuple):
     """What `functionalize` returns; calling it calls `apply`.
 
     Attributes:
-        apply: `(params, buffers, *inputs, **kwargs) -> (outputs, new_buffers)`.
+        apply: `(params, buffers, *inputs, **kwargs) -> (outputs, new_buffers)`; for a module
+            without buffers also `(params, *inputs, **kwargs) -> outputs`.
         params: the module's own trainable parameters by name, each once.
         buffers: every other tensor of the module by name: its buffers and its frozen parameters.
     """
 
-    apply: Callable[..., tuple[Any, dict[str, Tensor]]]
+    apply: Callable[..., Any]
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
+    @overload
     def __call__(
-        self, params: Tensors = _MISSING, buffers: Tensors = _MISSING, *inputs: Any, **kwargs: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """The module's outputs at these tensors, and the buffers after the call."""
-        return self.apply(params, buffers, *inputs, **kwargs)
+        self, params: Tensors | nn.Module, buffers: Tensors, *inputs: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]: ...
+
+    @overload
+    def __call__(
+        self, params: Tensors | nn.Module = _MISSING, *inputs: Any, **kwargs: Any
+    ) -> Any: ...
+
+    def __call__(self, params: Tensors | nn.Module = _MISSING, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's outputs at these tensors, and the buffers after the call.
+
+        A module without buffers may be called without them: then it returns the outputs alone.
+        """
+        return self.apply(params, *inputs, **kwargs)
 
     def __repr__(self) -> str:
         return f"Functional({self.apply}, params={[*self.params]}, buffers={[*self.buffers]})"
@@ -49,9 +61,10 @@ def functionalize(module: nn.Module) -> Functional:
 
     A call computes `module(*inputs, **kwargs)` with `params` and `buffers` in place of the module's
     own tensors. What the module writes to its buffers goes to the new buffers that are returned;
-    the module and the arguments are not changed. The module's mode (`train`, `eval`) and its other
-    attributes are those at the time of the call. Under `torch.vmap`, buffers that are written to
-    must be batched.
+    the module and the arguments are not changed. A module that has no buffers may be called as
+    `model(params, *inputs, **kwargs)`, which returns the outputs alone. `params` may also be a
+    module with such parameters. The module's mode (`train`, `eval`) and its other attributes are
+    those at the time of the call. Under `torch.vmap`, buffers that are written to must be batched.
 
     A call runs a replica of the module, as `torch.nn.DataParallel` does: the submodules are copied,
     and share everything they hold except tensors. So calls may run in several threads at once, and
@@ -131,8 +144,16 @@ class _Apply:
     def __repr__(self) -> str:
         return type(self.module).__name__
 
-    def __call__(
-        self, params: Tensors = _MISSING, buffers: Tensors = _MISSING, *inputs: Any, **kwargs: Any
+    def __call__(self, params: Any = _MISSING, *inputs: Any, **kwargs: Any) -> Any:
+        params = _tree.as_dict(params)
+        if "buffers" in kwargs and not inputs:
+            return self._called(params, kwargs.pop("buffers"), **kwargs)
+        if self.buffers or (inputs and _stands_for_buffers(*inputs)):
+            return self._called(params, *(inputs or (None,)), **kwargs)
+        return self._called(params, {}, *inputs, **kwargs)[0]
+
+    def _called(
+        self, params: Any, buffers: Any, /, *inputs: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         self._check("params", params, self.params)
         self._check("buffers", buffers, self.buffers)
@@ -156,7 +177,7 @@ class _Apply:
 
     def _check(self, argument: str, given: Any, own: Tensors) -> None:
         if not isinstance(given, Mapping):
-            call = "params, buffers" if self.buffers else "params, {}"
+            call = "params, buffers" if self.buffers else "params"
             raise TypeError(
                 f"{argument} is {_tree.describe(given)}, not a dictionary of the module's "
                 f"{'parameters' if argument == 'params' else 'buffers'}"
@@ -193,6 +214,11 @@ class _Apply:
                 if value.is_set_to(former):
                     raise _changed(place, "replaced")
         return places
+
+
+def _stands_for_buffers(first: Any, *others: Any) -> bool:
+    """Whether the first input of a module without buffers stands where buffers would be."""
+    return first is None or (isinstance(first, Mapping) and (not first or bool(others)))
 
 
 def _misfit(tensor: Tensor, own: Tensor) -> str | None:

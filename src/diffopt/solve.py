@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffopt import _modes, _tree
 from diffopt._arguments import check_bool, check_integer, check_result, too_large
@@ -120,6 +120,8 @@ def minimize(
     adjoint = Truncated(0) if adjoint is None else adjoint
     check_adjoint(adjoint)
     _check_loss(loss, has_aux, buffers)
+    if isinstance(params, (nn.ParameterDict, nn.ParameterList)):
+        params = _tree.as_dict(params)
     _check_params(params)
     check_hparams(hparams, optimizer.hparams)
     if state is not None:

@@ -262,6 +262,10 @@ def _check(record: Any) -> None:
     for field in FIELDS[type(record)]:
         value = getattr(record, field.name)
         leaves = _tree.leaves(value)
+        if any(isinstance(leaf, torch.nn.Module) for leaf in leaves):
+            value = _tree.map(_tree.as_dict, value)
+            object.__setattr__(record, field.name, value)
+            leaves = _tree.leaves(value)
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) and (fault := fault_of(leaf, field.bounds)):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]
@@ -285,9 +289,7 @@ def fault_of(leaf: Any, bounds: Mapping[str, float | None]) -> Exception | None:
 
 def _instead(leaf: Any) -> str:
     """What to pass in place of what a user of torch may try."""
-    if isinstance(leaf, torch.nn.ParameterDict):
-        return ": convert it with dict(...)"
-    if callable(leaf) and not isinstance(leaf, torch.nn.Module):
+    if callable(leaf):
         return ": call it with the step, as in schedule(state.step)"
     return ""
 

@@ -43,7 +43,9 @@ class Pure(NamedTuple):
 
 
 def from_pure(
-    optimizer: Optimizer[Any, Any], params: Iterable[Any] | Mapping[str, Any], **hparams: Any
+    optimizer: Optimizer[Any, Any],
+    params: Iterable[Any] | Mapping[str, Any] | nn.Module,
+    **hparams: Any,
 ) -> torch.optim.Optimizer:
     """Convert any pure optimizer, even a composition or your own, to a `torch.optim.Optimizer`.
 
@@ -51,7 +53,7 @@ def from_pure(
         optimizer: a pure optimizer.
         params: as for torch.optim: tensors, pairs of name and tensor, or dicts that are parameter
             groups; or a dict, such as `dict(model.named_parameters())`, to whose keys labels and
-            trees of hyperparameters can refer.
+            trees of hyperparameters can refer; or a module, which stands for that dict.
         **hparams: hyperparameters. Each becomes a value in every parameter group, such as
             `group["lr"]`, which groups and schedulers may set. beta1 and beta2 are `betas` there,
             as in torch.optim. If parts of a composition share a name, use `"part.name"`, such as
@@ -81,6 +83,7 @@ def from_pure(
         0.1
     """
     check_optimizer(optimizer, "optimizer")
+    params = _tree.as_dict(params)
     if not isinstance(params, Iterable) or isinstance(params, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"params is {_tree.describe(params)}, not tensors to iterate over")
     structure = None
