@@ -580,3 +580,41 @@ def test_warnings_are_of_their_own_category():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         ConjugateGradient(max_steps=1).solve(lambda v: POSITIVE @ v, B)
+
+
+def _badly(b):
+    """Three equal warnings but for their numbers, and one at another line."""
+    matrix, solver = torch.diag(torch.linspace(1, 100, 5)), ConjugateGradient(max_steps=1)
+    for i in range(3):
+        solver(lambda x: matrix @ x, b**i)
+    solver(lambda x: matrix @ x, b)
+    return [4, 5]
+
+
+def _badly_backward(b):
+    x = b.clone().requires_grad_()
+    solver = ConjugateGradient(max_steps=1, on_failure="warn")
+    matrix = torch.diag(torch.linspace(1, 100, 5))
+    with warnings.catch_warnings(action="ignore"):
+        values = [(solver(lambda v: matrix @ v, x).x ** (2 + i)).sum() for i in range(3)]
+    for value in values:
+        value.backward()
+    return [7]
+
+
+@pytest.mark.parametrize("program", [_badly, _badly_backward])
+def test_warnings_name_the_users_line_and_come_once_for_each(program):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        lines = program(torch.arange(1.0, 6.0))
+    first = program.__code__.co_firstlineno
+    assert [w.lineno - first for w in caught] == lines
+    assert {w.filename for w in caught} == {__file__}
+
+
+@pytest.mark.parametrize(("action", "count"), [("always", 4), ("ignore", 0)])
+def test_filters_decide_about_warnings(action, count):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action, ConvergenceWarning)
+        _badly(torch.arange(1.0, 6.0))
+    assert len(caught) == count

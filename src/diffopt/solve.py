@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 import numbers
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from diffopt import _modes, _tree
-from diffopt._arguments import check_bool, check_integer, check_result, too_large
+from diffopt import _modes, _torch, _tree
+from diffopt._arguments import check_bool, check_function, check_integer, check_result, too_large
 from diffopt._diff.functions import AmbientState
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
-from diffopt.adjoint import Adjoint, GradientStep, Truncated, Unrolled
+from diffopt.adjoint import Adjoint, FirstOrder, GradientStep, Truncated, Unrolled
 from diffopt.adjoint._base import check_adjoint
 from diffopt.optimizer import Optimizer, check_optimizer
+
+Callback: TypeAlias = Callable[[int, Tensor, Tree, Any], object]
+"""`(step, loss, params, state)`"""
 
 
 class Solution(NamedTuple):
@@ -53,6 +57,7 @@ def minimize(
     has_aux: bool = False,
     tol: float | None = None,
     adjoint: Adjoint | None = Unrolled(),  # noqa: B008 (frozen)
+    callback: Callback | None = None,
 ) -> Solution:
     """Take optimizer steps on a loss; the result is differentiable.
 
@@ -85,6 +90,12 @@ def minimize(
             remaining steps change nothing.
         adjoint: how the result is differentiated, see `diffopt.adjoint`. None builds no graph, for
             evaluation: memory does not grow with the number of steps.
+        callback: `callback(step, loss, params, state)` is called after each step 0, 1, ... with the
+            loss before the step and the params and state after it, detached; under torch.vmap with
+            those of all examples, batch dimensions first. What it returns is ignored; if it raises
+            StopIteration, that step is the last. `Unrolled`, `FirstOrder` and None run the loop
+            once, as the calls come; every other adjoint, which may run steps again, runs it after
+            the calls, which come from a run without a graph.
 
     Returns:
         A `Solution`.
@@ -97,6 +108,7 @@ def minimize(
         TypeError: an argument has the wrong type: the loss is not callable, `batches` is not
             iterable, a leaf of params is not a tensor, `hparams` or `state` belongs to another
             optimizer, and so on; or the loss does not return what `has_aux` and `buffers` require.
+        RuntimeError: there is a `callback` under torch.compile, which cannot call it.
 
     Examples:
         >>> import torch, diffopt
@@ -119,6 +131,9 @@ def minimize(
     check_optimizer(optimizer, "optimizer")
     adjoint = Truncated(0) if adjoint is None else adjoint
     check_adjoint(adjoint)
+    check_function(callback, "callback", optional=True)
+    if callback is not None and _modes.compiling():
+        raise RuntimeError("torch.compile cannot call a callback after each step: pass None")
     _check_loss(loss, has_aux, buffers)
     if isinstance(params, (nn.ParameterDict, nn.ParameterList)):
         params = _tree.as_dict(params)
@@ -144,8 +159,13 @@ def minimize(
     arguments = (constant, args)
     xs = _xs(steps, batches, own)
     taken = None
-    if tol is not None and not _modes.compiling():
-        xs, taken = _until_done(step, carry, arguments, xs)
+    watch = None if callback is None else _Watch(callback)
+    once = _runs_once(adjoint)
+    if (tol is not None and not _modes.compiling()) or (watch and not once):
+        xs, taken = _until_done(step, carry, arguments, xs, None if once else watch)
+    if watch and once and taken != 0:
+        step = _WatchedStep(**vars(step), watch=watch)
+        xs = watch.until_stopped(xs)
     carry, outputs = adjoint.run(step, carry, arguments, xs)
     outputs = outputs[:taken]
     losses = torch.stack([value for value, _, _ in outputs]) if outputs else torch.empty(0)
@@ -154,26 +174,69 @@ def minimize(
 
 
 def _until_done(
-    step: GradientStep, carry: Tree, args: Tree, xs: Iterable[Any]
+    step: GradientStep, carry: Tree, args: Tree, xs: Iterable[Any], watch: _Watch | None
 ) -> tuple[list[Any], int]:
     """The xs before the first one where every gradient is within the tolerance; their number.
 
     If that is the very first x, it is returned alone: its step changes nothing, but shows the loss
-    to adjoints that do not follow the steps (`Implicit`).
+    to adjoints that do not follow the steps (`Implicit`). The steps are watched.
     """
     ambient = AmbientState((carry, args))
     used: list[Any] = []
     idle: list[Any] = []
-    for x in xs:
+    for x in xs if watch is None else watch.until_stopped(xs):
         with torch.no_grad():
-            carry, (_, _, done) = _tree.detach(step(carry, args, x))
-        done = _modes.concrete(done)
+            carry, output = _tree.detach(step(carry, args, x))
+        done = _modes.concrete(output[2])
         if done is not None and bool(done.all()):
             idle = [x]
             break
         used.append(x)
+        if watch is not None:
+            watch(carry, output)
     ambient.restore()
     return used or idle, len(used)
+
+
+def _runs_once(adjoint: Adjoint) -> bool:
+    """Whether it takes each step once and in order, and needs no more than one x at a time."""
+    return type(adjoint) in (Unrolled, FirstOrder) or adjoint == Truncated(0)
+
+
+class _Watch:
+    """Calls back after each step, and ends a loop when the callback raises StopIteration."""
+
+    def __init__(self, callback: Callback) -> None:
+        self.callback, self.steps, self.stopped = callback, 0, False
+
+    def __call__(self, carry: Tree, output: Any) -> None:
+        with _torch.outside_transforms():
+            seen = _tree.map_tensors(
+                lambda x: _modes.all_samples(x).detach(), (output[0], carry[0], carry[1])
+            )
+            try:
+                self.callback(self.steps, *seen)
+            except StopIteration:
+                self.stopped = True
+        self.steps += 1
+
+    def until_stopped(self, xs: Iterable[Any]) -> Iterator[Any]:
+        for x in xs:
+            yield x
+            if self.stopped:
+                return
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _WatchedStep(GradientStep):
+    """A step that is seen by a callback."""
+
+    watch: _Watch
+
+    def __call__(self, carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
+        carry, output = super().__call__(carry, args, x)
+        self.watch(carry, output)
+        return carry, output
 
 
 def _steps(outputs: list[Any]) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import warnings
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from diffopt import _modes
 from diffopt._arguments import check_choice
@@ -12,7 +14,15 @@ OnFailure: TypeAlias = Literal["warn", "raise"]
 
 
 class ConvergenceWarning(UserWarning):
-    """A solver stopped before it met its tolerance."""
+    """A solver stopped before it met its tolerance.
+
+    It names the line of your program that called the solver, or the backward pass that did. By
+    Python's default filter it comes once for each line and cause, whatever the numbers in it.
+
+    Example:
+        >>> import warnings, diffopt
+        >>> warnings.filterwarnings("ignore", category=diffopt.linear.ConvergenceWarning)  # no more
+    """
 
 
 class ConvergenceError(RuntimeError):
@@ -25,10 +35,36 @@ def check_on_failure(value: object) -> None:
 
 
 def fail(message: str, on_failure: OnFailure) -> None:
-    """Warn or raise."""
+    """Warn, at the line of the user's program and once for each, or raise."""
     if on_failure == "raise":
         raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=2)
+    frame: Any = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] (as warnings does)
+    level = 2
+    while frame.f_back and _is_inside(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    place = frame.f_code.co_filename, frame.f_lineno, re.sub(r"\d[\d.e+-]*", "", message)
+    if _action(message) in ("default", "module", "once"):
+        if place in _WARNED:
+            return
+        _WARNED.add(place)
+    warnings.warn(message, ConvergenceWarning, stacklevel=level)
+
+
+_WARNED: set[tuple[str, int, str]] = set()  # places, and messages without their numbers
+
+
+def _is_inside(module: str) -> bool:
+    """Whether a module is this package's or torch's, which runs a backward pass."""
+    return module.partition(".")[0] in ("diffopt", "torch")
+
+
+def _action(message: str) -> str:
+    """What Python's filters say to do with the warning."""
+    for action, pattern, category, *_ in warnings.filters:
+        matches = pattern is None or re.match(pattern, message, re.IGNORECASE)
+        if matches and issubclass(ConvergenceWarning, category):
+            return action
+    return "default"
 
 
 def refuse_tracing(what: str) -> None:
