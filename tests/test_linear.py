@@ -586,8 +586,8 @@ def _badly(b):
     """Three equal warnings but for their numbers, and one at another line."""
     matrix, solver = torch.diag(torch.linspace(1, 100, 5)), ConjugateGradient(max_steps=1)
     for i in range(3):
-        solver(lambda x: matrix @ x, b**i)
-    solver(lambda x: matrix @ x, b)
+        solver.solve(lambda x: matrix @ x, b**i)
+    solver.solve(lambda x: matrix @ x, b)
     return [4, 5]
 
 
@@ -596,7 +596,7 @@ def _badly_backward(b):
     solver = ConjugateGradient(max_steps=1, on_failure="warn")
     matrix = torch.diag(torch.linspace(1, 100, 5))
     with warnings.catch_warnings(action="ignore"):
-        values = [(solver(lambda v: matrix @ v, x).x ** (2 + i)).sum() for i in range(3)]
+        values = [(solver.solve(lambda v: matrix @ v, x).value ** (2 + i)).sum() for i in range(3)]
     for value in values:
         value.backward()
     return [7]
