@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import diffopt
 from diffopt import transforms as t
-from diffopt.rules import hparams, number
+from diffopt.rules import Hyperparameter, hparams, number
 from diffopt.testing._assertions import Snapshot
 from registry import COMPOSITIONS, REGISTRY
 
@@ -1411,3 +1411,76 @@ def test_a_transformation_of_ones_own_passes_the_kit():
         reference=lambda tensors: torch.optim.SGD(tensors, lr=0.1),
         elementwise=True,
     )
+
+
+class Halved(t.Wrapper):
+    """Steps with half of each gradient."""
+
+    def update(self, params, grads, state, hparams):
+        halves = pytree.tree_map(lambda g: None if g is None else g / 2, grads)
+        return self.optimizer.update(params, halves, state, hparams)
+
+
+@hparams
+class ShareHParams:
+    share: Hyperparameter = number(default=0.5, ge=0)
+
+
+class Share(t.Wrapper):
+    """The same with a share of its own."""
+
+    own_hparams = ShareHParams
+
+    def update(self, params, grads, state, hparams):
+        own, inner = hparams
+        shares = pytree.tree_map(lambda g: None if g is None else g * own.share, grads)
+        return self.optimizer.update(params, shares, state, inner)
+
+
+class Function(diffopt.Optimizer):
+    """One that is no `Wrapper`, and whose hyperparameters are a function's."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def hparams(self, **numbers):
+        return self.optimizer.hparams(**numbers)
+
+    def init(self, params):
+        return self.optimizer.init(params)
+
+    def update(self, params, grads, state, hparams):
+        return Halved(self.optimizer).update(params, grads, state, hparams)
+
+
+@pytest.mark.parametrize("wrap", [Halved, Share, Function])
+@pytest.mark.parametrize("where", ["alone", "chain", "partition"])
+def test_keywords_find_their_way_through_wrappers_of_ones_own(wrap, where):
+    opt, lr = wrap(diffopt.sgd()), torch.tensor(0.5, requires_grad=True)
+    if where == "chain":
+        opt = t.chain(t.clip_by_global_norm(), opt)
+    if where == "partition":
+        opt = t.freeze(opt, {"w": False, "v": True})
+    params = {"w": torch.zeros(1), "v": torch.zeros(1)}
+    grads = {"w": torch.ones(1), "v": None}
+    hparams = opt.hparams(lr=lr, **({"max_norm": 9.0} if where == "chain" else {}))
+    new, _ = opt.update(params, grads, opt.init(params), hparams)
+    torch.testing.assert_close(new["w"], torch.tensor([-0.25]))
+    assert torch.autograd.grad(new["w"].sum(), lr)[0] == -0.5
+    optimizer = diffopt.optim.from_pure(opt, params, lr=0.5)
+    params["w"].grad = torch.ones(1)
+    optimizer.step()
+    torch.testing.assert_close(params["w"], torch.tensor([-0.25]))
+
+
+def test_wrappers_of_ones_own_are_values_and_check_what_they_wrap():
+    assert Halved(diffopt.sgd()) == Halved(diffopt.sgd()) != Halved(diffopt.adam())
+    assert repr(Share(diffopt.sgd())).startswith("Share(optimizer=SGD(")
+    with pytest.raises(TypeError, match="optimizer is 3, not a diffopt optimizer"):
+        Halved(3)
+
+
+def test_a_keyword_that_two_wrappers_might_take_is_refused():
+    opt = t.partition({k: Function(diffopt.sgd()) for k in "ab"}, {"w": "a", "v": "b"})
+    with pytest.raises(TypeError, match="'lr' belongs to the parts 'a' and 'b'"):
+        opt.hparams(lr=0.1)

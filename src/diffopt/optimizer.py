@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Optimizer(ABC, Generic[S, H]):
         hparams: creates the record of hyperparameters, a pytree: `opt.hparams(lr=0.1)`.
     """
 
-    hparams: Callable[..., H]
+    hparams: ClassVar[Any]
 
     @abstractmethod
     def init(self, params: Tree) -> S:

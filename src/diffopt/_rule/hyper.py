@@ -17,7 +17,10 @@ from diffopt import _tree
 from diffopt._arguments import check_bool, too_large
 
 Hyperparameter: TypeAlias = Any
-"""A Python number, a tensor, or a prefix tree of the params with such leaves."""
+"""A Python number, a tensor, or a prefix tree of the params with such leaves.
+
+Annotate the fields of a record with it: type checkers then accept all of these.
+"""
 
 T = TypeVar("T")
 
@@ -104,10 +107,10 @@ def hparams(cls: type[T]) -> type[T]:
             value and range.
 
     Examples:
-        >>> from diffopt.rules import hparams, number
+        >>> from diffopt.rules import Hyperparameter, hparams, number
         >>> @hparams
         ... class Decay:
-        ...     rate: float = number(0.1, ge=0, lt=1)
+        ...     rate: Hyperparameter = number(default=0.1, ge=0, lt=1)
         >>> Decay(rate=0.5)
         Decay(rate=0.5)
         >>> Decay(rate=2.0)
@@ -157,7 +160,7 @@ def _check_class(cls: Any) -> None:
         fault = f"the field {wrong[0]!r} was not" if wrong else "there is no field"
         raise TypeError(
             f"cls is {cls.__name__}, where {fault} made by number(...): declare hyperparameters "
-            "such as lr: float = number(1e-3, ge=0)"
+            "such as lr: Hyperparameter = number(default=1e-3, ge=0)"
         )
 
 

@@ -42,12 +42,12 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
     Examples:
         >>> from typing import Any, NamedTuple
         >>> import torch
-        >>> from diffopt.rules import Leafwise, hparams, number
+        >>> from diffopt.rules import Hyperparameter, Leafwise, hparams, number
         >>> class SignState(NamedTuple):
         ...     step: Any
         >>> @hparams
         ... class SignHParams:
-        ...     lr: float = number(1e-3, ge=0)
+        ...     lr: Hyperparameter = number(default=1e-3, ge=0)
         >>> class SignDescent(Leafwise[SignState, SignHParams]):
         ...     State = SignState
         ...     hparams = SignHParams
@@ -496,12 +496,12 @@ def leafwise(
     Examples:
         >>> from typing import Any, NamedTuple
         >>> import torch
-        >>> from diffopt.rules import hparams, leafwise, number
+        >>> from diffopt.rules import Hyperparameter, hparams, leafwise, number
         >>> class SignState(NamedTuple):
         ...     step: Any
         >>> @hparams
         ... class SignHParams:
-        ...     lr: float = number(1e-3, ge=0)
+        ...     lr: Hyperparameter = number(default=1e-3, ge=0)
         >>> def sign_descent(p, g, s, hp, _):
         ...     return p - hp.lr * g.sign(), s
         >>> opt = leafwise(SignState, SignHParams, lambda p, step: SignState(step), sign_descent)

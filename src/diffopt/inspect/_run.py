@@ -15,7 +15,7 @@ from diffopt import _modes, _tree
 from diffopt._tree import Tree
 from diffopt.adjoint import GradientStep
 from diffopt.adjoint._base import Step
-from diffopt.optimizer import Optimizer
+from diffopt.transforms import Wrapper
 
 _NUMBERS = itertools.count()
 
@@ -201,14 +201,10 @@ class _WatchedGradientStep(GradientStep):
         return self.run.leave(batch.number, carry, *results)
 
 
-class _Watched(Optimizer[Any, Any]):
+class _Watched(Wrapper[Any]):
     """An optimizer that reports the gradients passed to it."""
 
-    def __init__(self, optimizer: Optimizer[Any, Any], see: Callable[[Tree], None]) -> None:
-        self.optimizer, self.hparams, self.see = optimizer, optimizer.hparams, see
-
-    def init(self, params: Tree) -> Any:
-        return self.optimizer.init(params)
+    see: Callable[[Tree], None]
 
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
         self.see(grads)

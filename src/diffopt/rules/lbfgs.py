@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ class LBFGS(Flags, Optimizer[LBFGSState, LBFGSHParams]):
 
     history_size: int = 100
 
-    hparams = LBFGSHParams
+    hparams: ClassVar[type[LBFGSHParams]] = LBFGSHParams
 
     def __post_init__(self) -> None:
         if type(self.history_size) is not int:

@@ -59,12 +59,12 @@ def check(
         >>> from typing import Any, NamedTuple
         >>> import torch
         >>> from diffopt import testing
-        >>> from diffopt.rules import hparams, leafwise, number
+        >>> from diffopt.rules import Hyperparameter, hparams, leafwise, number
         >>> class State(NamedTuple):
         ...     step: Any
         >>> @hparams
         ... class HParams:
-        ...     lr: float = number(1e-3, ge=0)
+        ...     lr: Hyperparameter = number(default=1e-3, ge=0)
         >>> descent = leafwise(
         ...     State,
         ...     HParams,

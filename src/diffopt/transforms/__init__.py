@@ -3,6 +3,7 @@
 A *gradient transformation*, such as `clip_by_global_norm()`, changes gradients; `chain` puts one or
 more of them before an optimizer. Everything else here takes optimizers and returns one, with the
 same guarantees: pure, differentiable with respect to every argument, batchable, compilable.
+Subclass `Transformation` or `Wrapper` for your own.
 
 All are values: `repr` shows their arguments on one line, they are equal and have the same hash if
 their arguments are equal, and they pickle if the optimizers, functions and labels they consist of
@@ -11,6 +12,7 @@ do. Labels and masks that are dicts or lists are compared and hashed by their co
 
 from diffopt.transforms._base import (
     Transformation as Transformation,
+    Wrapper as Wrapper,
     stateless as stateless,
 )
 from diffopt.transforms.accumulate import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from diffopt._rule.rule import WORKING_DTYPE
 from diffopt._tree import Tree
 from diffopt._value import Value
 from diffopt.optimizer import Optimizer, check_optimizer
+from diffopt.transforms._records import InOrder
 
 S = TypeVar("S")
 H = TypeVar("H")
@@ -50,7 +51,7 @@ class Transformation(ABC, Generic[S, H]):
         {'w': tensor([-6.])}
     """
 
-    hparams: Callable[..., H]
+    hparams: ClassVar[Any]
 
     @abstractmethod
     def init(self, params: Tree) -> S:
@@ -93,10 +94,10 @@ def stateless(
 
     Examples:
         >>> import torch, diffopt
-        >>> from diffopt.rules import hparams, number
+        >>> from diffopt.rules import Hyperparameter, hparams, number
         >>> @hparams
         ... class Scale:
-        ...     factor: float = number(1.0)
+        ...     factor: Hyperparameter = number(1.0)
         >>> scale = diffopt.transforms.stateless(
         ...     Scale, lambda grads, params, hp: [r.factor * g for g, r in zip(grads, hp)]
         ... )
@@ -142,16 +143,51 @@ class FromFunction(Stateless[H]):
 
 
 class Wrapper(Value, Optimizer[S, Any]):
-    """An optimizer made from another one, by default with the same state and hyperparameters."""
+    """An optimizer made from another one: subclass it for one of your own.
+
+    A subclass writes `update`, which calls that of `self.optimizer`, and `init` if its state is not
+    the inner optimizer's. Its hyperparameters are those of the inner optimizer, after its own if it
+    has any; so keywords such as `lr` find their part in a `chain`, too. It is a value: it is
+    compared, hashed and printed by its arguments, which are the fields that it annotates.
+
+    Attributes:
+        optimizer: the inner optimizer, the first argument.
+        own_hparams: a record class made by `diffopt.rules.hparams`, or None. Then the
+            hyperparameters are a tuple of two records, its own and the inner optimizer's.
+
+    Raises:
+        TypeError: `optimizer` is not an optimizer.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.rules import Hyperparameter, hparams, number
+        >>> @hparams
+        ... class Pull:
+        ...     pull: Hyperparameter = number(default=0.5, ge=0, le=1)
+        >>> class Shrink(diffopt.transforms.Wrapper):  # towards zero, after every step
+        ...     own_hparams = Pull
+        ...     def update(self, params, grads, state, hparams):
+        ...         own, inner = hparams
+        ...         params, state = self.optimizer.update(params, grads, state, inner)
+        ...         return {name: (1 - own.pull) * p for name, p in params.items()}, state
+        >>> chain, clip = diffopt.transforms.chain, diffopt.transforms.clip_by_global_norm
+        >>> opt = chain(clip(), Shrink(diffopt.sgd()))
+        >>> params, grads = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+        >>> hp = opt.hparams(lr=1.0, pull=0.25, max_norm=2.0)
+        >>> opt.update(params, grads, opt.init(params), hp)[0]
+        {'w': tensor([-0.7500])}
+    """
 
     optimizer: Optimizer[Any, Any]
+    own_hparams: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer, "optimizer")
 
     @property
     def hparams(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
-        return self.optimizer.hparams
+        inner, own = self.optimizer.hparams, self.own_hparams
+        return inner if own is None else InOrder({0: own, 1: inner})
 
     def init(self, params: Tree) -> Any:
         return self.optimizer.init(params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, TypeAlias, cast
@@ -45,6 +46,7 @@ class _Records(Value):
         chosen: dict[Hashable, dict[str, Any]] = {key: {} for key in fields}
         for name, value in numbers.items():
             owners = [key for key, known in fields.items() if name in known]
+            owners = owners or [key for key, maker in self.parts.items() if _takes_any(maker)]
             if len(owners) != 1:
                 raise TypeError(_unclear(name, owners, fields, self.call))
             chosen[owners[0]][name] = value
@@ -98,6 +100,16 @@ def _names(maker: Maker) -> list[str]:
         return list(inspect.signature(maker).parameters)
     except ValueError:  # some built-in types, such as dict, have no signature
         return []
+
+
+def _takes_any(maker: Maker) -> bool:
+    """Whether it passes on keywords that it does not name, as a wrapper's `hparams` may do."""
+    if isinstance(maker, (_Records, type)):
+        return False
+    with contextlib.suppress(ValueError):
+        kinds = [parameter.kind for parameter in inspect.signature(maker).parameters.values()]
+        return inspect.Parameter.VAR_KEYWORD in kinds
+    return False
 
 
 def _unclear(

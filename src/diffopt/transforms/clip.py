@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class ClipByGlobalNorm(Stateless[MaxNorm]):
     2013, algorithm 1, with torch's 1e-6.
     """
 
-    hparams = MaxNorm
+    hparams: ClassVar[type[MaxNorm]] = MaxNorm
 
     def transform(self, grads: Tensors, params: Tensors, records: list[MaxNorm]) -> Tensors:
         if not grads:
@@ -96,7 +96,7 @@ class ClipByNorm(Stateless[MaxNorm]):
         [tensor([0.6000, 0.8000]), tensor([0.5000])]
     """
 
-    hparams = MaxNorm
+    hparams: ClassVar[type[MaxNorm]] = MaxNorm
 
     def transform(self, grads: Tensors, params: Tensors, records: list[MaxNorm]) -> Tensors:
         norms = [whole(ops.sqrt(_square(grad))) for grad in grads]
@@ -126,7 +126,7 @@ class ClipByValue(Stateless[ClipValue]):
         tensor([-0.5000,  0.2000,  0.5000])
     """
 
-    hparams = ClipValue
+    hparams: ClassVar[type[ClipValue]] = ClipValue
 
     def transform(self, grads: Tensors, params: Tensors, records: list[ClipValue]) -> Tensors:
         return [_between(g, r.clip_value) for g, r in zip(grads, records, strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from diffopt._rule import ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt.transforms._base import Stateless, Tensors
@@ -37,7 +39,7 @@ class AddDecayedWeights(Stateless[WeightDecay]):
         {'weight': tensor([0.9500]), 'bias': tensor([1.])}
     """
 
-    hparams = WeightDecay
+    hparams: ClassVar[type[WeightDecay]] = WeightDecay
 
     def transform(self, grads: Tensors, params: Tensors, records: list[WeightDecay]) -> Tensors:
         triples = zip(grads, params, records, strict=True)

@@ -16,7 +16,7 @@ from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Write
 from diffopt.transforms._base import Leaves, Tensors, Wrapper, gather, near, wide
-from diffopt.transforms._records import InOrder, check_tuple
+from diffopt.transforms._records import check_tuple
 
 
 class EMAState(NamedTuple):
@@ -83,9 +83,7 @@ class EMA(Wrapper[EMAState]):
         super().__post_init__()
         check_flags(bias_correction=self.bias_correction)
 
-    @property
-    def hparams(self) -> InOrder:
-        return InOrder({0: EMAHParams, 1: self.optimizer.hparams})
+    own_hparams = EMAHParams
 
     def init(self, params: Tree) -> EMAState:
         inner = super().init(params)
