@@ -495,8 +495,62 @@ def _minimize() -> Call:
         "has_aux": FLAG,
         "tol": optional(number(1e-3, "inf", "integers", "dtype")),
         "adjoint": optional(Argument(adjoint.Unrolled())),
+        "callback": optional(function(lambda step, loss, params, state: None)),
     }
     return Call(diffopt.minimize, arguments, keywords=True)
+
+
+def _net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Linear(2, 1)
+
+
+@row("innerloop")
+def _innerloop() -> Call:
+    opt, net = diffopt.sgd(), _net()
+    arguments = {
+        "model": Argument(net, {"module"}),
+        "optimizer": Argument(opt),
+        "hparams": optional(Argument(opt.hparams(), {"function", "module"})),
+        "state": optional(Argument(opt.init(dict(net.named_parameters())))),
+        "override": optional(Argument({"lr": 0.1}, {"empty dict", "missing"})),
+        "first_order": FLAG,
+        "grad_callback": optional(function(lambda grads: grads)),
+        "track_graph": FLAG,
+    }
+
+    def run(**options: Any) -> Any:
+        with diffopt.innerloop(**options) as (fnet, inner):
+            inner.step(fnet(torch.ones(3, 2)).square().mean())
+
+    return Call(run, arguments, net, keywords=True)
+
+
+@row("InnerLoop.step")
+def _inner_step() -> Call:
+    opt, net = diffopt.sgd(), _net()
+
+    def run(**options: Any) -> Any:
+        with diffopt.innerloop(net, opt) as (fnet, inner):
+            inner.step(fnet(torch.ones(3, 2)).square().mean(), **options)
+
+    arguments = {
+        "hparams": optional(Argument(opt.hparams(), {"function", "module"})),
+        "override": optional(Argument({"lr": 0.1}, {"empty dict", "missing"})),
+    }
+    return Call(run, arguments, net, keywords=True)
+
+
+@row("InnerLoop.step: loss")
+def _inner_loss() -> Call:
+    opt, net = diffopt.sgd(), _net()
+    arguments = {"loss": function(lambda fnet: fnet(torch.ones(3, 2)).square().mean())}
+
+    def run(loss: Any) -> Any:
+        with diffopt.innerloop(net, opt) as (fnet, inner):
+            inner.step(loss(fnet) if callable(loss) else loss)
+
+    return Call(run, arguments, net)
 
 
 @row("minimize: batches")

@@ -347,6 +347,7 @@ def test_a_record_is_frozen_and_takes_keywords_only():
             TypeError,
             r"rate\['b'\] is '0.1' of type str, not a number or a tensor",
         ),
+        ({"rate": torch.nn.ReLU()}, TypeError, r"pass dict\(module.named_parameters\(\)\)"),
         ({"rate": True}, TypeError, r"hparams.rate is True of type bool"),
     ],
 )

@@ -271,17 +271,17 @@ def _flat(prefix: dict[Any, Any], names: dict[Any, Any]) -> Iterator[tuple[Any, 
 
 
 def as_dict(value: Any) -> Any:
-    """What a module holds by name: the entries of a ParameterDict, otherwise what it trains.
-
-    A ParameterList is a list; anything that is not a module is itself.
-    """
+    """A ParameterDict as a dict, and a ParameterList as a list; anything else is itself."""
     if isinstance(value, nn.ParameterDict):
         return dict(value.items())
-    if isinstance(value, nn.ParameterList):
-        return list(cast(Iterable[Any], value))
-    if isinstance(value, nn.Module):
+    return list(cast(Iterable[Any], value)) if isinstance(value, nn.ParameterList) else value
+
+
+def trained(value: Any) -> Any:
+    """The parameters by name that a module trains, or what `as_dict` returns."""
+    if isinstance(value, nn.Module) and not isinstance(value, (nn.ParameterDict, nn.ParameterList)):
         return {name: p for name, p in value.named_parameters() if p.requires_grad}
-    return value
+    return as_dict(value)
 
 
 def detach(tree: Tree) -> Tree:

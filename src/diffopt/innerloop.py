@@ -102,6 +102,8 @@ def innerloop(
     check_bool(first_order, "first_order")
     check_bool(track_graph, "track_graph")
     check_function(grad_callback, "grad_callback", optional=True)
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"model is {_tree.describe(model)}, not a torch.nn.Module")
     module = _unwrapped(model)
     functional = functionalize(module)
     if not functional.params:
@@ -110,7 +112,7 @@ def innerloop(
     with torch.enable_grad():
         fmodel, params = _copied(module, functional, track)
         source = _source(optimizer, module, params, hparams, state)
-        inner = InnerLoop(fmodel, params, module, source, override or {}, track)
+        inner = InnerLoop(fmodel, params, module, source, override, track)
         inner.first_order, inner.grad_callback = first_order, grad_callback
         try:
             yield cast(M, fmodel), inner
@@ -154,7 +156,7 @@ class InnerLoop:
         params: dict[str, Tensor],
         module: nn.Module,
         source: _Source,
-        override: Mapping[str, Any],
+        override: Mapping[str, Any] | None,
         track_graph: bool,
     ) -> None:
         self.optimizer, self.state, self.hparams = source.optimizer, source.state, source.hparams
@@ -163,10 +165,10 @@ class InnerLoop:
         self.steps = 0
         self.losses: list[Tensor] = []
         self._fmodel, self._module, self._source = fmodel, module, source
-        self._override: Mapping[str, Any] = {}
+        self._override: dict[str, Any] = {}
         self._params = [params]
         self._record(None, override)  # raises for what is wrong with them
-        self._override = override
+        self._override = _named_values(override)
         self._first = _torch.next_node()
 
     def step(
@@ -199,7 +201,7 @@ class InnerLoop:
                 "the innerloop has ended: take steps inside its `with` block, or begin another one"
             )
         _check_loss(loss)
-        record = self._record(hparams, override or {})
+        record = self._record(hparams, override)
         moved, fixed = self._moved()
         grads = self._called_back(self._gradients(loss, moved)) | dict.fromkeys(fixed)
         with torch.set_grad_enabled(self.track_graph):
@@ -261,18 +263,13 @@ class InnerLoop:
         fixed: dict[str, Tensor] = {name: own[name] for name in names if name not in params}
         return {name: params[name] for name in names if name in params}, fixed
 
-    def _record(self, hparams: Any, override: Mapping[str, Any]) -> Any:
+    def _record(self, hparams: Any, override: Mapping[str, Any] | None) -> Any:
         """The hyperparameters of the next step."""
         record = self.hparams if hparams is None else hparams
         check_hparams(record, self.optimizer.hparams)
         if callable(record):
             record = of_one_step(record(self.steps), self.steps, self.optimizer.hparams)
-        override = _tree.as_dict(override)
-        if not isinstance(override, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
-            raise TypeError(
-                f"override is {_tree.describe(override)}, not a dict of hyperparameters"
-            )
-        values = {**self._override, **override}
+        values = self._override | _named_values(override)
         return overridden(record, values, self._source.owners) if values else record
 
     def _gradients(self, loss: Tensor, params: dict[str, Tensor]) -> Gradients:
@@ -340,11 +337,10 @@ def _check_modes() -> None:
         )
 
 
-def _unwrapped(model: Any) -> Any:
+def _unwrapped(model: nn.Module) -> nn.Module:
     """What a wrapper runs that could not run a copy of it."""
-    if isinstance(model, DistributedDataParallel):
-        return _unwrapped(model.module)
-    inner = _torch.uncompiled(model) if isinstance(model, nn.Module) else model
+    wraps = isinstance(model, DistributedDataParallel)
+    inner = model.module if wraps else _torch.uncompiled(model)
     return model if inner is model else _unwrapped(inner)
 
 
@@ -411,6 +407,14 @@ def _source(
     with torch.no_grad():
         state = given.init(params) if state is None else state
     return _Source(None, [[*params]], given, state, hparams)
+
+
+def _named_values(override: Any) -> dict[str, Any]:
+    """The hyperparameters to replace, by name."""
+    override = {} if override is None else _tree.as_dict(override)
+    if not isinstance(override, Mapping):
+        raise TypeError(f"override is {_tree.describe(override)}, not a dict of hyperparameters")
+    return dict(cast(Mapping[str, Any], override))
 
 
 def _refuse_keywords(others: dict[str, Any]) -> None:

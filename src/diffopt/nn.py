@@ -145,7 +145,7 @@ class _Apply:
         return type(self.module).__name__
 
     def __call__(self, params: Any = _MISSING, *inputs: Any, **kwargs: Any) -> Any:
-        params = _tree.as_dict(params)
+        params = _tree.trained(params)
         if "buffers" in kwargs and not inputs:
             return self._called(params, kwargs.pop("buffers"), **kwargs)
         if self.buffers or (inputs and _stands_for_buffers(*inputs)):

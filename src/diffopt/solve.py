@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_bool, check_function, check_integer, check_result, too_large
@@ -135,8 +135,7 @@ def minimize(
     if callback is not None and _modes.compiling():
         raise RuntimeError("torch.compile cannot call a callback after each step: pass None")
     _check_loss(loss, has_aux, buffers)
-    if isinstance(params, (nn.ParameterDict, nn.ParameterList)):
-        params = _tree.as_dict(params)
+    params = _tree.as_dict(params)
     _check_params(params)
     check_hparams(hparams, optimizer.hparams)
     if state is not None:

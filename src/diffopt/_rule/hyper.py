@@ -292,6 +292,8 @@ def fault_of(leaf: Any, bounds: Mapping[str, float | None]) -> Exception | None:
 
 def _instead(leaf: Any) -> str:
     """What to pass in place of what a user of torch may try."""
+    if isinstance(leaf, torch.nn.Module):
+        return ": pass dict(module.named_parameters())"
     if callable(leaf):
         return ": call it with the step, as in schedule(state.step)"
     return ""

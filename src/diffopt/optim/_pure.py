@@ -83,7 +83,7 @@ def from_pure(
         0.1
     """
     check_optimizer(optimizer, "optimizer")
-    params = _tree.as_dict(params)
+    params = _tree.trained(params)
     if not isinstance(params, Iterable) or isinstance(params, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"params is {_tree.describe(params)}, not tensors to iterate over")
     structure = None
