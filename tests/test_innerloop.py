@@ -142,6 +142,31 @@ def test_steps_go_on_from_an_optimizer_and_can_be_copied_back(name, library):
     assert_equal_modules(net, reference[0])
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("name", ["SGD", "RMSprop"])
+@pytest.mark.parametrize("momenta", [(0.0, 0.9), (0.9, 0.0)])
+def test_groups_with_and_without_momentum_go_on(name, momenta, steps):
+    net = mlp()
+    options = {"dampening": 0.5} if name == "SGD" and steps else {}
+    optimizer = getattr(torch.optim, name)(
+        [
+            {"params": net[0].parameters(), "momentum": momenta[0], **options},
+            {"params": net[2].parameters(), "momentum": momenta[1]},
+        ],
+        lr=0.05,
+    )
+    trained(net, optimizer, steps)
+    reference = copy.deepcopy((net, optimizer))
+    trained(*reference, 3)
+    with diffopt.innerloop(net, optimizer) as (fnet, inner):
+        for _ in range(3):
+            inner.step(loss_of(fnet))
+    inner.copy_back()
+    trained(*reference, 1)
+    trained(net, optimizer, 1)
+    assert_equal_modules(net, reference[0])
+
+
 def assert_equal_modules(net, other):
     found, expected = (dict(n.named_parameters()) | dict(n.named_buffers()) for n in (net, other))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)  # counts are float32

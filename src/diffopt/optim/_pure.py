@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -118,7 +119,8 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
 
     Raises:
         TypeError: the class is not supported, or `module` is not a module.
-        ValueError: groups differ in a flag, such as `amsgrad`; parameters differ in their number of
+        ValueError: groups differ in a flag, such as `amsgrad` (but one may have momentum and
+            another not); parameters differ in their number of
             steps, of which a pure state has only one; or a parameter is not one of the module's.
 
     Examples:
@@ -140,13 +142,7 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
     if type(optimizer) in (torch.optim.LBFGS, LBFGS):
         return _lbfgs_to_pure(optimizer, names)
     shell = _as_ours(optimizer)
-    rules = [shell.rule(group) for group in shell.param_groups]
-    opt = rules[0]
-    if others := [i for i, rule in enumerate(rules) if rule != opt]:
-        raise ValueError(
-            f"param_groups[0] is stepped by {opt}, but param_groups[{others[0]}] by "
-            f"{rules[others[0]]}: a pure optimizer has the same flags for all params"
-        )
+    opt = _common_rule([shell.rule(group) for group in shell.param_groups])
     owners = [(group, p) for group in shell.param_groups for p in group["params"]]
     _, spec = _tree.flatten(_tree_of(shell.param_groups, names))
     params = _tree.unflatten([copied(p) for _, p in owners], spec)
@@ -159,11 +155,38 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
         columns = {name: [row[name] for _, row in rows] for name in opt.buffers_of(owners[0][1])}
         buffers = {name: _tree.unflatten(column, spec) for name, column in columns.items()}
         state = state._replace(step=torch.full_like(state.step, step), **buffers)
-    values = zip(*(filled(values_of(opt, group), p.dtype) for group, p in owners), strict=True)
+    values = zip(*(_values(shell, opt, group, p) for group, p in owners), strict=True)
     record = hyper.assemble(opt.hparams, [_shared(_cloned(column), spec) for column in values])
     if isinstance(shell, _classes.SparseAdam):  # whose rule is for the rows of its gradients
         return Pure(sparse_adam(maximize=opt.maximize), params, state, record)
     return Pure(opt, params, state, record)
+
+
+def _common_rule(rules: list[Leafwise[Any, Any]]) -> Leafwise[Any, Any]:
+    """A rule that steps all groups: some may have momentum, where the others' is 0."""
+    opt: Any = next((rule for rule in rules if getattr(rule, "momentum", False)), rules[0])
+    for i, rule in enumerate(rules):
+        same: Any = rule
+        if getattr(opt, "momentum", False):
+            same = dataclasses.replace(same, momentum=True)
+        if same != opt:
+            raise ValueError(
+                f"param_groups[{rules.index(opt)}] is stepped by {opt}, but param_groups[{i}] by "
+                f"{rule}: a pure optimizer has the same flags for all params"
+            )
+    return opt
+
+
+def _values(
+    optimizer: RuleOptimizer, opt: Leafwise[Any, Any], group: Group, p: Tensor
+) -> list[Any]:
+    """The hyperparameters of a parameter; where torch has no momentum, nothing is dampened."""
+    values = filled(values_of(opt, group), p.dtype)
+    if optimizer.rule(group) == opt:
+        return values
+    fields = [field.name for field in hyper.FIELDS[opt.hparams]]
+    pairs = zip(fields, values, strict=True)
+    return [0.0 if name == "dampening" else value for name, value in pairs]
 
 
 def names_in(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:
@@ -276,8 +299,9 @@ def _pure_row(
     if not begun:
         row = optimizer.new_states([p], group)[0]
     buffers: dict[str, Tensor] = {}
+    own = optimizer.rule(group).buffers_of(p)
     for name in opt.buffers_of(p):
-        value = row.get(name, p.new_empty(0))
+        value = row.get(name, p.new_empty(0) if name in own else torch.zeros_like(p))
         if name in opt.per_hyperparameter:
             value = value.to(zero_for(p))
         buffers[name] = copied(value.to_dense() if value.is_sparse else value)
@@ -301,21 +325,21 @@ def restore_(optimizer: torch.optim.Optimizer, old: Any, new: Any) -> None:
         raise ValueError("the state of LBFGS cannot be written back")
     shell = _as_ours(optimizer)
     params = [(group, p) for group in shell.param_groups for p in group["params"]]
-    opt = shell.rule(params[0][0])
+    names = [shell.rule(group).buffers_of(p) for group, p in params]
     moved = [
-        any(_buffer(new, name, i) is not _buffer(old, name, i) for name in opt.buffers_of(p))
-        for i, (_, p) in enumerate(params)
+        any(_buffer(new, name, i) is not _buffer(old, name, i) for name in names[i])
+        for i in range(len(params))
     ]
-    rows = [_torch_row(shell, opt, new, i, *params[i]) for i, move in enumerate(moved) if move]
+    rows = [_torch_row(shell, new, i, *params[i]) for i, move in enumerate(moved) if move]
     optimizer.state.update(rows)
 
 
 def _torch_row(
-    optimizer: RuleOptimizer, opt: Leafwise[Any, Any], state: Any, i: int, group: Group, p: Tensor
+    optimizer: RuleOptimizer, state: Any, i: int, group: Group, p: Tensor
 ) -> tuple[Tensor, dict[str, Any]]:
     """A parameter and its state as torch keeps it: the inverse of `_pure_row`."""
     (row,) = optimizer.new_states([p], group)
-    for name in opt.buffers_of(p).keys() & row.keys():
+    for name in optimizer.rule(group).buffers_of(p).keys() & row.keys():
         value = _buffer(state, name, i).detach()
         if name in optimizer.scalar_state:
             numbers = _modes.real(value).unique()
