@@ -85,7 +85,7 @@ def innerloop(
         RuntimeError: a transform of torch.func or torch.compile is active, for which there is
             `minimize`; or torch.inference_mode is.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.constant_(net.weight, 2.0)

@@ -19,7 +19,7 @@ class ConvergenceWarning(UserWarning):
     It names the line of your program that called the solver, or the backward pass that did. By
     Python's default filter it comes once for each line and cause, whatever the numbers in it.
 
-    Example:
+    Examples:
         >>> import warnings, diffopt
         >>> warnings.filterwarnings("ignore", category=diffopt.linear.ConvergenceWarning)  # no more
     """

@@ -158,7 +158,7 @@ class Wrapper(Value, Optimizer[S, Any]):
     Raises:
         TypeError: `optimizer` is not an optimizer.
 
-    Example:
+    Examples:
         >>> import torch, diffopt
         >>> from diffopt.rules import Hyperparameter, hparams, number
         >>> @hparams
