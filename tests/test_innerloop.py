@@ -68,6 +68,27 @@ def test_meta_gradients_equal_those_of_minimize(opt):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+class FromStart(transforms.Wrapper):
+    """Pulls the parameters back to where they started, which is its state."""
+
+    def init(self, params):
+        return self.optimizer.init(params), {name: p.clone() for name, p in params.items()}
+
+    def update(self, params, grads, state, hparams):
+        inner, start = state
+        params, inner = self.optimizer.update(params, grads, inner, hparams)
+        return {name: 0.7 * p + 0.3 * start[name] for name, p in params.items()}, (inner, start)
+
+
+def test_a_state_that_starts_from_the_parameters_is_differentiated():
+    net, opt = mlp(), FromStart(diffopt.sgd())
+    found = adapted(net, opt, hparams=opt.hparams(lr=0.1))
+    expected = by_minimize(net, opt, opt.hparams(lr=0.1))
+    torch.testing.assert_close(gradients(found, net), gradients(expected, net))
+    evaluated = adapted(net, opt, hparams=opt.hparams(lr=0.1), track_graph=False)
+    torch.testing.assert_close(evaluated, expected)
+
+
 def test_derivatives_are_right_to_second_order():
     net, opt = mlp(), diffopt.adam()
 

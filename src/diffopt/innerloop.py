@@ -111,7 +111,8 @@ def innerloop(
     track = track_graph and torch.is_grad_enabled()
     with torch.enable_grad():
         fmodel, params = _copied(module, functional, track)
-        source = _source(optimizer, module, params, hparams, state)
+        with torch.set_grad_enabled(track):
+            source = _source(optimizer, module, params, hparams, state)
         inner = InnerLoop(fmodel, params, module, source, override, track)
         inner.first_order, inner.grad_callback = first_order, grad_callback
         try:
@@ -404,8 +405,7 @@ def _source(
     if state is not None:
         check_state(state, given, params)
     hparams = given.hparams() if hparams is None else hparams
-    with torch.no_grad():
-        state = given.init(params) if state is None else state
+    state = given.init(params) if state is None else state
     return _Source(None, [[*params]], given, state, hparams)
 
 
