@@ -227,6 +227,45 @@ def test_a_plan_is_kept_while_nothing_changes_and_no_longer(name):
     assert optimizer.state.plans != [plan]
 
 
+NEW_NUMBERS = {
+    "SGD": ({"lr": 0.5}, {"momentum": 0.0}, {"momentum": 0.9}, {"weight_decay": 0.1}),
+    "Adam": ({"lr": 0.5}, {"betas": (0.5, 0.9)}, {"betas": (0.5, 0)}, {"betas": (0.5, 0.0)}),
+    "RMSprop": ({"lr": 0.5}, {"momentum": 0.9}, {"momentum": 0.0}, {"alpha": 0.5}),
+    "Adafactor": ({"eps": (None, 1e-3)}, {"eps": (1e-3, 1e-3)}, {"eps": (2e-3, 1e-3)}, {"lr": 1}),
+    "NAdam": ({"lr": 1}, {"lr": torch.tensor(0.5)}, {"lr": 0.5}, {"maximize": True}),
+}
+
+
+@pytest.mark.parametrize("name", NEW_NUMBERS)
+def test_every_new_number_of_a_group_is_used_in_the_next_step(name):
+    runs = [parameters((3, 2), (2, 2)) for _ in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        for library, params, kept in zip((*BOTH, optim), runs, (True, True, False), strict=True):
+            patch.setattr(_plan, "KEPT", kept)
+            optimizer = make(library, name, params)
+            for t, numbers in enumerate(({}, {}, *NEW_NUMBERS[name])):
+                optimizer.param_groups[0].update(numbers)
+                step(optimizer, params, t)
+    close(*runs[:2], rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, runs[0], runs[2]))
+
+
+@every_class
+def test_a_scheduled_number_is_all_that_is_read_anew(name, monkeypatch):
+    params = parameters((3, 2), (2, 2))
+    optimizer = make(optim, name, params)
+    step(optimizer, params)
+    step(optimizer, params)
+    (plan,) = optimizer.state.plans
+    monkeypatch.setattr(optimizer, "check_numbers", lambda: pytest.fail("all options are checked"))
+    monkeypatch.setattr(_plan.ways, "choose", lambda *_: pytest.fail("the way is chosen again"))
+    for t in range(2):
+        optimizer.param_groups[0]["lr"] = 0.1 * (t + 1)
+        step(optimizer, params)
+    assert optimizer.state.plans == [plan]
+    assert plan.options.values[0] == 0.2
+
+
 # Memory
 
 

@@ -21,7 +21,7 @@ from diffopt._rule.leafwise import Leafwise
 from diffopt.optim import _state
 from diffopt.optim._checkpoints import Checkpoints, check_dense
 from diffopt.optim._groups import Group, name_of, plain_number, values_of
-from diffopt.optim._options import Options
+from diffopt.optim._options import Options, made
 from diffopt.optim._plan import Plan, trace_
 from diffopt.optim._state import State
 
@@ -46,7 +46,7 @@ class RuleOptimizer(Checkpoints):
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         """The pure optimizer of a parameter group."""
-        return type(self).make(**{name: group[name] for name in self.flags})
+        return made(type(self).make, **{name: group[name] for name in self.flags})
 
     def fields(self, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, torch.Size]:
         """The state of a parameter as in torch: the shape of each buffer, () for scalars."""
@@ -205,9 +205,10 @@ class RuleOptimizer(Checkpoints):
 
     def _read(self, plans: list[Any]) -> list[Options]:
         """The options of each group."""
-        pairs = list(zip(self.param_groups, plans, strict=True))
-        if all(plan and plan.options.current(self, group) for group, plan in pairs):
-            return [plan.options for plan in plans]
+        pairs = zip(self.param_groups, plans, strict=True)
+        known = [plan and plan.options.current(self, group) for group, plan in pairs]
+        if all(known):
+            return known
         self.check_numbers()
         options = [Options(self, group) for group in self.param_groups]
         for i, found in enumerate(options):

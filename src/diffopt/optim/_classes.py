@@ -17,6 +17,7 @@ from diffopt import rules
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._adapter import Fusible, RuleOptimizer
 from diffopt.optim._groups import Group
+from diffopt.optim._options import made
 
 Rate: TypeAlias = float | Tensor
 Pair: TypeAlias = tuple[Rate, Rate]
@@ -44,7 +45,8 @@ class SGD(RuleOptimizer, torch.optim.SGD):
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         momentum = bool(group["momentum"] != 0)
-        return rules.sgd(momentum=momentum, nesterov=group["nesterov"], maximize=group["maximize"])
+        flags = {name: group[name] for name in ("nesterov", "maximize")}
+        return made(rules.sgd, momentum=momentum, **flags)
 
 
 class Adam(RuleOptimizer, torch.optim.Adam):
@@ -52,7 +54,7 @@ class Adam(RuleOptimizer, torch.optim.Adam):
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         make = rules.adamw if group["decoupled_weight_decay"] else rules.adam
-        return make(amsgrad=group["amsgrad"], maximize=group["maximize"])
+        return made(make, amsgrad=group["amsgrad"], maximize=group["maximize"])
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -138,7 +140,7 @@ class RMSprop(Fusible, torch.optim.RMSprop):
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         flags = {name: group[name] for name in ("centered", "maximize")}
-        return rules.rmsprop(momentum=bool(group["momentum"] > 0), **flags)
+        return made(rules.rmsprop, momentum=bool(group["momentum"] > 0), **flags)
 
 
 class Adagrad(RuleOptimizer, torch.optim.Adagrad):

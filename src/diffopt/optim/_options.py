@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import cmath
 import contextlib
+import functools
+import itertools
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _modes, _tree
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._groups import Group, values_of
@@ -17,6 +20,21 @@ from diffopt.optim._groups import Group, values_of
 _TENSORS = ("params", "param_names")
 _CONSTANT = (float, int, bool, str, type(None))
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")
+
+
+def made(make: Callable[..., Leafwise[Any, Any]], **flags: Any) -> Leafwise[Any, Any]:
+    """The pure optimizer with these flags; a group is asked for it at every step."""
+    if _modes.compiling():
+        return make(**flags)
+    try:
+        return _made(make, **flags)
+    except TypeError:  # a flag has no hash, or is wrong
+        return make(**flags)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _made(make: Callable[..., Leafwise[Any, Any]], **flags: Any) -> Leafwise[Any, Any]:
+    return make(**flags)
 
 
 class Options:
@@ -33,6 +51,7 @@ class Options:
         given = _given(group)
         self.constant = all(map(_constant, given.values()))
         self.given = given if self.constant else {}  # which users may let go
+        self.ranged = self.constant and self._in_range(self.values, itertools.repeat(self))
 
     def check(self, where: str) -> None:
         """Raise for a number out of its range with which no step can be computed.
@@ -51,14 +70,32 @@ class Options:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
-    def current(self, optimizer: Any, group: Group) -> bool:
-        """Whether the group still says the same: it has the same objects, all of them constants."""
+    def current(self, optimizer: Any, group: Group) -> Options | None:
+        """What the group says now, if it says the same but for floats in their ranges."""
         given = _given(group)
-        return (
-            self.constant
-            and [*given] == [*self.given]
-            and all(map(operator.is_, given.values(), self.given.values()))
-            and self.opt == optimizer.rule(group)
+        if not self.constant or [*given] != [*self.given]:
+            return None
+        new, old = given.values(), self.given.values()
+        same = all(map(operator.is_, new, old))
+        if not (same or all(map(_alike, new, old))) or self.opt != optimizer.rule(group):
+            return None
+        return self if same else self._renewed(group, given)
+
+    def _renewed(self, group: Group, given: Group) -> Options | None:
+        """The same but for numbers; None if one is out of its range, which is for `check`."""
+        values = values_of(self.opt, group)
+        if not (self.ranged and self._in_range(values, self.values)):
+            return None
+        other = object.__new__(Options)
+        vars(other).update(vars(self), values=values, given=given)
+        return other
+
+    def _in_range(self, values: Iterable[Any], known: Iterable[Any]) -> bool:
+        """Whether all values are None or in their ranges, where they are not those known."""
+        triples = zip(hyper.FIELDS[self.opt.hparams], values, known, strict=False)
+        return all(
+            x is y or x is None or hyper.fault_of(x, field.bounds) is None
+            for field, x, y in triples
         )
 
 
@@ -70,6 +107,13 @@ def _computed(scalar: Any) -> bool:
 
 def _given(group: Group) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in _TENSORS}
+
+
+def _alike(new: Any, old: Any) -> bool:
+    """Whether they are the same object, two floats, or tuples of such pairs."""
+    if type(new) is tuple and type(old) is tuple:
+        return len(new) == len(old) and all(map(_alike, new, old))
+    return new is old or (type(new) is float and type(old) is float)
 
 
 def _constant(value: Any) -> bool:

@@ -199,7 +199,10 @@ class Bucket:
 
     def _read(self, options: Options) -> None:
         """Take the numbers of a group, and choose how to step with them."""
-        self.options, self.values = options, filled(options.values, self.key.dtype)
+        before, self.options = self.options, options
+        self.values = self.numbers = filled(options.values, self.key.dtype)
+        if before and before.constant and options.constant:  # the way is chosen already
+            return
         self.numbers, wanted = self._for_kernels(self.values)
         self.way = ways.choose(self.rule, self.key.kind, [0.0, *self.numbers[1:]], wanted)
 
@@ -378,8 +381,7 @@ def _fields(opt: Leafwise[Any, Any], param: Tensor) -> list[str]:
 
 def filled(values: list[Any], dtype: torch.dtype) -> list[Any]:
     """The values, with the machine epsilon of the dtype for None, torch's default for eps1."""
-    eps = torch.finfo(dtype).eps
-    return [eps if value is None else value for value in values]
+    return [torch.finfo(dtype).eps if value is None else value for value in values]
 
 
 def trace_(
