@@ -1,6 +1,7 @@
 """update_ by torch's fused kernels: used where they compute the rule, and equal to the rule."""
 
 import dataclasses
+import math
 import os
 import shutil
 import warnings
@@ -10,8 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import diffopt
-from diffopt._rule import recording, tiles, ways
-from diffopt.rules import Leafwise
+from diffopt._rule import recording, symbols, tiles, ways
+from diffopt.rules import Leafwise, leafwise
 from registry import REGISTRY
 
 KERNELS = {
@@ -266,6 +267,64 @@ def test_kept_programs_follow_numbers_that_change(name, programs):
         opt.update_(params, grads, state, record)
         leaf.update_(twin, grads, twin_state, record)
         torch.testing.assert_close((params, state[1:]), (twin, twin_state[1:]))
+
+
+SCHEDULED = [(0.1, 0.0), (0.2, 0.1), (0.3, 0.1), (0.3, 0.0), (0.1, 0.0), (0.2, 0.2)]
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_a_rule_is_not_run_again_for_other_numbers_and_gives_the_same_bits(
+    name, programs, monkeypatch
+):
+    tiles._recordings.cache_clear()
+    opt, recorded, record = getattr(diffopt, name)(), [], tiles._recording
+    monkeypatch.setattr(tiles, "_recording", lambda *args: recorded.append(0) or record(*args))
+    decays = "weight_decay" in {field.name for field in dataclasses.fields(opt.hparams)}
+    start, ends = [draw(3), draw(2, 2)], []
+    grads = [[draw(3), draw(2, 2)] for _ in SCHEDULED]
+    for kept in (tiles._kept, lambda *_: None):
+        monkeypatch.setattr(tiles, "_kept", kept)
+        params = [p.clone() for p in start]
+        state = opt.init(params)
+        for (lr, decay), grad in zip(SCHEDULED, grads, strict=True):
+            record_ = opt.hparams(lr=lr, **{"weight_decay": decay} if decays else {})
+            opt.update_(params, grad, state, record_)
+        ends.append((params, state))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+    # Where the decay comes and goes, and where RAdam begins to rectify.
+    assert len(recorded) <= 1 + 3 * decays + (name == "radam")
+
+
+def test_a_rule_of_others_may_look_at_what_is_no_argument(programs):
+    rates = iter([0.5, 0.25])
+    sgd = diffopt.sgd(momentum=False)
+
+    def rule(p, g, s, hp, c):
+        return p - next(rates) * hp.lr * g, s
+
+    opt = leafwise(sgd.State, sgd.hparams, sgd.begin, rule, elementwise=True)
+    params = [torch.zeros(2), torch.zeros(2)]
+    for _ in range(2):
+        opt.update_(params, [torch.ones(2)] * 2, opt.init(params), opt.hparams(lr=1.0))
+    assert params[0].tolist() == [-0.75, -0.75]
+
+
+def test_symbols_compute_what_numbers_do_until_a_comparison_comes_out_differently():
+    sheet = symbols.Sheet([2.0, 3.0])
+    x, y = sheet.inputs
+    results = [1 - x, x**y / 2, -(x.sqrt()), 3 if x < y else abs(x), x if x else y, max(x, 1)]
+    cells = [sheet.cell(result) for result in results]
+    sheet.seal()
+    for a, b in ((2.0, 3.0), (0.7, 0.9)):
+        found = sheet.cells([a, b])
+        if a > 1:
+            assert [found[k] for k in cells] == [1 - a, a**b / 2, -math.sqrt(a), 3, a, a]
+        else:
+            assert found is None
+    assert sheet.cells([3.0, 2.0]) is None
+    for function in (float, int, math.sqrt, round):
+        with pytest.raises(TypeError):
+            function(x)
 
 
 def test_a_sum_stops_the_recording_until_it_is_known():

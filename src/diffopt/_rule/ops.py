@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffopt import _modes
 from diffopt._rule.recording import Recorded
+from diffopt._rule.symbols import Symbol
 from diffopt._rule.tensorlist import TensorList
 
 Leaf: TypeAlias = Any
@@ -25,7 +26,11 @@ _TENSORS = (Tensor, TensorList, Recorded)
 
 def is_zero(coefficient: Any) -> bool:
     """Whether it is the Python number 0; the values of a tensor are never read."""
-    return isinstance(coefficient, (int, float)) and coefficient == 0
+    return _is(coefficient, 0)
+
+
+def _is(coefficient: Any, number: int) -> bool:
+    return isinstance(coefficient, (int, float, Symbol)) and coefficient == number
 
 
 def after_first(step: Any) -> Any:
@@ -35,6 +40,8 @@ def after_first(step: Any) -> Any:
 
 def coefficient(x: Any) -> Any:
     """`x`; if 0-d, in the best precision available: as a number or in float64."""
+    if isinstance(x, Symbol):
+        return x.then(coefficient)
     if not isinstance(x, Tensor) or x.dim() > 0:
         return x
     return _modes.number_of(_modes.exact(x))
@@ -56,7 +63,7 @@ def add_decay(grad: Leaf, param: Leaf, weight_decay: Any) -> Leaf:
 def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
     """`x + weight * (y - x)`."""
     weight = _modes.number_of(weight)
-    if isinstance(weight, (int, float)) and weight == 1:
+    if _is(weight, 1):
         return y if isinstance(y, Recorded) else y * 1  # a new tensor
     if isinstance(weight, _TENSORS):
         return x + weight * (y - x)

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt._rule.symbols import Symbol
+
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _ARITHMETIC = ("add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "sign", "reciprocal")
 _OTHERS = ("pow", "square", "clamp", "maximum", "minimum", "where", "addcmul", "addcdiv", "lerp")
@@ -104,9 +106,7 @@ class Recorded:
         if options and any(isinstance(x, Recorded) for x in options.values()):
             raise Unrecordable(name)
         if name == "where":  # which takes `out=` for tensors only
-            arguments = tuple(
-                torch.tensor(x) if isinstance(x, (int, float)) else x for x in arguments
-            )
+            arguments = tuple(map(_as_tensor, arguments))
         places = tuple([x.index if type(x) is Recorded else tape.place(x) for x in arguments])
         named = tuple([(key, tape.place(x)) for key, x in options.items()])
         index = tape.size + len(tape.operations)
@@ -141,6 +141,12 @@ class Recorded:
 
     def __rtruediv__(self, other: Any) -> Recorded:
         return self.record("mul", self.record("reciprocal", self), other)
+
+
+def _as_tensor(x: Any) -> Any:
+    if isinstance(x, Symbol):
+        return x.then(torch.tensor)
+    return torch.tensor(x) if isinstance(x, (int, float)) else x
 
 
 @functools.cache

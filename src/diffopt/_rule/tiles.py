@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt import _torch
-from diffopt._rule import recording
+from diffopt._rule import hyper, recording
 from diffopt._rule.running import (
     AS_IS,
     AnyRule,
@@ -20,11 +21,13 @@ from diffopt._rule.running import (
     apply,
     in_place_of_lists,
     leaf_,
+    numbers_of,
     pick,
     run,
     widest,
     written,
 )
+from diffopt._rule.symbols import Sheet
 
 _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
@@ -34,31 +37,73 @@ _LEAST, _STACKED = 1 << 24, 8  # on a device: bytes that may be taken, by so man
 _SMALL, _FEW = 1 << 12, 8  # stacking pays for tensors of at most, and of at least so many
 
 
-def tiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    """In place, in pieces that fit the cache of a CPU.
+class Layout:
+    """How columns are cut into pieces and concatenated.
+
+    It is right while the shapes, strides and dtypes of all tensors stay as they are, and the
+    addresses of those that are written.
+    """
+
+    def __init__(self, lists: Sequence[list[Tensor]]) -> None:
+        self.lengths = list(map(Tensor.numel, lists[0]))
+        self.total = sum(self.lengths)
+        self.dtypes = {*map(_DTYPE, itertools.chain(*lists))}
+        self._batches: dict[int, list[_Batch]] = {}
+
+    def batches(self, lists: Sequence[list[Tensor]], length: int) -> list[_Batch]:
+        """Tensors of half of this length or more alone, the others in batches of about it."""
+        if length not in self._batches:
+            small = [i for i, n in enumerate(self.lengths) if n < length // 2]
+            alone = [[i] for i, n in enumerate(self.lengths) if n >= length // 2]
+            cut = (*alone, *_batches(small, self.lengths, length))
+            self._batches[length] = [self.batch(lists, indices) for indices in cut]
+        return self._batches[length]
+
+    def batch(self, lists: Sequence[list[Tensor]], indices: list[int]) -> _Batch:
+        """Some tensors as one batch."""
+        joined = [k != 1 and _joined(pick(column, indices)) for k, column in enumerate(lists)]
+        whole = len(indices) == len(self.lengths)
+        lengths, alike = pick(self.lengths, indices), len(self.dtypes) == 1
+        return _Batch(None if whole else indices, lengths, joined, alike)
+
+
+class _Batch(NamedTuple):
+    """Tensors that are updated together."""
+
+    indices: list[int] | None  # None for all
+    lengths: list[int]
+    joined: list[bool]  # for each column, whether its tensors are concatenated in memory
+    alike: bool  # whether all tensors have one dtype
+
+
+def tiled_(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], layout: Layout | None = None
+) -> Layout:
+    """In place, in pieces that fit the cache of a CPU; the layout, for the next step.
 
     These are slices of big tensors, and small tensors concatenated.
     """
     lists = [c for c in columns if isinstance(c, list)]
-    total = sum(map(Tensor.numel, lists[0]))
-    in_pieces_(lists, *_prepared(rule, numbers, columns, total))
+    layout = layout or Layout(lists)
+    in_pieces_(lists, *_prepared(rule, numbers, columns, layout), layout)
+    return layout
 
 
 def in_pieces_(
-    lists: list[list[Tensor]], size: int, update_: Callable[[Sequence[Tensor]], None]
+    lists: list[list[Tensor]],
+    size: int,
+    update_: Callable[[Sequence[Tensor]], None],
+    layout: Layout | None = None,
 ) -> None:
     """Update big tensors in pieces of at most `size` elements, and small ones concatenated.
 
     `update_` changes one piece of each column in place, but for the second, of gradients.
     """
-    lengths = list(map(Tensor.numel, lists[0]))
     length = min(size, torch.get_num_threads() * _TILE // 2)  # more causes page faults
-    small = [i for i, n in enumerate(lengths) if n < length // 2]
-    alone = [[i] for i, n in enumerate(lengths) if n >= length // 2]
-    for batch in (*alone, *_batches(small, lengths, length)):
-        pieces = lists if len(batch) == len(lengths) else [pick(c, batch) for c in lists]
-        if len(batch) > 1:
-            together_(update_, pieces)
+    for batch in (layout or Layout(lists)).batches(lists, length):
+        pieces = lists if batch.indices is None else [pick(c, batch.indices) for c in lists]
+        if len(batch.lengths) > 1:
+            together_(update_, pieces, batch)
             continue
         row = [column[0].view(-1) for column in pieces]
         if row[0].data_ptr() == row[1].data_ptr():  # a gradient that is its own parameter
@@ -67,32 +112,38 @@ def in_pieces_(
             update_(piece)
 
 
-def together_(update_: Callable[[Sequence[Tensor]], None], lists: list[list[Tensor]]) -> None:
+def together_(
+    update_: Callable[[Sequence[Tensor]], None],
+    lists: list[list[Tensor]],
+    batch: _Batch | None = None,
+) -> None:
     """Update tensors as one: concatenated, but for columns that are so in memory."""
-    views = [None if k == 1 else _joined(tensors) for k, tensors in enumerate(lists)]
-    pairs = list(zip(views, lists, strict=True))
-    flat = [list(map(Tensor.ravel, x)) if view is None else x for view, x in pairs]
-    tile = [torch.cat(x) if view is None else view for view, x in zip(views, flat, strict=True)]
+    _, lengths, joined, alike = batch or Layout(lists).batch(lists, [*range(len(lists[0]))])
+    pairs = list(zip(lists, joined, strict=True))
+    flat = [x if whole else list(map(Tensor.ravel, x)) for x, whole in pairs]
+    size = sum(lengths)
+    pairs = zip(flat, joined, strict=True)
+    tile = [x[0].as_strided((size,), (1,)) if whole else torch.cat(x) for x, whole in pairs]
     update_(tile)
-    lengths = list(map(Tensor.numel, flat[0]))
-    for view, old, new in zip(*map(written, (views, flat, tile)), strict=True):
-        if view is None:
-            _torch.foreach_copy_(old, new.split_with_sizes(lengths))
-        else:  # the others may not share the version of the first
+    for whole, old, new in zip(*map(written, (joined, flat, tile)), strict=True):
+        if whole:  # the others may not share the version of the first
             torch.autograd.graph.increment_version(old)
+        elif alike:
+            torch.split_with_sizes_copy(new, lengths, out=old)
+        else:
+            _torch.foreach_copy_(old, new.split_with_sizes(lengths))
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """A view of contiguous tensors as one vector, where one begins where the one before ends."""
+def _joined(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors are one vector in memory: one begins where the one before ends."""
     first, last = tensors[0], tensors[-1]
     start, size = first.data_ptr(), first.element_size()
     offsets = itertools.accumulate(map(Tensor.numel, tensors), initial=0)
     ends = (start + size * n for n in offsets)
-    if first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr() and all(
-        map(operator.eq, map(Tensor.data_ptr, tensors), ends)
-    ):
-        return first.as_strided((sum(map(Tensor.numel, tensors)),), (1,))
-    return None
+    return (
+        all(map(operator.eq, map(Tensor.data_ptr, tensors), ends))
+        and first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    )
 
 
 def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
@@ -204,33 +255,92 @@ def _up_to_a_sum(
 
 
 def _prepared(
-    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], total: int
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], layout: Layout
 ) -> tuple[int, Callable[[Sequence[Tensor]], None]]:
-    """The size of pieces of `total` elements, and a function that updates one of each column."""
+    """The size of pieces of the columns, and a function that updates one of each column."""
     size, like = torch.get_num_threads() * _TILE, columns[0][0]
-    lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
 
     def eagerly(piece: Sequence[Tensor]) -> None:
         leaf_(rule, numbers, in_place_of_lists([[tensor] for tensor in piece], columns))
 
-    if (
-        total <= _LITTLE
-        or like.dtype not in AS_IS
-        or any({*map(_DTYPE, columns[k])} != {like.dtype} for k in lists)
-    ):
+    if layout.total <= _LITTLE or like.dtype not in AS_IS or layout.dtypes != {like.dtype}:
         return size, eagerly
-    tape = recording.Tape(len(lists))
     try:
-        outputs = _recorded(rule, numbers, columns, lists, tape)
-        program = tape.program([outputs[k] for k in lists])
+        program, constants = _kept(rule, numbers, columns) or _program(rule, numbers, columns)
     except recording.Unrecordable:
         return size, eagerly
+    size = size * _USUAL // len(program.memory)
+    registers = program.registers(min(size, layout.total), like)
+    return size, lambda piece: program.run(piece, registers, constants)
+
+
+def _program(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any]
+) -> tuple[recording.Program, list[Any]]:
+    """What updates a piece of each column, and its constants; sets what the tensors share."""
+    lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
+    tape = recording.Tape(len(lists))
+    outputs = _recorded(rule, numbers, columns, lists, tape)
+    program = tape.program([outputs[k] for k in lists])
     for column, value in zip(columns, outputs, strict=True):
         if isinstance(column, Shared):
             column.new = value
-    size = size * _USUAL // len(program.memory)
-    registers = program.registers(min(size, total), like)
-    return size, lambda piece: program.run(piece, registers, tape.constants)
+    return program, tape.constants
+
+
+class _Recording(NamedTuple):
+    """A program, and where the sheet has its constants and the new values of what is shared."""
+
+    program: recording.Program
+    sheet: Sheet
+    constants: list[int]
+    shared: list[int]
+
+
+def _kept(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any]
+) -> tuple[recording.Program, list[Any]] | None:
+    """What `_program` returns, without another run of the rule where only numbers have changed.
+
+    None for rules of others, which may look at more than their arguments.
+    """
+    values = [numbers.t, *vars(numbers.hparams).values()]
+    if not (
+        type(rule).__module__.startswith("diffopt.rules.")
+        and {*map(type, values)} <= {float, int}
+        and not numbers.initial
+    ):
+        return None
+    shared = [column for column in columns if isinstance(column, Shared)]
+    recordings = _recordings(rule, (*map(type, columns),))
+    inputs = [*values, *(column.value for column in shared)]
+    cells = recordings[0].sheet.cells(inputs) if recordings else None
+    if cells is None:
+        recordings[:] = [_recording(rule, inputs, columns)]
+        cells = recordings[0].sheet.cells(inputs)
+    assert cells is not None  # these are the numbers with which it was recorded
+    program, _, constants, places = recordings[0]
+    for column, k in zip(shared, places, strict=True):
+        column.new = cells[k]
+    return program, [cells[k] for k in constants]
+
+
+@functools.lru_cache(maxsize=256)
+def _recordings(rule: AnyRule, kinds: tuple[type, ...]) -> list[_Recording]:
+    """The last recording for columns of these kinds, if any, to be replaced by later ones."""
+    return []
+
+
+def _recording(rule: AnyRule, inputs: list[Any], columns: Sequence[Any]) -> _Recording:
+    sheet = Sheet(inputs)
+    symbols: Iterator[Any] = iter(sheet.inputs)
+    t, *values = itertools.islice(symbols, 1 + len(hyper.FIELDS[rule.hparams]))
+    seen = [Shared(next(symbols)) if isinstance(c, Shared) else c for c in columns]
+    program, constants = _program(rule, numbers_of(rule, t, values), seen)
+    places = [sheet.cell(c.new) for c in seen if isinstance(c, Shared)]
+    cells = [sheet.cell(x) for x in constants]
+    sheet.seal()
+    return _Recording(program, sheet, cells, places)
 
 
 def _recorded(

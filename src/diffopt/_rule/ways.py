@@ -132,7 +132,7 @@ def _compiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
         RUN[choose(rule, survey(columns), (), "unfused")](rule, numbers, columns)
 
 
-RUN: dict[Way, Callable[[AnyRule, Numbers, Sequence[Any]], None]] = {
+RUN: dict[Way, Callable[[AnyRule, Numbers, Sequence[Any]], object]] = {
     "sparse": running.sparse_,
     "compiled": _compiled_,
     "tiles": tiles.tiled_,

@@ -149,7 +149,7 @@ class RuleOptimizer(Checkpoints):
             _torch.refuse_capture(self)
         groups = self.param_groups
         grads = [list(map(_GRAD, group["params"])) for group in groups]
-        with torch.no_grad():  # all checks come before any change
+        with torch.set_grad_enabled(False):  # all checks come before any change
             plans = self._planned(grads)
         for group, plan, gradients in zip(groups, plans, grads, strict=True):
             plan = plan or self._plan(group, Options(self, group), gradients)

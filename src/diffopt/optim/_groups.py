@@ -46,8 +46,8 @@ def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     values: list[Any] = []
     for field in hyper.FIELDS[opt.hparams]:
         value = _option(group, field.name)
-        epsilon = field.name == "eps1" and value is None
-        values.append(value if epsilon else plain_number(value, field.name))
+        known = type(value) is float or (field.name == "eps1" and value is None)
+        values.append(value if known else plain_number(value, field.name))
     return values
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _modes, _torch
-from diffopt._rule import hyper, running, ways
+from diffopt._rule import hyper, running, tiles, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.running import Shared
 from diffopt.optim import _state
@@ -148,6 +148,7 @@ class Bucket:
         orders = [_order(opt, param) for param in params] if key.kind.layout == "regular" else []
         self.orders = orders if any(orders) else []
         self.extent: _memory.Extent | None = None
+        self.layout: tiles.Layout | None = None
 
     def of(self, params: list[Tensor], grads: list[Any]) -> tuple[list[Tensor], list[Any]]:
         """The parameters and gradients of this bucket among those of the group."""
@@ -295,8 +296,11 @@ class Bucket:
         numbers = running.numbers_of(self.rule, t, placed)
         if way in _JOINT and self._crossed(columns):
             way = "leaf"
-        if way in _JOINT:
+        if way == "tiles":
+            self.layout = tiles.tiled_(self.rule, numbers, columns, self.layout)
+        elif way in _JOINT:
             ways.RUN[way](self.rule, numbers, columns)
+        if way in _JOINT:
             self._count(columns)
             return
         for i in range(len(columns[0])):
