@@ -97,11 +97,13 @@ def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
 
 def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     """In place, tensor by tensor."""
+    copy_: Any = torch.ops.aten.copy_.default
     for row in _rows_of(columns):
+        if row[0].is_cpu:  # otherwise Tensor.copy_, which is faster, asks for a device that fake
+            copy_ = Tensor.copy_  # tensors need not have
         for old, new in zip(written(row), apply(rule, numbers, row), strict=True):
             if isinstance(old, Tensor) and new is not old:
-                # Tensor.copy_ asks for the device, which a machine lacks where tensors are fake.
-                torch.ops.aten.copy_.default(old, new)
+                copy_(old, new)
 
 
 def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:

@@ -496,7 +496,8 @@ def _begin(optimizer: Any, group: Group, opt: Leafwise[Any, Any], params: list[T
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
         rows = optimizer.new_states([*new.values()], group)
         if not differentiable:
-            _state.pack(rows, optimizer.scalar_state)
+            alike = sorted(rows, key=list)  # the counts of a bucket side by side
+            _state.pack(alike, optimizer.scalar_state)
         if type(optimizer.state) is State:
             for name in optimizer.scalar_state:  # all of a name are equal
                 value = (None if name == "step" else object(), 0.0)

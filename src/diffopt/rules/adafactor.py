@@ -144,7 +144,7 @@ adafactor = Adafactor
 
 
 def _mean(x: Tensor, dim: int) -> Tensor:
-    return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)
+    return x.mean(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
 
 
 def _rms(x: Tensor) -> Any:
