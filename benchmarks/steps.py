@@ -1,6 +1,7 @@
 """Time of one in-place step beside torch.optim's, and beside moving the bytes it must move.
 
     python benchmarks/steps.py [--device cuda] [--only Adam AdamW] [--repeats 10] [--cold] [--best]
+    python benchmarks/steps.py --loop transformer [--only Adam AdamW] [--repeats 300] [--best]
 
 The contenders take turns of a few steps, the first of which is not counted, or with `--cold` of one
 step, which then finds the others' data in the caches; the order is reversed from round to round.
@@ -10,6 +11,10 @@ class's time over the fastest of torch's. "floor" is the time to read and write 
 the bandwidth of a large tensor scaled in place in the same run: on tensors that exceed the caches
 no step runs much faster. Times are medians, or with `--best`, for machines that are busy,
 minima, on one thread of a CPU of its processor time.
+
+With `--loop` the classes by default and torch's by default train a small model each, under a
+schedule of the learning rate, and only their steps are timed: between two steps the forward and
+backward passes take the caches.
 """
 
 from __future__ import annotations
@@ -64,6 +69,8 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, float], int]] = {
 }
 OURS = ("diffopt", "diffopt fused", "update_", "compiled")
 WAYS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
+BOTH = optim, torch.optim
+IN_TRAINING = [name for name in OPTIMIZERS if name not in ("LBFGS", "Muon", "SparseAdam")]
 SPARSE_ROWS = 0.01  # of a SparseAdam gradient
 
 Step = Callable[[], object]
@@ -133,6 +140,50 @@ def bandwidths_of(device: str, repeats: int, *, best: bool) -> tuple[float, floa
     return moved / times["scale"], moved / times["copy"]
 
 
+def transformer() -> torch.nn.Module:
+    """27 tensors, 110,000 weights."""
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return torch.nn.Sequential(torch.nn.Embedding(65, 64), encoder, torch.nn.Linear(64, 65))
+
+
+def training(cls: type, total: int, device: str, *, own: bool) -> Callable[[], float]:
+    """One step of training a transformer; returns the milliseconds of the optimizer's."""
+    torch.manual_seed(0)
+    model = transformer().to(device)
+    optimizer = cls(model.parameters(), lr=1e-3)
+    cycled = "betas" in optimizer.defaults
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-3, total_steps=total, cycle_momentum=cycled
+    )
+    text = torch.randint(65, (8, 17), device=device)
+
+    def train() -> float:
+        optimizer.zero_grad()
+        output = model(text[:, :-1]).flatten(0, 1)
+        torch.nn.functional.cross_entropy(output, text[:, 1:].flatten()).backward()
+        elapsed = milliseconds(optimizer.step, device, own=own)
+        scheduler.step()
+        return elapsed
+
+    return train
+
+
+def in_training(names: list[str], device: str, repeats: int, *, best: bool) -> Table:
+    """The classes and torch's in turns, but for the first steps."""
+    table = Table("", "diffopt", "torch", "ratio", title="in the training of a transformer")
+    own = best and device == "cpu" and torch.get_num_threads() == 1
+    for name in track(names, "transformer", transient=True):
+        runs = [training(getattr(o, name), repeats + 12, device, own=own) for o in BOTH]
+        times: list[list[float]] = [[], []]
+        for i in range(repeats + 10):
+            for k in (0, 1) if i % 2 else (1, 0):
+                times[k].append(runs[k]())
+        ours, theirs = ((min if best else statistics.median)(of[10:]) for of in times)
+        table.add_row(name, f"{ours:.3f}", f"{theirs:.3f}", f"{ours / theirs:.2f}")
+    return table
+
+
 def contenders(name: str, tensors: list[Tensor]) -> dict[str, Step]:
     rule, numbers, _ = OPTIMIZERS[name]
     ours = getattr(optim, name)
@@ -159,9 +210,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     titles = list(SHAPES | MATRICES)
     parser.add_argument("--shapes", nargs="+", default=titles, choices=titles)
+    parser.add_argument("--loop", choices=["transformer"], help="time steps inside of training")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console, best = Console(width=140), options.best
+    if options.loop:
+        names = [name for name in options.only if name in IN_TRAINING]
+        console.print(in_training(names, options.device, options.repeats, best=best))
+        return
     bandwidth, copy = bandwidths_of(options.device, options.repeats, best=best)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     rates = f"{bandwidth / 1e6:.0f} GB/s in place, {copy / 1e6:.0f} copying"
