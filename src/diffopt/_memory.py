@@ -91,13 +91,18 @@ class Extent:
         self.starts = [start for start, _ in spans]
         self.ends = [0, *itertools.accumulate((end for _, end in spans), max)]
         self.lengths = list(map(_length, read))
+        self.apart = list[int]()  # the last addresses that did not meet, which may well come again
 
     def meets(self, read: Iterable[Tensor]) -> bool:
         """Whether one of them may have an element where the others are written."""
         addresses = list(map(Tensor.data_ptr, read))  # all in C: there may be thousands
+        if addresses and addresses == self.apart:
+            return False
         ends = map(operator.add, addresses, self.lengths)
         begun = map(bisect.bisect_left, itertools.repeat(self.starts), ends)
-        return any(map(operator.gt, map(self.ends.__getitem__, begun), addresses))
+        meeting = any(map(operator.gt, map(self.ends.__getitem__, begun), addresses))
+        self.apart = [] if meeting else addresses
+        return meeting
 
 
 def _length(tensor: Tensor) -> int:

@@ -82,6 +82,7 @@ class _Node(NamedTuple):
     kind: Any  # None for a leaf
     context: Any
     children: tuple[_Node, ...]
+    flat: bool = False  # whether all children are leaves
 
 
 _LEAF = _Node(pytree.tree_structure(0), None, None, ())
@@ -99,12 +100,13 @@ def _node(spec: Spec) -> _Node | None:
     ours = kind in (list, tuple, dict, pytree.namedtuple) or spec.context is None
     if not ours or None in children:
         return None
-    return _Node(spec, kind, spec.context, cast(Any, children))
+    flat = all(child is _LEAF for child in children)
+    return _Node(spec, kind, spec.context, cast(Any, children), flat)
 
 
 def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
     """Add the leaves to the values, if the tree has this structure."""
-    _, kind, context, children = node
+    _, kind, context, children, flat = node
     if kind is None:
         values.append(tree)
         return isinstance(tree, Tensor) or pytree.tree_is_leaf(tree)
@@ -118,6 +120,9 @@ def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
         mine = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)[0]
     if len(mine) != len(children):
         return False
+    if flat and _modes.all_ordinary(mine):  # all in C: there may be thousands
+        values += mine
+        return True
     for child, structure in zip(mine, children):  # noqa: B905 (`strict` is slower)
         if structure is _LEAF and isinstance(child, Tensor):
             values.append(child)
@@ -128,7 +133,7 @@ def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
 
 def _build(node: _Node, values: Iterator[Any]) -> Tree:
     """The tree of this structure with the next values."""
-    _, kind, context, nodes = node
+    _, kind, context, nodes, _ = node
     if kind is None:
         return next(values)
     children = [next(values) if child is _LEAF else _build(child, values) for child in nodes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -15,6 +16,8 @@ from diffopt._tree import Tree
 
 S = TypeVar("S")
 H = TypeVar("H")
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 Write: TypeAlias = Callable[[], None]
 """Writes what has been checked or computed before."""
@@ -153,7 +156,11 @@ def refuse_gradients(grads: Tree, hparams: Any) -> None:
     if not torch.is_grad_enabled():
         return
     for name, tree in (("grads", grads), ("hparams", hparams)):
-        for i, leaf in enumerate(_tree.flatten(tree)[0]):
+        leaves = _tree.flatten(tree)[0]
+        quick = not _modes.compiling() and _modes.all_ordinary(leaves)
+        if quick and not any(map(_REQUIRES_GRAD, leaves)):
+            continue  # all in C: there may be thousands
+        for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 raise ValueError(
                     f"{_tree.paths(tree, name)[i]} requires a gradient, but update_ is not "

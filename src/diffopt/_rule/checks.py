@@ -20,7 +20,7 @@ from diffopt._tree import Tree
 _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _LAYOUT = operator.attrgetter("layout")
 _NUMBER = operator.attrgetter("dtype", "layout", "device")
-_MANY = 8  # tensors that are worth a guard
+MANY = 8  # tensors that are worth a guard
 
 
 def params(
@@ -146,7 +146,7 @@ def like(leaves: list[Any]) -> Callable[[list[Any]], bool]:
     are not dense, nor where there are transforms, traces and subclasses.
     """
     sure = (
-        len(leaves) >= _MANY
+        len(leaves) >= MANY
         and not _modes.observed()
         and _modes.all_ordinary(leaves)
         and {*map(_LAYOUT, leaves)} == {torch.strided}

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,18 @@ from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_choice, check_function
 from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, fields, hyper, lists, ops, running, ways
-from diffopt._rule.rule import EXECUTIONS, WORKING_DTYPE, Execution, H, Rule, S, Shape, unused
+from diffopt._rule.prints import Passed
+from diffopt._rule.rule import (
+    EXECUTIONS,
+    WORKING_DTYPE,
+    Execution,
+    H,
+    Rule,
+    S,
+    Shape,
+    is_ours,
+    unused,
+)
 from diffopt._tree import Tree
 from diffopt._value import Flags, brief
 from diffopt.optimizer import Optimizer, Write
@@ -128,14 +139,63 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
 
     def prepare_(self, params: Tree, grads: Tree, state: S, hparams: H) -> Write:
-        work = self.gather(params, grads, state, hparams)
-        named = zip(self.buffer_names, work.buffers, strict=True)
-        used = {f"state.{name}": c for name, c in named if c and not unused(c[0])}
-        columns = {"params": work.params, **used}
-        checks.writable(columns, params, state[0], work.grads, work.numbers)
-        if self.may_grow(work) and not _modes.all_plain(work.tensors(state[0])):
-            return super().prepare_(params, grads, state, hparams)
-        return functools.partial(self.write_, work, state[0], lambda _, *part: self.step_(*part))
+        work = self._as_before(params, grads, state, hparams)
+        if work is None:
+            work = self.gather(params, grads, state, hparams)
+            named = zip(self.buffer_names, work.buffers, strict=True)
+            used = {f"state.{name}": c for name, c in named if c and not unused(c[0])}
+            columns = {"params": work.params, **used}
+            checks.writable(columns, params, state[0], work.grads, work.numbers)
+            if self.may_grow(work) and not _modes.all_plain(work.tensors(state[0])):
+                return super().prepare_(params, grads, state, hparams)
+            self._remember(work, [*itertools.chain(*used.values()), state[0]])
+        return functools.partial(self.write_, work, state[0], functools.partial(self._part_, work))
+
+    def _part_(self, work: Work, indices: list[int], *part: Any) -> None:
+        self.step_(*part, work.kind if len(indices) == len(work.params) else None)
+
+    def _as_before(self, params: Tree, grads: Tree, state: S, hparams: H) -> Work | None:
+        """What `gather` returns, if tensors like these have passed all checks before."""
+        made = type(state) is self.State and type(hparams) is self.hparams
+        if _modes.observed() or not (made and _PASSED):
+            return None
+        tensors, spec = _tree.flatten(params)
+        known = _PASSED.get(_passed_as(self, tensors, map(unused, state[1:])))
+        if known is None:
+            return None
+        passed, kind = known
+        used = [field for field in state[1:] if not unused(field)]
+        (gradients, *columns), specs = zip(*map(_tree.flatten, (grads, *used)), strict=True)
+        numbers = hyper.broadcast(hparams, spec, params)
+        if not (
+            all(structure is spec for structure in specs)
+            and all(len(n.values) == 1 and type(n.values[0]) in (float, int) for n in numbers)
+            and passed.by(tensors, [*itertools.chain(*columns), state[0]], gradients)
+        ):
+            return None
+        rest = iter(columns)
+        buffers = [[()] * len(tensors) if unused(x) else next(rest) for x in state[1:]]
+        return Work(spec, tensors, gradients, buffers, numbers, kind)
+
+    def _remember(self, work: Work, others: list[Tensor]) -> None:
+        """Note what has passed all checks, the second time that these params do."""
+        if _modes.observed() or len(work.params) < checks.MANY or not is_ours(self):
+            return
+        if not _modes.all_ordinary([*work.params, *others, *work.grads]):
+            return
+        key = _passed_as(self, work.params, (unused(column[0]) for column in work.buffers))
+        _PASSED[key] = self._passed(work, others) if key in _PASSED else None
+        for old in [*_PASSED][:-_REMEMBERED]:
+            _PASSED.pop(old, None)
+
+    def _passed(self, work: Work, others: list[Tensor]) -> tuple[Passed, ways.Kind | None]:
+        grads: list[Any] = work.grads
+        groups, kind = work.groups(), None
+        if len(groups) == 1:
+            numbers = self._numbers(work.buffers)
+            columns = work.columns(groups[0])
+            kind = ways.survey([c for k, c in enumerate(columns) if k - 2 not in numbers])
+        return Passed(work.params, others, grads), kind
 
     def write_(self, work: Work, count: Tensor, step_: Callable[..., None]) -> None:
         """Update what was gathered in place: `step_(indices, t, values, columns)` does one part."""
@@ -205,18 +265,26 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             return lists.foreach(self, numbers, columns, widen=True)
         return self._leaf_by_leaf(t, values, columns)
 
-    def step_(self, t: Any, values: list[Any], columns: list[Any]) -> None:
+    def step_(
+        self, t: Any, values: list[Any], columns: list[Any], kind: ways.Kind | None = None
+    ) -> None:
         """Update tensors that share device, dtype and hyperparameters, in place."""
         kernel_values = _for_kernels(values, columns[0][0])
-        way = self._way(t, kernel_values, columns)
+        way = self._way(t, kernel_values, columns, kind)
         if way == "native":
             if self._native_(t, kernel_values, columns):
                 return
-            way = self._way(t, kernel_values, columns, kernel=False)
+            way = self._way(t, kernel_values, columns, kind, kernel=False)
         ways.RUN[way](self, running.numbers_at(self, t, values, columns[0][0]), columns)
 
     def _way(
-        self, t: Any, values: list[Any], columns: list[Any], *, kernel: bool = True
+        self,
+        t: Any,
+        values: list[Any],
+        columns: list[Any],
+        kind: ways.Kind | None = None,
+        *,
+        kernel: bool = True,
     ) -> ways.Way:
         """The way to run the rule; never "native" where that kernel has refused."""
         # Kernels take the step in float32, which is exact for whole numbers only.
@@ -227,7 +295,8 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         lr, *rest = values
         numeric = isinstance(lr, Tensor) and _takes_rate(lr, columns[0][0])
         rest += [column.value for column in columns if isinstance(column, running.Shared)]
-        return ways.choose(self, ways.survey(columns), [0.0 if numeric else lr, *rest], wanted)
+        kind = kind or ways.survey(columns)
+        return ways.choose(self, kind, [0.0 if numeric else lr, *rest], wanted)
 
     def _native_(self, t: Any, values: list[Any], columns: list[Any]) -> bool:
         """Run a native kernel; False, with nothing changed, where none applies."""
@@ -311,6 +380,21 @@ def _check_hashable(flag: Any, name: str) -> None:
         raise TypeError(
             f"{name} is {_tree.describe(flag)}, which has no hash: pass a constant, such as a tuple"
         ) from None
+
+
+_PASSED: dict[Any, tuple[Passed, ways.Kind | None] | None] = {}
+"""By rule and ids of params, what has passed all checks, and what all tensors have in common.
+
+None after the first time.
+"""
+
+_REMEMBERED = 8
+
+
+def _passed_as(
+    rule: Leafwise[Any, Any], params: list[Any], absent: Iterable[bool]
+) -> tuple[Any, ...]:
+    return (rule, torch.is_inference_mode_enabled(), *absent, *map(id, params))
 
 
 _KIND = operator.attrgetter("device", "dtype")  # in C: a step reads thousands
@@ -555,6 +639,8 @@ class Work:
     grads: list[Tensor | None]
     buffers: list[list[Any]]
     numbers: list[hyper.Covered]
+    kind: ways.Kind | None = None
+    """What all tensors have in common, where that is known and the hyperparameters are numbers."""
 
     def tensors(self, step: Any) -> Iterator[Tensor]:
         values = (v for number in self.numbers for v in _tree.leaves(number.values))
@@ -564,7 +650,7 @@ class Work:
 
     def groups(self) -> list[list[int]]:
         """Leaves that share device, dtype and hyperparameters, hence also the per-step scalars."""
-        if not _modes.compiling() and self._alike():
+        if self.kind or (not _modes.compiling() and self._alike()):
             return [[*range(len(self.params))]]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
@@ -587,7 +673,7 @@ class Work:
 
     def columns(self, indices: list[int]) -> list[Any]:
         """The tensors of one group."""
-        columns = (
-            [column[i] for i in indices] for column in (self.params, self.grads, *self.buffers)
-        )
+        columns: Any = (self.params, self.grads, *self.buffers)
+        if len(indices) < len(self.params):
+            columns = [[column[i] for i in indices] for column in columns]
         return [() if unused(column[0]) else column for column in columns]

@@ -118,6 +118,14 @@ class Rule(ABC, Generic[S, H]):
         return None
 
 
+def is_ours(rule: Rule[Any, Any]) -> bool:
+    """Whether it is one of this package's, whose methods look at nothing but their arguments.
+
+    Others may be meant to look at more, so that nothing they return can be used again.
+    """
+    return type(rule).__module__.startswith("diffopt.rules.")
+
+
 def zeros_like(param: Tensor) -> Tensor:
     """A buffer for `param`: zeros of its shape, in float32 where it has half precision."""
     if not isinstance(param, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)

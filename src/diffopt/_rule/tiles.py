@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffopt import _torch
 from diffopt._rule import hyper, recording
+from diffopt._rule.rule import is_ours
 from diffopt._rule.running import (
     AS_IS,
     AnyRule,
@@ -302,14 +303,10 @@ def _kept(
 ) -> tuple[recording.Program, list[Any]] | None:
     """What `_program` returns, without another run of the rule where only numbers have changed.
 
-    None for rules of others, which may look at more than their arguments.
+    None where the rule is not ours, or its numbers are tensors.
     """
     values = [numbers.t, *vars(numbers.hparams).values()]
-    if not (
-        type(rule).__module__.startswith("diffopt.rules.")
-        and {*map(type, values)} <= {float, int}
-        and not numbers.initial
-    ):
+    if not (is_ours(rule) and {*map(type, values)} <= {float, int} and not numbers.initial):
         return None
     shared = [column for column in columns if isinstance(column, Shared)]
     recordings = _recordings(rule, (*map(type, columns),))

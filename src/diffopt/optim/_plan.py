@@ -19,15 +19,16 @@ traced.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt import _memory, _modes, _torch
+from diffopt import _memory, _modes
 from diffopt._rule import hyper, running, tiles, ways
 from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.prints import Prints, addresses_of
 from diffopt._rule.running import Shared
 from diffopt.optim import _state
 from diffopt.optim._groups import Group
@@ -160,8 +161,8 @@ class Bucket:
         """Keep what `holds` compares with; of counts, which have no strides, the address."""
         self.kept = [x for column in self.buffers.values() for x in column]
         self.counted = [x for counts in self.scalars.values() for x in counts.tensors]
-        self.given, self.own = _Prints(params, grads), _Prints(self.kept, ())
-        self.addresses = _addresses(self.counted)
+        self.given, self.own = Prints(params, grads), Prints(self.kept, ())
+        self.addresses = addresses_of(self.counted)
 
     def holds(self, params: list[Tensor], grads: list[Any], *, lent: bool) -> bool:
         """Whether all tensors are as they were."""
@@ -171,7 +172,7 @@ class Bucket:
         """Whether those of the state are."""
         return (
             self.own.fit(self.kept, ())
-            and _addresses(self.counted) == self.addresses
+            and addresses_of(self.counted) == self.addresses
             and all(counts.equal() for counts in self.scalars.values())
         )
 
@@ -345,36 +346,6 @@ _JOINT = ("compiled", "tiles", "stacks", "foreach")
 
 def _missing(grads: Sequence[Any]) -> list[int]:
     return [i for i, grad in enumerate(grads) if grad is None]
-
-
-class _Prints:
-    """What tensors were: types, dtypes, devices, shapes, strides, and the addresses of some."""
-
-    def __init__(self, placed: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        self.kept = [
-            (_torch.TensorGuards([*some, *more]), _addresses(some))
-            for some, more in _chunks(placed, others)
-        ]
-
-    def fit(self, placed: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-        return all(
-            guards.hold((*some, *more)) and _addresses(some) == addresses
-            for (guards, addresses), (some, more) in zip(
-                self.kept, _chunks(placed, others), strict=True
-            )
-        )
-
-
-_CHUNK = 100  # tensors that stay in a core's cache while they are read twice
-
-
-def _chunks(*columns: Sequence[Tensor]) -> Iterator[list[Sequence[Tensor]]]:
-    for i in range(0, len(columns[0]), _CHUNK):
-        yield [column[i : i + _CHUNK] for column in columns]
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
 
 
 def _fields(opt: Leafwise[Any, Any], param: Tensor) -> list[str]:

@@ -1,0 +1,132 @@
+"""`update_` remembers which tensors have passed its checks, and sees all that has changed since."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+
+import diffopt
+from diffopt._rule import leafwise
+from diffopt.rules import Leafwise
+
+N = 10
+
+
+class Run:
+    """The arguments of `update_`, which has taken three steps."""
+
+    def __init__(self, name, kind=list):
+        generator = torch.Generator().manual_seed(0)
+        draws = [[torch.randn(2, 3, generator=generator) for _ in range(N)] for _ in range(2)]
+        names = range(N) if kind is dict else None
+        self.params, self.grads = (dict(zip(names, x, strict=True)) if names else x for x in draws)
+        self.opt = getattr(diffopt, name)()
+        self.state = self.opt.init(self.params)
+        self.hparams = self.opt.hparams(lr=0.1)
+        for _ in range(3):
+            self.step()
+
+    def step(self):
+        self.opt.update_(self.params, self.grads, self.state, self.hparams)
+
+    def field(self):
+        return next(x for x in self.state[:0:-1] if x != ())
+
+
+def data(run, i, value):
+    run.params[i].data = value
+
+
+CHANGES = {
+    "nothing": lambda r: None,
+    "numbers": lambda r: setattr(r, "hparams", r.opt.hparams(lr=0.3)),
+    "a rate in a tensor": lambda r: setattr(r, "hparams", r.opt.hparams(lr=torch.tensor(0.3))),
+    "rates of the parts": lambda r: setattr(r, "hparams", r.opt.hparams(lr=[0.1] * 9 + [0.2])),
+    "a missing gradient": lambda r: r.grads.__setitem__(3, None),
+    "a gradient of another shape": lambda r: r.grads.__setitem__(3, torch.zeros(3, 2)),
+    "a gradient of another dtype": lambda r: r.grads.__setitem__(3, torch.zeros(2, 3).double()),
+    "gradients of other strides": lambda r: r.grads.__setitem__(3, torch.ones(3, 2).t()),
+    "a gradient that is no tensor": lambda r: r.grads.__setitem__(3, 1.0),
+    "a sparse gradient": lambda r: r.grads.__setitem__(3, torch.ones(2, 3).to_sparse()),
+    "a gradient in a parameter": lambda r: r.grads.__setitem__(3, r.params[2]),
+    "a gradient that is its parameter": lambda r: r.grads.__setitem__(3, r.params[3]),
+    "a gradient in the state": lambda r: r.grads.__setitem__(3, r.field()[4]),
+    "too few gradients": lambda r: r.grads.pop(),
+    "a parameter of another shape": lambda r: data(r, 3, torch.ones(3, 2)),
+    "a parameter of another dtype": lambda r: data(r, 3, torch.ones(2, 3).double()),
+    "a parameter elsewhere": lambda r: data(r, 3, torch.ones(2, 3)),
+    "a parameter in another": lambda r: data(r, 3, r.params[2].data),
+    "a parameter twice": lambda r: r.params.__setitem__(3, r.params[2]),
+    "a parameter that is expanded": lambda r: data(r, 3, torch.ones(3).expand(2, 3)),
+    "a buffer in a parameter": lambda r: r.field().__setitem__(3, r.params[2]),
+    "a buffer of another dtype": lambda r: r.field().__setitem__(3, torch.ones(2, 3).bfloat16()),
+    "a buffer of integers": lambda r: r.field().__setitem__(3, torch.ones(2, 3).long()),
+    "a coarse count": lambda r: setattr(r, "state", r.state._replace(step=torch.ones(()).half())),
+    "a count of two": lambda r: setattr(r, "state", r.state._replace(step=torch.ones(2))),
+    "another state": lambda r: setattr(r, "state", tuple(r.state)),
+    "a state without a field": lambda r: setattr(r, "state", r.state._replace(**absent(r))),
+    "others": lambda r: setattr(r, "params", [torch.ones(2, 3) for _ in range(N)]),
+}
+
+
+def absent(run):
+    return {run.opt.State._fields[-1 if run.state[-1] != () else -2]: ()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd", "adafactor"])
+def test_what_has_passed_the_checks_is_checked_again_where_it_has_changed(name, change):
+    ends = []
+    for forgetful in (False, True):
+        run = Run(name)
+        assert any(leafwise._PASSED.values())
+        CHANGES[change](run)
+        if forgetful:
+            leafwise._PASSED.clear()
+        try:
+            run.step()
+        except Exception as error:
+            ends.append((type(error), str(error)))
+        else:
+            ends.append((run.params, run.state))
+    if isinstance(ends[0][0], type) or isinstance(ends[1][0], type):
+        assert ends[0] == ends[1]
+    else:
+        torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+@pytest.mark.parametrize("name", ["adam", "nadam", "muon", "rprop"])
+def test_repeated_updates_equal_those_of_the_rule(name, kind):
+    run, twin = Run(name, kind), Run(name, kind)
+    twin.opt = dataclasses.replace(twin.opt, execution="leaf")
+    for r in (run, twin):
+        for _ in range(3):
+            r.step()
+    torch.testing.assert_close((run.params, run.state), (twin.params, twin.state))
+
+
+def test_checks_are_not_repeated(monkeypatch):
+    run = Run("adam")
+    monkeypatch.setattr(Leafwise, "gather", lambda *_: pytest.fail("all is checked again"))
+    run.step()
+    run.hparams = run.opt.hparams(lr=0.2)
+    run.step()
+
+
+def test_an_inference_tensor_is_refused_where_it_cannot_be_written():
+    with torch.inference_mode():
+        run = Run("adam")
+        run.step()
+    with pytest.raises(ValueError, match=r"params\[0\] is an inference tensor"):
+        run.step()
+
+
+def test_what_has_passed_is_not_kept_alive():
+    run = Run("adam")
+    seen = [weakref.ref(x) for x in (run.params[0], run.grads[0], run.field()[0])]
+    del run
+    gc.collect()
+    assert not any(ref() is not None for ref in seen)
