@@ -149,12 +149,16 @@ class RuleOptimizer(Checkpoints):
             _torch.refuse_capture(self)
         groups = self.param_groups
         grads = [list(map(_GRAD, group["params"])) for group in groups]
-        with torch.set_grad_enabled(False):  # all checks come before any change
-            plans = self._planned(grads)
-        for group, plan, gradients in zip(groups, plans, grads, strict=True):
-            plan = plan or self._plan(group, Options(self, group), gradients)
-            with torch.set_grad_enabled(bool(group.get("differentiable"))):
+        enabled = torch.is_grad_enabled()
+        try:  # torch's contexts take as long as stepping some five small tensors
+            _torch.set_grad_enabled(False)
+            plans = self._planned(grads)  # all checks come before any change
+            for group, plan, gradients in zip(groups, plans, grads, strict=True):
+                plan = plan or self._plan(group, Options(self, group), gradients)
+                _torch.set_grad_enabled(bool(group.get("differentiable")))
                 plan.step_(self, group, gradients)
+        finally:
+            _torch.set_grad_enabled(enabled)
 
     def _planned(self, grads: list[list[Any]]) -> list[Any]:
         """How each group is stepped: as before where nothing has changed.

@@ -106,7 +106,10 @@ def _computed(scalar: Any) -> bool:
 
 
 def _given(group: Group) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in _TENSORS}
+    given = group.copy()
+    for name in _TENSORS:
+        given.pop(name, None)
+    return given
 
 
 def _alike(new: Any, old: Any) -> bool:
