@@ -64,6 +64,7 @@ CHANGES = {
     "a buffer of another dtype": lambda r: r.field().__setitem__(3, torch.ones(2, 3).bfloat16()),
     "a buffer of integers": lambda r: r.field().__setitem__(3, torch.ones(2, 3).long()),
     "a coarse count": lambda r: setattr(r, "state", r.state._replace(step=torch.ones(()).half())),
+    "one number of the state": lambda r: getattr(r.state, "mu_product", r.params)[3].mul_(0.5),
     "a count of two": lambda r: setattr(r, "state", r.state._replace(step=torch.ones(2))),
     "another state": lambda r: setattr(r, "state", tuple(r.state)),
     "a state without a field": lambda r: setattr(r, "state", r.state._replace(**absent(r))),
@@ -76,7 +77,7 @@ def absent(run):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd", "nadam", "adafactor"])
 def test_what_has_passed_the_checks_is_checked_again_where_it_has_changed(name, change):
     ends = []
     for forgetful in (False, True):
@@ -98,7 +99,7 @@ def test_what_has_passed_the_checks_is_checked_again_where_it_has_changed(name, 
 
 
 @pytest.mark.parametrize("kind", [list, dict])
-@pytest.mark.parametrize("name", ["adam", "nadam", "muon", "rprop"])
+@pytest.mark.parametrize("name", ["adam", "nadam", "asgd", "muon", "rprop"])
 def test_repeated_updates_equal_those_of_the_rule(name, kind):
     run, twin = Run(name, kind), Run(name, kind)
     twin.opt = dataclasses.replace(twin.opt, execution="leaf")
