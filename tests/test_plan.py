@@ -266,6 +266,18 @@ def test_a_scheduled_number_is_all_that_is_read_anew(name, monkeypatch):
     assert plan.options.values[0] == 0.2
 
 
+def test_a_number_with_which_no_step_can_be_computed_is_refused_where_a_plan_is_kept():
+    params = parameters((3, 2), (2, 2))
+    optimizer = make(optim, "Adam", params)
+    step(optimizer, params)
+    step(optimizer, params)
+    optimizer.param_groups[0]["betas"] = (1.0, 0.9)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"beta1 is 1.0, but must be >= 0 and < 1"):
+        step(optimizer, params)
+    assert all(map(torch.equal, params, before))
+
+
 # Memory
 
 
