@@ -151,8 +151,11 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             self._remember(work, [*itertools.chain(*used.values()), state[0]])
         return functools.partial(self.write_, work, state[0], functools.partial(self._part_, work))
 
-    def _part_(self, work: Work, indices: list[int], *part: Any) -> None:
-        self.step_(*part, work.kind if len(indices) == len(work.params) else None)
+    def _part_(
+        self, work: Work, indices: list[int], t: Any, values: list[Any], columns: list[Any]
+    ) -> None:
+        kind = work.kind if len(indices) == len(work.params) else None
+        self.step_(t, values, columns, kind)
 
     def _as_before(self, params: Tree, grads: Tree, state: S, hparams: H) -> Work | None:
         """What `gather` returns, if tensors like these have passed all checks before."""
