@@ -58,8 +58,12 @@ class Options:
 
         As in torch, others are taken: schedules may leave the ranges that constructors check.
         """
+        if self._in_range(self.values, itertools.repeat(self)):
+            return
         record = self.opt.hparams
-        numbers = [1.0 if isinstance(value, Tensor) else value for value in self.values]
+        defaults = [getattr(record(), field.name) for field in hyper.FIELDS[record]]
+        pairs = zip(defaults, self.values, strict=True)
+        numbers = [default if isinstance(x, Tensor) else x for default, x in pairs]
         with contextlib.suppress(Exception):  # such as division by zero
             hparams = hyper.assemble(record, numbers)
             scalars = [self.opt.scalars(t, hparams) for t in (1.0, 10.0)]  # RAdam: without, with v
@@ -91,12 +95,16 @@ class Options:
         return other
 
     def _in_range(self, values: Iterable[Any], known: Iterable[Any]) -> bool:
-        """Whether all values are None or in their ranges, where they are not those known."""
+        """Whether all numbers are in their ranges, where they are not those known."""
         triples = zip(hyper.FIELDS[self.opt.hparams], values, known, strict=False)
         return all(
-            x is y or x is None or hyper.fault_of(x, field.bounds) is None
+            x is y or _unread(x) or hyper.fault_of(x, field.bounds) is None
             for field, x, y in triples
         )
+
+
+def _unread(value: Any) -> bool:
+    return value is None or isinstance(value, Tensor)
 
 
 def _computed(scalar: Any) -> bool:
