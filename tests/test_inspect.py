@@ -895,5 +895,5 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     trace = inspect.Trace()
     descend(trace)
-    with pytest.raises(ImportError, match=r"pip install 'diffopt\[plots\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'torch-diffopt\[plots\]'"):
         trace.plot()
