@@ -136,8 +136,8 @@ def all_samples(tensor: Tensor) -> Tensor:
     """
     while _torch.is_wrapped(tensor):
         inner = _torch.unwrapped(tensor)
-        batched = _torch.is_batched(tensor)
-        tensor = inner.movedim(_torch.batch_dim(tensor), 0) if batched else inner
+        dim = _torch.batch_dim(tensor) if _torch.is_batched(tensor) else 0
+        tensor = inner.movedim(dim, 0) if dim else inner
     return tensor
 
 

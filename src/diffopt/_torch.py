@@ -148,6 +148,14 @@ def mps_generator() -> torch.Generator:
     return _torch.mps._get_default_mps_generator()
 
 
+# torch.compile.
+def compiler(backend: Any, mode: str | None, options: Any, dynamic: bool | None) -> Any:
+    """The backend that `torch.compile` calls for these arguments: `(graph, inputs) -> callable`."""
+    if backend == "inductor":
+        return _torch._TorchCompileInductorWrapper(mode, options, dynamic)
+    return _torch._TorchCompileWrapper(backend, mode, options, dynamic)
+
+
 # torch.optim.
 disable_dynamo: Callable[..., Any] = _torch._disable_dynamo
 """A decorator that disables torch.compile in a function, without importing it beforehand."""

@@ -247,14 +247,15 @@ def _spelled_out(prefix: Tree, like: Tree, path: str) -> Tree:
     if not isinstance(prefix, dict) or not isinstance(like, dict):
         return prefix
     names = cast(dict[Any, Any], like)
-    given = dict[Any, Any]()
+    given: dict[Any, Any] = {}  # torch.compile traces no `dict[Any, Any]()`
     for key, value in _flat(cast(dict[Any, Any], prefix), names):
         if key in given:
             raise ValueError(f"{path} has {key!r} twice, once of them nested")
         given[key] = value
     if names.keys() >= given.keys():
         return given
-    used, result = set[Any](), dict[Any, Any]()
+    used: set[Any] = set()
+    result: dict[Any, Any] = {}
     for name in names:
         keys = [key for key in given if name == key or f"{name}".startswith(f"{key}.")]
         if len(keys) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -17,7 +17,7 @@ from diffopt._diff.functions import AmbientState
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, FirstOrder, GradientStep, Truncated, Unrolled
-from diffopt.adjoint._base import check_adjoint
+from diffopt.adjoint._base import check_adjoint, compiler_of
 from diffopt.optimizer import Optimizer, check_optimizer
 
 Callback: TypeAlias = Callable[[int, Tensor, Tree, Any], object]
@@ -58,6 +58,7 @@ def minimize(
     tol: float | None = None,
     adjoint: Adjoint | None = Unrolled(),  # noqa: B008 (frozen)
     callback: Callback | None = None,
+    compile: bool | Mapping[str, Any] = False,
 ) -> Solution:
     """Take optimizer steps on a loss; the result is differentiable.
 
@@ -96,6 +97,13 @@ def minimize(
             StopIteration, that step is the last. `Unrolled`, `FirstOrder` and None run the loop
             once, as the calls come; every other adjoint, which may run steps again, runs it after
             the calls, which come from a run without a graph.
+        compile: whether torch.compile compiles the step and its derivative, each once: for any
+            number of steps, and any learning rate and data of these shapes. A mapping holds its
+            arguments `backend`, `mode`, `options` or `dynamic`. The first results are compared with
+            those of the step as it is; a step that cannot be compiled, or is compiled wrongly, runs
+            as it is, with a warning that says why. So do second derivatives of the result, steps
+            that draw random numbers, and steps whose loss closes over a tensor that requires a
+            gradient or is batched: pass it as an argument.
 
     Returns:
         A `Solution`.
@@ -103,8 +111,8 @@ def minimize(
     Raises:
         ValueError: neither `steps` nor `batches` is given, params has no leaves, there are fewer
             batches than steps, or none at all without `steps`, the loss is not scalar or does not
-            depend on params, or new buffers have another structure or shape; also what
-            `optimizer.update` raises.
+            depend on params, new buffers have another structure or shape, or `compile` has an
+            option that it does not take; also what `optimizer.update` raises.
         TypeError: an argument has the wrong type: the loss is not callable, `batches` is not
             iterable, a leaf of params is not a tensor, `hparams` or `state` belongs to another
             optimizer, and so on; or the loss does not return what `has_aux` and `buffers` require.
@@ -151,7 +159,8 @@ def minimize(
     def of_step(number: int) -> Any:
         return of_one_step(hparams(number), number, optimizer.hparams)
 
-    step = GradientStep(objective, optimizer, tol)
+    compiler = compiler_of(compile, "the loss", loss, optimizer)
+    step = GradientStep(objective, optimizer, tol, compiler=compiler)
     state = optimizer.init(params) if state is None else state
     carry = (params, state, buffers if stateful else ())
     constant, own = ((), of_step) if callable(hparams) else (hparams, None)

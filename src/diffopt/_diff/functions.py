@@ -86,13 +86,17 @@ def independent(tree: Tree, others: Tree) -> Tree:
 
 
 class Flat:
-    """A function of trees as one of tensors: `join` builds the tree of its last results again."""
+    """A function of trees as one of tensors: `join` builds the tree of its last results again.
+
+    Those had `count` tensors.
+    """
 
     def __init__(self, function: Callable[[Tree], Tree], join: Callable[..., Tree]) -> None:
-        self.function, self.join_inputs, self.join = function, join, join
+        self.function, self.join_inputs, self.join, self.count = function, join, join, 0
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         results, self.join = _tree.split(self.function(self.join_inputs(tensors)))
+        self.count = len(results)
         return results
 
     def apart(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -8,11 +8,8 @@ step to step are its inputs, as 0-d tensors.
 from __future__ import annotations
 
 import itertools
-import logging
 import sys
-import textwrap
 import threading
-import time
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _modes, _tree
+from diffopt._compiler import announced, brief
 from diffopt._rule import hyper, ops, tiles
 from diffopt._rule.running import (
     AnyRule,
@@ -37,7 +35,6 @@ from diffopt._rule.running import (
 Kernel: TypeAlias = Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor] | None]
 """`(numbers, fields, vectors) -> new fields, if any`: updates a vector of each column in place."""
 
-_LOG = logging.getLogger("diffopt")
 _SAMPLE = 1 << 16  # elements that a kernel is tried on: it is compiled to share out that many
 _KERNELS: dict[Any, Kernel | None] = {}
 _LOCK = threading.Lock()
@@ -138,18 +135,16 @@ class _Call:
 
         torch.compile has been seen to silently compute wrong values.
         """
-        _LOG.info("compiling a kernel of %r", self.rule)
-        start = time.perf_counter()
         kernel = _compiled(self.rule, self.form, [_mark(column) for column in self.columns])
         old, found, right = ([*map(_sample, piece)] for _ in range(3))
         # Copies, since for a view torch.compile would watch its base as well.
         given, fields = [x.clone() for x in self.given], [s.value.clone() for s in self.shared]
         try:
-            with warnings.catch_warnings(action="ignore"):  # torch's, about its own code
+            # torch's warnings are about its own code.
+            with announced(f"a kernel of {self.rule!r}"), warnings.catch_warnings(action="ignore"):
                 fields = kernel(given, fields, found)
         except Exception as error:
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-            _warn(f"torch.compile makes no kernel here ({reason})")
+            _warn(f"torch.compile makes no kernel here ({brief(error)})")
             return None
         self._eager_(right)
         pairs = [
@@ -159,7 +154,6 @@ class _Call:
         if not all(itertools.starmap(_agree, pairs)):
             _warn(f"torch.compile computes wrong values for this rule, {self.rule!r}")
             return None
-        _LOG.info("compiled in %.1f s", time.perf_counter() - start)
         return kernel
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _modes, _tree
+from diffopt._compiler import check_compile
+from diffopt._diff.compiled import CompiledStep, Compiler, identity
 from diffopt._diff.gradient import HVP, value_and_grad
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
@@ -87,6 +89,9 @@ class GradientStep:
             the loss.
         hvp: how the derivative of a gradient is computed, see `Checkpointed`.
         varies: for the first tensors of the buffers, False if one is known to be constant.
+        compiler: runs the step compiled.
+        used: for each param, False if it is known that the loss does not use it; an empty list is
+            filled with that.
     """
 
     objective: Callable[[Tree, Any], tuple[Tensor, Any]]
@@ -95,8 +100,13 @@ class GradientStep:
     second_order: bool = True
     hvp: HVP = "reverse-over-reverse"
     varies: tuple[bool, ...] = ()
+    compiler: Compiler | None = None
+    used: Sequence[bool] = ()
 
     def __call__(self, carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
+        if self.compiler is not None:
+            make, inputs, options = self.compilable(carry, args, x)
+            return self.compiler(make, inputs, **options)
         (params, state, buffers), (hparams, inputs), (own, batch) = carry, args, x
         value, (buffers, aux), grads = value_and_grad(
             self.objective,
@@ -106,6 +116,7 @@ class GradientStep:
             hvp=self.hvp,
             varies=self.varies,
         )
+        grads = self._without_unused(grads)
         hparams = hparams if own is None else own
         params, state = self.optimizer.update(params, grads, state, hparams)
         if self.tol is None:
@@ -117,6 +128,92 @@ class GradientStep:
             return torch.where(done, old, new) if moved else new
 
         return _tree.map(chosen, carry, (params, state, buffers)), (value, aux, done)
+
+    def _without_unused(self, grads: Tree) -> Tree:
+        """The gradients, with None for params that are not used, which a trace does not show."""
+        if isinstance(self.used, list):
+            self.used[:] = [grad is not None for grad in _tree.leaves(grads)]
+        if not _modes.compiling() or not self.used:
+            return grads
+        leaves, spec = _tree.flatten(grads)
+        pairs = zip(leaves, self.used, strict=True)
+        return _tree.unflatten([grad if use else None for grad, use in pairs], spec)
+
+    def compilable(
+        self, carry: Tree, args: Tree, x: Any
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The step, its inputs, and further arguments, for the compiler."""
+        # Not as one that a subclass watches, which runs around what is compiled.
+        step = GradientStep(self.objective, self.optimizer, self.tol, self.second_order)
+        (hparams, inputs), (own, batch) = args, x
+        like = _tree.leaves(carry)[0]
+        inputs = carry, (_exact(hparams, like), inputs), (_exact(own, like), batch)
+        options = {
+            "kind": (self.second_order, self.tol is None),
+            "buffers": _tree.count(carry[2]),
+        }
+        return lambda used: replace(step, used=used), inputs, options
+
+
+def is_compiled(step: Step) -> bool:
+    """Whether it runs compiled, as far as is known: then its graph holds little but its inputs."""
+    compiler = step.compiler if isinstance(step, (GradientStep, CompiledStep)) else None
+    return compiler is not None and not compiler.gave_up
+
+
+def pushforward(
+    step: Step, inputs: tuple[Any, ...], directions: Sequence[Tensor | None]
+) -> tuple[Tree, list[Tensor | None]] | None:
+    """The compiled results of a step and their tangents, see `Compiler`; None without that."""
+    if isinstance(step, CompiledStep):
+        return step.pushforward(inputs, directions)
+    if not isinstance(step, GradientStep) or step.compiler is None:
+        return None
+    make, exact, options = step.compilable(*inputs)
+    given, pairs = iter(directions), zip(_tree.leaves(inputs), _tree.leaves(exact), strict=True)
+    rows = [
+        next(given) if isinstance(old, Tensor) else None
+        for old, new in pairs
+        if isinstance(new, Tensor)
+    ]
+    return step.compiler.pushforward(make, exact, rows, **options)
+
+
+def _exact(hparams: Tree, like: Tensor) -> Tree:
+    """The hyperparameters as tensors, so that other numbers fit the same compiled step.
+
+    Zero stays a number: rules skip what has no effect, such as a decay of 0. It becomes an integer,
+    since a float is a symbol for torch.compile.
+    """
+    dtype = _modes.exact_dtype(like.device)
+
+    def exact(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            scalar = leaf.dim() == 0 and leaf.is_floating_point()
+            return _modes.exact(leaf) if scalar else leaf
+        if not isinstance(leaf, (int, float)) or isinstance(leaf, bool):
+            return leaf
+        return torch.full((), leaf, dtype=dtype, device=like.device) if leaf else 0
+
+    return _tree.map(exact, hparams)
+
+
+def compiler_of(
+    compile: bool | Mapping[str, Any], kind: str, function: Any, optimizer: Any = None
+) -> Compiler | None:
+    """What runs the steps of a loop compiled, if that is asked for.
+
+    Loops whose functions have the same code and equal optimizers share what is compiled:
+    torch.compile tells them apart where they differ otherwise.
+    """
+    check_compile(compile)
+    if compile is False or _modes.compiling():
+        return None
+    rule = type(optimizer)
+    own = rule.__hash__ not in (None, object.__hash__)
+    key = identity(function), rule, hash(optimizer) if own else None
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return Compiler(f"{kind} {name}", key, {} if compile is True else compile)
 
 
 def _norm(tree: Tree) -> Tensor:

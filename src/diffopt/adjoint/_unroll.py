@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from diffopt import _tree
 from diffopt._arguments import check_function, check_result
+from diffopt._diff.compiled import CompiledStep
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step, check_adjoint
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, check_adjoint, compiler_of
 from diffopt.adjoint.unrolled import Unrolled
 
 
@@ -23,6 +25,7 @@ def unroll(
     *,
     xs: Tree = None,
     adjoint: Adjoint = Unrolled(),  # noqa: B008 (frozen)
+    compile: bool | Mapping[str, Any] = False,
 ) -> tuple[Tree, Any]:
     """Run a step function repeatedly; the result is differentiable.
 
@@ -38,6 +41,8 @@ def unroll(
         length: the number of steps; with `xs` it is optional and must equal the leading dimension.
         xs: a pytree of tensors whose leading dimension is time.
         adjoint: how the result is differentiated, see `diffopt.adjoint`.
+        compile: whether the step is compiled, see `minimize`. The numbers in `args` and `xs` are
+            then tensors in the step.
 
     Returns:
         The last carry, and the outputs of all steps: stacked along a leading time dimension if
@@ -45,7 +50,8 @@ def unroll(
 
     Raises:
         ValueError: neither `length` nor `xs` is given, they and the leaves of `xs` disagree, or
-            `step` returns a carry of another structure.
+            `step` returns a carry of another structure; `compile` has an option that it does not
+            take.
         TypeError: `adjoint` is not an `Adjoint`, or `step` does not return a tuple of two.
 
     Examples:
@@ -63,8 +69,12 @@ def unroll(
     """
     check_adjoint(adjoint)
     check_function(step, "step")
+    compiler = compiler_of(compile, "the step", step)
     if not isinstance(step, GradientStep):
         step = _checked(step)
+        step = step if compiler is None else CompiledStep(compiler, step)
+    elif compiler is not None:
+        step = replace(step, compiler=compiler)
     carry, outputs = adjoint.run(step, carry, args, _elements(xs, length))
     return carry, _stack(outputs)
 

@@ -23,7 +23,7 @@ from diffopt._diff.functions import AmbientState, recomputed
 from diffopt._diff.gradient import HVP, check_hvp
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled
 from diffopt.adjoint._offloaded import Offloaded, staying
 from diffopt.adjoint.unrolled import Unrolled
 
@@ -113,7 +113,8 @@ class Checkpointed(Adjoint):
                 refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
         pieces = self.segments or _root(len(xs), self.levels + 1)
-        loop = _Loop(step, pieces, frugal, varies, captured, self.offload is not None)
+        whole = frugal or is_compiled(step)
+        loop = _Loop(step, pieces, frugal, whole, varies, captured, self.offload is not None)
         with self._offloaded(args, xs):
             return loop.by_pieces(self.levels, (carry, args, xs))
 
@@ -136,7 +137,8 @@ class _Loop:
     Attributes:
         step: the step.
         pieces: the number of pieces that a run is cut into.
-        frugal: whether the graph of a step holds little more than carries.
+        frugal: whether the graph of a step holds little more than carries, and not the loss.
+        whole: whether the last pieces are run with their graph as they are, not step by step.
         varies: which tensors of a carry depend on what may be differentiated.
         captured: what the step captures.
         offloaded: whether what autograd saves is offloaded, which the graph of a step is not.
@@ -145,6 +147,7 @@ class _Loop:
     step: Step
     pieces: int
     frugal: bool
+    whole: bool
     varies: list[bool]
     captured: Captured
     offloaded: bool
@@ -156,7 +159,7 @@ class _Loop:
         outputs: list[Any] = []
         for start in range(0, len(xs), size):
             piece = xs[start : start + size]
-            single = len(piece) == 1 or (level == 1 and self.frugal)
+            single = len(piece) == 1 or (level == 1 and self.whole)
             run = self.run if single else functools.partial(self.by_pieces, level - 1)
             carry, some = recomputed(run, (carry, args, piece), varies=self.varies)
             outputs.extend(some)

@@ -19,7 +19,7 @@ from diffopt._diff.captured import graph_leaves, refuse_closed_over
 from diffopt._diff.gradient import forward_mode
 from diffopt._rule import checks
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, Step
+from diffopt.adjoint._base import Adjoint, Step, pushforward
 from diffopt.adjoint._limited import once
 from diffopt.adjoint.unrolled import Unrolled
 
@@ -227,12 +227,10 @@ def _points(
     tangents = [_start(inputs, tensor) for tensor in _tree.split(carry)[0]]
     carry = _tree.detach(carry)
     for t, x in enumerate(xs):
-        if t == 0:
-            refuse_closed_over("the loss or step", step, carry, args, x)
-        elif discount != 1:
+        if t > 0 and discount != 1:
             tangents = [None if tangent is None else discount * tangent for tangent in tangents]
         inputs.meet(x)
-        point = _advance(step, carry, args, x, tangents, inputs)
+        point = _advance(step, carry, args, x, tangents, inputs, first=t == 0)
         yield point
         carry, tangents = point.carry, point.tangents[: point.size]
 
@@ -253,12 +251,19 @@ def _advance(
     x: Any,
     carry_tangents: Sequence[Tensor | None],
     inputs: _Inputs,
+    *,
+    first: bool,
 ) -> _Point:
     """One step of values and tangents."""
     others = _tree.split((args, x))[0]
     directions = [None if t is None else _extended(t, inputs.count) for t in carry_tangents]
     directions += map(inputs.basis, others)
     arguments = _tree.detach((carry, args, x))
+    if inputs.count and (compiled := pushforward(step, arguments, directions)):
+        (carry, output), tangents = compiled
+        return _Point(carry, output, tangents, _tree.count(carry))
+    if first:
+        refuse_closed_over("the loss or step", step, *arguments)
     values, join = _tree.split(arguments)
     flat = functions.Flat(lambda arguments: step(*arguments), join)
     chosen = [i for i, direction in enumerate(directions) if direction is not None]

@@ -104,13 +104,25 @@ class Implicit(ImplicitDerivative, Adjoint):
 
         rest = inputs, _distinct(batch for _, batch in xs), buffers
         unknowns, merge = _unknowns(loss, params, carry[0], rest)
-        gradient = torch.func.grad(lambda unknowns, rest: loss(merge(unknowns), rest))
+        gradient = _compiled(step, lambda unknowns, rest: loss(merge(unknowns), rest))
         unknowns = self.attach(gradient, unknowns, rest, symmetric=True, distance=True)
         params = merge(functions.independent(unknowns, (carry, hparams, own)))
         message = "Implicit gives derivatives of sol.params, not of losses, state, aux or buffers"
         rest = without_derivative((state, buffers, outputs), (carry, args, xs), message)
         state, buffers, outputs = rest
         return (params, state, detach_constants(buffers, step, carry, args, xs)), outputs
+
+
+def _compiled(step: GradientStep, loss: Callable[[Tree, Tree], Tensor]) -> Callable[..., Tree]:
+    """The gradient of a loss `(params, rest)`, compiled if the step is."""
+    compiler = step.compiler
+    if compiler is None:
+        return torch.func.grad(loss)
+
+    def gradient(_: Tree, params: Tree, rest: Tree) -> Tree:
+        return torch.func.grad(loss)(params, rest)
+
+    return lambda params, rest: compiler(lambda used: gradient, ((), params, rest), kind="gradient")
 
 
 def _distinct(batches: Iterable[Any]) -> list[Any]:
@@ -128,17 +140,18 @@ def _unknowns(
     grads = value_and_grad(lambda p, rest: (loss(p, rest), ()), params, rest, second_order=False)[2]
     used = [grad is not None for grad in _tree.leaves(grads)]
     leaves, spec = _tree.flatten(params)
+    pairs = [leaf.is_complex() for leaf in leaves]
     starts = _tree.leaves_like(start, spec, params, ("params", "params"))
 
     def reals(leaf: Tensor, use: bool) -> Tensor:
         return _modes.real(leaf) if use else leaf.real.new_empty(0)
 
     def merge(unknowns: Tree) -> Tree:
-        parts = zip(starts, used, _tree.leaves(unknowns), strict=True)
+        parts = zip(starts, used, pairs, _tree.leaves(unknowns), strict=True)
         return _tree.unflatten(
             [
-                p if not use else torch.complex(*x.unbind(-1)) if p.is_complex() else x
-                for p, use, x in parts
+                p if not use else torch.complex(*x.unbind(-1)) if pair else x
+                for p, use, pair, x in parts
             ],
             spec,
         )

@@ -17,6 +17,7 @@ from diffopt._diff import functions
 from diffopt._diff.captured import refuse_closed_over, watched
 from diffopt._diff.functions import AmbientState
 from diffopt._diff.gradient import HVP, check_hvp, value_and_grad
+from diffopt._diff.kernels import UnfitError
 from diffopt._diff.unmodified import Captured
 from diffopt._modes import exact
 from diffopt._rule import checks, hyper, running
@@ -111,6 +112,9 @@ class Reversible(Adjoint):
         if not isinstance(step, GradientStep):
             raise TypeError("Reversible requires minimize: other steps cannot be run backwards")
         _check_step(step)
+        if step.compiler is not None:
+            step.compiler.give_up(UnfitError("Reversible() has steps of its own"))
+            step = replace(step, compiler=None)
         carry, xs = _checked_carry(carry), list(xs)
         if not xs:
             return carry, []

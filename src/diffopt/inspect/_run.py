@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
+from diffopt._diff.kernels import UnfitError
 from diffopt._tree import Tree
 from diffopt.adjoint import GradientStep
 from diffopt.adjoint._base import Step
@@ -45,6 +46,8 @@ class Run:
     def watched(self, step: Step) -> Step:
         """The step, which records what it does here, unless an adjoint passes its own x."""
         if isinstance(step, GradientStep):
+            if step.compiler is not None:
+                step.compiler.give_up(UnfitError("a Trace() looks into its steps"))
             return _WatchedGradientStep(**vars(step), run=self)
 
         def watched(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:

@@ -1,0 +1,70 @@
+"""What all code that calls torch.compile shares: its options, what it reports, and its errors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import textwrap
+import time
+from collections.abc import Generator, Mapping
+from typing import Any, cast
+
+from diffopt import _torch, _tree
+
+_LOG = logging.getLogger("diffopt")
+_OPTIONS = ("backend", "mode", "options", "dynamic")
+
+
+@contextlib.contextmanager
+def announced(what: str) -> Generator[None]:
+    """Log that something is compiled, and how long it took; with a line where a terminal is."""
+    _LOG.info("compiling %s", what)
+    start = time.perf_counter()
+    _show(f"diffopt: compiling {what} ...")
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - start
+        _show(f" {seconds:.1f} s\n")
+    _LOG.info("compiled in %.1f s", seconds)
+
+
+def _show(text: str) -> None:
+    """Write to a terminal, if there is one."""
+    if sys.stderr is not None and sys.stderr.isatty():  # pyright: ignore[reportUnnecessaryComparison] (of pythonw)
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def brief(error: BaseException) -> str:
+    """An error on one line."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+
+
+def check_compile(value: Any) -> None:
+    """Raise unless it is a bool or a mapping of options of torch.compile."""
+    if isinstance(value, bool):
+        return
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"compile is {_tree.describe(value)}, not a bool or a mapping of options of "
+            "torch.compile, such as {'mode': 'reduce-overhead'}"
+        )
+    for name in cast(Mapping[Any, Any], value):
+        if name not in _OPTIONS:
+            raise ValueError(
+                f"compile has the option {name!r}, but takes only {', '.join(_OPTIONS)}: what is "
+                "compiled is always one graph (fullgraph=True)"
+            )
+
+
+def backend_of(options: Mapping[str, Any]) -> Any:
+    """The backend that these options of torch.compile describe, `(graph, inputs) -> callable`."""
+    given = dict(options.get("options") or {})
+    backend = options.get("backend", "inductor")
+    if backend == "inductor":
+        # Otherwise inductor (torch 2.13) computes wrong gradients of a step with a convolution,
+        # relu and max_pool2d whose inputs require a gradient.
+        given = {"layout_optimization": False, **given}
+    return _torch.compiler(backend, options.get("mode"), given, options.get("dynamic"))

@@ -1,0 +1,588 @@
+"""Compiled loops: right or eager, with a warning; compiled once for every T, rate and data."""
+
+import logging
+import os
+import shutil
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import diffopt
+from diffopt._diff import compiled, kernels
+from diffopt.adjoint import (
+    Checkpointed,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    OneStep,
+    Reversible,
+    Truncated,
+    Unrolled,
+    unroll,
+)
+from diffopt.inspect import Trace
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No kernels yet, no warnings issued."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(kernels, "_KEPT", type(kernels._KEPT)())
+    monkeypatch.setattr(compiled, "_WARNED", set())
+
+
+class Spoiled:
+    """A backend that runs what it is given, and then `spoil(results)`."""
+
+    def __init__(self, spoil):
+        self.spoil, self.runs = spoil, 0
+
+    def __call__(self, graph, inputs):
+        def run(*args):
+            self.runs += 1
+            return self.spoil(graph(*args))
+
+        return run
+
+
+@pytest.fixture
+def traceless(monkeypatch):
+    """Options for which kernels run as they are written, without being traced."""
+    monkeypatch.setattr(torch, "compile", lambda kernel, backend, **_: backend(kernel, ()))
+    return {"backend": Spoiled(lambda results: results)}
+
+
+class Counted:
+    """A backend that counts the graphs it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def loss(params, x, y, decay):
+    hidden = torch.tanh(x @ params["a"] + params["b"])
+    return ((hidden @ params["c"] - y) ** 2).mean() + decay * (params["a"] ** 2).sum()
+
+
+def problem():
+    """Params, a learning rate, data, targets and a decay."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    params = {"a": draw(1, 3), "b": draw(3), "c": draw(3, 1)}
+    x = draw(5, 1)
+    lr, decay = (torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.2))
+    return params, lr, x, x.sin(), decay
+
+
+def meta_loss(opt, adjoint, compile, steps=3, loss=loss, **options):
+    def outer(params, lr, x, y, decay):
+        sol = diffopt.minimize(
+            loss,
+            params,
+            x,
+            y,
+            decay,
+            optimizer=opt,
+            hparams=opt.hparams(lr=lr),
+            steps=steps,
+            adjoint=adjoint,
+            compile=compile,
+            **options,
+        )
+        rest = 0.0 if isinstance(adjoint, Implicit) else sol.losses[-1]
+        return loss(sol.params, x, y, 0.0) + rest
+
+    return outer
+
+
+def by_autograd(outer, params, *rest):
+    leaves = [x.clone().requires_grad_() for x in (*params.values(), *rest)]
+    value = outer(dict(zip(params, leaves, strict=False)), *leaves[len(params) :])
+    return value.sum(), *torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+
+
+def by_func(outer, *arguments):
+    return torch.func.grad(outer, argnums=(0, 1, 2, 4))(*arguments)
+
+
+def over_tasks(outer, params, lr, x, y, decay):
+    tasks = torch.stack([x, x + 1.0])
+    grad = torch.func.grad(outer, argnums=(0, 1, 2, 4))
+    return torch.vmap(grad, (None, None, 0, None, None))(params, lr, tasks, y, decay)
+
+
+def over_rates(outer, params, lr, x, y, decay):
+    rates = torch.stack([lr, 2 * lr])
+    grad = torch.func.grad(outer, argnums=(0, 1, 2, 4))
+    return torch.vmap(grad, (None, 0, None, None, None))(params, rates, x, y, decay)
+
+
+def around_tasks(outer, params, lr, x, y, decay):
+    batched = torch.vmap(outer, (None, None, 0, None, None))
+    tasks = torch.stack([x, x + 1.0])
+    return by_autograd(batched, params, lr, tasks, y, decay)
+
+
+def around_both(outer, params, lr, x, y, decay):
+    def total(params, rates, x, decay):
+        tasks = torch.vmap(outer, (None, None, 0, None, None))
+        both = torch.vmap(tasks, (None, 0, None, None, None))
+        return both(params, rates, x, y, decay).sum()
+
+    rates, tasks = torch.stack([lr, 2 * lr]), torch.stack([x, x + 1.0])
+    return torch.func.grad(total, argnums=(0, 1, 2, 3))(params, rates, tasks, decay)
+
+
+def same(found, right):
+    """Whether trees of float64 tensors are the same up to rounding, None for None."""
+    pairs = zip(diffopt._tree.leaves(found), diffopt._tree.leaves(right), strict=True)
+    for a, b in pairs:
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+WAYS = [by_autograd, by_func, over_tasks, over_rates, around_tasks, around_both]
+ADJOINTS = [Unrolled(), Checkpointed(), Truncated(2), FirstOrder(), OneStep(), ForwardMode()]
+
+
+# Values, with kernels that are not traced
+
+
+@pytest.mark.parametrize("opt", [diffopt.sgd(), diffopt.adam()], ids=["sgd", "adam"])
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda adjoint: type(adjoint).__name__)
+@pytest.mark.parametrize("way", WAYS)
+def test_meta_gradients_are_those_of_the_eager_loop(way, adjoint, opt, traceless):
+    right = way(meta_loss(opt, adjoint, False), *problem())
+    outer = meta_loss(opt, adjoint, traceless)
+    if isinstance(adjoint, ForwardMode) and way is not by_autograd:
+        with pytest.warns(UserWarning, match="cannot trace forward mode in torch.func transforms"):
+            same(way(outer, *problem()), right)
+    else:
+        same(way(outer, *problem()), right)
+        assert traceless["backend"].runs
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+def test_second_derivatives_are_right_and_a_warning_says_that_they_are_eager(adjoint, traceless):
+    def gradient_norm(compile):
+        outer = meta_loss(diffopt.adam(), adjoint, compile)
+        params, *rest = problem()
+        leaves = [x.clone().requires_grad_() for x in (*params.values(), *rest)]
+        value = outer(dict(zip(params, leaves, strict=False)), *leaves[len(params) :])
+        grads = torch.autograd.grad(value, leaves, create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in grads), leaves)
+
+    with pytest.warns(UserWarning, match="a derivative of its derivative is not compiled"):
+        found = gradient_norm(traceless)
+    same(found, gradient_norm(False))
+
+
+@pytest.mark.parametrize("transform", [torch.func.hessian, torch.func.jacrev, torch.func.jacfwd])
+def test_other_transforms_are_right(transform, traceless):
+    def derivative(compile):
+        params, _, *rest = problem()
+        outer = meta_loss(diffopt.adam(), Unrolled(), compile, steps=2)
+        return transform(lambda lr: outer(params, lr, *rest))(torch.tensor(0.1).double())
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* runs without torch.compile")
+        found = derivative(traceless)
+    same(found, derivative(False))
+
+
+def test_a_tensor_that_needs_a_gradient_but_is_captured_gets_it(traceless):
+    def gradient(compile):
+        scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        outer = meta_loss(
+            diffopt.sgd(), Unrolled(), compile, loss=lambda *inputs: scale * loss(*inputs)
+        )
+        return torch.autograd.grad(outer(*problem()), scale)
+
+    with pytest.warns(UserWarning, match="captures a tensor that requires a gradient.*: pass it"):
+        found = gradient(traceless)
+    same(found, gradient(False))
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+def test_a_loss_with_random_numbers_draws_those_of_the_eager_loop(adjoint, traceless):
+    def noisy(params, x, *rest):
+        return loss(params, F.dropout(x, 0.5), *rest)
+
+    def gradient(compile):
+        torch.manual_seed(3)
+        return by_autograd(
+            meta_loss(diffopt.sgd(), adjoint, compile, loss=noisy), *problem()
+        ), torch.rand(1)
+
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        found = gradient(traceless)
+    same(found, gradient(False))
+
+
+@pytest.mark.parametrize("run", [1, 2, 3], ids=["step", "derivative", "sample"])
+@pytest.mark.parametrize("spoil", [torch.zeros_like, lambda x: x * 1.01, lambda x: x / 0])
+def test_a_kernel_that_computes_wrong_values_is_not_used(run, spoil, traceless):
+    def spoiled(results):
+        if backend.runs < run or (run > 1) != (results[0] == ()):
+            return results
+        return diffopt._tree.map_tensors(spoil, results)
+
+    backend = traceless["backend"] = Spoiled(spoiled)
+    outer = meta_loss(diffopt.adam(), Unrolled(), traceless)
+    with pytest.warns(UserWarning, match="computes wrong values"):
+        found = by_autograd(outer, *problem())
+    same(found, by_autograd(meta_loss(diffopt.adam(), Unrolled(), False), *problem()))
+    runs = backend.runs
+    if run == 1:
+        by_autograd(outer, *problem())
+        assert backend.runs == runs  # never again
+
+
+def test_buffers_and_auxiliary_outputs_are_those_of_the_eager_loop(traceless):
+    def stateful(params, buffers, x, y, decay):
+        value = loss(params, x, y, decay)
+        new = {"mean": 0.9 * buffers["mean"] + x.mean(), "count": buffers["count"] + 1}
+        return value, new, {"norm": params["a"].norm(), "note": "kept", "none": None}
+
+    def run(compile):
+        params, lr, *rest = problem()
+        opt = diffopt.sgd()
+        sol = diffopt.minimize(
+            stateful,
+            params,
+            *rest,
+            optimizer=opt,
+            hparams=opt.hparams(lr=lr.requires_grad_(), momentum=0.5),
+            buffers={"mean": torch.zeros(()).double(), "count": torch.tensor(0)},
+            has_aux=True,
+            steps=3,
+            compile=compile,
+        )
+        return sol
+
+    found, right = run(traceless), run(False)
+    same(
+        [leaf for leaf in diffopt._tree.leaves(found) if torch.is_tensor(leaf)],
+        [leaf for leaf in diffopt._tree.leaves(right) if torch.is_tensor(leaf)],
+    )
+    assert [aux["note"] for aux in found.aux] == ["kept"] * 3
+    needs = [[x.requires_grad for x in diffopt._tree.split(sol)[0]] for sol in (found, right)]
+    assert needs[0] == needs[1]
+
+
+@pytest.mark.parametrize("way", [by_autograd, over_tasks])
+def test_tol_ends_a_compiled_loop(way, traceless):
+    found, right = (
+        way(meta_loss(diffopt.sgd(), Unrolled(), compile, steps=30, tol=0.3), *problem())
+        for compile in (traceless, False)
+    )
+    same(found, right)
+
+
+@pytest.mark.parametrize("way", [by_autograd, by_func, over_tasks, around_tasks])
+def test_implicit_differentiates_compiled_loops(way, traceless):
+    def convex(params, x, y, decay):
+        squares = sum((p**2).sum() for p in params.values())
+        return ((x @ params["a"] + params["b"] - y) ** 2).mean() + decay * squares
+
+    adjoint = Implicit(on_failure="raise")
+    params, lr, *rest = problem()
+    found, right = (
+        way(
+            meta_loss(diffopt.sgd(), adjoint, compile, steps=150, loss=convex),
+            params,
+            4 * lr,
+            *rest,
+        )
+        for compile in (traceless, False)
+    )
+    same(found, right)
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+def test_unroll_compiles_any_step(adjoint, traceless):
+    def run(compile):
+        def step(y, args, t):
+            rate, scale = args
+            return {"y": y["y"] - rate * scale * y["y"] ** (t + 1)}, y["y"].sum()
+
+        rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        start = {"y": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+        end, path = unroll(step, start, (rate, 0.3), 4, adjoint=adjoint, compile=compile)
+        return end, path, torch.autograd.grad(end["y"].sum(), rate)
+
+    same(run(traceless), run(False))
+
+
+@pytest.mark.parametrize("adjoint", [Reversible(), Trace(Unrolled())], ids=["reversible", "trace"])
+def test_adjoints_that_do_not_run_the_step_as_it_is_say_so(adjoint, traceless):
+    opt = diffopt.sgd(momentum=True)
+
+    def run(compile):
+        params, _, *rest = problem()
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        hparams = opt.hparams(lr=lr, momentum=0.5)
+        sol = diffopt.minimize(
+            loss,
+            params,
+            *rest,
+            optimizer=opt,
+            hparams=hparams,
+            steps=3,
+            adjoint=adjoint,
+            compile=compile,
+        )
+        return torch.autograd.grad(sol.losses[-1], lr)
+
+    with pytest.warns(UserWarning, match="runs without torch.compile: (a Trace|Reversible)"):
+        found = run(traceless)
+    same(found, run(False))
+
+
+@pytest.mark.parametrize(
+    ("compile", "error", "message"),
+    [
+        (1, TypeError, "compile is 1 of type int, not a bool or a mapping"),
+        ("inductor", TypeError, "compile is 'inductor'"),
+        ({"fullgraph": False}, ValueError, "compile has the option 'fullgraph', but takes only"),
+    ],
+)
+def test_an_option_that_compile_does_not_take_is_named(compile, error, message):
+    with pytest.raises(error, match=message):
+        meta_loss(diffopt.sgd(), Unrolled(), compile)(*problem())
+    with pytest.raises(error, match=message):
+        unroll(lambda y, _, t: (y, y), torch.zeros(1), (), 2, compile=compile)
+
+
+def test_compiling_is_logged_with_its_time(traceless, caplog):
+    with caplog.at_level(logging.INFO, "diffopt"):
+        by_autograd(meta_loss(diffopt.sgd(), Unrolled(), traceless), *problem())
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == "compiling the loss loss"
+    assert messages[2] == "compiling the vector-Jacobian product of the loss loss"
+    assert all(message.startswith("compiled in ") for message in messages[1::2])
+
+
+def test_kernels_keep_no_tensor_alive(traceless):
+    import gc
+    import weakref
+
+    def once():
+        data = problem()
+        by_autograd(meta_loss(diffopt.adam(), Unrolled(), traceless), *data)
+        return [weakref.ref(x) for x in diffopt._tree.leaves(data)]
+
+    references = once()
+    gc.collect()
+    assert not any(reference() is not None for reference in references)
+
+
+# What torch.compile makes of them
+
+
+@pytest.mark.slow
+def test_other_lengths_rates_and_data_compile_nothing():
+    backend = Counted()
+    numbers = {"lr": 0.1, "weight_decay": 0.01}
+
+    def run(steps, rate, shift, **own):
+        params, _, x, y, decay = problem()
+        opt = diffopt.adam()
+        params = {name: p.requires_grad_() for name, p in params.items()}
+        results = []
+        scale = torch.tensor(1.0 + shift, dtype=torch.float64)
+        for compile in ({"backend": backend}, False):
+            sol = diffopt.minimize(
+                lambda *inputs: scale * loss(*inputs),  # a new one, of a new tensor
+                params,
+                x + shift,
+                y,
+                decay,
+                optimizer=opt,
+                hparams=opt.hparams(**numbers | {"lr": rate} | own),
+                steps=steps,
+                compile=compile,
+            )
+            results.append(torch.autograd.grad(sol.losses.sum(), params.values()))
+        same(*results)
+
+    run(3, 0.1, 0.0)
+    assert backend.graphs == 2  # the step and its vector-Jacobian product
+    run(7, 0.2, 1.0)
+    run(2, torch.tensor(0.3), 2.0, weight_decay=0.1)
+    run(1, torch.tensor(0.3, dtype=torch.float64), 2.0, beta1=0.5)
+    assert backend.graphs == 2
+
+
+@pytest.mark.slow
+def test_batches_in_one_tensor_and_a_number_that_is_captured_share_a_kernel():
+    backend = Counted()
+    params, lr, x, y, _ = problem()
+    opt = diffopt.sgd()
+
+    def gradient(compile, scale):
+        rate = lr.clone().requires_grad_()
+        sol = diffopt.minimize(
+            lambda params, x: scale * loss(params, x, y, 0.1),
+            params,
+            optimizer=opt,
+            hparams=lambda t: opt.hparams(lr=rate * 0.9**t),
+            batches=torch.stack([x, x + 1, x + 2]),
+            compile=compile,
+        )
+        return torch.autograd.grad(sol.losses[-1] + sol.params["a"].sum(), rate)
+
+    for scale, graphs in ((1.0, 2), (1.0, 2), (2.0, 4)):
+        same(gradient({"backend": backend}, scale), gradient(False, scale))
+        assert backend.graphs == graphs
+
+
+@pytest.mark.slow
+def test_a_loop_in_compiled_code_is_traced_as_it_stands():
+    params, lr, *rest = problem()
+
+    def derivative(compile):
+        outer = meta_loss(diffopt.sgd(), Unrolled(), compile, steps=2)
+        return torch.func.grad(lambda lr: outer(params, lr, *rest))
+
+    whole = torch.compile(derivative(True), fullgraph=True, backend="eager")
+    same(whole(lr), derivative(False)(lr))
+
+
+@pytest.mark.slow
+def test_a_functionalized_module_is_compiled_with_its_buffers():
+    net = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    model = diffopt.nn.functionalize(net.double())
+    opt, (_, _, x, y, _) = diffopt.sgd(), problem()
+
+    def run(compile):
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+        def squares(params, buffers, x):
+            outputs, buffers = model(params, buffers, x)
+            return ((outputs - y) ** 2).mean(), buffers
+
+        sol = diffopt.minimize(
+            squares,
+            model.params,
+            x,
+            optimizer=opt,
+            hparams=opt.hparams(lr={"0": lr, "1": 0.1, "2": 2 * lr}),
+            steps=3,
+            buffers=model.buffers,
+            compile=compile,
+        )
+        return sol.buffers, torch.autograd.grad(sol.losses[-1], lr)
+
+    found, right = run({"backend": "eager"}), run(False)
+    same(found, right)
+    assert not any(x.requires_grad for x in found[0].values())
+
+
+@pytest.mark.slow
+def test_a_parameter_that_the_loss_does_not_use_is_left_alone():
+    def run(compile):
+        params, lr, *rest = problem()
+        opt = diffopt.adamw()
+        sol = diffopt.minimize(
+            loss,
+            params | {"unused": torch.ones(2, dtype=torch.float64)},
+            *rest,
+            optimizer=opt,
+            hparams=opt.hparams(lr=lr, weight_decay=0.5),
+            steps=2,
+            compile=compile,
+        )
+        return sol.params
+
+    same(run({"backend": "eager"}), run(False))
+
+
+@pytest.mark.slow
+def test_a_captured_tensor_modified_before_the_backward_pass_raises():
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    params, lr, *rest = problem()
+    opt = diffopt.sgd()
+    sol = diffopt.minimize(
+        lambda *inputs: scale * loss(*inputs),
+        params,
+        *rest,
+        optimizer=opt,
+        hparams=opt.hparams(lr=lr.requires_grad_()),
+        steps=2,
+        compile={"backend": "eager"},
+    )
+    scale.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place since"):
+        torch.autograd.grad(sol.losses[-1], lr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap])
+def test_a_tensor_of_a_transform_that_is_captured_is_seen(transform):
+    data = problem()
+
+    def derivative(compile, captured):
+        def outer(scale):
+            def scaled(*inputs):
+                return (scale if captured else 1.0) * loss(*inputs)
+
+            return scale * meta_loss(diffopt.sgd(), Unrolled(), compile, loss=scaled)(*data)
+
+        scales = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        return transform(outer)(scales if transform is torch.vmap else scales[1])
+
+    options = {"backend": "eager"}
+    same(derivative(options, False), derivative(False, False))
+    with pytest.warns(UserWarning, match="runs without torch.compile"):
+        found = derivative(options, True)
+    same(found, derivative(False, True))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_step_with_convolution_relu_and_pooling_is_right_with_inductor():
+    def convolutional(params, x, y, decay):
+        h = F.max_pool2d(F.conv2d(x, params["k"], padding=1).relu(), 2)
+        return F.cross_entropy(h.flatten(1) @ params["w"], y) + decay * (params["k"] ** 2).sum()
+
+    def gradients(compile):
+        generator = torch.Generator().manual_seed(0)
+        k = 0.3 * torch.randn(4, 1, 3, 3, generator=generator)
+        w = 0.3 * torch.randn(64, 3, generator=generator)
+        x = torch.randn(6, 1, 8, 8, generator=generator)
+        leaves = [k.requires_grad_(), w.requires_grad_(), torch.tensor(0.1, requires_grad=True)]
+        opt = diffopt.sgd()
+        sol = diffopt.minimize(
+            convolutional,
+            {"k": k, "w": w},
+            x,
+            torch.arange(6) % 3,
+            0.1,
+            optimizer=opt,
+            hparams=opt.hparams(lr=leaves[2]),
+            steps=3,
+            compile=compile,
+        )
+        return torch.autograd.grad(sol.losses.sum(), leaves)
+
+    with warnings.catch_warnings():
+        if torch.__version__ < "2.12":  # which does not trace a derivative of its gradient
+            warnings.filterwarnings("ignore", ".* runs without torch.compile")
+        found = gradients(True)
+    for a, b in zip(found, gradients(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
