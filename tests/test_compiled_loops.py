@@ -43,7 +43,7 @@ class Spoiled:
     def __init__(self, spoil):
         self.spoil, self.runs = spoil, 0
 
-    def __call__(self, graph, inputs):
+    def __call__(self, graph, inputs, **_):
         def run(*args):
             self.runs += 1
             return self.spoil(graph(*args))
@@ -375,6 +375,19 @@ def test_compiling_is_logged_with_its_time(traceless, caplog):
     assert messages[0] == "compiling the loss loss"
     assert messages[2] == "compiling the vector-Jacobian product of the loss loss"
     assert all(message.startswith("compiled in ") for message in messages[1::2])
+
+
+def test_results_in_the_memory_of_a_cuda_graph_are_copied(traceless):
+    memory = []
+
+    def replayed(results):  # overwrites what it returned the last time
+        diffopt._tree.map_tensors(lambda x: x.zero_(), memory)
+        memory[:] = [results]
+        return results
+
+    options = {"backend": Spoiled(replayed), "mode": "reduce-overhead"}
+    right = by_autograd(meta_loss(diffopt.adam(), Unrolled(), False), *problem())
+    same(by_autograd(meta_loss(diffopt.adam(), Unrolled(), options), *problem()), right)
 
 
 def test_kernels_keep_no_tensor_alive(traceless):

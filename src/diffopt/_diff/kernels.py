@@ -118,11 +118,16 @@ _RUNNING = _Running()
 
 
 class _Backend:
-    """A backend of torch.compile; it notices which graph runs, and on which tensors."""
+    """A backend of torch.compile; it notices which graph runs, and on which tensors.
+
+    With `replays`, results are in the memory of a CUDA graph, and the next run overwrites them.
+    """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.compile = backend_of(options)
         self.dynamic = options.get("dynamic")
+        asked = (options.get("options") or {}).get("triton.cudagraphs")
+        self.replays = bool(asked) or options.get("mode") in ("reduce-overhead", "max-autotune")
 
     def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         run, variant = self.compile(graph, inputs), Variant()
@@ -174,7 +179,8 @@ class Kernel:
         self.compiled = torch.compile(
             function, backend=backend, fullgraph=True, dynamic=backend.dynamic
         )
-        self.scalars, self.what, self.failure, self.ran = scalars, what, "", False
+        self.replays = backend.replays
+        self.what, self.failure, self.ran = what, "", False
 
     def __call__(
         self, function: Callable[..., Tree], inputs: Tree, extra: list[Tensor]
@@ -201,7 +207,10 @@ class Kernel:
             raise self.unfit("torch.compile has found nothing to compile, or is disabled")
         given = {*map(id, _tree.leaves(inputs)), *map(id, extra)}
         captured = [x for x in read if isinstance(x, Tensor) and id(x) not in given]
-        return *_tree.split(tree), variant, captured
+        results, join = _tree.split(tree)
+        if self.replays:
+            results = [*map(Tensor.clone, results)]
+        return results, join, variant, captured
 
     def unfit(self, reason: str) -> UnfitError:
         """The kernel is not used again; the error to raise."""
