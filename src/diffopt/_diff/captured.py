@@ -69,8 +69,8 @@ def varying(
     """Which tensors of the carry depend on what may be differentiated, after any number of steps.
 
     Others, such as step counts and the running statistics of batch normalization, are constants.
-    The step is one of `minimize`; the first is run with a graph, usually twice. State that it does
-    not change may belong to a parameter that a later step uses, so it counts as varying.
+    The step is one of `minimize`; the first is run with a graph, usually twice. Where it leaves a
+    parameter alone, which a later step may use, all state but step counts counts as varying.
 
     Raises:
         ValueError: run again, the first step returns values other than `results`.
@@ -82,6 +82,8 @@ def varying(
         return everything[: len(starts)]
     varies = list(everything)
     params, state = map(_tree.count, carry[:2])
+    pairs = zip(_tree.paths(carry[1], "state"), _tree.leaves(carry[1]), strict=True)
+    counts = [path.endswith(".step") for path, leaf in pairs if isinstance(leaf, Tensor)]
     for i in range(params, len(starts)):  # params always do
         varies[i] &= _modes.needs_gradient(tensors[i])
     depends: list[bool] = []
@@ -94,8 +96,9 @@ def varying(
         ]
         outputs = _tree.split(step(*join(inputs)))[0]
         depends[:] = [x.requires_grad for x in outputs[: len(starts)]]
+        alone = any(new is old for new, old in zip(outputs, inputs[:params], strict=False))
         for i in range(params, min(params + state, len(depends))):
-            depends[i] |= outputs[i] is inputs[i] and everything[i]
+            depends[i] |= alone and everything[i] and not counts[i - params]
         refuse_other(results, outputs)
         return [x for x in outputs if _modes.has_derivative(x)]
 

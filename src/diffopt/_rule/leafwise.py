@@ -127,8 +127,9 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
         compute = self._leaf_by_leaf if differentiated else self._updated
         t = _modes.number_of(step)
-        for indices, columns in self._parts(work, apart=differentiated or _modes.observed()):
-            results = compute(t, work.values(indices), columns)
+        for indices, columns in self._parts(work, t, apart=differentiated or _modes.observed()):
+            run = self._leaf_by_leaf if columns[1][0] is None else compute
+            results = run(t, work.values(indices), columns)
             for k in self._numbers(work.buffers):
                 old = [work.buffers[k][i] for i in indices]
                 results[k + 1] = fields.left(columns[k + 2], old, columns[0][0])
@@ -204,7 +205,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         """Update what was gathered in place: `step_(indices, t, values, columns)` does one part."""
         step = exact(count) + 1
         t = _modes.number_of(step)
-        for indices, columns in self._parts(work, apart=_modes.observed()):
+        for indices, columns in self._parts(work, t, apart=_modes.observed()):
             step_(indices, t, work.values(indices), columns)
             for k in self._numbers(work.buffers):
                 old = [work.buffers[k][i] for i in indices]
@@ -223,13 +224,15 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             not all(map(running.is_scalar, itertools.chain(*(n.values for n in work.numbers))))
         )
 
-    def _parts(self, work: Work, *, apart: bool) -> Iterator[tuple[list[int], list[Any]]]:
+    def _parts(self, work: Work, t: Any, *, apart: bool) -> Iterator[tuple[list[int], list[Any]]]:
         """The leaves that are updated together, and their columns.
 
+        What may be the first step also begins the state of leaves without a gradient.
         Numbers of the state are equal within a part, or else `apart`: there is one for each leaf.
         """
         numbers = self._numbers(work.buffers)
-        for group in work.groups():
+        absent = (isinstance(t, Tensor) or t <= 1) and self._has_initial(work)
+        for group in work.groups(absent=absent):
             parts = [group]
             if numbers and not apart:
                 parts = fields.equal_parts(
@@ -240,6 +243,12 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
                 for k in numbers:
                     columns[k + 2] = fields.entered(columns[k + 2], columns[0][0], apart=apart)
                 yield indices, columns
+
+    def _has_initial(self, work: Work) -> bool:
+        """Whether hyperparameters determine initial values of the state."""
+        if not work.params:
+            return False
+        return bool(self.initial(hyper.assemble(self.hparams, work.values([0]))))
 
     def _leaf_by_leaf(self, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
         """The new columns, out of place, computed tensor by tensor."""
@@ -271,7 +280,13 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
     def step_(
         self, t: Any, values: list[Any], columns: list[Any], kind: ways.Kind | None = None
     ) -> None:
-        """Update tensors that share device, dtype and hyperparameters, in place."""
+        """Update tensors that share device, dtype and hyperparameters, in place.
+
+        Without gradients it adds the initial values of their state.
+        """
+        if columns[1][0] is None:
+            ways.RUN["leaf"](self, running.numbers_at(self, t, values, columns[0][0]), columns)
+            return
         kernel_values = _for_kernels(values, columns[0][0])
         way = self._way(t, kernel_values, columns, kind)
         if way == "native":
@@ -651,14 +666,18 @@ class Work:
             if isinstance(leaf, Tensor):
                 yield leaf
 
-    def groups(self) -> list[list[int]]:
-        """Leaves that share device, dtype and hyperparameters, hence also the per-step scalars."""
+    def groups(self, *, absent: bool = False) -> list[list[int]]:
+        """Leaves that share device, dtype and hyperparameters, hence also the per-step scalars.
+
+        Those without a gradient are left out, or, with `absent`, are groups of their own.
+        """
         if self.kind or (not _modes.compiling() and self._alike()):
             return [[*range(len(self.params))]]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            if grad is not None:
-                key = (param.device, param.dtype, tuple(n.cover[i] for n in self.numbers))
+            if absent or grad is not None:
+                numbers = tuple(n.cover[i] for n in self.numbers)
+                key = (param.device, param.dtype, grad is None, numbers)
                 groups.setdefault(key, []).append(i)
         return list(groups.values())
 

@@ -73,12 +73,27 @@ def apply(
     """The new params and buffers of one row of columns.
 
     New tensors have the dtypes of the old ones; with `widen`, a buffer of a narrower dtype than its
-    parameter is converted to the parameter's.
+    parameter is converted to the parameter's. Without a gradient only initial values are added.
     """
-    dtype = widest(columns)
+    dtype, wide = widest(columns), columns[0].dtype if widen else None
+    if columns[1] is None:
+        return _raised(rule, numbers, columns, dtype, wide)
     new = run(rule, numbers, [enter(column, dtype) for column in columns])
-    wide = columns[0].dtype if widen else None
     return [leave(x, old, wide) for x, old in zip(new, written(columns), strict=True)]
+
+
+def _raised(
+    rule: AnyRule,
+    numbers: Numbers,
+    columns: Sequence[Any],
+    dtype: torch.dtype,
+    wide: torch.dtype | None,
+) -> list[Any]:
+    """What the first step makes of a tensor without a gradient, which may come later."""
+    old = rule.State(numbers.t, *columns[2:])
+    pairs = [(name, getattr(old, name), value) for name, value in numbers.initial.items()]
+    new = {name: leave(enter(x, dtype) + value, x, wide) for name, x, value in pairs}
+    return [columns[0], *old._replace(**new)[1:]]
 
 
 def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,8 @@ class Flatten(Wrapper[Any]):
     Hyperparameters are those of the optimizer, still prefix trees of the params. One that differs
     between tensors becomes a vector, and is computed with in the dtype of the params.
 
-    The state is that of the optimizer, with lists of vectors in place of trees like params. The
-    parts of a tensor without a gradient do not change.
+    The state is that of the optimizer, with lists of vectors in place of trees like params. In a
+    step in which only some tensors have gradients, the others are vectors of their own.
 
     Args:
         optimizer: an elementwise optimizer, such as `adam()`, or a composition of it with
@@ -71,11 +72,11 @@ class Flatten(Wrapper[Any]):
         layout = _Layout.of(gather(params, grads))
         vectors, *others = layout.arguments(params, state, hparams)
         new_vectors, new_state = self.optimizer.update(vectors, *others)
-        return layout.leaves.tree(layout.params(new_vectors)), layout.whole(new_state, state)
+        return layout.leaves.tree(layout.params(new_vectors)), layout.joined(new_state, state)
 
     def prepare_(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> Write:
         layout = _Layout.of(gather(params, grads, writable=True))
-        if layout.groups != layout.some:
+        if not layout.uncut:
             return super().prepare_(params, grads, state, hparams)
         vectors, *others = layout.arguments(params, state, hparams)
         update_ = self.optimizer.prepare_(vectors, *others)
@@ -92,18 +93,31 @@ flatten = Flatten
 
 
 class _Layout(NamedTuple):
-    """Which leaves each vector holds, which of them have a gradient, and their lengths."""
+    """Which leaves each vector holds, and their lengths.
+
+    The state has a vector for each group. The optimizer sees one for each run: each stretch of a
+    group whose leaves all have a gradient, or all none.
+    """
 
     leaves: Leaves
     groups: list[list[int]]
-    some: list[list[int]]
+    runs: list[list[int]]
     sizes: list[int]
+    lengths: list[list[int]]
+    """For each group, those of its runs."""
 
     @classmethod
     def of(cls, leaves: Leaves) -> _Layout:
         groups = _groups(leaves.params)
-        some = [[i for i in group if leaves.grads[i] is not None] for group in groups]
-        return cls(leaves, groups, some, [real(param).numel() for param in leaves.params])
+        nested = [_runs(group, leaves.grads) for group in groups]
+        sizes = [real(param).numel() for param in leaves.params]
+        lengths = [[sum(sizes[i] for i in run) for run in runs] for runs in nested]
+        return cls(leaves, groups, [*itertools.chain(*nested)], sizes, lengths)
+
+    @property
+    def uncut(self) -> bool:
+        """Whether the optimizer sees the vectors of the state."""
+        return len(self.runs) == len(self.groups)
 
     def arguments(self, params: Tree, state: Any, hparams: Any) -> Any:
         """The arguments of the optimizer's update, as vectors."""
@@ -114,75 +128,80 @@ class _Layout(NamedTuple):
                 return record
             numbers = hyper.broadcast(record, spec, params)
             checks.numbers(numbers, tensors, params)
-            values = [_flat_number(number, tensors, self.groups) for number in numbers]
+            values = [_flat_number(number, tensors, self.runs) for number in numbers]
             return hyper.assemble(type(record), values)
 
-        filled = [p if g is None else g for p, g in zip(tensors, grads, strict=True)]
-        vectors = ([_ravel(column, g) for g in self.groups] for column in (tensors, filled))
-        return self.part((*vectors, state, _tree.map(flat, hparams, is_leaf=hyper.is_record)))
+        vectors = [_ravel(tensors, run) for run in self.runs]
+        flat_grads = [None if grads[run[0]] is None else _ravel(grads, run) for run in self.runs]
+        records = _tree.map(flat, hparams, is_leaf=hyper.is_record)
+        return vectors, flat_grads, self._cut(state), records
 
     def params(self, vectors: list[Tensor]) -> list[Tensor]:
         """The params in these vectors; those without a gradient are unchanged."""
         params = list(self.leaves.params)
-        for vector, group in zip(vectors, self.some, strict=True):
+        for vector, run in zip(vectors, self.runs, strict=True):
+            if self.leaves.grads[run[0]] is None:
+                continue
             # Copies instead of views of one vector: no two params may share memory.
-            pieces: Any = torch.split_with_sizes_copy(vector, [self.sizes[i] for i in group])
-            for i, piece in zip(group, pieces, strict=True):
+            pieces: Any = torch.split_with_sizes_copy(vector, [self.sizes[i] for i in run])
+            for i, piece in zip(run, pieces, strict=True):
                 old = params[i]
                 piece = piece.reshape(real(old).shape)
                 new = torch.view_as_complex(piece) if old.is_complex() else piece
                 params[i] = new.to(old.dtype)
         return params
 
-    def part(self, tree: Any) -> Any:
-        """The tree with its vectors restricted to the leaves that have a gradient."""
+    def _cut(self, state: Any) -> Any:
+        """The state with a vector for each run."""
+        if self.uncut:
+            return state
 
-        def cut(vector: Tensor, group: list[int], some: list[int]) -> Tensor:
-            if vector.dim() == 0:
-                return vector
-            pieces = self._pieces(vector, group)
-            return torch.cat([vector[:0], *(pieces[i] for i in some)])
+        def cut(column: list[Tensor]) -> list[Tensor]:
+            pairs = zip(column, self.lengths, strict=True)
+            return [x for vector, lengths in pairs for x in _split(vector, lengths)]
 
-        return tree if self.groups == self.some else self._map_vectors(cut, tree)
+        return _tree.map(lambda x: cut(x) if self._whole(x) else x, state, is_leaf=self._whole)
 
-    def whole(self, new: Any, old: Any) -> Any:
-        """The tree with vectors of all leaves: the old values where there is no gradient."""
+    def joined(self, new: Any, old: Any) -> Any:
+        """The new state with a vector for each group, like the old one."""
+        if self.uncut:
+            return new
 
-        def merge(old: Tensor, new: Tensor, group: list[int], some: list[int]) -> Tensor:
-            if group == some or not some:
-                return new if some else old
-            old, new = (x.expand(self._size(part)) for x, part in ((old, group), (new, some)))
-            return torch.cat([*(self._pieces(old, group) | self._pieces(new, some)).values()])
+        def join(column: list[Tensor]) -> list[Tensor]:
+            pieces = iter(column)
+            return [_cat([(next(pieces), n) for n in lengths]) for lengths in self.lengths]
 
-        return new if self.groups == self.some else self._map_vectors(merge, old, new)
+        nodes, spec = _tree.flatten(old, is_leaf=self._whole)
+        pairs = zip(nodes, spec.flatten_up_to(new), strict=True)
+        return _tree.unflatten([join(y) if self._whole(x) else y for x, y in pairs], spec)
 
-    def _pieces(self, vector: Tensor, group: list[int]) -> dict[int, Tensor]:
-        pieces = torch.split(vector, [self.sizes[i] for i in group])
-        return dict(zip(group, pieces, strict=True))
-
-    def _size(self, group: list[int]) -> int:
-        return sum(self.sizes[i] for i in group)
-
-    def _map_vectors(self, function: Callable[..., Tensor], *trees: Any) -> Any:
-        """Apply to each list of whole vectors in the first tree; keep the rest of the last tree.
+    def _whole(self, node: Any) -> bool:
+        """Whether this is a list of one vector for each group.
 
         A vector whose elements are all equal may be a number.
         """
-        sizes = list(map(self._size, self.groups))
+        if not isinstance(node, list) or len(node) != len(self.groups):
+            return False
+        pairs = zip(node, self.lengths, strict=True)
+        return all(getattr(x, "shape", None) in ((), (sum(lengths),)) for x, lengths in pairs)
 
-        def is_column(node: Any) -> bool:
-            if not isinstance(node, list) or len(node) != len(sizes):
-                return False
-            shapes = (getattr(x, "shape", None) for x in node)
-            return all(shape in ((), (n,)) for shape, n in zip(shapes, sizes, strict=True))
 
-        nodes, spec = _tree.flatten(trees[0], is_leaf=is_column)
-        rows = zip(nodes, *(spec.flatten_up_to(tree) for tree in trees[1:]), strict=True)
-        new = (
-            [*map(function, *row, self.groups, self.some)] if is_column(row[0]) else row[-1]
-            for row in rows
-        )
-        return _tree.unflatten(new, spec)
+def _runs(group: list[int], grads: Sequence[Tensor | None]) -> list[list[int]]:
+    """The group cut where leaves with a gradient meet those without."""
+    runs: list[list[int]] = []
+    for i in group:
+        if not runs or (grads[i] is None) != (grads[runs[-1][-1]] is None):
+            runs.append([])
+        runs[-1].append(i)
+    return runs
+
+
+def _split(vector: Tensor, lengths: list[int]) -> Sequence[Tensor]:
+    return vector.split(lengths) if vector.dim() else [vector] * len(lengths)
+
+
+def _cat(pieces: list[tuple[Tensor, int]]) -> Tensor:
+    return pieces[0][0] if len(pieces) == 1 else torch.cat([x.expand(n) for x, n in pieces])
 
 
 def _flat_number(number: hyper.Covered, params: list[Tensor], groups: list[list[int]]) -> Any:
@@ -212,5 +231,5 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _ravel(tensors: Sequence[Tensor], group: list[int]) -> Tensor:
+def _ravel(tensors: Sequence[Any], group: list[int]) -> Tensor:
     return torch.cat([real(wide(tensors[i])).reshape(-1) for i in group])

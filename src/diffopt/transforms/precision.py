@@ -239,8 +239,9 @@ def _step_(
     held = [k for k, column in enumerate(work.buffers, 2) if _holds(column)]
     places = [n * held.index(k) for k in held if isinstance(columns[k], list)] + [n * len(held)]
     part = _Part(rule, rounding, places, (t, values), columns, mastered)
-    size = _piece_size(rule, values, columns)
-    for run in _runs(indices, lists, size):
+    absent = columns[1][0] is None
+    size = 0 if absent else _piece_size(rule, values, columns)
+    for run in [[j] for j in range(len(indices))] if absent else _runs(indices, lists, size):
         part.run_(indices[run[0]], [[column[j] for j in run] for column in lists], size)
 
 
@@ -273,14 +274,17 @@ class _Part(NamedTuple):
         for i, piece in enumerate(pieces):
             self.piece_(leaf, i * size, piece)
 
-    def piece_(self, leaf: int, offset: int, piece: Sequence[Tensor]) -> None:
-        """Step a piece that begins at an offset in a leaf."""
+    def piece_(self, leaf: int, offset: int, piece: Sequence[Any]) -> None:
+        """Step a piece that begins at an offset in a leaf, or begin its state."""
         p, g, *buffers = piece
         master = buffers.pop() if self.mastered else None
-        if master is not None:
-            _resume_(master, p)
-        wide_p = wide(p) if master is None else master
-        new = [wide_p, g.to(wide_p.dtype), *map(wide, buffers)]
+        wide_p = p
+        if g is not None:
+            if master is not None:
+                _resume_(master, p)
+            wide_p = wide(p) if master is None else master
+            g = g.to(wide_p.dtype)
+        new: list[Any] = [wide_p, g, *map(wide, buffers)]
         columns = running.in_place_of_lists([[x] for x in new], self.columns)
         self.rule.step_(*self.numbers, columns)
         for place, x, old in zip(self.places, [*new[2:], wide_p], [*buffers, p], strict=True):
