@@ -219,8 +219,8 @@ def test_derivatives_of_first_and_second_order(name):
     grads = [g["late"] for g in all_grads(params, "lll")]
 
     def late(p, g1, g2, *numbers):
-        state, hp = opt.init({"early": p, "late": p}), pytree.tree_unflatten(numbers, spec)
-        both = {"early": p, "late": p}
+        both, hp = {"early": p, "late": p * 1}, pytree.tree_unflatten(numbers, spec)
+        state = opt.init(both)
         for g in (None, None, g1, g2):
             both, state = opt.update(both, {"early": None, "late": g}, state, hp)
         return both["late"]
@@ -264,7 +264,7 @@ def test_vmap(name):
         return run(opt, params, opt.hparams(**{**INITIAL[name], "lr": lr}), "neelb")
 
     rates = torch.tensor([0.05, 0.1], dtype=F64)
-    found = torch.vmap(end)(rates)
+    found = torch.vmap(end, randomness="same")(rates)
     torch.testing.assert_close(
         found, pytree.tree_map(lambda *x: torch.stack(x), *map(end, rates.unbind()))
     )

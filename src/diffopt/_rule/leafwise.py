@@ -252,7 +252,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
 
     def _leaf_by_leaf(self, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
         """The new columns, out of place, computed tensor by tensor."""
-        numbers = running.numbers_at(self, t, values, columns[0][0])
+        numbers = running.numbers_at(self, t, values, columns)
         rows = [[running.pick(column, k) for column in columns] for k in range(len(columns[0]))]
         new = [running.apply(self, numbers, row, widen=True) for row in rows]
         return list(map(list, zip(*new, strict=True)))
@@ -268,12 +268,12 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             way = self._way(t, kernel_values, columns, kernel=False)
         if _pays(way, columns):
             copies = _copied(columns)
-            numbers = running.numbers_at(self, t, kernel_values, columns[0][0])
+            numbers = running.numbers_at(self, t, kernel_values, columns)
             with torch.no_grad():
                 ways.RUN[way](self, numbers, copies)
             return running.written(copies)
         if way == "foreach":
-            numbers = running.numbers_at(self, t, values, columns[0][0])
+            numbers = running.numbers_at(self, t, values, columns)
             return lists.foreach(self, numbers, columns, widen=True)
         return self._leaf_by_leaf(t, values, columns)
 
@@ -285,7 +285,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         Without gradients it adds the initial values of their state.
         """
         if columns[1][0] is None:
-            ways.RUN["leaf"](self, running.numbers_at(self, t, values, columns[0][0]), columns)
+            ways.RUN["leaf"](self, running.numbers_at(self, t, values, columns), columns)
             return
         kernel_values = _for_kernels(values, columns[0][0])
         way = self._way(t, kernel_values, columns, kind)
@@ -293,7 +293,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             if self._native_(t, kernel_values, columns):
                 return
             way = self._way(t, kernel_values, columns, kind, kernel=False)
-        ways.RUN[way](self, running.numbers_at(self, t, values, columns[0][0]), columns)
+        ways.RUN[way](self, running.numbers_at(self, t, values, columns), columns)
 
     def _way(
         self,

@@ -50,10 +50,13 @@ class Shared:
         self.value, self.new = value, value
 
 
-def numbers_at(rule: AnyRule, step: Any, values: Sequence[Any], like: Tensor) -> Numbers:
-    """What the rule sees besides columns, for tensors with the device and dtype of `like`."""
-    t, *values = placed([step, *values], like)
-    numbers = numbers_of(rule, t, values)
+def numbers_at(rule: AnyRule, step: Any, values: Sequence[Any], columns: Sequence[Any]) -> Numbers:
+    """What the rule sees besides columns; without gradients, initial values only."""
+    t, *values = placed([step, *values], columns[0][0])
+    if columns[1][0] is None:
+        numbers = Numbers(t, hyper.assemble(rule.hparams, values), None, {})
+    else:
+        numbers = numbers_of(rule, t, values)
     first = 1 - ops.after_first(t)
     if ops.is_zero(first):
         return numbers

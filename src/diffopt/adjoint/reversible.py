@@ -350,7 +350,7 @@ class _Weights:
         """
         optimizer: Any = self.step.optimizer
         row = [torch.atleast_1d(x) for x in tensors]
-        numbers = running.numbers_at(optimizer, t, self.rates[i].values, row[0])
+        numbers = running.numbers_at(optimizer, t, self.rates[i].values, [[x] for x in row])
         return [x.reshape(tensors[0].shape) for x in running.run(optimizer, numbers, row)]
 
 

@@ -126,7 +126,7 @@ class EMA(Wrapper[EMAState]):
         for group in groups.values():
             *columns, (decay, *_) = map(list, zip(*group, strict=True))
             way = ways.choose(rule, ways.survey(columns), [decay])
-            numbers = running.numbers_at(rule, t, [decay], columns[0][0])
+            numbers = running.numbers_at(rule, t, [decay], columns)
             ways.RUN[way](rule, numbers, columns)
 
     def _averages(
