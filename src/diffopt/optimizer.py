@@ -51,7 +51,7 @@ class Optimizer(ABC, Generic[S, H]):
 
         Returns:
             The new params and the new state; the arguments are not changed. A leaf without a
-            gradient, and its state, are the very same tensors.
+            gradient is the very same tensor, and so, after the first step, is its state.
 
         Raises:
             ValueError: structures, shapes, dtypes or devices do not match, or one tensor occurs at

@@ -101,7 +101,8 @@ class Rule(ABC, Generic[S, H]):
     def initial(self, hp: H) -> dict[str, Any]:
         """Initial values that depend on hyperparameters, which `begin` does not know.
 
-        The first step adds these values to the fields of these names.
+        The first step adds these values to the fields of these names, for tensors without a
+        gradient too: theirs may come later. Those of later steps are not used.
         """
         return {}
 

@@ -42,7 +42,7 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
     (1e-10).
 
     `init` does not know the hyperparameters, so `state.sum` starts at 0 and the first step adds
-    `initial_accumulator_value`; from then on it equals torch's.
+    `initial_accumulator_value`, for all tensors; from then on it equals torch's.
 
     Args:
         maximize: ascend instead of descend.

@@ -46,7 +46,7 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
     The average a is `state.ax`; until step `t0` it is the iterate itself. As in torch, the rate e
     and the weight m of a step, `state.eta` and `state.mu`, are computed from the hyperparameters of
     the step before. Each is one number for each tensor, or has the shape of a hyperparameter that
-    is larger, and starts at 0; the first step sets them to `lr` and 1.
+    is larger, and starts at 0; the first step sets them to `lr` and 1, for all tensors.
 
     Args:
         maximize: ascend instead of descend.

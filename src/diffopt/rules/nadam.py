@@ -48,7 +48,8 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
     `momentum_decay` >= 0 (4e-3).
 
     `state.mu_product`, M, is one number for each tensor, or has the shape of a `beta1` or
-    `momentum_decay` that is larger; it starts at 0, which stands for 1.
+    `momentum_decay` that is larger; it starts at 0, and the first step sets it to 1 for all
+    tensors.
 
     Args:
         decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
