@@ -404,3 +404,17 @@ def test_loops_whose_first_steps_do_not_use_a_head(name, adjoint):
         torch.testing.assert_close(
             zero if mine is None else mine, zero if theirs is None else theirs
         )
+
+
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "Rprop", "Adagrad", "Adam"])
+def test_copying_back_leaves_the_state_of_what_no_loss_used(name):
+    net = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "head": torch.nn.Linear(2, 1)})
+    optimizer = getattr(torch.optim, name)(net.parameters(), lr=0.1)
+    head = net["head"].weight
+    before = copy.deepcopy(optimizer.state.get(head))
+    with diffopt.innerloop(net, optimizer) as (copied, inner):
+        for _ in range(2):
+            inner.step(copied["used"](torch.ones(2)).sum())
+    inner.copy_back()
+    torch.testing.assert_close(optimizer.state.get(head), before)
+    assert optimizer.state[net["used"].weight]["step"] == 2

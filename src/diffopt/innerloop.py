@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
@@ -168,6 +169,7 @@ class InnerLoop:
         self._fmodel, self._module, self._source = fmodel, module, source
         self._override: dict[str, Any] = {}
         self._params = [params]
+        self._used = set[str]()  # the parameters that have had a gradient
         self._record(None, override)  # raises for what is wrong with them
         self._override = _named_values(override)
         self._first = _torch.next_node()
@@ -208,6 +210,7 @@ class InnerLoop:
         with torch.set_grad_enabled(self.track_graph):
             new, state = self.optimizer.update(moved | fixed, grads, self.state, record)
         self._put(self._params[-1] | {name: new[name] for name in moved})
+        self._used |= {name for name, grad in grads.items() if grad is not None}
         self.state = state
         self.losses.append(loss.detach())
         self.steps += 1
@@ -254,7 +257,9 @@ class InnerLoop:
         pairs = overwriting({"model": own}, {"model": own | new})
         with torch.no_grad():
             if state and self._source.given is not None:
-                restore_(self._source.given, self._source.state, self.state)
+                names = itertools.chain(*self._source.owners)
+                used = [name in self._used for name in names]
+                restore_(self._source.given, self._source.state, self.state, used)
             copy_(pairs)
 
     def _moved(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -309,10 +309,10 @@ def _pure_row(
     return float(row.get("step", begun)), buffers
 
 
-def restore_(optimizer: torch.optim.Optimizer, old: Any, new: Any) -> None:
+def restore_(optimizer: torch.optim.Optimizer, old: Any, new: Any, moved: Sequence[bool]) -> None:
     """Overwrite an optimizer's state with a pure one that began as `to_pure`'s, `old`.
 
-    The state of parameters that have had no gradient since is left alone.
+    `moved` says which parameters have had a gradient since; the state of others is left alone.
 
     Raises:
         ValueError: the optimizer has no place for that state.
@@ -325,12 +325,11 @@ def restore_(optimizer: torch.optim.Optimizer, old: Any, new: Any) -> None:
         raise ValueError("the state of LBFGS cannot be written back")
     shell = _as_ours(optimizer)
     params = [(group, p) for group in shell.param_groups for p in group["params"]]
-    names = [shell.rule(group).buffers_of(p) for group, p in params]
-    moved = [
-        any(_buffer(new, name, i) is not _buffer(old, name, i) for name in names[i])
-        for i in range(len(params))
+    rows = [
+        _torch_row(shell, new, i, group, p)
+        for i, ((group, p), move) in enumerate(zip(params, moved, strict=True))
+        if move and shell.rule(group).buffers_of(p)
     ]
-    rows = [_torch_row(shell, new, i, *params[i]) for i, move in enumerate(moved) if move]
     optimizer.state.update(rows)
 
 
