@@ -119,6 +119,10 @@ def pure(case: Case, point: Point) -> None:
         for leaf, stay in zip(leaves_at(point, column), stays, strict=True)
         if stay
     }
+    if any(grad is None for grad in _tree.leaves(point.grads)):  # so may be vectors of params
+        like_params = {id(x) for c in columns(point, point.state) for x in leaves_at(point, c)}
+        tensors = [x for x in _tree.leaves(point.state) if isinstance(x, Tensor) and x.dim() > 0]
+        exempt |= {*map(id, tensors)} - like_params
     for hparams in (point.hparams, scalars_as(torch.float64, point.hparams), least(point.hparams)):
         arguments = point._replace(hparams=hparams)
         before = Snapshot(arguments)
