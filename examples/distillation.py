@@ -9,8 +9,8 @@ digits. The inner loops of several initial weights run under one `torch.vmap`.
 
 Wang et al., "Dataset Distillation", 2018.
 
-Seed 0, torch 2.13.0, accuracy of networks trained on ten images: one sample of each digit 67.8%, the
-mean of each digit 78.9%, distilled images 89.9%.
+Seed 0, torch 2.13.0, accuracy of networks trained on ten images: one sample of each digit 67.8%,
+the mean of each digit 78.9%, distilled images 89.9%.
 """
 
 from __future__ import annotations

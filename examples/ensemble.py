@@ -6,8 +6,8 @@ The data are the 1,797 digits that scikit-learn ships. A training run is a funct
 parameters and its learning rate, so `torch.vmap` of that function is a grid search; the same runs
 one after the other, in a loop, give the same networks and take longer.
 
-Seed 0, torch 2.13.0, one thread: 14.3 s one by one, 2.7 s at once; the best network reads 97.7% of new
-digits, with a learning rate of 0.022.
+Seed 0, torch 2.13.0, one thread: 14.3 s one by one, 2.7 s at once; the best network reads 97.7% of
+new digits, with a learning rate of 0.022.
 """
 
 from __future__ import annotations
