@@ -113,7 +113,7 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
     ) -> tuple[Any, AdafactorState]:
         rho, weight = c
         eps = hp.eps1 if self.eps1 else torch.finfo(p.dtype).eps
-        alpha = ops.at_least(_rms(p), hp.eps2) * -rho * hp.d
+        alpha = ops.at_least(_rms(p), hp.eps2) * rho
         row_var, col_var, variance = s[1:]
         square = g * g
         if p.dim() > 1:
@@ -123,10 +123,10 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
         else:
             v = variance = ops.lerp(variance, square, weight)
         u = g * v.clamp(min=eps * eps).rsqrt()
-        scale = alpha / ops.at_least(_rms(u), hp.d)
+        scale = alpha / ops.at_least(_rms(u) / hp.d, 1)
         if not ops.is_zero(hp.weight_decay):  # lr may be infinite
             p = p * (1 - hp.lr * hp.weight_decay)
-        return ops.add(p, u, scale), AdafactorState(s.step, row_var, col_var, variance)
+        return ops.add(p, u, -scale), AdafactorState(s.step, row_var, col_var, variance)
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         if len(shape) < 2:
