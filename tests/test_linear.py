@@ -618,3 +618,12 @@ def test_filters_decide_about_warnings(action, count):
         warnings.simplefilter(action, ConvergenceWarning)
         _badly(torch.arange(1.0, 6.0))
     assert len(caught) == count
+
+
+@pytest.mark.parametrize(("message", "count"), [("something else", 4), ("ConjugateGradient", 0)])
+def test_filters_of_messages_decide_only_about_theirs(message, count):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message)
+        _badly(torch.arange(1.0, 6.0))
+    assert len(caught) == count

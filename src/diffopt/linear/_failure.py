@@ -61,7 +61,7 @@ def _is_inside(module: str) -> bool:
 def _action(message: str) -> str:
     """What Python's filters say to do with the warning."""
     for action, pattern, category, *_ in warnings.filters:
-        matches = pattern is None or re.match(pattern, message, re.IGNORECASE)
+        matches = pattern is None or re.compile(pattern).match(message)
         if matches and issubclass(ConvergenceWarning, category):
             return action
     return "default"
