@@ -152,6 +152,16 @@ class InnerLoop:
         ended: whether the context has been left, after which there are no more steps.
     """
 
+    steps: int
+    losses: list[Tensor]
+    optimizer: Optimizer[Any, Any]
+    state: Any
+    hparams: Any
+    first_order: bool
+    grad_callback: Callable[[Gradients], Gradients] | None
+    track_graph: bool
+    ended: bool
+
     def __init__(
         self,
         fmodel: nn.Module,
@@ -163,9 +173,9 @@ class InnerLoop:
     ) -> None:
         self.optimizer, self.state, self.hparams = source.optimizer, source.state, source.hparams
         self.first_order, self.track_graph, self.ended = False, track_graph, False
-        self.grad_callback: Callable[[Gradients], Gradients] | None = None
+        self.grad_callback = None
         self.steps = 0
-        self.losses: list[Tensor] = []
+        self.losses = []
         self._fmodel, self._module, self._source = fmodel, module, source
         self._override: dict[str, Any] = {}
         self._params = [params]
