@@ -4,6 +4,7 @@ import ast
 import functools
 import http.server
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -72,6 +73,23 @@ def test_every_public_name_has_an_entry(site):
     assert absent == []
 
 
+def test_no_heading_is_a_path_that_cannot_be_imported(site):
+    headings = [
+        (path.name, name)
+        for path in (site / "api").glob("*.html")
+        for name in re.findall(r"doc-object-name[^>]*>(diffopt[.\w]*)<", path.read_text("utf-8"))
+    ]
+    assert headings
+    assert [place for place in headings if not _leads_somewhere(place[1])] == []
+
+
+def _leads_somewhere(path):
+    try:
+        return functools.reduce(getattr, path.split(".")[1:], diffopt) is not None
+    except AttributeError:
+        return False
+
+
 def test_no_link_anchor_or_image_is_broken(site):
     pages = {path: Page(path) for path in site.rglob("*.html")}
     broken = [
@@ -89,6 +107,12 @@ def _arrives(path, reference, pages):
     target = Path(unquote(url.removeprefix("file://").partition("?")[0]))
     known = pages.get(target)
     return target.exists() and (known is None or unquote(anchor) in known.anchors)
+
+
+@pytest.mark.parametrize("word", ["BatchNorm", "exploding", "TorchOpt", "DDP"])
+def test_the_search_finds_what_users_look_for(site, word):
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    assert any(word in entry["title"] + entry["text"] for entry in index["docs"])
 
 
 def test_every_message_that_troubleshooting_explains_is_one_of_ours():
