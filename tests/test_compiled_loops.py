@@ -566,6 +566,18 @@ def test_a_tensor_of_a_transform_that_is_captured_is_seen(transform):
     same(found, derivative(False, True))
 
 
+def test_a_warning_names_the_users_line():
+    def noisy(w):
+        return (w + torch.randn(())).square()
+
+    opt = diffopt.sgd()
+    with pytest.warns(UserWarning, match="noisy runs without torch.compile") as caught:
+        diffopt.minimize(
+            noisy, torch.ones(()), optimizer=opt, hparams=opt.hparams(), steps=1, compile=True
+        )
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_a_step_with_convolution_relu_and_pooling_is_right_with_inductor():

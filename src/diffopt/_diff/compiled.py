@@ -138,7 +138,7 @@ class Compiler:
         message = f"{self.name} runs without torch.compile: {reason}"
         if message not in _WARNED:
             _WARNED.add(message)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=_modes.users_frame()[1])
 
 
 def identity(function: Any) -> Any:

@@ -249,4 +249,5 @@ def _agree(old: Tensor, found: Tensor, right: Tensor) -> bool:
 def _warn(reason: str) -> None:
     if reason not in _WARNED:
         _WARNED.add(reason)
-        warnings.warn(f"{reason}, so the step runs without one", stacklevel=2)
+        level = _modes.users_frame()[1]
+        warnings.warn(f"{reason}, so the step runs without one", stacklevel=level)

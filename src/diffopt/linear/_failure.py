@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from diffopt import _modes
 from diffopt._arguments import check_choice
@@ -38,10 +37,7 @@ def fail(message: str, on_failure: OnFailure) -> None:
     """Warn, at the line of the user's program and once for each, or raise."""
     if on_failure == "raise":
         raise ConvergenceError(message)
-    frame: Any = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] (as warnings does)
-    level = 2
-    while frame.f_back and _is_inside(frame.f_globals.get("__name__", "")):
-        frame, level = frame.f_back, level + 1
+    frame, level = _modes.users_frame()
     place = frame.f_code.co_filename, frame.f_lineno, re.sub(r"\d[\d.e+-]*", "", message)
     if _action(message) in ("default", "module", "once"):
         if place in _WARNED:
@@ -51,11 +47,6 @@ def fail(message: str, on_failure: OnFailure) -> None:
 
 
 _WARNED: set[tuple[str, int, str]] = set()  # places, and messages without their numbers
-
-
-def _is_inside(module: str) -> bool:
-    """Whether a module is this package's or torch's, which runs a backward pass."""
-    return module.partition(".")[0] in ("diffopt", "torch")
 
 
 def _action(message: str) -> str:
