@@ -54,7 +54,7 @@ class Learner:
         return [*self.model.params.values(), *(r for r in self.rates.values() if r.requires_grad)]
 
     def loss(self, params: Any, x: Tensor, y: Tensor) -> Tensor:
-        return (self.model(params, self.model.buffers, x)[0] - y).square().mean()
+        return (self.model(params, x) - y).square().mean()
 
     def adapt(self, x: Tensor, y: Tensor, steps: int = 1) -> Any:
         hp = opt.hparams(lr=self.rates)
