@@ -14,7 +14,7 @@ import torch
 from torch.nn import Parameter
 
 import diffopt
-from diffopt import optim
+from diffopt import _compiler, optim
 from diffopt._rule import compiled
 from diffopt.rules import Leafwise
 from registry import REGISTRY
@@ -40,7 +40,7 @@ def fresh(monkeypatch):
     """No kernels yet, no warnings issued."""
     torch.manual_seed(0)
     monkeypatch.setattr(compiled, "_KERNELS", {})
-    monkeypatch.setattr(compiled, "_WARNED", set())
+    monkeypatch.setattr(_compiler, "_WARNED", set())
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import diffopt
-from diffopt._diff import compiled, kernels
+from diffopt import _compiler
+from diffopt._diff import kernels
 from diffopt.adjoint import (
     Checkpointed,
     FirstOrder,
@@ -34,7 +35,7 @@ def fresh(monkeypatch):
     """No kernels yet, no warnings issued."""
     torch.manual_seed(0)
     monkeypatch.setattr(kernels, "_KEPT", type(kernels._KEPT)())
-    monkeypatch.setattr(compiled, "_WARNED", set())
+    monkeypatch.setattr(_compiler, "_WARNED", set())
 
 
 class Spoiled:

@@ -1,4 +1,4 @@
-"""What all code that calls torch.compile shares: its options, what it reports, and its errors."""
+"""What all code that calls torch.compile shares: its functions, options, reports and errors."""
 
 from __future__ import annotations
 
@@ -7,23 +7,36 @@ import logging
 import sys
 import textwrap
 import time
+import types
+import warnings
 from collections.abc import Generator, Mapping
 from typing import Any, cast
 
-from diffopt import _torch, _tree
+from diffopt import _modes, _torch, _tree
 
 _LOG = logging.getLogger("diffopt")
 _OPTIONS = ("backend", "mode", "options", "dynamic")
+_WARNED: set[str] = set()
+
+
+def with_own_code(function: Any, name: str) -> Any:
+    """A copy for torch.compile, which keeps few results for each code object."""
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, closure=function.__closure__)
 
 
 @contextlib.contextmanager
 def announced(what: str) -> Generator[None]:
-    """Log that something is compiled, and how long it took; with a line where a terminal is."""
+    """Log that something is compiled, and how long it took; with a line where a terminal is.
+
+    Warnings are ignored: they are about torch's own code.
+    """
     _LOG.info("compiling %s", what)
     start = time.perf_counter()
     _show(f"diffopt: compiling {what} ...")
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         seconds = time.perf_counter() - start
         _show(f" {seconds:.1f} s\n")
@@ -35,6 +48,13 @@ def _show(text: str) -> None:
     if sys.stderr is not None and sys.stderr.isatty():  # pyright: ignore[reportUnnecessaryComparison] (of pythonw)
         sys.stderr.write(text)
         sys.stderr.flush()
+
+
+def warn_once(message: str) -> None:
+    """Warn, at the line of the user's program, unless the same has been said before."""
+    if message not in _WARNED:
+        _WARNED.add(message)
+        warnings.warn(message, stacklevel=_modes.users_frame()[1])
 
 
 def brief(error: BaseException) -> str:

@@ -6,7 +6,6 @@ import functools
 import itertools
 import random
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
-from diffopt._compiler import brief
+from diffopt._compiler import brief, warn_once
 from diffopt._diff import functions
 from diffopt._diff.captured import graph_leaves
 from diffopt._diff.kernels import Kernel, Operator, UnfitError, backend, composed, kept
@@ -25,8 +24,6 @@ from diffopt._tree import Tree
 
 Used = tuple[bool, ...]
 """For each param whether the loss uses it, which a trace does not show; `()` before it is known."""
-
-_WARNED: set[str] = set()
 
 
 class Compiler:
@@ -135,10 +132,7 @@ class Compiler:
     def warn(self, error: Exception) -> None:
         """Say once why something runs without compiling."""
         reason = str(error) if isinstance(error, UnfitError) else brief(error)
-        message = f"{self.name} runs without torch.compile: {reason}"
-        if message not in _WARNED:
-            _WARNED.add(message)
-            warnings.warn(message, stacklevel=_modes.users_frame()[1])
+        warn_once(f"{self.name} runs without torch.compile: {reason}")
 
 
 def identity(function: Any) -> Any:

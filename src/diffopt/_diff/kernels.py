@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import types
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._compiler import announced, backend_of, brief
+from diffopt._compiler import announced, backend_of, brief, with_own_code
 from diffopt._diff import functions
 from diffopt._tree import Tree
 
@@ -173,9 +171,7 @@ class Kernel:
 
         pulled = any(name == "vjp" for name, _ in operators)
 
-        # torch.compile keeps what it makes with the code, and only a few variants for each.
-        code = kernel.__code__.replace(co_name="step_kernel")
-        function = types.FunctionType(code, globals(), closure=kernel.__closure__)
+        function = with_own_code(kernel, "step_kernel")
         self.compiled = torch.compile(
             function, backend=backend, fullgraph=True, dynamic=backend.dynamic
         )
@@ -196,7 +192,7 @@ class Kernel:
             if self.ran:
                 tree = self.compiled(function, inputs, extra)
             else:
-                with announced(self.what), warnings.catch_warnings(action="ignore"):
+                with announced(self.what):
                     tree = self.compiled(function, inputs, extra)
             variant, self.ran = _RUNNING.variant, True
         except Exception as error:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
-import types
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _modes, _tree
-from diffopt._compiler import announced, brief
+from diffopt._compiler import announced, brief, warn_once, with_own_code
 from diffopt._rule import hyper, ops, tiles
 from diffopt._rule.running import (
     AnyRule,
@@ -38,7 +36,6 @@ Kernel: TypeAlias = Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Te
 _SAMPLE = 1 << 16  # elements that a kernel is tried on: it is compiled to share out that many
 _KERNELS: dict[Any, Kernel | None] = {}
 _LOCK = threading.Lock()
-_WARNED: set[str] = set()
 
 
 def compiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> bool:
@@ -110,7 +107,7 @@ class _Call:
         )
         if key in _KERNELS:
             return _KERNELS[key]
-        if piece[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if piece[0].is_cuda and _modes.capturing():
             return None  # it takes a step before the capture
         with _LOCK:
             if key not in _KERNELS:
@@ -140,8 +137,7 @@ class _Call:
         # Copies, since for a view torch.compile would watch its base as well.
         given, fields = [x.clone() for x in self.given], [s.value.clone() for s in self.shared]
         try:
-            # torch's warnings are about its own code.
-            with announced(f"a kernel of {self.rule!r}"), warnings.catch_warnings(action="ignore"):
+            with announced(f"a kernel of {self.rule!r}"):
                 fields = kernel(given, fields, found)
         except Exception as error:
             _warn(f"torch.compile makes no kernel here ({brief(error)})")
@@ -225,10 +221,8 @@ def _compiled(rule: AnyRule, form: _Form, marks: list[str]) -> Kernel:
                 old.copy_(x)
         return [x.new for x in row if isinstance(x, Shared)]
 
-    # torch.compile keeps what it makes with the code, and only a few for each.
-    code = kernel.__code__.replace(co_name=f"{type(rule).__name__}_kernel")
-    kernel = types.FunctionType(code, globals(), closure=kernel.__closure__)
-    return torch.compile(kernel, fullgraph=True, dynamic=True)
+    named = with_own_code(kernel, f"{type(rule).__name__}_kernel")
+    return torch.compile(named, fullgraph=True, dynamic=True)
 
 
 def _sample(vector: Tensor) -> Tensor:
@@ -247,7 +241,4 @@ def _agree(old: Tensor, found: Tensor, right: Tensor) -> bool:
 
 
 def _warn(reason: str) -> None:
-    if reason not in _WARNED:
-        _WARNED.add(reason)
-        level = _modes.users_frame()[1]
-        warnings.warn(f"{reason}, so the step runs without one", stacklevel=level)
+    warn_once(f"{reason}, so the step runs without one")
