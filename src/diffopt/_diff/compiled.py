@@ -26,6 +26,24 @@ Used = tuple[bool, ...]
 """For each param whether the loss uses it, which a trace does not show; `()` before it is known."""
 
 
+class Task(NamedTuple):
+    """A function to run compiled: `make(())(*inputs)`.
+
+    Attributes:
+        make: returns the function, given which params its loss uses.
+        inputs: its arguments. The first is the carry: the first results replace it.
+        kind: what tells this function from others of the loop.
+        integer: whether the last argument is the number of the step.
+        buffers: how many of the carry's last tensors may be ones that must not need a gradient.
+    """
+
+    make: Callable[[Used], Callable[..., Tree]]
+    inputs: tuple[Any, ...]
+    kind: Any = None
+    integer: bool = False
+    buffers: int = 0
+
+
 class Compiler:
     """Runs the functions of one loop compiled.
 
@@ -41,28 +59,12 @@ class Compiler:
         self.ambient: functions.AmbientState | None = None
         self.gave_up = False
 
-    def __call__(
-        self,
-        make: Callable[[Used], Callable[..., Tree]],
-        inputs: tuple[Any, ...],
-        *,
-        kind: Any = None,
-        integer: bool = False,
-        buffers: int = 0,
-    ) -> Tree:
-        """`make(())(*inputs)`, compiled where that is possible and right.
-
-        Args:
-            make: returns the function, given which params its loss uses.
-            inputs: its arguments. The first is the carry: the first results replace it.
-            kind: what tells this function from others of the loop.
-            integer: whether the last argument is the number of the step.
-            buffers: how many of the carry's last tensors may be ones that must not need a gradient.
-        """
-        function = make(())
+    def __call__(self, task: Task) -> Tree:
+        """The results, compiled where that is possible and right."""
+        function, inputs = task.make(()), task.inputs
         if self.gave_up or _modes.compiling() or _modes.intercepted():
             return function(*inputs)
-        loop, tensors = self._loop(make, inputs, kind, integer, buffers)
+        loop, tensors = self._loop(task)
         try:
             if _modes.forward_differentiated():
                 raise UnfitError("only ForwardMode() compiles derivatives in forward mode")
@@ -74,24 +76,13 @@ class Compiler:
         return loop.finished(outputs)
 
     def pushforward(
-        self,
-        make: Callable[[Used], Callable[..., Tree]],
-        inputs: tuple[Any, ...],
-        directions: Sequence[Tensor | None],
-        *,
-        kind: Any = None,
-        integer: bool = False,
-        buffers: int = 0,
+        self, task: Task, directions: Sequence[Tensor | None]
     ) -> tuple[Tree, list[Tensor | None]] | None:
         """The results without derivatives, and their tangents along each row of the directions.
 
         Args:
-            make: see `__call__`.
-            inputs: see `__call__`.
+            task: what to run.
             directions: one for each tensor of the inputs, or None.
-            kind: see `__call__`.
-            integer: see `__call__`.
-            buffers: see `__call__`.
 
         Returns:
             The results and for each of their tensors its tangents, None for a constant; None if
@@ -99,30 +90,21 @@ class Compiler:
         """
         if self.gave_up or _modes.intercepted():
             return None
-        loop, tensors = self._loop(make, inputs, kind, integer, buffers)
+        loop, tensors = self._loop(task)
         try:
             if _torch.interpreter_stack():  # "Expected all tensors to be on the same device"
                 raise UnfitError("torch.compile cannot trace forward mode in torch.func transforms")
-            return loop.pushforward(tensors, _tree.split(inputs)[0], directions)
+            return loop.pushforward(tensors, _tree.split(task.inputs)[0], directions)
         except Exception as error:
-            make(())(*inputs)  # if the fault is the function's own, this raises it
+            task.make(())(*task.inputs)  # if the fault is the function's own, this raises it
             self.give_up(error)
             return None
 
-    def _loop(
-        self,
-        make: Callable[[Used], Callable[..., Tree]],
-        inputs: tuple[Any, ...],
-        kind: Any,
-        integer: bool,
-        buffers: int,
-    ) -> tuple[_Loop, list[Tensor]]:
+    def _loop(self, task: Task) -> tuple[_Loop, list[Tensor]]:
         if self.ambient is None:
-            self.ambient = functions.AmbientState(inputs)
-        tensors, join, plain = _numbered(inputs, integer)
-        steady = _tree.count(inputs[0])
-        key = kind, integer
-        return _Loop(self, make, join, plain, key, steady, buffers, tensors), tensors
+            self.ambient = functions.AmbientState(task.inputs)
+        tensors, join, plain = _numbered(task.inputs, task.integer)
+        return _Loop(self, task, tensors, join, plain), tensors
 
     def give_up(self, error: Exception) -> None:
         """Compile nothing more in this loop."""
@@ -196,25 +178,23 @@ class _Facts(NamedTuple):
 
 
 class _Loop:
-    """One application of a function to inputs: what all the calls that it consists of share."""
+    """What all calls that a task consists of share; it has no tensors, since graphs keep it."""
 
     def __init__(
         self,
         compiler: Compiler,
-        make: Callable[[Any], Callable[..., Tree]],
+        task: Task,
+        tensors: Sequence[Tensor],
         join: Callable[..., Tree],
         plain: Callable[..., Tree],
-        key: Any,
-        steady: int,
-        buffers: int,
-        tensors: Sequence[Tensor],
     ) -> None:
-        self.compiler, self.make, self.join, self.plain = compiler, make, join, plain
-        self.steady, self.count = steady, len(tensors)
-        self.key = (compiler.backend, compiler.key, key, steady)
+        self.compiler, self.join, self.plain = compiler, join, plain
+        self.make: Callable[[Any], Callable[..., Tree]] = task.make
+        self.steady, self.count = _tree.count(task.inputs[0]), len(tensors)
+        self.key = (compiler.backend, compiler.key, (task.kind, task.integer), self.steady)
         self.needed = [*map(_modes.needs_gradient, tensors)]
-        self.buffers = range(steady - buffers, steady)
-        self.tests = 3 if key[1] else 1  # powers of the step's number agree at 0
+        self.buffers = range(self.steady - task.buffers, self.steady)
+        self.tests = 3 if task.integer else 1  # powers of the step's number agree at 0
         self.captured = Captured(compiler.name)
         self.used: Used = ()
         self.depends: list[set[int]] = []
@@ -586,12 +566,8 @@ class CompiledStep:
         self.compiler, self.step = compiler, step
 
     def __call__(self, carry: Tree, args: Tree, x: Any) -> Tree:
-        return self.compiler(lambda used: self.step, (carry, args, x), integer=type(x) is int)
+        return self.compiler(self.task(carry, args, x))
 
-    def pushforward(
-        self, inputs: tuple[Any, ...], directions: Sequence[Tensor | None]
-    ) -> tuple[Tree, list[Tensor | None]] | None:
-        """See `Compiler.pushforward`."""
-        return self.compiler.pushforward(
-            lambda used: self.step, inputs, directions, integer=type(inputs[2]) is int
-        )
+    def task(self, carry: Tree, args: Tree, x: Any) -> Task:
+        """The step, for the compiler."""
+        return Task(lambda used: self.step, (carry, args, x), integer=type(x) is int)

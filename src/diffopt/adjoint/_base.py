@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._compiler import check_compile
-from diffopt._diff.compiled import CompiledStep, Compiler, identity
+from diffopt._diff.compiled import CompiledStep, Compiler, Task, identity
 from diffopt._diff.gradient import HVP, value_and_grad
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
@@ -105,8 +105,7 @@ class GradientStep:
 
     def __call__(self, carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
         if self.compiler is not None:
-            make, inputs, options = self.compilable(carry, args, x)
-            return self.compiler(make, inputs, **options)
+            return self.compiler(self.task(carry, args, x))
         (params, state, buffers), (hparams, inputs), (own, batch) = carry, args, x
         value, (buffers, aux), grads = value_and_grad(
             self.objective,
@@ -139,20 +138,16 @@ class GradientStep:
         pairs = zip(leaves, self.used, strict=True)
         return _tree.unflatten([grad if use else None for grad, use in pairs], spec)
 
-    def compilable(
-        self, carry: Tree, args: Tree, x: Any
-    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The step, its inputs, and further arguments, for the compiler."""
+    def task(self, carry: Tree, args: Tree, x: Any) -> Task:
+        """The step, for the compiler."""
         # Not as one that a subclass watches, which runs around what is compiled.
         step = GradientStep(self.objective, self.optimizer, self.tol, self.second_order)
         (hparams, inputs), (own, batch) = args, x
         like = _tree.leaves(carry)[0]
         inputs = carry, (_exact(hparams, like), inputs), (_exact(own, like), batch)
-        options = {
-            "kind": (self.second_order, self.tol is None),
-            "buffers": _tree.count(carry[2]),
-        }
-        return lambda used: replace(step, used=used), inputs, options
+        kind = self.second_order, self.tol is None
+        buffers = _tree.count(carry[2])
+        return Task(lambda used: replace(step, used=used), inputs, kind=kind, buffers=buffers)
 
 
 def is_compiled(step: Step) -> bool:
@@ -165,18 +160,16 @@ def pushforward(
     step: Step, inputs: tuple[Any, ...], directions: Sequence[Tensor | None]
 ) -> tuple[Tree, list[Tensor | None]] | None:
     """The compiled results of a step and their tangents, see `Compiler`; None without that."""
-    if isinstance(step, CompiledStep):
-        return step.pushforward(inputs, directions)
-    if not isinstance(step, GradientStep) or step.compiler is None:
+    if not isinstance(step, (GradientStep, CompiledStep)) or step.compiler is None:
         return None
-    make, exact, options = step.compilable(*inputs)
-    given, pairs = iter(directions), zip(_tree.leaves(inputs), _tree.leaves(exact), strict=True)
+    task, given = step.task(*inputs), iter(directions)
+    pairs = zip(_tree.leaves(inputs), _tree.leaves(task.inputs), strict=True)
     rows = [
         next(given) if isinstance(old, Tensor) else None
         for old, new in pairs
         if isinstance(new, Tensor)
     ]
-    return step.compiler.pushforward(make, exact, rows, **options)
+    return step.compiler.pushforward(task, rows)
 
 
 def _exact(hparams: Tree, like: Tensor) -> Tree:

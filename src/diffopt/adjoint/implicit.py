@@ -12,6 +12,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants
+from diffopt._diff.compiled import Task
 from diffopt._diff.gradient import value_and_grad
 from diffopt._rule import checks
 from diffopt._tree import Tree
@@ -122,7 +123,9 @@ def _compiled(step: GradientStep, loss: Callable[[Tree, Tree], Tensor]) -> Calla
     def gradient(_: Tree, params: Tree, rest: Tree) -> Tree:
         return torch.func.grad(loss)(params, rest)
 
-    return lambda params, rest: compiler(lambda used: gradient, ((), params, rest), kind="gradient")
+    return lambda params, rest: compiler(
+        Task(lambda used: gradient, ((), params, rest), kind="gradient")
+    )
 
 
 def _distinct(batches: Iterable[Any]) -> list[Any]:
