@@ -90,6 +90,19 @@ def all_plain(tensors: Iterable[Any]) -> bool:
     return not observed() and all_ordinary(tensors)
 
 
+def versioned(x: Any) -> bool:
+    """Whether it is a tensor on a device whose version tells whether somebody writes to it.
+
+    Those of a CPU need not be remembered: they can be read.
+    """
+    return (
+        isinstance(x, Tensor)
+        and x.device.type not in ("cpu", "meta")
+        and not (x.is_inference() or observed())
+        and ordinary(x)
+    )
+
+
 def real(tensor: Tensor) -> Tensor:
     """A complex tensor as pairs of reals, and a real one as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

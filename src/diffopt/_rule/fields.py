@@ -140,10 +140,5 @@ def _base(x: Tensor) -> Tensor:
 
 
 def _markable(x: Tensor) -> bool:
-    """Whether marks can tell its value: others can be read, or have no version."""
-    return (
-        x.dim() == 0
-        and x.device.type not in ("cpu", "meta")
-        and not (x.is_inference() or _modes.observed())
-        and _modes.ordinary(x)
-    )
+    """Whether marks can tell its value."""
+    return x.dim() == 0 and _modes.versioned(x)

@@ -59,12 +59,12 @@ class Known:
 
     def note(self, tensors: Iterable[Any], value: tuple[object, float]) -> None:
         """These tensors have this value."""
-        for x in filter(_countable, tensors):
+        for x in filter(_modes.versioned, tensors):
             self._marks[x] = Mark(value, _torch.version(x))
 
     def learn(self, tensors: Iterable[Any]) -> None:
         """Read what is not known; a graph that is being captured cannot wait for that."""
-        unknown = [x for x in tensors if _countable(x) and self.mark(x) is None]
+        unknown = [x for x in tensors if _modes.versioned(x) and self.mark(x) is None]
         if _modes.capturing():
             for x in unknown:
                 self.note([x], (object(), 0.0))
@@ -73,16 +73,6 @@ class Known:
             numbers = torch.stack([x.detach().to(device).double().reshape(()) for x in unknown])
             for x, number in zip(unknown, numbers.cpu().tolist(), strict=True):
                 self.note([x], (None, number))
-
-
-def _countable(x: Any) -> bool:
-    """Whether it is a tensor on a device whose version tells whether somebody writes to it."""
-    return (
-        isinstance(x, Tensor)
-        and x.device.type not in ("cpu", "meta")
-        and not (x.is_inference() or _modes.observed())
-        and _modes.ordinary(x)
-    )
 
 
 class Plans(list[Any]):
@@ -238,7 +228,7 @@ class Counts:
 
     def __init__(self, tensors: list[Tensor], known: Known) -> None:
         self.tensors = tensors
-        marks = [known.mark(x) if _countable(x) else None for x in tensors]
+        marks = [known.mark(x) if _modes.versioned(x) else None for x in tensors]
         self.marks: list[Any] = marks if all(marks) else []
         self.vector = None if self.marks else _vector(tensors)
 
