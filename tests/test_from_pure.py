@@ -779,7 +779,7 @@ def test_a_class_that_torch_lacks_takes_two_lines():
         ({"maximise": True}, "'maximise': did you mean 'maximize'?"),
         ({"diferentiable": True}, "'diferentiable': did you mean 'differentiable'?"),
         ({"beta": (0.9, 0.9)}, "'beta': did you mean 'beta"),
-        ({"xyz": 1}, "'xyz': The options are lr, beta1, beta2, eps, weight_decay, betas, "),
+        ({"xyz": 1}, "'xyz'. The options are lr, beta1, beta2, eps, weight_decay, betas, "),
     ],
     ids=str,
 )

@@ -52,10 +52,15 @@ def _explanation(
             f"{name}={x if isinstance(x, (int, float)) else '...'}" for name, x in others.items()
         )
         return f"{', '.join(others)}: hyperparameters go to {call}.hparams({given})"
-    close = [near for name in others for near in difflib.get_close_matches(name, names, 1)]
     only = f", only {', '.join(sorted(names))}" if names else ""
-    hint = f": did you mean {close[0]!r}?" if close else fault
+    hint = did_you_mean(names, *others) or fault
     return f"{call} has no argument {', '.join(others)}{only}{hint}"
+
+
+def did_you_mean(names: list[str], *wrong: str) -> str:
+    """The name that one of the wrong ones may stand for, as the end of a message; "" if none."""
+    close = [near for name in wrong for near in difflib.get_close_matches(name, names, 1)]
+    return f": did you mean {close[0]!r}?" if close else ""
 
 
 def _public_name(maker: Any) -> str:

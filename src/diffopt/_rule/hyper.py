@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import numbers
 import operator
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._arguments import check_bool, too_large
+from diffopt._arguments import check_bool, did_you_mean, too_large
 
 Hyperparameter: TypeAlias = Any
 """A Python number, a tensor, or a prefix tree of the params with such leaves.
@@ -183,8 +182,8 @@ def _misnamed(record: str, names: list[str], args: tuple[Any, ...], values: dict
     hint = f": pass {' and '.join(names) if len(names) < 3 else ', '.join(names)}"
     if wrong in TORCH_PAIRS and TORCH_PAIRS[wrong][0] in names:
         hint = f": pass {' and '.join(TORCH_PAIRS[wrong])}"
-    elif close := difflib.get_close_matches(wrong, names, 1):
-        hint = f": did you mean {close[0]!r}? The hyperparameters are {', '.join(names)}"
+    elif question := did_you_mean(names, wrong):
+        hint = f"{question} The hyperparameters are {', '.join(names)}"
     return f"{record} has no hyperparameter {wrong!r}{hint}"
 
 

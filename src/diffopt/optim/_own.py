@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._arguments import did_you_mean
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim._adapter import RuleOptimizer
@@ -102,10 +102,9 @@ class OwnClass(OwnInit):
     def _check_names(self, given: Iterable[str], names: list[str]) -> None:
         for name in given:
             if name not in names:
-                close = difflib.get_close_matches(name, names, 1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
+                question = did_you_mean(names, name) or "."
                 raise TypeError(
-                    f"{type(self).__name__} has no option {name!r}: {hint}The options are "
+                    f"{type(self).__name__} has no option {name!r}{question} The options are "
                     f"{', '.join(names)}"
                 )
 
