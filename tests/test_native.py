@@ -295,6 +295,29 @@ def test_a_rule_is_not_run_again_for_other_numbers_and_gives_the_same_bits(
     assert len(recorded) <= 1 + 3 * decays + (name == "radam")
 
 
+def test_a_thread_may_step_by_the_same_rule_with_other_numbers_at_the_same_time(
+    programs, monkeypatch
+):
+    tiles._recordings.cache_clear()
+    opt, start, grad = diffopt.radam(), [draw(3), draw(3)], [draw(3), draw(3)]
+
+    def step(count):
+        params = [p.clone() for p in start]
+        state = opt.init(params)._replace(step=torch.tensor(count, dtype=torch.float64))
+        opt.update_(params, grad, state, opt.hparams(lr=0.1))
+        return params
+
+    def interrupted(sheet, numbers):
+        monkeypatch.setattr(symbols.Sheet, "cells", cells)
+        result = sheet.cells(numbers)
+        step(10)  # which RAdam rectifies
+        return result
+
+    expected, cells = step(1), symbols.Sheet.cells
+    monkeypatch.setattr(symbols.Sheet, "cells", interrupted)
+    torch.testing.assert_close(step(1), expected, rtol=0, atol=0)
+
+
 def test_a_rule_of_others_may_look_at_what_is_no_argument(programs):
     rates = iter([0.5, 0.25])
     sgd = diffopt.sgd(momentum=False)

@@ -309,17 +309,17 @@ def _kept(
     if not (is_ours(rule) and {*map(type, values)} <= {float, int} and not numbers.initial):
         return None
     shared = [column for column in columns if isinstance(column, Shared)]
-    recordings = _recordings(rule, (*map(type, columns),))
+    last = _recordings(rule, (*map(type, columns),))
     inputs = [*values, *(column.value for column in shared)]
-    cells = recordings[0].sheet.cells(inputs) if recordings else None
-    if cells is None:
-        recordings[:] = [_recording(rule, inputs, columns)]
-        cells = recordings[0].sheet.cells(inputs)
+    kept = last[0] if last else None  # another thread may replace it
+    cells = kept.sheet.cells(inputs) if kept else None
+    if kept is None or cells is None:
+        last[:] = [kept := _recording(rule, inputs, columns)]
+        cells = kept.sheet.cells(inputs)
     assert cells is not None  # these are the numbers with which it was recorded
-    program, _, constants, places = recordings[0]
-    for column, k in zip(shared, places, strict=True):
+    for column, k in zip(shared, kept.shared, strict=True):
         column.new = cells[k]
-    return program, [cells[k] for k in constants]
+    return kept.program, [cells[k] for k in kept.constants]
 
 
 @functools.lru_cache(maxsize=256)
