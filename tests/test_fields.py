@@ -495,3 +495,21 @@ def test_a_number_that_a_user_writes_on_a_device_is_read(device):
     opt.update_(params, params, state, opt.hparams())
     ratios = [x.inner.item() / y for x, y in zip(state.mu_product, before, strict=True)]
     assert ratios == pytest.approx([ratios[0]] * 4)
+
+
+def test_what_a_user_writes_is_read_where_a_number_beside_it_has_grown(device):
+    opt = diffopt.nadam()
+    params = [cuda(torch.ones(3)) for _ in range(4)]
+    state = opt.init(params)
+
+    def step(*gone):
+        grads = [None if i in gone else cuda(torch.ones(3)) for i in range(4)]
+        opt.update_(params, grads, state, opt.hparams())
+        return [x.inner.max().item() for x in state.mu_product[1:]]
+
+    step()
+    state.mu_product[0] = cuda(torch.full((3,), 0.5, dtype=torch.float64))
+    state.mu_product[3].fill_(0.25)
+    before = step(2, 3)
+    ratios = [x / y for x, y in zip(step(0), before, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * 3)

@@ -96,6 +96,7 @@ def _left(new: Any, old: Tensor, like: Tensor) -> Tensor:
 def _values(column: list[Tensor]) -> list[Any]:
     """What tells the numbers apart; they are equal where these are."""
     if not _modes.all_ordinary(column) or any(map(Tensor.dim, column)):
+        _marked([*filter(_markable, column)])  # before `write_` renews those of the same vector
         return [*map(id, column)]
     if all(map(_ON_CPU, column)):
         return [*map(Tensor.item, column)]
