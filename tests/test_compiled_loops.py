@@ -253,6 +253,24 @@ def test_a_kernel_that_computes_wrong_values_is_not_used(run, spoil, traceless):
         assert backend.runs == runs  # never again
 
 
+def test_results_are_no_longer_compared_where_two_threads_have_compared_them(
+    traceless, monkeypatch
+):
+    def compared_twice(kernel, *args):
+        monkeypatch.setattr(kernels.Kernel, "compare", compare)
+        with torch.enable_grad():  # as another thread does meanwhile
+            by_autograd(outer, *problem())
+        return compare(kernel, *args)
+
+    compare, outer = kernels.Kernel.compare, meta_loss(diffopt.adam(), Unrolled(), traceless)
+    monkeypatch.setattr(kernels.Kernel, "compare", compared_twice)
+    by_autograd(outer, *problem())
+    compared = []
+    monkeypatch.setattr(kernels.Kernel, "compare", lambda *_: compared.append(0))
+    by_autograd(outer, *problem())
+    assert not compared
+
+
 def test_buffers_and_auxiliary_outputs_are_those_of_the_eager_loop(traceless):
     def stateful(params, buffers, x, y, decay):
         value = loss(params, x, y, decay)
