@@ -72,13 +72,14 @@ def _public_name(maker: Any) -> str:
 
 def _instead(maker: Any, call: str, most: float) -> str:
     """Where what was passed as a positional argument belongs."""
-    if most or not hasattr(maker(), "hparams"):
+    made = None if most else maker()
+    if not hasattr(made, "hparams"):
         return ""
     numbers = f"hyperparameters go to {call}.hparams(...)"
-    if not hasattr(maker(), "update"):
+    if not hasattr(made, "update"):
         return f": {numbers}"
     ours = maker.__module__.startswith("diffopt.")
-    inplace = f"{type(maker()).__name__}(" if ours else f"from_pure({call}, "
+    inplace = f"{type(made).__name__}(" if ours else f"from_pure({call}, "
     return (
         f": a pure optimizer takes no params here: use diffopt.optim.{inplace}params, ...), "
         f"or {call}.init(params); {numbers}"
