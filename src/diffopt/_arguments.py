@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def explained(make: Callable[P, R]) -> Callable[P, R]:
+def explains_calls(make: Callable[P, R]) -> Callable[P, R]:
     """`make`, a function or a constructor, which explains arguments that it does not have."""
     parameters = inspect.signature(make).parameters.values()
     names, kinds = [p.name for p in parameters], [p.kind for p in parameters]

@@ -11,7 +11,7 @@ from typing import Any, cast, dataclass_transform
 
 from torch import Tensor
 
-from diffopt._arguments import explained
+from diffopt._arguments import explains_calls
 
 
 @dataclass_transform(eq_default=False, frozen_default=True)
@@ -34,7 +34,7 @@ class Value:
         flags = cls._of_flags
         dataclasses.dataclass(frozen=True, eq=flags, repr=False, init=init, kw_only=flags)(cls)
         if init and not own:
-            cls.__init__ = explained(cls.__init__)
+            cls.__init__ = explains_calls(cls.__init__)
         del cls.__setattr__, cls.__delattr__  # which would not let it be decorated again
         for name in ("__eq__", "__hash__", "__repr__"):
             setattr(cls, name, getattr(cls, name))

@@ -90,8 +90,8 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         _check_classes(getattr(self, "State", None), getattr(self, "hparams", None))
         for name in self.per_hyperparameter:
             if name not in self.buffer_names:
-                fields = f"the fields of its state after step are {[*self.buffer_names]}"
-                raise ValueError(f"per_hyperparameter has {_tree.shown(name)}, but {fields}")
+                known = f"the fields of its state after step are {[*self.buffer_names]}"
+                raise ValueError(f"per_hyperparameter has {_tree.shown(name)}, but {known}")
 
     def __repr__(self) -> str:
         """The flags, and `execution` where it is not "auto"."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._arguments import explained
+from diffopt._arguments import explains_calls
 from diffopt._rule import checks, hyper, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
@@ -49,7 +49,7 @@ def sparse_adam(
 ) -> Optimizer[SparseAdamState, SparseAdamHParams]: ...
 
 
-@explained
+@explains_calls
 def sparse_adam(
     *, masked: bool = False, maximize: bool = False
 ) -> Optimizer[SparseAdamState, SparseAdamHParams]:

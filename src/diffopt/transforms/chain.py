@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffopt import _tree
-from diffopt._arguments import explained
+from diffopt._arguments import explains_calls
 from diffopt._tree import Tree
 from diffopt._value import Value
 from diffopt.optimizer import Optimizer, Write, check_optimizer, copy_, overwriting
@@ -13,7 +13,7 @@ from diffopt.transforms._base import Leaves, Transformation, gather
 from diffopt.transforms._records import InOrder, check_tuple
 
 
-@explained
+@explains_calls
 def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
     """Gradients pass through transformations, one after another, and then update the params.
 

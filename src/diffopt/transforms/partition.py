@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, overload
 
 from diffopt import _tree
-from diffopt._arguments import explained
+from diffopt._arguments import explains_calls
 from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt._value import Value
@@ -133,7 +133,7 @@ def masked(part: Optimizer[S, H], mask: Tree | Callable[[Tree], Tree]) -> Optimi
 def masked(
     part: Transformation[S, H], mask: Tree | Callable[[Tree], Tree]
 ) -> Transformation[S, H]: ...
-@explained
+@explains_calls
 def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
     """Restrict a transformation or an optimizer to some of the params.
 
@@ -172,7 +172,7 @@ def masked(part: Any, mask: Tree | Callable[[Tree], Tree]) -> Any:
     raise TypeError(f"part is {given}, neither an optimizer nor a gradient transformation")
 
 
-@explained
+@explains_calls
 def freeze(optimizer: Optimizer[S, H], frozen: Tree | Callable[[Tree], Tree]) -> Optimizer[S, H]:
     """Keep some of the params unchanged: `masked` by the negated mask.
 
