@@ -248,7 +248,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         """Whether hyperparameters determine initial values of the state."""
         if not work.params:
             return False
-        return bool(self.initial(hyper.assemble(self.hparams, work.values([0]))))
+        return len(self.initial(hyper.assemble(self.hparams, work.values([0])))) > 0
 
     def _leaf_by_leaf(self, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
         """The new columns, out of place, computed tensor by tensor."""

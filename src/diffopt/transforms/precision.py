@@ -53,7 +53,7 @@ class Precision(Wrapper[PrecisionState]):
 
     Random numbers come from torch's default generator: loops that recompute their steps, such as
     those of `Checkpointed`, draw them again, and `torch.vmap` needs `randomness="different"` or
-    "same". `update` and `update_` draw the same numbers.
+    "same" (and a torch newer than 2.11). `update` and `update_` draw the same numbers.
 
     Derivatives are those of the expectation: a rounded number has the derivative of the number
     itself, and a master that of its param. Autograd rounds the gradients of bfloat16 tensors to
