@@ -1,5 +1,6 @@
 """Compiled loops: right or eager, with a warning; compiled once for every T, rate and data."""
 
+import functools
 import logging
 import os
 import shutil
@@ -630,3 +631,64 @@ def test_a_step_with_convolution_relu_and_pooling_is_right_with_inductor():
         found = gradients(True)
     for a, b in zip(found, gradients(False), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class _Scaled:
+    def __init__(self):
+        self.scale, self.calls = torch.tensor(2.0), 0
+
+    def loss(self, w):
+        self.calls += 1
+        return self.scale * (w**2).sum()
+
+
+def _capturing(kind, log):
+    """A loss that captures a scale, which it also logs; and a function that replaces the scale."""
+    scale, batch, own = 2.0, {"scale": torch.tensor(2.0)}, _Scaled()
+
+    def rescale():
+        nonlocal scale
+        scale, batch["scale"], own.scale = 3.0, torch.tensor(3.0), torch.tensor(3.0)
+
+    def scaled(w):
+        return scale * (w**2).sum()
+
+    def logged(w):
+        log["last"] = w.detach()
+        return scaled(w)
+
+    losses = {
+        "number": scaled,
+        "helper": logged,
+        "dict": lambda w: batch["scale"] * (w**2).sum(),
+        "method": own.loss,
+        "partial": functools.partial(lambda f, w: f(w), scaled),
+    }
+    return losses[kind], rescale
+
+
+@pytest.mark.parametrize("kind", ["number", "helper", "dict", "method", "partial"])
+@pytest.mark.parametrize("way", ["Checkpointed", "compiled"])
+def test_a_captured_value_replaced_before_the_backward_pass_raises(way, kind, traceless):
+    log = {}
+    loss, rescale = _capturing(kind, log)
+    lr, opt = torch.tensor(0.1, requires_grad=True), diffopt.sgd()
+
+    def meta_gradient(between):
+        sol = diffopt.minimize(
+            loss,
+            torch.ones(2),
+            optimizer=opt,
+            hparams=opt.hparams(lr=lr),
+            steps=2,
+            adjoint=Checkpointed() if way == "Checkpointed" else Unrolled(),
+            compile=traceless if way == "compiled" else False,
+        )
+        between()
+        return torch.autograd.grad(sol.params.sum(), lr)[0]
+
+    expected = -2 * 2 * 4 * (1 - 4 * 0.1)  # of 2 (1 - 4 lr)^2
+    for _ in range(2):
+        assert meta_gradient(lambda: None).item() == pytest.approx(expected)
+    with pytest.raises(RuntimeError, match="has been replaced since"):
+        meta_gradient(rescale)

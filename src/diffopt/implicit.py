@@ -87,7 +87,7 @@ class ImplicitDerivative:
         x = isolated(lambda x: x, x)
         vector, unravel = ravel(x, "x")
         inputs, merge = _tree.split(args)
-        like, captured = template(x), Captured("residual")
+        like, captured = template(x), Captured("residual", residual)
 
         def flat(v: Tensor, *inputs: Tensor) -> Tensor:
             captured.check()

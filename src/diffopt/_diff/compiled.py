@@ -57,6 +57,8 @@ class Compiler:
         self.name, self.key = name, key
         self.backend = backend(dict(options))
         self.ambient: functions.AmbientState | None = None
+        self.captured: Captured | None = None
+        self.settled = False
         self.gave_up = False
 
     def __call__(self, task: Task) -> Tree:
@@ -103,8 +105,15 @@ class Compiler:
     def _loop(self, task: Task) -> tuple[_Loop, list[Tensor]]:
         if self.ambient is None:
             self.ambient = functions.AmbientState(task.inputs)
+            self.captured = Captured(self.name, task.make(()))
         tensors, join, plain = _numbered(task.inputs, task.integer)
         return _Loop(self, task, tensors, join, plain), tensors
+
+    def settle(self) -> None:
+        """After a run: see `Captured.settle`; what later runs replace is the same."""
+        if self.captured and not self.settled:
+            self.captured.settle()
+            self.settled = True
 
     def give_up(self, error: Exception) -> None:
         """Compile nothing more in this loop."""
@@ -376,6 +385,7 @@ class _Call:
             loop.used, loop.depends = variant.facts
             loop.join_results = join
             loop.captured.versions = [(weakref.ref(x), _torch.version(x)) for x in captured]
+            loop.compiler.settle()
         return results
 
     def _test(
@@ -439,8 +449,10 @@ class _Call:
     ) -> list[Tensor | None]:
         """The vector-Jacobian product, compiled where possible."""
         compiler = self.loop.compiler
-        self.loop.captured.check()
         assert compiler.ambient is not None
+        assert compiler.captured is not None
+        self.loop.captured.check()
+        compiler.captured.check()
         with compiler.ambient.restored():
             try:
                 return self._pullback(inputs, needed, given)
@@ -559,11 +571,12 @@ class _Transformed(torch.autograd.Function):
         return results, (0,) * len(results)
 
 
+@dataclass(frozen=True, eq=False)
 class CompiledStep:
     """A step `(carry, args, x) -> results`, compiled."""
 
-    def __init__(self, compiler: Compiler, step: Callable[..., Tree]) -> None:
-        self.compiler, self.step = compiler, step
+    compiler: Compiler
+    step: Callable[..., Tree]
 
     def __call__(self, carry: Tree, args: Tree, x: Any) -> Tree:
         return self.compiler(self.task(carry, args, x))

@@ -1,11 +1,16 @@
-"""Noticing which tensors a function captures, and whether they were modified afterwards."""
+"""Noticing what a function captures, and whether it was modified or replaced afterwards."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import dis
+import functools
+import itertools
+import types
 import weakref
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,11 +28,15 @@ class Captured:
 
     Args:
         name: the function's name in errors.
+        *functions: the function, and others that belong to it.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, *functions: Any) -> None:
+        self.name, self.functions = name, functions
         self.versions: list[tuple[weakref.ref[Tensor], int]] = []  # keeps no tensor alive
+        self.values = (
+            {} if _modes.compiling() else {k: _held(x) for k, x in _bound(functions).items()}
+        )
 
     @contextlib.contextmanager
     def noticed(self, arguments: Tree) -> Generator[None]:
@@ -37,14 +46,27 @@ class Captured:
             return
         with _Reads(arguments) as reads:
             yield
+        self.settle()
         self.versions = [
             (reference, version)
             for reference, version in reads.versions
             if (x := reference()) is not None and _torch.version(x) == version
         ]
 
+    def settle(self) -> None:
+        """After a run of the function: what that has replaced itself is not among the constants."""
+        replaced = self._replaced()
+        self.values = {key: held for key, held in self.values.items() if key not in replaced}
+
+    def _replaced(self) -> list[_Path]:
+        """Where something else is now."""
+        if not self.values:
+            return []
+        now, missing = _bound(self.functions), object()
+        return [k for k, held in self.values.items() if not _same(held(), now.get(k, missing))]
+
     def check(self) -> None:
-        """Raise if one of them has been modified since.
+        """Raise if one of them has been modified or replaced since.
 
         Raises:
             RuntimeError: as torch does for tensors that autograd has saved.
@@ -58,6 +80,12 @@ class Captured:
                     f"was {version}), so the derivative cannot be recomputed: modify it after the "
                     "backward pass, or let the function capture a clone"
                 )
+        for path in self._replaced()[:1]:
+            raise RuntimeError(
+                f"{self.name} captures {'.'.join(map(str, path[1:]))}, which has been replaced "
+                "since, so the derivative cannot be recomputed: pass it as an argument, or create "
+                "a new function for each value, such as by functools.partial"
+            )
 
 
 class _Reads(_torch.DispatchMode):
@@ -94,3 +122,88 @@ def _memory(x: Tensor) -> int | None:
         return x.untyped_storage().data_ptr() or None
     except RuntimeError:  # the zeros of forward mode
         return None
+
+
+# What a function will find under the names in it
+
+_Path = tuple[Any, ...]
+_MOST = 64  # entries of a container that are looked at
+_CONSTANTS = (bool, int, float, complex, str, bytes, types.CodeType)
+_PLAIN = {*_CONSTANTS, type(None), torch.Tensor, torch.nn.Parameter}  # these have no parts
+
+
+def _held(x: Any) -> Callable[[], Any]:
+    """A reference that keeps no tensor alive."""
+    try:
+        return weakref.ref(x)
+    except TypeError:  # of a number, or the like
+        return lambda: x
+
+
+def _same(x: Any, y: Any) -> bool:
+    return x is y or (type(x) is type(y) and isinstance(x, _CONSTANTS) and x == y)
+
+
+def _bound(whole: Any) -> dict[_Path, Any]:
+    """What a value consists of, by path: constants, tensors, and what else has an identity."""
+    found: dict[_Path, Any] = {}
+    seen = set[int]()
+    left: list[tuple[_Path, Any]] = [((), whole)]
+    while left:
+        path, value = left.pop()
+        parts = None if type(value) in _PLAIN else _parts(value)
+        if parts is None:
+            found[path] = value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            left += [((*path, name), part) for name, part in parts]
+    return found
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, Any]] | None:
+    """The named parts of a function, a container, or an object that is called; else None."""
+    if isinstance(value, types.FunctionType):
+        return _names_in(value)
+    if isinstance(value, types.MethodType):
+        owner = ("self", value.__self__), *_attributes(value.__self__).items()
+        return iter([("function", value.__func__), *owner])
+    if isinstance(value, functools.partial):
+        return iter(enumerate((cast(Any, value.func), *value.args, value.keywords)))
+    if isinstance(value, (tuple, list)):
+        return itertools.islice(enumerate(cast(Any, value)), _MOST)
+    if isinstance(value, dict):
+        return itertools.islice(cast(Any, value).items(), _MOST)
+    called = callable(value) and not _library(type(value))
+    attributes = _attributes(value) if called or dataclasses.is_dataclass(value) else {}
+    return iter(attributes.items()) if attributes else None
+
+
+def _attributes(value: Any) -> Mapping[str, Any]:
+    """Those of an object; none of a class or a module."""
+    whole = isinstance(value, (type, types.ModuleType, torch.nn.Module))
+    return {} if whole else getattr(value, "__dict__", {})
+
+
+def _library(x: Any) -> bool:
+    return str(x.__module__).partition(".")[0] in ("torch", "diffopt")
+
+
+def _names_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The variables of other scopes that a function reads, and its defaults."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # it has no value yet
+            yield name, cell.cell_contents
+    if not _library(function):
+        known = function.__globals__
+        yield from ((name, known[name]) for name in _globals_in(function.__code__) if name in known)
+    yield "code", function.__code__
+    if function.__defaults__ or function.__kwdefaults__:
+        yield "defaults", (function.__defaults__, function.__kwdefaults__)
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_in(code: types.CodeType) -> tuple[str, ...]:
+    """The names of global variables that code reads, also in functions that it defines."""
+    inner = [x for x in code.co_consts if isinstance(x, types.CodeType)]
+    own = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return tuple(dict.fromkeys([*own, *itertools.chain(*map(_globals_in, inner))]))

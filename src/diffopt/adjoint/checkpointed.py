@@ -99,7 +99,7 @@ class Checkpointed(Adjoint):
             return Unrolled().run(step, carry, args, xs)
         if not xs:
             return carry, []
-        captured = Captured("the loss or step")
+        captured = Captured("the loss or step", step)
         results = refuse_closed_over(captured.name, step, carry, args, xs[0], captured=captured)
         if isinstance(step, GradientStep):
             varies = varying(step, carry, args, xs, results)

@@ -118,7 +118,7 @@ class Reversible(Adjoint):
         carry, xs = _checked_carry(carry), list(xs)
         if not xs:
             return carry, []
-        captured = Captured("the loss")
+        captured = Captured("the loss", step)
         refuse_closed_over(captured.name, step, carry, args, xs[0], captured=captured)
         inputs = carry, args, xs
         join = _tree.split(inputs)[1]

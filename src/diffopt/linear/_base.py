@@ -159,7 +159,7 @@ class LinearSolver(ABC):
         tensors, merge = _tree.split(operands)
         like = template(b)
 
-        captured = Captured("operator")
+        captured = Captured("operator", operator, transpose)
 
         def flat(function: Callable[..., Tree], name: str) -> Callable[..., Linear]:
             def at(*point: Tensor) -> Linear:
