@@ -3,12 +3,15 @@
 import functools
 import logging
 import os
+import random
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import diffopt
 from diffopt import _compiler
@@ -692,3 +695,42 @@ def test_a_captured_value_replaced_before_the_backward_pass_raises(way, kind, tr
         assert meta_gradient(lambda: None).item() == pytest.approx(expected)
     with pytest.raises(RuntimeError, match="has been replaced since"):
         meta_gradient(rescale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand()])  # noqa: NPY002
+def test_random_numbers_of_python_and_numpy_are_those_of_the_eager_loop(draw):
+    def final(compile):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        opt = diffopt.sgd()
+        return diffopt.minimize(
+            lambda w: ((w - draw()) ** 2).sum(),
+            torch.ones(2),
+            optimizer=opt,
+            hparams=opt.hparams(lr=0.1),
+            steps=3,
+            compile=compile,
+        ).params
+
+    with pytest.warns(UserWarning, match="runs without torch.compile"):
+        found = final({"backend": "eager"})
+    assert torch.equal(found, final(False))
+
+
+@pytest.mark.slow
+def test_a_loss_with_checkpoint_runs_eagerly():
+    def recomputing(w):
+        return checkpoint(lambda w: (w**3).sum(), w, use_reentrant=False)
+
+    def final(compile):
+        opt = diffopt.sgd()
+        hp = opt.hparams(lr=0.1)
+        start = torch.ones(2)
+        return diffopt.minimize(
+            recomputing, start, optimizer=opt, hparams=hp, steps=2, compile=compile
+        ).params
+
+    with pytest.warns(UserWarning, match="runs without torch.compile"):
+        found = final({"backend": "aot_eager"})
+    assert torch.equal(found, final(False))

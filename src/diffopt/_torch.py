@@ -109,6 +109,10 @@ def function_class(node: Any) -> type | None:
     return getattr(node, "_forward_cls", None)
 
 
+saved_tensors_hooks_are_enabled: Callable[[], bool] = _C._autograd._saved_tensors_hooks_is_enabled
+"""Whether autograd takes hooks on the tensors that it saves."""
+enable_saved_tensors_hooks: Callable[[], None] = _C._autograd._saved_tensors_hooks_enable
+"""Undo what a transform that has failed may leave."""
 next_node: Callable[[], int] = _C._autograd._get_sequence_nr
 """The number that the next node of autograd's graph in this thread gets."""
 weight_norm: Callable[..., Tensor] = _torch._weight_norm

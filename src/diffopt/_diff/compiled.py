@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pickle
 import random
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -406,7 +408,7 @@ class _Call:
 
     def _look(self, tensors: Sequence[Tensor]) -> _Facts:
         """Run the function as it is, with its graph."""
-        before, drawn = functions.AmbientState(list(tensors)), random.getstate()
+        before, drawn = functions.AmbientState(list(tensors)), _Drawn()
         noted: list[bool] = []
         loop = self.loop
         dims = [(name, (d[: loop.count],)) for name, (d, *_) in self.operators if name == "vmap"]
@@ -431,9 +433,10 @@ class _Call:
         if set[int]().union(*leaves) - places.keys() - aliases.keys():
             raise UnfitError(_CAPTURES.format("a tensor that requires a gradient"))
         after = functions.AmbientState(list(tensors))
-        if random.getstate() != drawn or not all(map(torch.equal, before.states, after.states)):
+        same = all(map(torch.equal, before.states, after.states))
+        if not (same and _Drawn().equals(drawn)):
             before.restore()
-            random.setstate(drawn)
+            drawn.restore()
             raise UnfitError("it draws random numbers, which compiled code draws differently")
         on = [
             {places[key] for key in {id(y), *keys} if key in places}
@@ -487,6 +490,22 @@ class _Call:
         places = [i for i, want in enumerate(wanted) if want]
         all_grads = functions.replaced([None] * len(inputs), places, grads)
         return [g if need else None for g, need in zip(all_grads, needed, strict=True)]
+
+
+class _Drawn:
+    """The states of the generators of Python, and of numpy if that has been imported."""
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy.random")
+        self.python, self.numpy = random.getstate(), numpy and numpy.get_state(legacy=False)
+
+    def equals(self, other: _Drawn) -> bool:
+        return pickle.dumps(vars(self)) == pickle.dumps(vars(other))
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        if self.numpy:
+            sys.modules["numpy.random"].set_state(self.numpy)
 
 
 _CONTIGUOUS = torch.contiguous_format

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._compiler import announced, backend_of, brief, with_own_code
 from diffopt._diff import functions
 from diffopt._tree import Tree
@@ -187,7 +187,7 @@ class Kernel:
         """
         if self.failure:
             raise UnfitError(self.failure)
-        _RUNNING.variant = None
+        _RUNNING.variant, hooked = None, _torch.saved_tensors_hooks_are_enabled()
         try:
             if self.ran:
                 tree = self.compiled(function, inputs, extra)
@@ -196,6 +196,8 @@ class Kernel:
                     tree = self.compiled(function, inputs, extra)
             variant, self.ran = _RUNNING.variant, True
         except Exception as error:
+            if hooked:  # torch leaves them disabled where it fails in a transform
+                _torch.enable_saved_tensors_hooks()
             raise self.unfit(f"torch.compile makes no kernel of it ({brief(error)})") from error
         finally:
             read, _RUNNING.tensors = _RUNNING.tensors, ()
