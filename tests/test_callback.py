@@ -165,3 +165,25 @@ def test_a_compiled_loop_rejects_a_callback():
     compiled = torch.compile(lambda lr: solve(lr, print).params, backend="eager", fullgraph=False)
     with pytest.raises(RuntimeError, match="cannot call a callback"):
         compiled(rate())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_callback_cannot_change_what_steps_capture_that_are_taken_again(in_place):
+    scale = torch.ones(())
+
+    def run(adjoint):
+        nonlocal scale
+        scale = torch.ones(())
+
+        def halve(*_):
+            nonlocal scale
+            scale = scale.mul_(0.5) if in_place else scale * 0.5
+
+        return diffopt.minimize(
+            lambda w: scale * loss(w, TARGET), torch.zeros(2, dtype=torch.float64),
+            optimizer=OPT, hparams=OPT.hparams(lr=rate()), steps=3, adjoint=adjoint, callback=halve,
+        )  # fmt: skip
+
+    assert len(run(None).losses) == 3
+    with pytest.raises(RuntimeError, match="since"):
+        run(Checkpointed())

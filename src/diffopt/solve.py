@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_bool, check_function, check_integer, check_result, too_large
 from diffopt._diff.functions import AmbientState
+from diffopt._diff.unmodified import Captured
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, FirstOrder, GradientStep, Truncated, Unrolled
@@ -187,13 +189,16 @@ def _until_done(
     """The xs before the first one where every gradient is within the tolerance; their number.
 
     If that is the very first x, it is returned alone: its step changes nothing, but shows the loss
-    to adjoints that do not follow the steps (`Implicit`). The steps are watched.
+    to adjoints that do not follow the steps (`Implicit`). The steps are watched; since they are
+    taken again, what watches them must not change what they capture.
     """
+    captured = Captured("the loss or step", step)
     ambient = AmbientState((carry, args))
     used: list[Any] = []
     idle: list[Any] = []
     for x in xs if watch is None else watch.until_stopped(xs):
-        with torch.no_grad():
+        noticed = nullcontext() if used else captured.noticed((carry, args, x))
+        with torch.no_grad(), noticed:
             carry, output = _tree.detach(step(carry, args, x))
         done = _modes.concrete(output[2])
         if done is not None and bool(done.all()):
@@ -202,6 +207,7 @@ def _until_done(
         used.append(x)
         if watch is not None:
             watch(carry, output)
+    captured.check()
     ambient.restore()
     return used or idle, len(used)
 
