@@ -132,3 +132,51 @@ def test_a_compiled_loss_is_compiled_once():
         assert count
         torch.autograd.grad(y, x)
     assert len(graphs) == count
+
+
+class _Trainer:
+    """What a loss that is a method belongs to: of its attributes the loss reads some."""
+
+    def __init__(self):
+        self.step, self.history, self.scale, self.config = 0, [], 2.0, {"power": 2}
+
+    @property
+    def factor(self):
+        return self.scale
+
+    def powers(self, w):
+        return w ** self.config["power"]
+
+    def loss(self, w):
+        return self.factor * self.powers(w).sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "matters"),
+    [
+        (lambda trainer: setattr(trainer, "step", 1), False),
+        (lambda trainer: trainer.history.append(1.0), False),
+        (lambda trainer: setattr(trainer, "other", 1.0), False),
+        (lambda trainer: setattr(trainer, "scale", 3.0), True),
+        (lambda trainer: trainer.config.update(power=4), True),
+    ],
+    ids=["step", "history", "new", "by a property", "by another method"],
+)
+def test_attributes_matter_that_the_loss_reads(change, matters):
+    trainer, opt, lr = _Trainer(), diffopt.sgd(), torch.tensor(0.1, requires_grad=True)
+    sol = diffopt.minimize(
+        trainer.loss,
+        torch.ones(2),
+        optimizer=opt,
+        hparams=opt.hparams(lr=lr),
+        steps=3,
+        adjoint=diffopt.adjoint.Checkpointed(),
+    )
+    change(trainer)
+    outer = sol.params.sum()
+    if matters:
+        with pytest.raises(RuntimeError, match="has been replaced since"):
+            outer.backward()
+    else:
+        outer.backward()
+        assert lr.grad.item() == pytest.approx(-2 * 3 * 4 * (1 - 4 * 0.1) ** 2)

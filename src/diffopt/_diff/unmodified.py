@@ -9,7 +9,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -34,9 +34,11 @@ class Captured:
     def __init__(self, name: str, *functions: Any) -> None:
         self.name, self.functions = name, functions
         self.versions: list[tuple[weakref.ref[Tensor], int]] = []  # keeps no tensor alive
-        self.values = (
-            {} if _modes.compiling() else {k: _held(x) for k, x in _bound(functions).items()}
-        )
+        self.names: set[str] = set()
+        self.values: dict[_Path, Callable[[], Any]] = {}
+        if not _modes.compiling():
+            self.names = _names_read(functions)
+            self.values = {k: _held(x) for k, x in _bound(functions, self.names).items()}
 
     @contextlib.contextmanager
     def noticed(self, arguments: Tree) -> Generator[None]:
@@ -62,7 +64,7 @@ class Captured:
         """Where something else is now."""
         if not self.values:
             return []
-        now, missing = _bound(self.functions), object()
+        now, missing = _bound(self.functions, self.names), object()
         return [k for k, held in self.values.items() if not _same(held(), now.get(k, missing))]
 
     def check(self) -> None:
@@ -144,28 +146,63 @@ def _same(x: Any, y: Any) -> bool:
     return x is y or (type(x) is type(y) and isinstance(x, _CONSTANTS) and x == y)
 
 
-def _bound(whole: Any) -> dict[_Path, Any]:
-    """What a value consists of, by path: constants, tensors, and what else has an identity."""
-    found: dict[_Path, Any] = {}
+def _bound(whole: Any, names: set[str]) -> dict[_Path, Any]:
+    """What a value consists of, by path: constants, tensors, and what else has an identity.
+
+    Of the attributes of a user's objects only those with these names are among it.
+    """
+    return {path: value for path, value, parts in _walked(whole, names) if parts is None}
+
+
+def _names_read(whole: Any) -> set[str]:
+    """The names of attributes (and more) that the user's functions in a value read."""
+    functions, classes = list[types.FunctionType](), set[Any]()
+    for _, value, parts in _walked(whole, None):
+        if isinstance(value, types.MethodType):
+            classes.add(type(value.__self__))
+        elif isinstance(value, types.FunctionType):
+            functions += [] if _library(value) else [value]
+        elif parts is not None:
+            classes.add(type(value))
+    names = {"__call__"}
+    functions += _methods(classes, names)
+    while functions:
+        more = _names_of(functions.pop().__code__) - names
+        names |= more
+        functions += _methods(classes, more)
+    return names
+
+
+def _methods(classes: Iterable[type], names: Iterable[str]) -> list[types.FunctionType]:
+    """The methods and properties of the user's classes with these names."""
+    found = [getattr(kind, name, None) for kind in classes for name in names if not _library(kind)]
+    found = [x.fget if isinstance(x, property) else x for x in found]
+    return [x for x in found if isinstance(x, types.FunctionType)]
+
+
+def _walked(
+    whole: Any, names: set[str] | None
+) -> Iterator[tuple[_Path, Any, Iterator[tuple[Any, Any]] | None]]:
+    """A value and all its parts, with their paths and their own parts, or None without any."""
     seen = set[int]()
     left: list[tuple[_Path, Any]] = [((), whole)]
     while left:
         path, value = left.pop()
-        parts = None if type(value) in _PLAIN else _parts(value)
+        parts = None if type(value) in _PLAIN else _parts(value, names)
         if parts is None:
-            found[path] = value
+            yield path, value, None
         elif id(value) not in seen:
             seen.add(id(value))
+            yield path, value, parts
             left += [((*path, name), part) for name, part in parts]
-    return found
 
 
-def _parts(value: Any) -> Iterator[tuple[Any, Any]] | None:
+def _parts(value: Any, names: set[str] | None) -> Iterator[tuple[Any, Any]] | None:
     """The named parts of a function, a container, or an object that is called; else None."""
     if isinstance(value, types.FunctionType):
         return _names_in(value)
     if isinstance(value, types.MethodType):
-        owner = ("self", value.__self__), *_attributes(value.__self__).items()
+        owner = ("self", value.__self__), *_attributes(value.__self__, names)
         return iter([("function", value.__func__), *owner])
     if isinstance(value, functools.partial):
         return iter(enumerate((cast(Any, value.func), *value.args, value.keywords)))
@@ -174,14 +211,17 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]] | None:
     if isinstance(value, dict):
         return itertools.islice(cast(Any, value).items(), _MOST)
     called = callable(value) and not _library(type(value))
-    attributes = _attributes(value) if called or dataclasses.is_dataclass(value) else {}
-    return iter(attributes.items()) if attributes else None
+    attributes = _attributes(value, names) if called or dataclasses.is_dataclass(value) else []
+    return iter(attributes) if attributes else None
 
 
-def _attributes(value: Any) -> Mapping[str, Any]:
-    """Those of an object; none of a class or a module."""
-    whole = isinstance(value, (type, types.ModuleType, torch.nn.Module))
-    return {} if whole else getattr(value, "__dict__", {})
+def _attributes(value: Any, names: set[str] | None) -> list[tuple[str, Any]]:
+    """Those of an object that are read; none of a class or a module."""
+    if isinstance(value, (type, types.ModuleType, torch.nn.Module)):
+        return []
+    attributes = getattr(value, "__dict__", {}).items()
+    whole = names is None or _library(type(value))
+    return [(name, x) for name, x in attributes if whole or name in names]
 
 
 def _library(x: Any) -> bool:
@@ -199,6 +239,13 @@ def _names_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     yield "code", function.__code__
     if function.__defaults__ or function.__kwdefaults__:
         yield "defaults", (function.__defaults__, function.__kwdefaults__)
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_of(code: types.CodeType) -> frozenset[str]:
+    """The names of attributes and global variables in code, also in functions that it defines."""
+    inner = (x for x in code.co_consts if isinstance(x, types.CodeType))
+    return frozenset(code.co_names).union(*map(_names_of, inner))
 
 
 @functools.lru_cache(maxsize=1024)
