@@ -7,6 +7,7 @@ backward pass and knows nothing of time.
 import contextlib
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -201,6 +202,8 @@ def emulated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: DEVICE.capturing)
+    stream = SimpleNamespace(is_capturing=lambda: DEVICE.capturing)  # what torch 2.15 asks
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda _=None: stream)
     depth = torch._C._len_torch_dispatch_stack()
     monkeypatch.setattr(
         _modes, "intercepted", lambda: torch._C._len_torch_dispatch_stack() > depth + 1
