@@ -48,7 +48,7 @@ CHANGES = {
     "a gradient of another shape": lambda r: r.grads.__setitem__(3, torch.zeros(3, 2)),
     "a gradient of another dtype": lambda r: r.grads.__setitem__(3, torch.zeros(2, 3).double()),
     "gradients of other strides": lambda r: r.grads.__setitem__(3, torch.ones(3, 2).t()),
-    "a gradient that is no tensor": lambda r: r.grads.__setitem__(3, 1.0),
+    "a gradient that is not a tensor": lambda r: r.grads.__setitem__(3, 1.0),
     "a sparse gradient": lambda r: r.grads.__setitem__(3, torch.ones(2, 3).to_sparse()),
     "a gradient in a parameter": lambda r: r.grads.__setitem__(3, r.params[2]),
     "a gradient that is its parameter": lambda r: r.grads.__setitem__(3, r.params[3]),
