@@ -30,9 +30,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Without TORCHINDUCTOR_VEC_ISA_OK inductor compiles a program for each instruction set of the CPU, to
-# see if the compiler knows it: many seconds on a fresh machine.
+# see if the compiler knows it: many seconds on a fresh machine. Without TENSORIFY_PYTHON_SCALARS=0
+# torch.compile traces whatever takes 0-d float64 tensors twice (torch 2.13: it tries to read them as
+# numbers, fails, and starts again); test_compiles_for_real runs as users do.
 test: $(STAMP) ## Run the tests (ARGS="-k adam" and the like are passed on)
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1 TENSORIFY_PYTHON_SCALARS=0 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 quick: $(STAMP) ## Run in under a minute what most changes break; compiles nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q \

@@ -38,7 +38,8 @@ def test_conforms(row, check):
     not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
 )
 @pytest.mark.parametrize("row", ["sgd-momentum", "adam-amsgrad"])
-def test_compiles_for_real(row):
+def test_compiles_for_real(row, monkeypatch):
+    monkeypatch.delenv("TENSORIFY_PYTHON_SCALARS", raising=False)  # as for users, see the Makefile
     CHECKS["compiled"](dataclasses.replace(REGISTRY[row], backend="inductor"))
 
 
