@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import diffopt
-from diffopt._rule import leafwise
-from diffopt.rules import Leafwise
+from diffopt._rule import leafwise, prints
 
 N = 10
 
@@ -82,10 +81,10 @@ def test_what_has_passed_the_checks_is_checked_again_where_it_has_changed(name, 
     ends = []
     for forgetful in (False, True):
         run = Run(name)
-        assert any(leafwise._PASSED.values())
+        assert any(prints._PASSED.values())
         CHANGES[change](run)
         if forgetful:
-            leafwise._PASSED.clear()
+            prints._PASSED.clear()
         try:
             run.step()
         except Exception as error:
@@ -111,7 +110,7 @@ def test_repeated_updates_equal_those_of_the_rule(name, kind):
 
 def test_checks_are_not_repeated(monkeypatch):
     run = Run("adam")
-    monkeypatch.setattr(Leafwise, "gather", lambda *_: pytest.fail("all is checked again"))
+    monkeypatch.setattr(leafwise, "gather", lambda *_: pytest.fail("all is checked again"))
     run.step()
     run.hparams = run.opt.hparams(lr=0.2)
     run.step()

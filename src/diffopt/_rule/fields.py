@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffopt import _modes, _torch
-from diffopt._rule.running import Shared, placed, scalar_on
+from diffopt._rule.rule import unused
+from diffopt._rule.running import AnyRule, Shared, placed, scalar_on
 from diffopt.optimizer import overwrite_
 
 _ON_CPU = operator.attrgetter("is_cpu")  # in C: a step reads thousands
@@ -32,6 +33,13 @@ def packed(column: list[Tensor]) -> list[Tensor]:
         return column
     with torch.no_grad():
         return [*torch.stack(column).unbind()]
+
+
+def places(rule: AnyRule, buffers: list[list[Any]]) -> list[int]:
+    """The places of these fields among the buffers, where they are used."""
+    pairs = enumerate(zip(rule.buffer_names, buffers, strict=True))
+    numbers = rule.per_hyperparameter
+    return [k for k, (name, c) in pairs if name in numbers and c and not unused(c[0])]
 
 
 def equal_parts(indices: Sequence[int], columns: Sequence[list[Tensor]]) -> list[list[int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import torch
@@ -53,6 +54,7 @@ class Rule(ABC, Generic[S, H]):
         batched: whether `rule` also takes a batch of tensors of one shape, with one dimension more
             in front, as one tensor.
         maximize: ascend instead of descend.
+        execution: see `Leafwise`.
     """
 
     State: ClassVar[type[Any]]
@@ -62,7 +64,8 @@ class Rule(ABC, Generic[S, H]):
     batchable = True
     stackable = False
     batched = False
-    maximize = False
+    maximize: bool = False
+    execution: Execution = "auto"
     native: Callable[..., bool] | None = None
 
     @property
@@ -77,6 +80,15 @@ class Rule(ABC, Generic[S, H]):
             step,
             *(zero_for(p) if name in numbers else zeros_like(p) for name in self.buffer_names),
         )
+
+    def buffers_of(self, p: Tensor) -> Mapping[str, torch.dtype]:
+        """The fields of the state after `step` that this configuration uses, and their dtypes.
+
+        `p` is any tensor that the rule can update; the dtypes are those of its buffers.
+        """
+        if _modes.compiling():
+            return _used(self, begun(self, p, p.new_zeros(())))
+        return _buffers_of(self, p.shape, p.dtype)
 
     def scalars(self, t: Any, hp: H) -> Any:
         """What is computed once per step instead of once per tensor, such as bias corrections."""
@@ -117,6 +129,33 @@ class Rule(ABC, Generic[S, H]):
     def refuse(self, p: Tensor) -> str | None:
         """Why the rule cannot update this parameter, such as "is complex"; None where it can."""
         return None
+
+
+def begun(rule: Rule[Any, Any], p: Tensor, step: Tensor) -> Any:
+    """The state of one tensor before its first step; raises where a user's rule returns none."""
+    state = rule.begin(p, step)
+    if not isinstance(state, rule.State):
+        name = "init" if "begin" in vars(rule) else f"{type(rule).__name__}.begin"
+        raise TypeError(f"{name} must return a {rule.State.__name__}, not {_tree.describe(state)}")
+    return state
+
+
+@functools.lru_cache(maxsize=256)
+def _buffers_of(
+    rule: Rule[Any, Any], shape: torch.Size, dtype: torch.dtype
+) -> Mapping[str, torch.dtype]:
+    """What `buffers_of` returns for parameters of this shape and dtype."""
+    try:
+        example = torch.empty(shape, dtype=dtype, device="meta")
+        state = begun(rule, example, torch.empty((), device="meta"))
+    except Exception:  # a user's `begin` may depend on values
+        state = begun(rule, torch.zeros(shape, dtype=dtype), torch.zeros(()))
+    return _used(rule, state)
+
+
+def _used(rule: Rule[Any, Any], state: tuple[Any, ...]) -> Mapping[str, torch.dtype]:
+    pairs = zip(rule.buffer_names, state[1:], strict=True)
+    return {name: field.dtype for name, field in pairs if not unused(field)}
 
 
 def is_ours(rule: Rule[Any, Any]) -> bool:

@@ -1,12 +1,13 @@
 """The algorithms, one file per family, and the parts for writing a new one."""
 
 from diffopt._rule import ops as ops
+from diffopt._rule.functions import leafwise as leafwise
 from diffopt._rule.hyper import (
     Hyperparameter as Hyperparameter,
     hparams as hparams,
     number as number,
 )
-from diffopt._rule.leafwise import Leafwise as Leafwise, leafwise as leafwise
+from diffopt._rule.leafwise import Leafwise as Leafwise
 from diffopt._rule.rule import zeros_like as zeros_like
 from diffopt.rules.adadelta import adadelta as adadelta
 from diffopt.rules.adafactor import adafactor as adafactor

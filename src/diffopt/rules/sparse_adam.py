@@ -12,6 +12,7 @@ from diffopt._arguments import explains_calls
 from diffopt._rule import checks, hyper, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.work import gather
 from diffopt._tree import Tree
 from diffopt._value import Flags
 from diffopt.optimizer import Optimizer, Write
@@ -198,7 +199,7 @@ class SparseAdam(Flags, Optimizer[SparseAdamState, SparseAdamHParams]):
         self, params: Tree, grads: Tree, state: SparseAdamState, hparams: SparseAdamHParams
     ) -> _Entries:
         """Check the arguments and gather the specified entries."""
-        work = self.entries.gather(params, grads, state, hparams, sparse=True)
+        work = gather(self.entries, params, grads, state, hparams, sparse=True)
         given = [_specified(grad, params, i) for i, grad in enumerate(work.grads)]
         values = [None if grad is None else _values(grad) for grad in given]
         where = [None if grad is None else tuple(grad.indices()) for grad in given]

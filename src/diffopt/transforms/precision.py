@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._rule import checks, running, tiles, ways
+from diffopt._rule import checks, parts, running, tiles, ways
 from diffopt._rule.hyper import check_flags
-from diffopt._rule.leafwise import Leafwise, Work
+from diffopt._rule.leafwise import Leafwise, write_
 from diffopt._rule.rule import unused
+from diffopt._rule.work import Work, gather as gather_work
 from diffopt._tree import Tree
 from diffopt.optimizer import Write
 from diffopt.transforms._base import Leaves, Wrapper, gather, wide
@@ -153,8 +154,8 @@ class Precision(Wrapper[PrecisionState]):
         foreign = _modes.observed() or not _modes.all_ordinary(leaves.params)
         if foreign or not isinstance(rule, Leafwise):
             return super().prepare_(params, grads, state, hparams)
-        work = rule.gather(params, grads, state.inner, hparams)
-        if rule.may_grow(work):
+        work = gather_work(rule, params, grads, state.inner, hparams)
+        if work.may_grow():
             return super().prepare_(params, grads, state, hparams)
         fields = zip(rule.buffer_names, work.buffers, strict=True)
         pairs = zip(masters, work.params, strict=True)
@@ -169,7 +170,7 @@ class Precision(Wrapper[PrecisionState]):
         def write() -> None:
             buffers = itertools.chain(*filter(_holds, work.buffers))
             rounding = self._rounding(buffers, work.params, masters)
-            rule.write_(work, count, functools.partial(_step_, rule, work, masters, rounding))
+            write_(work, count, functools.partial(_step_, rule, work, masters, rounding))
 
         return write
 
@@ -232,7 +233,7 @@ def _step_(
     values: list[Any],
     columns: list[Any],
 ) -> None:
-    """Step leaves that share device, dtype and hyperparameters, in place: see `Leafwise.write_`."""
+    """Step leaves that share device, dtype and hyperparameters, in place: see `write_`."""
     own, n = [masters[i] for i in indices], len(masters)
     mastered = own[0] is not None
     lists = [column for column in columns if isinstance(column, list)] + [own] * mastered
@@ -286,7 +287,7 @@ class _Part(NamedTuple):
             g = g.to(wide_p.dtype)
         new: list[Any] = [wide_p, g, *map(wide, buffers)]
         columns = running.in_place_of_lists([[x] for x in new], self.columns)
-        self.rule.step_(*self.numbers, columns)
+        parts.step_(self.rule, *self.numbers, columns)
         for place, x, old in zip(self.places, [*new[2:], wide_p], [*buffers, p], strict=True):
             if x is not old:
                 self.rounding.write_(place + leaf, x, old, offset)
