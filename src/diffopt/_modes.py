@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def all_plain(tensors: Iterable[Any]) -> bool:
     return not observed() and all_ordinary(tensors)
 
 
-def versioned(x: Any) -> bool:
+def versioned(x: Any) -> TypeGuard[Tensor]:
     """Whether it is a tensor on a device whose version tells whether somebody writes to it.
 
     Those of a CPU need not be remembered: they can be read.

@@ -1,9 +1,9 @@
 """Fields of the state that have the shape of hyperparameters: most often one number per tensor.
 
 Tensors whose numbers are equal are updated together. On a CPU the numbers are read. On a device,
-where that would wait, it is remembered which ones were written together: a mark says what stands
-for the value of each, and at which version. Numbers made together are views of one vector, so that
-one kernel makes them and one version tells whether somebody else has written to any.
+where that would wait, marks remember which ones were written together. Numbers made together are
+views of one vector, so that one kernel makes them and one version tells whether somebody else has
+written to any.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffopt import _modes, _torch
+from diffopt._rule import marks
 from diffopt._rule.rule import unused
 from diffopt._rule.running import AnyRule, Shared, placed, scalar_on
 from diffopt.optimizer import overwrite_
 
 _ON_CPU = operator.attrgetter("is_cpu")  # in C: a step reads thousands
-_MARKS: Any = WeakTensorKeyDictionary()
-"""For a tensor that is no view: its version, and by offset what stands for the numbers in it."""
 
 
 def packed(column: list[Tensor]) -> list[Tensor]:
@@ -72,7 +70,7 @@ def left(column: Any, old: list[Tensor], like: Tensor) -> list[Tensor]:
         return [new.clone() for _ in old]
     with torch.no_grad():
         numbers = new.expand(len(old)).clone().unbind()
-    _mark(numbers, object())
+    marks.note(numbers, marks.unknown())
     return [*numbers]
 
 
@@ -89,7 +87,7 @@ def write_(column: Any, old: list[Tensor], like: Tensor) -> None:
         return
     _torch.foreach_copy_(old, [new] * len(old))
     if all(map(_markable, old)):
-        _mark(old, object())
+        marks.note(old, marks.unknown())
 
 
 def _left(new: Any, old: Tensor, like: Tensor) -> Tensor:
@@ -104,48 +102,15 @@ def _left(new: Any, old: Tensor, like: Tensor) -> Tensor:
 def _values(column: list[Tensor]) -> list[Any]:
     """What tells the numbers apart; they are equal where these are."""
     if not _modes.all_ordinary(column) or any(map(Tensor.dim, column)):
-        _marked([*filter(_markable, column)])  # before `write_` renews those of the same vector
+        marks.known([*filter(_markable, column)])  # before `write_` renews those of one vector
         return [*map(id, column)]
     if all(map(_ON_CPU, column)):
         return [*map(Tensor.item, column)]
-    markable = all(map(_markable, column))
-    values = _marked(column) if markable else [None] * len(column)
-    if None in values and not (column[0].is_meta or _modes.capturing()):
-        device = column[0].device
-        values = torch.stack([x.to(device, torch.float64) for x in column]).cpu().tolist()
-        for x, value in zip(column, values, strict=True) if markable else ():
-            _mark([x], value)
-    return [id(x) if value is None else value for x, value in zip(column, values, strict=True)]
-
-
-def _marked(column: list[Tensor]) -> list[Any]:
-    """What marks say of the numbers; None for what is not known. Marks that are wrong end."""
-    values: list[Any] = []
-    marks: dict[int, Any] = {}
-    for x in column:
-        base = _base(x)
-        if id(base) not in marks:
-            version, marks[id(base)] = _MARKS.get(base) or (None, {})
-            if version != _torch.version(base):
-                marks[id(base)] = {}
-                _MARKS.pop(base, None)
-        values.append(marks[id(base)].get(x.storage_offset()))
-    return values
-
-
-def _mark(numbers: Sequence[Tensor], value: object) -> None:
-    """Note that these numbers have this value, and have been written last."""
-    bases = {id(base): base for base in map(_base, numbers)}
-    known = {k: (_MARKS.get(base) or (0, {}))[1] for k, base in bases.items()}
-    for x in numbers:
-        known[id(_base(x))][x.storage_offset()] = value
-    for k, base in bases.items():
-        _MARKS[base] = _torch.version(base), known[k]
-
-
-def _base(x: Tensor) -> Tensor:
-    base = _torch.base(x)
-    return x if base is None else base
+    if all(map(_markable, column)):
+        return marks.learn(column)
+    if column[0].is_meta or _modes.capturing():
+        return [*map(id, column)]
+    return marks.read(column)
 
 
 def _markable(x: Tensor) -> bool:

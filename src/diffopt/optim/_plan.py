@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _modes
-from diffopt._rule import hyper, running, tiles, ways
+from diffopt._rule import hyper, marks, running, tiles, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.prints import Prints, addresses_of
 from diffopt._rule.running import Shared
 from diffopt.optim import _state
 from diffopt.optim._groups import Group
 from diffopt.optim._options import Options
-from diffopt.optim._state import Counts, Integers, Known, State
+from diffopt.optim._state import Counts, Integers, State
 
 KEPT = True
 """Whether plans are kept between steps; switching it off changes no bit of a result."""
@@ -51,12 +51,12 @@ class Plan:
         live = [i for i, grad in enumerate(grads) if grad is not None]
         new = _begin(optimizer, group, opt, [params[i] for i in live])
         rows = {i: _row(optimizer, group, params[i]) for i in live}
-        known = optimizer.state.plans.known if type(optimizer.state) is State else Known()
-        known.learn(row[name] for row in rows.values() for name in optimizer.scalar_state)
+        scalars = (row[name] for row in rows.values() for name in optimizer.scalar_state)
+        marks.learn([*filter(_modes.versioned, scalars)])
         entangled = set[int]() if group.get("differentiable") else _entangled(params, rows)
         members: dict[_Key, list[int]] = {}
         for i in live:
-            key = _key(optimizer, group, opt, params[i], grads[i], rows[i], known)
+            key = _key(optimizer, group, opt, params[i], grads[i], rows[i])
             key = key._replace(
                 fresh=id(params[i]) in new and "step" not in rows[i],
                 alone=i if i in entangled else None,
@@ -67,7 +67,7 @@ class Plan:
         for key, indices in members.items():
             some = [params[i] for i in indices], [rows[i] for i in indices]
             indices = [] if whole else indices
-            self.buckets.append(Bucket(optimizer, group, opt, key, known, indices, *some))
+            self.buckets.append(Bucket(optimizer, group, opt, key, indices, *some))
         self.lasting = (
             KEPT
             and type(optimizer.state) is State
@@ -123,7 +123,6 @@ class Bucket:
         group: Group,
         opt: Leafwise[Any, Any],
         key: _Key,
-        known: Known,
         indices: list[int],
         params: list[Tensor],
         rows: list[dict[str, Any]],
@@ -140,7 +139,7 @@ class Bucket:
         self.scalars: dict[str, Any] = {}
         for name in optimizer.scalar_state:
             whole, column = optimizer.integer_steps, [row[name] for row in rows]
-            self.scalars[name] = Integers(rows, name) if whole else Counts(column, known)
+            self.scalars[name] = Integers(rows, name) if whole else Counts(column)
         self.buffers: dict[str, list[Any]] = {}
         for name in [name for name in self.fields if name and name not in self.scalars]:
             column = [row.get(name) for row in rows]
@@ -406,7 +405,6 @@ def _key(
     param: Tensor,
     grad: Any,
     row: Any,
-    known: Known,
 ) -> _Key:
     names = [name for name in optimizer.fields(opt, param) if name not in optimizer.scalar_state]
     tensors = [param, grad, *(row[name] for name in names)]
@@ -417,7 +415,7 @@ def _key(
     for name in () if group.get("differentiable") else optimizer.scalar_state:
         value = row[name]
         if isinstance(value, Tensor):
-            scalars += [value.dtype, value.device, _value(value, known)]
+            scalars += [value.dtype, value.device, _value(value)]
         else:
             scalars.append(value)  # SparseAdam's
     dtypes = (*names, *(x.dtype for x in tensors))
@@ -469,10 +467,9 @@ def _begin(optimizer: Any, group: Group, opt: Leafwise[Any, Any], params: list[T
         if not differentiable:
             alike = sorted(rows, key=list)  # the counts of a bucket side by side
             _state.pack(alike, optimizer.scalar_state)
-        if type(optimizer.state) is State:
-            for name in optimizer.scalar_state:  # all of a name are equal
-                value = (None if name == "step" else object(), 0.0)
-                optimizer.state.plans.known.note([row.get(name) for row in rows], value)
+        for name in optimizer.scalar_state:  # all of a name are equal
+            value = (None, 0.0) if name == "step" else marks.unknown()
+            marks.note([*filter(_modes.versioned, (row.get(name) for row in rows))], value)
     for p, row in zip(new.values(), rows, strict=True):
         _state.row_of(optimizer.state, p).update(row)
     return set(new)
@@ -503,7 +500,7 @@ def _order(opt: Leafwise[Any, Any], tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(_memory.order(tensor))
 
 
-def _value(scalar: Tensor, known: Known) -> Any:
+def _value(scalar: Tensor) -> Any:
     """What tells the number in a 0-d tensor from others; a device is not waited for."""
     if scalar.is_meta:
         return None
@@ -511,5 +508,6 @@ def _value(scalar: Tensor, known: Known) -> Any:
         return id(scalar)
     if scalar.device.type == "cpu":
         return scalar.item()
-    mark = known.mark(scalar)
-    return mark.value if mark else id(scalar)
+    if not _modes.versioned(scalar):
+        return id(scalar)
+    return marks.known([scalar])[0] or id(scalar)

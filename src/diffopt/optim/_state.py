@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffopt import _modes, _torch
-from diffopt._rule import running
+from diffopt._rule import marks, running
 
 _CHANGES = (
     "__setitem__",
@@ -29,52 +28,6 @@ _CHANGES = (
 _READS = ("__getitem__", "get", "items", "values", "copy", "__or__", "__ror__", "__reduce__")
 
 
-class Mark:
-    """The value of a 0-d tensor on a device, and the version at which it had this value.
-
-    A value is a pair: None or an object that stands for an unknown number, and what is added to it.
-    """
-
-    __slots__ = ("value", "version")
-
-    def __init__(self, value: tuple[object, float], version: int) -> None:
-        self.value, self.version = value, version
-
-
-class Known:
-    """What 0-d tensors on devices hold, so that nobody waits for a device to compare two of them.
-
-    It is right while nobody but this package writes to a tensor, which its version tells, and while
-    no graph is replayed that was captured before; therefore what a graph counts is unknown, and
-    equals only what it counts together.
-    """
-
-    def __init__(self) -> None:
-        self._marks: Any = WeakTensorKeyDictionary()
-
-    def mark(self, tensor: Tensor) -> Mark | None:
-        """What is known of a tensor."""
-        mark = self._marks.get(tensor)
-        return mark if mark and mark.version == _torch.version(tensor) else None
-
-    def note(self, tensors: Iterable[Any], value: tuple[object, float]) -> None:
-        """These tensors have this value."""
-        for x in filter(_modes.versioned, tensors):
-            self._marks[x] = Mark(value, _torch.version(x))
-
-    def learn(self, tensors: Iterable[Any]) -> None:
-        """Read what is not known; a graph that is being captured cannot wait for that."""
-        unknown = [x for x in tensors if _modes.versioned(x) and self.mark(x) is None]
-        if _modes.capturing():
-            for x in unknown:
-                self.note([x], (object(), 0.0))
-        elif unknown:
-            device = unknown[0].device
-            numbers = torch.stack([x.detach().to(device).double().reshape(()) for x in unknown])
-            for x, number in zip(unknown, numbers.cpu().tolist(), strict=True):
-                self.note([x], (None, number))
-
-
 class Plans(list[Any]):
     """The plans of a state, and whether anybody else may hold one of its tensors.
 
@@ -83,10 +36,6 @@ class Plans(list[Any]):
     """
 
     lent = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known = Known()
 
 
 def _hooked(names: Iterable[str], hook: Callable[[Any], None]) -> Callable[[Any], Any]:
@@ -190,7 +139,8 @@ def mark_unlent(state: Any, names: Iterable[str] = ()) -> None:
     if type(state) is State:
         with unread(state):
             rows = [row for row in state.values() if isinstance(row, dict)]
-            state.plans.known.learn(row.get(name) for row in rows for name in names)
+            scalars = (row.get(name) for row in rows for name in names)
+            marks.learn([*filter(_modes.versioned, scalars)])
         state.plans.lent = False
 
 
@@ -226,10 +176,10 @@ class Counts:
     read and written as one vector; on a device, as a list.
     """
 
-    def __init__(self, tensors: list[Tensor], known: Known) -> None:
+    def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
-        marks = [known.mark(x) if _modes.versioned(x) else None for x in tensors]
-        self.marks: list[Any] = marks if all(marks) else []
+        known = all(map(_modes.versioned, tensors)) and None not in marks.known(tensors)
+        self.marks = marks.of(tensors) if known else []
         self.vector = None if self.marks else _vector(tensors)
 
     @property
@@ -241,14 +191,14 @@ class Counts:
     def value(self) -> Any:
         """What tells it from other counts."""
         if self.marks:
-            return self.marks[0].value
+            return self.marks[0].value_of(self.tensors[0])
         return self.tensors[0].item() if self.tensors[0].device.type == "cpu" else id(self)
 
     def equal(self) -> bool:
         """Whether they still are; a device is not waited for, their versions tell."""
         if self.marks:
-            value, pairs = self.value, zip(self.tensors, self.marks, strict=True)
-            return all(m.value == value and m.version == _torch.version(x) for x, m in pairs)
+            value, pairs = self.value, zip(self.marks, self.tensors, strict=True)
+            return value is not None and all(mark.value_of(x) == value for mark, x in pairs)
         if len(self.tensors) == 1 or self.tensors[0].device.type != "cpu":
             return True
         values = self.vector
@@ -262,11 +212,13 @@ class Counts:
         if isinstance(number, Tensor):
             number = number.to(self.tensors[0])
         if self.marks:
+            token, before = self.marks[i or 0].value_of(self.tensors[i or 0]) or marks.unknown()
             alpha = {"alpha": 1} if isinstance(number, Tensor) else {}  # or it waits for its value
             _torch.foreach["add"][1](self._written(i), number, **alpha)
-            unknown = isinstance(number, Tensor) or _modes.capturing()
-            token, before = self.marks[i or 0].value
-            self._mark(None if unknown else (token, before + number), i)
+            if isinstance(number, Tensor) or _modes.capturing():
+                self._mark(None, i)
+            else:
+                self._mark((token, before + number), i)
             return
         for tensor in self._written(i):
             tensor.add_(number)
@@ -288,13 +240,13 @@ class Counts:
             return [self.tensors[i]]
         return self.tensors if self.vector is None else [self.vector]
 
-    def _mark(self, value: tuple[object, float] | None, i: int | None) -> None:
+    def _mark(self, value: marks.Value | None, i: int | None) -> None:
         """Note what was written; None is one unknown number for all that are written in a row."""
         if not i:
-            self._unknown = object(), 0.0
-        pairs = list(zip(self.tensors, self.marks, strict=True))
-        for x, mark in pairs if i is None else [pairs[i]]:
-            mark.value, mark.version = value or self._unknown, _torch.version(x)
+            self._unknown = marks.unknown()
+        pairs = list(zip(self.marks, self.tensors, strict=True))
+        for mark, x in pairs if i is None else [pairs[i]]:
+            mark.note(x, value or self._unknown)
 
 
 class Integers:
