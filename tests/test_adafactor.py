@@ -253,7 +253,7 @@ def test_rates_of_each_weight_are_not_stepped_together(monkeypatch):
 @pytest.fixture
 def pieced(monkeypatch):
     """The lengths of the vectors that are stepped by pieces, of some seven elements."""
-    monkeypatch.setattr(tiles, "_TILE", 7)
+    monkeypatch.setattr(tiles, "TILE", 7)
     lengths, pieced_ = [], tiles._pieced_
 
     def spy(rule, numbers, row):

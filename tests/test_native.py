@@ -120,7 +120,7 @@ def test_the_rule_runs_where_the_kernel_computes_something_else(opt, numbers, ex
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch, programs):
-    monkeypatch.setattr(tiles, "_TILE", 7)
+    monkeypatch.setattr(tiles, "TILE", 7)
     torch.manual_seed(0)
     params = {"big": draw(5, 6), "small": [draw(2), draw(), draw(0)], "other": draw(3, 2)}
     params = pytree.tree_map(lambda p: p.to(dtype), params)
@@ -154,7 +154,7 @@ def test_small_tensors_that_lie_side_by_side_are_updated_in_their_memory(
 @pytest.mark.parametrize("name", ["asgd", "rmsprop", "rprop", "adafactor"])
 @pytest.mark.parametrize("size", [7, 1 << 18], ids=["pieces", "together"])
 def test_a_gradient_may_be_its_own_parameter(name, size, monkeypatch, programs):
-    monkeypatch.setattr(tiles, "_TILE", size)
+    monkeypatch.setattr(tiles, "TILE", size)
     torch.manual_seed(0)
     opt = getattr(diffopt, name)()
     leaf = dataclasses.replace(opt, execution="leaf")

@@ -4,7 +4,6 @@ import io
 import itertools
 import math
 import pickle
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import diffopt
 from diffopt import adjoint, transforms as t
+from diffopt._rule import tiles
 from diffopt.optim import from_pure, to_pure
 from diffopt.rules import hparams, leafwise, number, zeros_like
 from diffopt.testing import CHECKS, Case
@@ -23,7 +23,6 @@ from registry import REGISTRY
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LARGEST = torch.finfo(BF16).max
 precision = t.precision
-module = sys.modules[t.PrecisionState.__module__]
 
 
 def _batches_bits():
@@ -250,7 +249,7 @@ def test_pieces_give_what_whole_tensors_give(dtype, monkeypatch):
     params = {k: draw(*s, dtype=dtype) for k, s in {"a": (70, 9), "b": (3,), "c": (40,)}.items()}
     grads = [{k: draw(*p.shape, seed=i, dtype=dtype) for k, p in params.items()} for i in range(3)]
     whole = steps(opt, params, grads, opt.hparams(lr=0.1), in_place=True)
-    monkeypatch.setattr(module, "_TILE", 50)
+    monkeypatch.setattr(tiles, "TILE", 50)
     pieces = steps(opt, params, grads, opt.hparams(lr=0.1), in_place=True)
     torch.testing.assert_close(pieces, whole)
 
@@ -315,7 +314,7 @@ def test_a_step_in_place_allocates_no_more_than_pieces(dtype):
     params, grads = [draw(3_000_000, dtype=dtype)], [draw(3_000_000, seed=1, dtype=dtype)]
     state, record = opt.init(params), opt.hparams(lr=0.1)
     peak = peak_bytes(opt.update_, params, grads, state, record)
-    assert 0 < peak < 6 * 4 * module._TILE * torch.get_num_threads()
+    assert 0 < peak < 6 * 4 * tiles.TILE * torch.get_num_threads()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

@@ -39,6 +39,10 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             rules, such as Adafactor and Muon, runs as by "auto". `update` runs as "leaf", to be
             compiled together with the code around it.
 
+    Raises:
+        TypeError: a flag is not a bool, or has no hash.
+        ValueError: `execution` or another flag has a value that is not allowed.
+
     Examples:
         >>> from typing import Any, NamedTuple
         >>> import torch

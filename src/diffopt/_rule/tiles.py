@@ -31,7 +31,7 @@ from diffopt._rule.running import (
 from diffopt._rule.symbols import Sheet
 
 _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
-_TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
+TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
 _LITTLE = 1 << 15  # elements in all, for which no program is worth recording
 _USUAL = 6  # the number of tensors in the cache at once that this assumes
 _LEAST, _STACKED = 1 << 24, 8  # on a device: bytes that may be taken, by so many stacks at once
@@ -100,7 +100,7 @@ def in_pieces_(
 
     `update_` changes one piece of each column in place, but for the second, of gradients.
     """
-    length = min(size, torch.get_num_threads() * _TILE // 2)  # more causes page faults
+    length = min(size, torch.get_num_threads() * TILE // 2)  # more causes page faults
     for batch in (layout or Layout(lists)).batches(lists, length):
         pieces = lists if batch.indices is None else [pick(c, batch.indices) for c in lists]
         if len(batch.lengths) > 1:
@@ -175,7 +175,7 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     whole = [
         i
         for i in alone
-        if columns[0][i].numel() < _TILE
+        if columns[0][i].numel() < TILE
         or not on_cpu
         or not _pieced_(rule, numbers, [pick(column, i) for column in columns])
     ]
@@ -184,7 +184,7 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
 def _alike(params: list[Tensor]) -> Iterator[list[int]]:
     """Indices of tensors in batches, with small tensors of the same shape together."""
-    size = torch.get_num_threads() * _TILE
+    size = torch.get_num_threads() * TILE
     lengths = list(map(Tensor.numel, params))
     alike: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
@@ -212,7 +212,7 @@ def _pieced_(rule: AnyRule, numbers: Numbers, row: Sequence[Any]) -> bool:
     changing anything, and recorded again with the sum known. So the tensors are read once more for
     each sum.
     """
-    p, size = row[0], torch.get_num_threads() * _TILE
+    p, size = row[0], torch.get_num_threads() * TILE
     lists = [k for k, x in enumerate(row) if isinstance(x, Tensor) and x.numel()]
     kinds = {(row[k].shape, row[k].dtype, row[k].is_contiguous()) for k in lists}
     shared = any(isinstance(x, Shared) for x in row)
@@ -259,7 +259,7 @@ def _prepared(
     rule: AnyRule, numbers: Numbers, columns: Sequence[Any], layout: Layout
 ) -> tuple[int, Callable[[Sequence[Tensor]], None]]:
     """The size of pieces of the columns, and a function that updates one of each column."""
-    size, like = torch.get_num_threads() * _TILE, columns[0][0]
+    size, like = torch.get_num_threads() * TILE, columns[0][0]
 
     def eagerly(piece: Sequence[Tensor]) -> None:
         leaf_(rule, numbers, in_place_of_lists([[tensor] for tensor in piece], columns))

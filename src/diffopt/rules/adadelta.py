@@ -41,12 +41,7 @@ class Adadelta(Leafwise[AdadeltaState, AdadeltaHParams]):
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1), `rho` in
     [0, 1] (0.9), `eps` >= 0 (1e-6), `weight_decay` >= 0 (0).
 
-    Args:
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
 
     Examples:
         >>> import torch, diffopt

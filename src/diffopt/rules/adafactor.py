@@ -67,14 +67,11 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
     the derivative is that of one of them; which one depends on rounding at the first step of a
     vector with d = 1, where RMS(u_t) is 1.
 
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+
     Args:
         eps1: make eps1 a hyperparameter. False takes the machine epsilon of the parameter's dtype
             (float32's for half precision), which is torch's eps=(None, eps2).
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
 
     Examples:
         >>> import torch, diffopt

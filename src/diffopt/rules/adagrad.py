@@ -44,12 +44,7 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
     `init` does not know the hyperparameters, so `state.sum` starts at 0 and the first step adds
     `initial_accumulator_value`, for all tensors; from then on it equals torch's.
 
-    Args:
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
 
     Examples:
         >>> import torch, diffopt

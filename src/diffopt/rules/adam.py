@@ -55,13 +55,10 @@ class Adam(Leafwise[AdamState, AdamHParams]):
     Where a gradient has always been zero, derivatives are finite: those of the problem without that
     coordinate.
 
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+
     Args:
         amsgrad: divide by the square root of the largest v so far (AMSGrad).
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
 
     Examples:
         >>> import torch, diffopt
@@ -124,13 +121,10 @@ class AdamW(Adam):
     The parameter is first scaled, p <- p * (1 - lr * weight_decay), and then takes the step of
     `adam` with g_t = grad_t. `weight_decay` is 1e-2 by default.
 
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+
     Args:
         amsgrad: divide by the square root of the largest v so far (AMSGrad).
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
 
     Examples:
         >>> import torch, diffopt

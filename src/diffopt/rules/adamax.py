@@ -43,12 +43,7 @@ class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
 
     Where the two sides of the maximum are equal, each gets half of the derivative.
 
-    Args:
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
 
     Examples:
         >>> import torch, diffopt

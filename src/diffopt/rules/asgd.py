@@ -48,12 +48,7 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
     the step before. Each is one number for each tensor, or has the shape of a hyperparameter that
     is larger, and starts at 0; the first step sets them to `lr` and 1, for all tensors.
 
-    Args:
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
 
     Examples:
         >>> import torch, diffopt

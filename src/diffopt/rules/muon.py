@@ -63,6 +63,8 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     Its parameters must be matrices; give others to another optimizer. At a zero gradient the
     derivative is that of X_0 = N / eps.
 
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+
     Args:
         nesterov: use Nesterov's momentum.
         ns_steps: the number of iterations.
@@ -73,8 +75,6 @@ class Muon(Leafwise[MuonState, MuonHParams]):
             to `ns_a`, `ns_b` and `ns_c` have no correct digit. Where derivatives matter, use
             torch.float32 (1e-5), or None for the dtype of the parameter (float32 for half
             precision).
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Raises:
         TypeError: a flag is not a bool, or `precision` is not a dtype.

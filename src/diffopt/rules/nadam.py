@@ -51,14 +51,11 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
     `momentum_decay` that is larger; it starts at 0, and the first step sets it to 1 for all
     tensors.
 
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+
     Args:
         decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
             adding to its gradient.
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
 
     Examples:
         >>> import torch, diffopt

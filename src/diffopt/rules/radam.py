@@ -46,14 +46,11 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
 
     As a function of `beta2` it jumps where r_t crosses 5, and has no derivative there.
 
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+
     Args:
         decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of
             adding to its gradient.
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
 
     Examples:
         >>> import torch, diffopt

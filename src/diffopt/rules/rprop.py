@@ -49,12 +49,7 @@ class Rprop(Leafwise[RpropState, RpropHParams]):
     from the first step size only. `init` does not know the hyperparameters: `state.step_size`
     starts at 0, and the first step sets it to `lr`, for all tensors.
 
-    Args:
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
-
-    Raises:
-        TypeError: a flag is not a bool.
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
 
     Examples:
         >>> import torch, diffopt

@@ -51,14 +51,13 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
     Its first step is differentiable, unlike that of torch.optim.SGD, whose first buffer is a
     detached gradient.
 
+    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+
     Args:
         nesterov: use Nesterov's momentum.
         momentum: False keeps no buffer, and removes the hyperparameters `momentum` and `dampening`.
-        maximize: ascend instead of descend.
-        execution: how it runs, see `diffopt.rules.Leafwise`.
 
     Raises:
-        TypeError: a flag is not a bool.
         ValueError: nesterov without momentum.
 
     Examples:

@@ -24,8 +24,6 @@ from diffopt.transforms._rounding import Rounding, through
 
 Masters: TypeAlias = list[Tensor | None]
 
-_TILE = 1 << 18  # elements per thread in a piece: its copies in float32 stay in the cache
-
 
 class PrecisionState(NamedTuple):
     """State of `precision`: the master weights, `[]` where there is none; the optimizer's state."""
@@ -323,7 +321,7 @@ def _piece_size(rule: Leafwise[Any, Any], values: list[Any], columns: list[Any])
     alike = len({sum(map(Tensor.numel, column)) for column in lists}) == 1
     cut = rule.elementwise and alike and layout == "regular" and all(map(running.is_scalar, values))
     parallel = {"cpu": torch.get_num_threads(), "cuda": 4}
-    return _TILE * parallel.get(device, 0) if cut else 0
+    return tiles.TILE * parallel.get(device, 0) if cut else 0
 
 
 def _used(p: Tensor, master: Tensor | None) -> Tensor:
