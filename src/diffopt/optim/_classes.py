@@ -66,15 +66,9 @@ class Adamax(Fusible, torch.optim.Adamax):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            params: Iterable[Any],
-            lr: Rate = 2e-3,
-            betas: Pair = (0.9, 0.999),
-            eps: float = 1e-8,
-            weight_decay: float = 0.0,
-            **flags: Unpack[Flags],
-        ) -> None: ...
+        def __init__(self, params: Iterable[Any], lr: Rate = 2e-3, betas: Pair = (0.9, 0.999),
+            eps: float = 1e-8, weight_decay: float = 0.0,
+            **flags: Unpack[Flags]) -> None: ...  # fmt: skip
 
     make = staticmethod(rules.adamax)
 
@@ -84,17 +78,10 @@ class NAdam(Fusible, torch.optim.NAdam):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            params: Iterable[Any],
-            lr: Rate = 2e-3,
-            betas: Pair = (0.9, 0.999),
-            eps: float = 1e-8,
-            weight_decay: float = 0.0,
-            momentum_decay: float = 4e-3,
+        def __init__(self, params: Iterable[Any], lr: Rate = 2e-3, betas: Pair = (0.9, 0.999),
+            eps: float = 1e-8, weight_decay: float = 0.0, momentum_decay: float = 4e-3,
             decoupled_weight_decay: bool = False,
-            **flags: Unpack[Flags],
-        ) -> None: ...
+            **flags: Unpack[Flags]) -> None: ...  # fmt: skip
 
     make = staticmethod(rules.nadam)
     flags = ("decoupled_weight_decay", "maximize")
@@ -106,16 +93,9 @@ class RAdam(Fusible, torch.optim.RAdam):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            params: Iterable[Any],
-            lr: Rate = 1e-3,
-            betas: Pair = (0.9, 0.999),
-            eps: float = 1e-8,
-            weight_decay: float = 0.0,
-            decoupled_weight_decay: bool = False,
-            **flags: Unpack[Flags],
-        ) -> None: ...
+        def __init__(self, params: Iterable[Any], lr: Rate = 1e-3, betas: Pair = (0.9, 0.999),
+            eps: float = 1e-8, weight_decay: float = 0.0, decoupled_weight_decay: bool = False,
+            **flags: Unpack[Flags]) -> None: ...  # fmt: skip
 
     make = staticmethod(rules.radam)
     flags = ("decoupled_weight_decay", "maximize")
@@ -126,17 +106,9 @@ class RMSprop(Fusible, torch.optim.RMSprop):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            params: Iterable[Any],
-            lr: Rate = 1e-2,
-            alpha: float = 0.99,
-            eps: float = 1e-8,
-            weight_decay: float = 0.0,
-            momentum: float = 0.0,
-            centered: bool = False,
-            **flags: Unpack[Flags],
-        ) -> None: ...
+        def __init__(self, params: Iterable[Any], lr: Rate = 1e-2, alpha: float = 0.99,
+            eps: float = 1e-8, weight_decay: float = 0.0, momentum: float = 0.0,
+            centered: bool = False, **flags: Unpack[Flags]) -> None: ...  # fmt: skip
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
         flags = {name: group[name] for name in ("centered", "maximize")}
@@ -156,15 +128,9 @@ class Adadelta(Fusible, torch.optim.Adadelta):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            params: Iterable[Any],
-            lr: Rate = 1.0,
-            rho: float = 0.9,
-            eps: float = 1e-6,
-            weight_decay: float = 0.0,
-            **flags: Unpack[Flags],
-        ) -> None: ...
+        def __init__(self, params: Iterable[Any], lr: Rate = 1.0, rho: float = 0.9,
+            eps: float = 1e-6, weight_decay: float = 0.0,
+            **flags: Unpack[Flags]) -> None: ...  # fmt: skip
 
     make = staticmethod(rules.adadelta)
 
@@ -174,16 +140,9 @@ class ASGD(Fusible, torch.optim.ASGD):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            params: Iterable[Any],
-            lr: Rate = 1e-2,
-            lambd: float = 1e-4,
-            alpha: float = 0.75,
-            t0: float = 1e6,
-            weight_decay: float = 0.0,
-            **flags: Unpack[Flags],
-        ) -> None: ...
+        def __init__(self, params: Iterable[Any], lr: Rate = 1e-2, lambd: float = 1e-4,
+            alpha: float = 0.75, t0: float = 1e6, weight_decay: float = 0.0,
+            **flags: Unpack[Flags]) -> None: ...  # fmt: skip
 
     make = staticmethod(rules.asgd)
     scalar_state = ("step", "eta", "mu")
@@ -195,14 +154,8 @@ class Rprop(Fusible, torch.optim.Rprop):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            params: Iterable[Any],
-            lr: Rate = 1e-2,
-            etas: Pair = (0.5, 1.2),
-            step_sizes: Pair = (1e-6, 50),
-            **flags: Unpack[Flags],
-        ) -> None: ...
+        def __init__(self, params: Iterable[Any], lr: Rate = 1e-2, etas: Pair = (0.5, 1.2),
+            step_sizes: Pair = (1e-6, 50), **flags: Unpack[Flags]) -> None: ...  # fmt: skip
 
     make = staticmethod(rules.rprop)
     later = ("lr", *Fusible.later)
