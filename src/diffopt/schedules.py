@@ -7,6 +7,9 @@ one of them is a tensor of any dtype. Tensors broadcast: a tensor of steps gives
 The values of tensors are never read, so schedules can be created and called inside `torch.vmap` and
 `torch.compile`. Where a schedule has a kink, its derivative is that of one side.
 
+An argument that is neither a number nor a tensor raises `TypeError`, and a number out of range
+`ValueError`.
+
 Schedules are values: `cosine(0.1, 100)` is `Cosine(init=0.1, steps=100.0, final=0.0)`, whose
 arguments are attributes. Two with the same arguments are equal and have the same hash; they pickle,
 and are constants for torch.compile. A tensor argument is kept by reference, so the schedule follows
@@ -73,9 +76,6 @@ class Constant(Formula):
     Args:
         value: any number.
 
-    Raises:
-        TypeError: an argument is neither a number nor a tensor.
-
     Examples:
         >>> import diffopt
         >>> diffopt.schedules.constant(0.1)(7)
@@ -104,10 +104,6 @@ class Linear(Formula):
         init: the value at step 0.
         final: the value from step `steps` on.
         steps: the length, > 0.
-
-    Raises:
-        ValueError: a number is out of range.
-        TypeError: an argument is neither a number nor a tensor.
 
     Examples:
         >>> import diffopt
@@ -140,10 +136,6 @@ def warmup(peak: Number, steps: Number, init: Number = 0.0) -> Linear:
     Returns:
         The schedule. Use `joined` to continue with another one.
 
-    Raises:
-        ValueError: a number is out of range.
-        TypeError: an argument is neither a number nor a tensor.
-
     Examples:
         >>> from diffopt.schedules import cosine, joined, warmup
         >>> lr = joined([warmup(peak=1.0, steps=2), cosine(init=1.0, steps=4)], [2])
@@ -167,10 +159,6 @@ class Polynomial(Formula):
         steps: the length, > 0.
         power: the exponent, > 0.
         final: the value from step `steps` on.
-
-    Raises:
-        ValueError: a number is out of range.
-        TypeError: an argument is neither a number nor a tensor.
 
     Examples:
         >>> import diffopt
@@ -207,10 +195,6 @@ class Cosine(Formula):
         steps: the length, > 0.
         final: the value from step `steps` on.
 
-    Raises:
-        ValueError: a number is out of range.
-        TypeError: an argument is neither a number nor a tensor.
-
     Examples:
         >>> import diffopt
         >>> lr = diffopt.schedules.cosine(init=1.0, steps=4)
@@ -243,10 +227,6 @@ class Exponential(Formula):
         init: the value at step 0.
         gamma: the factor, >= 0.
 
-    Raises:
-        ValueError: a number is out of range.
-        TypeError: an argument is neither a number nor a tensor.
-
     Examples:
         >>> import torch, diffopt
         >>> gamma = torch.tensor(0.5, requires_grad=True)
@@ -276,10 +256,6 @@ class Step(Formula):
         init: the value at step 0.
         gamma: the factor, >= 0.
         every: the steps between two changes, > 0; its derivative is 0.
-
-    Raises:
-        ValueError: a number is out of range.
-        TypeError: an argument is neither a number nor a tensor.
 
     Examples:
         >>> import diffopt
@@ -321,8 +297,8 @@ class OneCycle(Formula):
         three_phase: whether the way down has two parts.
 
     Raises:
-        ValueError: a number is out of range, or `anneal` is unknown.
-        TypeError: an argument is neither a number nor a tensor, or `three_phase` is not a bool.
+        ValueError: `anneal` is unknown.
+        TypeError: `three_phase` is not a bool.
 
     Examples:
         >>> import diffopt

@@ -16,11 +16,10 @@ from diffopt.linear._base import LinearSolver, LinearSystem, Run
 class Direct(LinearSolver):
     """Builds the matrix of A and factors it: for small systems, up to a few thousand unknowns.
 
+    Arguments not listed here are those of every `LinearSolver`.
+
     Args:
         rtol: see `LinearSolver`; a larger residual indicates a singular matrix.
-        atol: see `LinearSolver`.
-        damping: see `LinearSolver`.
-        on_failure: see `LinearSolver`.
 
     Examples:
         >>> import torch, diffopt
@@ -46,13 +45,13 @@ class Nystrom(LinearSolver):
     missing directions, the more so the smaller the damping. It takes `rank` products with A, in one
     batch.
 
+    Arguments not listed here are those of every `LinearSolver`.
+
     Args:
         rank: the number of columns, >= 1; all of them if there are fewer.
         damping: added to A, > 0: without it the approximation is singular.
         seed: for the random choice of columns.
         rtol: see `LinearSolver`. The default of 1 accepts any x that is no worse than 0.
-        atol: see `LinearSolver`.
-        on_failure: see `LinearSolver`.
 
     Examples:
         >>> import torch, diffopt

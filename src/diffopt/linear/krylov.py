@@ -88,13 +88,11 @@ class ConjugateGradient(Krylov):
     Negative curvature, p^T A p <= 0, ends the iteration unconverged, with the x reached before. The
     preconditioner must be symmetric positive definite too. An iteration takes one product with A.
 
+    Arguments not listed here are those of every `LinearSolver`.
+
     Args:
-        rtol: see `LinearSolver`.
-        atol: see `LinearSolver`.
-        damping: see `LinearSolver`.
         max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
         preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
-        on_failure: see `LinearSolver`.
 
     Examples:
         >>> import torch, diffopt
@@ -148,13 +146,13 @@ class NormalCG(Krylov):
     takes one product with A and one with A^T. As elsewhere, the preconditioner P approximates A^-1;
     P P^T is used for A^T A.
 
+    Arguments not listed here are those of every `LinearSolver`.
+
     Args:
         rtol: see `LinearSolver`; the residual is that of A x = b.
-        atol: see `LinearSolver`.
         damping: see `LinearSolver`; it is added to A, not to A^T A.
         max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
         preconditioner: `v -> P v` on trees like b, an approximate inverse of A.
-        on_failure: see `LinearSolver`.
 
     Examples:
         >>> import torch, diffopt
@@ -200,14 +198,12 @@ class GMRES(Krylov):
     of A x = b. An iteration takes one product with A; vectors are orthogonalized twice by
     Gram-Schmidt.
 
+    Arguments not listed here are those of every `LinearSolver`.
+
     Args:
         restart: iterations between restarts, >= 1. With few it may make no progress.
-        rtol: see `LinearSolver`.
-        atol: see `LinearSolver`.
-        damping: see `LinearSolver`.
         max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
         preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
-        on_failure: see `LinearSolver`.
 
     Examples:
         >>> import torch, diffopt
@@ -280,13 +276,11 @@ class BiCGStab(Krylov):
     may break down, especially if A has imaginary eigenvalues; then it restarts from the current x.
     Preconditioned from the right.
 
+    Arguments not listed here are those of every `LinearSolver`.
+
     Args:
-        rtol: see `LinearSolver`.
-        atol: see `LinearSolver`.
-        damping: see `LinearSolver`.
         max_steps: iterations at most, >= 0; None is ten times the number of unknowns, at most 1000.
         preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
-        on_failure: see `LinearSolver`.
 
     Examples:
         >>> import torch, diffopt

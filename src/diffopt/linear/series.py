@@ -24,14 +24,13 @@ class Neumann(LinearSolver):
     not exactly the derivatives of the biased first ones. With x0 or a preconditioner it is k steps
     of x + scale * M^-1 (b - A x). Each step, and the residual, takes one product with A.
 
+    Arguments not listed here are those of every `LinearSolver`.
+
     Args:
         k: the number of terms, >= 1.
         scale: a positive number.
         rtol: see `LinearSolver`. The default of 1 only checks that the series does not diverge.
-        atol: see `LinearSolver`.
-        damping: see `LinearSolver`.
         preconditioner: `v -> M^-1 v` on trees like b, an approximate inverse of A.
-        on_failure: see `LinearSolver`.
 
     Examples:
         >>> import torch, diffopt
