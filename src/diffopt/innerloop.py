@@ -366,7 +366,8 @@ def _copied(
     """A replica of the module, and its parameters by name."""
     frozen = {id(tensor) for tensor in module.parameters()}
     buffers = [b for b in functional.buffers.values() if id(b) not in frozen]
-    params = {name: _started(p, track) for name, p in functional.params.items()}
+    copies = ((name, _fresh(p, track)) for name, p in functional.params.items())
+    params = {name: p if track else p.requires_grad_() for name, p in copies}
     tensors = {id(p): params[name] for name, p in functional.params.items()}
     tensors |= {id(b): _fresh(b, track) for b in buffers}
     result = _replica.replica([*module.modules()], tensors)
@@ -384,13 +385,9 @@ def _copied(
     return result, params
 
 
-def _started(param: Tensor, track: bool) -> Tensor:
+def _fresh(tensor: Tensor, track: bool) -> Tensor:
     """A copy, so that nothing that is done to it in place changes the module."""
-    return param.clone() if track else param.detach().clone().requires_grad_()
-
-
-def _fresh(buffer: Tensor, track: bool) -> Tensor:
-    return (buffer if track else buffer.detach()).clone()
+    return (tensor if track else tensor.detach()).clone()
 
 
 def _write_apart(names: list[str], part: nn.Module, _: Any) -> None:

@@ -70,6 +70,11 @@ def numbers_of(rule: AnyRule, t: Any, values: Sequence[Any]) -> Numbers:
     return Numbers(t, hparams, rule.scalars(t, hparams), {})
 
 
+def initial_of(rule: AnyRule, values: Sequence[Any]) -> dict[str, Any]:
+    """The initial values of the state that these hyperparameters determine."""
+    return rule.initial(hyper.assemble(rule.hparams, values))
+
+
 def apply(
     rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, widen: bool = False
 ) -> list[Any]:

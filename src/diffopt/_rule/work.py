@@ -63,11 +63,12 @@ class Work:
     def parts(self, t: Any, *, apart: bool) -> Iterator[tuple[list[int], list[Any]]]:
         """The leaves that are updated together, and their columns.
 
-        What may be the first step also begins the state of leaves without a gradient.
-        Numbers of the state are equal within a part, or else `apart`: there is one for each leaf.
+        A step that may be the first one also begins the state of leaves without a gradient. Numbers
+        of the state are equal within a part, unless `apart`: then there is one for each leaf.
         """
         numbers = self.numbers_of_state()
-        absent = (isinstance(t, Tensor) or t <= 1) and self._has_initial()
+        early = len(self.params) > 0 and (isinstance(t, Tensor) or t <= 1)
+        absent = early and len(running.initial_of(self.rule, self.values([0]))) > 0
         for group in self.groups(absent=absent):
             parts = [group]
             if numbers and not apart:
@@ -88,12 +89,6 @@ class Work:
         buffers = itertools.chain(*(self.buffers[k] for k in self.numbers_of_state()))
         values = itertools.chain(*(n.values for n in self.numbers))
         return any(x.dim() == 0 for x in buffers) and not all(map(running.is_scalar, values))
-
-    def _has_initial(self) -> bool:
-        """Whether hyperparameters determine initial values of the state."""
-        if not self.params:
-            return False
-        return len(self.rule.initial(hyper.assemble(self.rule.hparams, self.values([0])))) > 0
 
     def values(self, indices: list[int]) -> list[Any]:
         """The hyperparameters of one group."""

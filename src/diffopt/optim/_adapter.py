@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _modes, _torch, _tree
-from diffopt._rule import hyper
+from diffopt._rule import running
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim import _state
 from diffopt.optim._checkpoints import Checkpoints, check_dense
@@ -240,7 +240,7 @@ class RuleOptimizer(Checkpoints):
     def new_states(self, params: Sequence[Tensor], group: Group) -> list[dict[str, Any]]:
         """The state of parameters before their first step."""
         opt = self.rule(group)
-        initial = opt.initial(hyper.assemble(opt.hparams, values_of(opt, group)))
+        initial = running.initial_of(opt, values_of(opt, group))
         scalars = {name: initial.get(name, 0.0) for name in self.scalar_state}
         return [
             {name: self.new_scalar(value, param, group) for name, value in scalars.items()} | row

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _modes
-from diffopt._rule import hyper, marks, running, tiles, ways
+from diffopt._rule import marks, running, tiles, ways
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.prints import Prints, addresses_of
 from diffopt._rule.running import Shared
@@ -251,7 +251,9 @@ class Bucket:
             # One tensor many times takes a kernel a fifth less time than as many tensors.
             steps = [count] * len(columns[0])
             first = None if isinstance(t, Tensor) else t == 0
-            if first is not False and self._initial():  # the state is past its initial values
+            if first is not False and running.initial_of(
+                self.rule, self.numbers
+            ):  # the state is past its initial values
                 first = False
             counts.add_(1)  # at the last moment: Ctrl-C is handled after the kernel
         try:
@@ -265,10 +267,6 @@ class Bucket:
         if done and "found_inf" in amp:
             self._uncount(amp["found_inf"])
         return done
-
-    def _initial(self) -> bool:
-        """Whether hyperparameters determine initial values."""
-        return bool(self.rule.initial(hyper.assemble(self.rule.hparams, self.numbers)))
 
     def _uncount(self, found_inf: Tensor) -> None:
         """Do not count a step that the kernel has skipped."""

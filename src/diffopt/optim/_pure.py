@@ -339,7 +339,7 @@ def _torch_row(
     """A parameter and its state as torch keeps it: the inverse of `_pure_row`."""
     (row,) = optimizer.new_states([p], group)
     for name in optimizer.rule(group).buffers_of(p).keys() & row.keys():
-        value = _buffer(state, name, i).detach()
+        value = _tree.leaves(getattr(state, name))[i].detach()
         if name in optimizer.scalar_state:
             numbers = _modes.real(value).unique()
             if len(numbers) != 1:
@@ -350,11 +350,6 @@ def _torch_row(
     if "step" in row:
         row["step"] = optimizer.new_scalar(state.step, p, group)
     return p, row
-
-
-def _buffer(state: Any, name: str, i: int) -> Any:
-    """A parameter's leaf of a field of a pure state."""
-    return _tree.leaves(getattr(state, name))[i]
 
 
 def _shared(values: Sequence[Any], spec: _tree.Spec) -> Any:

@@ -88,7 +88,10 @@ class Rounding:
     """
 
     def __init__(self, old: Iterable[Any], *, stochastic: bool) -> None:
-        self.old = [x if stochastic and _narrow(x) else None for x in old]
+        self.old = [
+            x if stochastic and isinstance(x, Tensor) and x.dtype == torch.bfloat16 else None
+            for x in old
+        ]
         sizes = [0 if x is None else x.numel() for x in self.old]
         *self.starts, total = itertools.accumulate(sizes, initial=0)
         if total:
@@ -112,7 +115,3 @@ class Rounding:
     def _noise(self, k: int, new: Tensor, offset: int = 0) -> Tensor:
         noise = self.noise.at(self.starts[k] + offset, new.numel())
         return noise.to(new.device).view(new.shape)
-
-
-def _narrow(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dtype == torch.bfloat16
