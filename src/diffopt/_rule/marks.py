@@ -1,9 +1,9 @@
 """What numbers on devices hold, so that nobody waits for a device to compare two of them.
 
-Only of tensors that are `_modes.versioned` can anything be known. A value is a pair: None, or an
-object that stands for an unknown number, and what is added to it. It is right while nobody but this
-package writes to the tensor, which its version tells, and while no graph is replayed that was
-captured before; therefore what a graph counts is unknown, and equals only what it counts together.
+The tensors are those that are `_modes.versioned`. A value is a pair: None, or an object that stands
+for an unknown number, and what is added to it. It is right while nobody but this package writes to
+the tensor, which its version tells, and while no graph is replayed that was captured before;
+therefore what a graph counts is unknown, and equals only what it counts together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffopt import _modes, _torch
 Value: TypeAlias = tuple[object, float]
 
 _MARKS: Any = WeakTensorKeyDictionary()
-"""For a tensor that is not a view: its mark, which serves its views too; one version is theirs."""
+"""By tensors that are not views; a view has the mark of its base, whose version it shares."""
 
 
 class Mark:
@@ -61,7 +61,7 @@ def of(tensors: Iterable[Tensor]) -> list[Mark]:
 
 
 def known(tensors: Sequence[Tensor]) -> list[Value | None]:
-    """What is known of these; what is wrong is forgotten, so that `note` does not renew it."""
+    """What is known of these; values out of date are dropped, lest `note` bring them back."""
     pairs = list(zip(of(tensors), tensors, strict=True))
     for mark, x in pairs:
         if mark.version != _torch.version(x):

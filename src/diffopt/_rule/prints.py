@@ -104,7 +104,7 @@ def as_before(
 
 
 def remember(work: Work, others: list[Tensor]) -> None:
-    """Note what has passed all checks, the second time that these params do."""
+    """Remember what has passed all checks, from the second time that these params pass them."""
     if _modes.observed() or len(work.params) < checks.MANY or not is_ours(work.rule):
         return
     if not _modes.all_ordinary([*work.params, *others, *work.grads]):
