@@ -280,6 +280,15 @@ def test_compiled_steps(name):
     torch.testing.assert_close(new, expected(opt, params, hp, "eelb"))
 
 
+def test_compiled_steps_in_place_which_leave_the_graph():
+    opt, params = diffopt.adagrad(), tree([(3,), (2, 2)], 0)
+    hp, step = opt.hparams(**INITIAL["adagrad"]), torch.compile(opt.update_, backend="eager")
+    new, state = pytree.tree_map(torch.clone, params), opt.init(params)
+    for grads in all_grads(params, "el"):
+        step(new, grads, state, hp)
+    torch.testing.assert_close(new, expected(opt, params, hp, "el"))
+
+
 @pytest.mark.parametrize("name", INITIAL)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_steps_on_a_gpu_do_not_wait(name, in_place, monkeypatch):

@@ -61,7 +61,7 @@ def numbers_at(rule: AnyRule, step: Any, values: Sequence[Any], columns: Sequenc
     if ops.is_zero(first):
         return numbers
     initial = {name: first * value for name, value in rule.initial(numbers.hparams).items()}
-    return numbers._replace(initial=initial)
+    return Numbers(*numbers[:-1], initial)  # dynamo of torch 2.11 fails to return a _replace
 
 
 def numbers_of(rule: AnyRule, t: Any, values: Sequence[Any]) -> Numbers:
