@@ -1,11 +1,14 @@
 """The examples run, and write their table, their picture and their figures."""
 
+import importlib
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
@@ -13,15 +16,90 @@ FOLDER = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_an_example_runs(name, tmp_path, monkeypatch):
-    file = tmp_path / "figures.json"
-    options = ["--smoke", "--out", str(tmp_path), "--json", str(file)]
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
-    monkeypatch.syspath_prepend(str(FOLDER))
-    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
-    rows = json.loads(file.read_text())
+@pytest.fixture
+def options(tmp_path):
+    return ["--smoke", "--out", str(tmp_path), "--json", str(tmp_path / "figures.json")]
+
+
+def check(name: str, out: Path) -> None:
+    rows = json.loads((out / "figures.json").read_text())
     assert len(rows) > 1
     assert all(row.keys() == rows[0].keys() for row in rows)
-    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+    assert (out / f"{name}.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NAMES)
+def test_an_example_runs(path, options, tmp_path, monkeypatch):
+    file = FOLDER / f"{path}.py"
+    monkeypatch.setattr(sys, "argv", [file.name, *options])
+    monkeypatch.setattr(sys, "path", [str(file.parent), str(FOLDER), *sys.path])
+    runpy.run_path(str(file), run_name="__main__")
+    check(file.stem, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_maml_family_runs(options, tmp_path):
+    """As a command, since it starts processes that import it."""
+    command = [sys.executable, str(FOLDER / "meta_learning/family.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    check("family", tmp_path)
+
+
+@pytest.fixture
+def family(monkeypatch):
+    pytest.importorskip("PIL")
+    monkeypatch.setattr(sys, "path", [str(FOLDER / "meta_learning"), str(FOLDER), *sys.path])
+    return importlib.import_module("family")
+
+
+@pytest.fixture
+def task(family):
+    """Learned parameters, and images and labels of a task."""
+    torch.manual_seed(0)
+    start = {name: p.detach().double() for name, p in family.model.params.items()}
+    start["10.weight"] = 0.1 * torch.randn(5, 128, dtype=torch.float64)
+    start = {name: p.requires_grad_() for name, p in start.items()}
+    x, query_x = torch.rand(2, 10, 1, 14, 14, dtype=torch.float64)
+    return start, (x, torch.arange(10) % 5, query_x, torch.arange(10) % 5)
+
+
+def same_gradients(value, expected, inputs):
+    grads, others = (torch.autograd.grad(v, inputs) for v in (value, expected))
+    torch.testing.assert_close(grads, others, rtol=1e-8, atol=1e-10)
+
+
+def test_anil_is_maml_with_rates_of_zero_below_the_head(family, task):
+    start, data = task
+    rates = {name: 0.1 if name.startswith("10.") else 0.0 for name in start}
+    anil = family.after_adaptation(family.anil, start, None, 0.0, *data)
+    expected = family.after_adaptation(family.meta_sgd, start, rates, 0.0, *data)
+    same_gradients(anil, expected, [*start.values()])
+
+
+def test_the_gradient_of_reptile_is_the_way_from_the_adapted_parameters(family, task):
+    start, (x, y, query_x, query_y) = task
+    adapted = family.descend(start, torch.cat([x, query_x]), torch.cat([y, query_y]))
+    value = family.to_the_adapted(family.maml, start, None, 0.0, x, y, query_x, query_y)
+    grads = torch.autograd.grad(value, [*start.values()])
+    expected = [(p - adapted[name]).detach() for name, p in start.items()]
+    torch.testing.assert_close(list(grads), expected)
+
+
+@pytest.mark.parametrize("done", [0.0, 0.3, 0.8])
+def test_the_losses_of_maml_pp_are_those_of_steps_by_hand(family, task, done):
+    start, (x, y, *query) = task
+    rates = {name: torch.full((5,), 0.1, requires_grad=True) for name in start}
+    params, losses = start, []
+    for step in range(5):
+        grads = torch.autograd.grad(
+            family.loss(params, x, y), [*params.values()], create_graph=True
+        )
+        moves = zip(params.items(), grads, strict=True)
+        params = {name: p - rates[name][step] * g for (name, p), g in moves}
+        losses.append(family.loss(params, *query))
+    early = max(0.0, 1 - 2 * done) / 5
+    expected = early * sum(losses[:-1]) + (1 - 4 * early) * losses[-1]
+    value = family.after_each_step(None, start, rates, done, x, y, *query)
+    same_gradients(value, expected, [*start.values(), *rates.values()])
