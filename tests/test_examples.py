@@ -29,7 +29,7 @@ def check(name: str, out: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NAMES)
+@pytest.mark.parametrize("path", [*NAMES, "hyperparameters/reweighting"])
 def test_an_example_runs(path, options, tmp_path, monkeypatch):
     file = FOLDER / f"{path}.py"
     monkeypatch.setattr(sys, "argv", [file.name, *options])
@@ -103,3 +103,21 @@ def test_the_losses_of_maml_pp_are_those_of_steps_by_hand(family, task, done):
     expected = early * sum(losses[:-1]) + (1 - 4 * early) * losses[-1]
     value = family.after_each_step(None, start, rates, done, x, y, *query)
     same_gradients(value, expected, [*start.values(), *rates.values()])
+
+
+def test_the_weights_of_reweighting_are_products_of_gradients(monkeypatch):
+    pytest.importorskip("mlxtend")
+    monkeypatch.setattr(sys, "path", [str(FOLDER / "hyperparameters"), str(FOLDER), *sys.path])
+    example = importlib.import_module("reweighting")
+    torch.manual_seed(0)
+    params = {"weight": torch.randn(6, 10), "bias": torch.randn(10)}
+    batch, clean = (example.Digits(torch.randn(n, 6), torch.randint(10, (n,))) for n in (8, 12))
+
+    def gradient(digits):
+        grads = torch.func.grad(example.weighted_loss)(params, digits, torch.ones(len(digits.y)))
+        return torch.cat([g.flatten() for g in grads.values()])
+
+    each = [gradient(example.Digits(x[None], y[None])) for x, y in zip(*batch, strict=True)]
+    products = (torch.stack(each) @ gradient(clean)).clamp(min=0)
+    weights = example.reweighted(params, batch, clean)
+    torch.testing.assert_close(weights, products / products.mean())
