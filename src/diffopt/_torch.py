@@ -194,10 +194,10 @@ class TensorGuards:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         free = dict.fromkeys(("dynamic_dims_sizes", "dynamic_dims_strides"))
-        self._check = _guards.TensorGuards(*tensors, **free).check
+        self._check, self._size = _guards.TensorGuards(*tensors, **free).check, len(tensors)
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
-        return self._check(*tensors)
+        return len(tensors) == self._size and self._check(*tensors)
 
 
 # Modules.

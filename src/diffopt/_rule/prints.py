@@ -20,10 +20,13 @@ class Prints:
     """What tensors were: types, dtypes, devices, shapes, strides, and the addresses of some."""
 
     def __init__(self, placed: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        self.kept = [
-            (_torch.TensorGuards([*some, *more]), addresses_of(some))
-            for some, more in _chunks(placed, others)
-        ]
+        self.kept: list[tuple[_torch.TensorGuards, list[int]]] = []
+        guards: _torch.TensorGuards | None = None
+        for some, more in _chunks(placed, others):
+            tensors = *some, *more
+            if guards is None or not guards.hold(tensors):  # chunks alike share what a core reads
+                guards = _torch.TensorGuards(tensors)
+            self.kept.append((guards, addresses_of(some)))
 
     def fit(self, placed: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
         return all(

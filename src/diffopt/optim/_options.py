@@ -80,10 +80,11 @@ class Options:
         if not self.constant or [*given] != [*self.given]:
             return None
         new, old = given.values(), self.given.values()
-        same = all(map(operator.is_, new, old))
-        if not (same or all(map(_alike, new, old))) or self.opt != optimizer.rule(group):
+        if all(map(operator.is_, new, old)):
+            return self
+        if not all(map(_alike, new, old)) or self.opt != optimizer.rule(group):
             return None
-        return self if same else self._renewed(group, given)
+        return self._renewed(group, given)
 
     def _renewed(self, group: Group, given: Group) -> Options | None:
         """The same but for numbers; None if one is out of its range, which is for `check`."""

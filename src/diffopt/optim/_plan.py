@@ -241,12 +241,13 @@ class Bucket:
 
     def _native_step_(self, columns: list[Any], amp: dict[str, Tensor]) -> bool:
         """By torch's fused kernel; False where that computes something else."""
-        counts, steps = self.scalars.get("step"), list[Tensor]()
+        counts = self.scalars.get("step")
+        steps: list[Tensor] = []
         first: bool | None = self.key.fresh
         if counts:
-            t = _modes.number_of(counts.first)
-            count: Any = t  # on a device it is that of this step when the kernel runs
-            if not isinstance(t, Tensor) or t.dtype != torch.float32 or t.device != self.key.device:
+            count = counts.first  # it is that of this step when the kernel runs
+            t = _modes.number_of(count)
+            if count.dtype != torch.float32 or count.device != self.key.device:
                 count = running.scalar_on(t + 1, torch.float32, self.key.device)
             # One tensor many times takes a kernel a fifth less time than as many tensors.
             steps = [count] * len(columns[0])

@@ -185,7 +185,8 @@ class Counts:
     @property
     def first(self) -> Tensor:
         """The value that all have."""
-        return self.tensors[0].detach().reshape(())
+        first = self.tensors[0]
+        return first if first.dim() == 0 else first.reshape(())
 
     @property
     def value(self) -> Any:
