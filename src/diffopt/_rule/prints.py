@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,29 +20,25 @@ class Prints:
     """What tensors were: types, dtypes, devices, shapes, strides, and the addresses of some."""
 
     def __init__(self, placed: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        self.kept: list[tuple[_torch.TensorGuards, list[int]]] = []
+        self.kept: list[tuple[slice, _torch.TensorGuards, list[int]]] = []
         guards: _torch.TensorGuards | None = None
-        for some, more in _chunks(placed, others):
-            tensors = *some, *more
+        for i in range(0, len(placed), _CHUNK):
+            chunk = slice(i, i + _CHUNK)
+            tensors = *placed[chunk], *others[chunk]
             if guards is None or not guards.hold(tensors):  # chunks alike share what a core reads
                 guards = _torch.TensorGuards(tensors)
-            self.kept.append((guards, addresses_of(some)))
+            self.kept.append((chunk, guards, addresses_of(placed[chunk])))
 
     def fit(self, placed: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-        return all(
-            guards.hold((*some, *more)) and addresses_of(some) == addresses
-            for (guards, addresses), (some, more) in zip(
-                self.kept, _chunks(placed, others), strict=True
-            )
-        )
+        """Whether as many tensors are what these were."""
+        for chunk, guards, addresses in self.kept:  # no generators: this runs at every step
+            some = placed[chunk]
+            if not (guards.hold((*some, *others[chunk])) and addresses_of(some) == addresses):
+                return False
+        return True
 
 
 _CHUNK = 100  # tensors that stay in a core's cache while they are read twice
-
-
-def _chunks(*columns: Sequence[Tensor]) -> Iterator[list[Sequence[Tensor]]]:
-    for i in range(0, len(columns[0]), _CHUNK):
-        yield [column[i : i + _CHUNK] for column in columns]
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> list[int]:

@@ -6,7 +6,6 @@ import cmath
 import contextlib
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,10 +78,11 @@ class Options:
         given = _given(group)
         if not self.constant or [*given] != [*self.given]:
             return None
-        new, old = given.values(), self.given.values()
-        if all(map(operator.is_, new, old)):
+        pairs = zip(given.values(), self.given.values(), strict=True)
+        changed = [(new, old) for new, old in pairs if new is not old]
+        if not changed:
             return self
-        if not all(map(_alike, new, old)) or self.opt != optimizer.rule(group):
+        if not all(_alike(*pair) for pair in changed) or self.opt != optimizer.rule(group):
             return None
         return self._renewed(group, given)
 
