@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 from torch import _C as _core, Tensor  # pyright: ignore[reportPrivateUsage]
-from torch._C._dynamo import guards as _guards  # pyright: ignore[reportPrivateUsage]
+from torch._C._dynamo import (  # pyright: ignore[reportPrivateUsage]
+    eval_frame as _eval_frame,
+    guards as _guards,
+)
 from torch._functorch.pyfunctorch import (
     temporarily_clear_interpreter_stack as outside_transforms,
 )
@@ -163,16 +166,19 @@ def compiler(backend: Any, mode: str | None, options: Any, dynamic: bool | None)
 # torch.optim.
 disable_dynamo: Callable[..., Any] = _torch._disable_dynamo
 """A decorator that disables torch.compile in a function, without importing it beforehand."""
+frame_compiler: Callable[[], Any] = _eval_frame.get_eval_frame_callback
+"""What torch.compile does with the functions that are called now, or None: nothing to disable."""
+_profiled: Callable[[], bool] = _torch.autograd._profiler_enabled
 
 
 def watched(optimizer: Any) -> bool:
     """Whether a profiler, a hook of this optimizer or one of all optimizers sees its steps."""
     return bool(
-        (not torch.compiler.is_compiling() and _torch.autograd._profiler_enabled())
-        or optimizer._optimizer_step_pre_hooks
+        optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
+        or (not torch.compiler.is_compiling() and _profiled())
     )
 
 

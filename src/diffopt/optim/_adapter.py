@@ -89,8 +89,12 @@ class RuleOptimizer(Checkpoints):
                 state with which no step can be made. Nothing has changed.
         """
         loss = self._loss(closure)
-        traced = _modes.compiling() and not self.integer_steps  # torch has such steps run eagerly
-        (self._traced_step if traced else self._eager_step)()
+        if not _modes.compiling() and _torch.frame_compiler() is None:
+            self._step_all()
+        elif _modes.compiling() and not self.integer_steps:  # torch has such steps run eagerly
+            self._traced_step()
+        else:
+            self._eager_step()
         return loss
 
     def _traced_step(self) -> None:
@@ -143,8 +147,7 @@ class RuleOptimizer(Checkpoints):
         """What the state of some parameter has."""
         return list(dict.fromkeys(k for param in group["params"] for k in self.fields(opt, param)))
 
-    @_torch.disable_dynamo
-    def _eager_step(self) -> None:
+    def _step_all(self) -> None:
         if "capturable" in self.defaults:
             _torch.refuse_capture(self)
         groups = self.param_groups
@@ -159,6 +162,8 @@ class RuleOptimizer(Checkpoints):
                 plan.step_(self, group, gradients)
         finally:
             _torch.set_grad_enabled(enabled)
+
+    _eager_step = _torch.disable_dynamo(_step_all)
 
     def _planned(self, grads: list[list[Any]]) -> list[Any]:
         """How each group is stepped: as before where nothing has changed.
@@ -210,7 +215,7 @@ class RuleOptimizer(Checkpoints):
     def _read(self, plans: list[Any]) -> list[Options]:
         """The options of each group."""
         pairs = zip(self.param_groups, plans, strict=True)
-        known = [plan and plan.options.current(self, group) for group, plan in pairs]
+        known = [plan and plan.options.current(group) for group, plan in pairs]
         if all(known):
             return known
         self.check_numbers()

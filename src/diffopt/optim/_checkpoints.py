@@ -38,9 +38,9 @@ class Checkpoints(torch.optim.Optimizer):
 
     def _loss(self, closure: Callable[[], Any] | None) -> Any:
         """What the closure of a step returns, called with gradients enabled; None without one."""
-        check_function(closure, "closure", optional=True)
         if closure is None:
             return None
+        check_function(closure, "closure")
         with torch.enable_grad():
             return closure()
 

@@ -45,7 +45,7 @@ def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     """
     values: list[Any] = []
     for field in hyper.FIELDS[opt.hparams]:
-        value = _option(group, field.name)
+        value = group[field.name] if field.name in group else _option(group, field.name)
         known = type(value) is float or (field.name == "eps1" and value is None)
         values.append(value if known else plain_number(value, field.name))
     return values

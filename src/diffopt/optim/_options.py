@@ -73,7 +73,7 @@ class Options:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
-    def current(self, optimizer: Any, group: Group) -> Options | None:
+    def current(self, group: Group) -> Options | None:
         """What the group says now, if it says the same but for floats in their ranges."""
         given = _given(group)
         if not self.constant or [*given] != [*self.given]:
@@ -82,9 +82,7 @@ class Options:
         changed = [(new, old) for new, old in pairs if new is not old]
         if not changed:
             return self
-        if not all(_alike(*pair) for pair in changed) or self.opt != optimizer.rule(group):
-            return None
-        return self._renewed(group, given)
+        return self._renewed(group, given) if all(_alike(*pair) for pair in changed) else None
 
     def _renewed(self, group: Group, given: Group) -> Options | None:
         """The same but for numbers; None if one is out of its range, which is for `check`."""
@@ -122,10 +120,14 @@ def _given(group: Group) -> dict[str, Any]:
 
 
 def _alike(new: Any, old: Any) -> bool:
-    """Whether they are the same object, two floats, or tuples of such pairs."""
+    """Whether they are the same object, two floats of one sign, or tuples of such pairs.
+
+    No rule depends on more than the sign of a number, such as whether there is a momentum.
+    """
     if type(new) is tuple and type(old) is tuple:
         return len(new) == len(old) and all(map(_alike, new, old))
-    return new is old or (type(new) is float and type(old) is float)
+    floats = type(new) is float and type(old) is float
+    return new is old or (floats and (new > 0) is (old > 0) and (new == 0) is (old == 0))
 
 
 def _constant(value: Any) -> bool:

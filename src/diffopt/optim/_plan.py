@@ -218,8 +218,10 @@ class Bucket:
 
     def _walk(self, column: list[Tensor]) -> list[Tensor]:
         """Views with their axes in the order of memory, such as NHWC of channels_last."""
-        pairs = zip(column, self.orders, strict=False)
-        return [x.permute(order) if order else x for x, order in pairs] or column
+        if not self.orders:
+            return column
+        pairs = zip(column, self.orders, strict=True)
+        return [x.permute(order) if order else x for x, order in pairs]
 
     def _for_kernels(self, values: list[Any]) -> tuple[list[Any], ways.Wanted]:
         """The hyperparameters as kernels take them, and the wish that `ways.choose` should follow.
