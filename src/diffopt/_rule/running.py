@@ -230,9 +230,9 @@ def widest(columns: Sequence[Any]) -> torch.dtype:
 
 
 def enter(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Shared):
-        return value.value
-    if unused(value) or (value.dtype == dtype and value.dim() > 0):
+    if not isinstance(value, Tensor):
+        return value.value if isinstance(value, Shared) else value
+    if value.dtype == dtype and value.dim() > 0:
         return value
     value = seen(value)
     return value.to(dtype) if value.is_floating_point() else value

@@ -35,7 +35,7 @@ TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not
 _LITTLE = 1 << 15  # elements in all, for which no program is worth recording
 _USUAL = 6  # the number of tensors in the cache at once that this assumes
 _LEAST, _STACKED = 1 << 24, 8  # on a device: bytes that may be taken, by so many stacks at once
-_SMALL, _FEW = 1 << 12, 8  # stacking pays for tensors of at most, and of at least so many
+_SMALL, _FEW = 1 << 12, 16  # stacking pays for tensors of at most, and of at least so many
 
 
 class Layout:

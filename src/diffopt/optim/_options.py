@@ -126,8 +126,9 @@ def _alike(new: Any, old: Any) -> bool:
     """
     if type(new) is tuple and type(old) is tuple:
         return len(new) == len(old) and all(map(_alike, new, old))
-    floats = type(new) is float and type(old) is float
-    return new is old or (floats and (new > 0) is (old > 0) and (new == 0) is (old == 0))
+    if type(new) is float and type(old) is float:
+        return (new > 0) is (old > 0) and (new == 0) is (old == 0)
+    return new is old
 
 
 def _constant(value: Any) -> bool:
