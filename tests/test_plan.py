@@ -413,6 +413,29 @@ def test_a_gradient_may_lie_in_the_memory_that_a_step_writes(name, flags, place)
     close(*ends, rtol=1e-5, atol=1e-6)
 
 
+CHANGES = {
+    "memory": lambda p: setattr(p, "data", p.data.clone()),
+    "strides": lambda p: setattr(p, "data", p.data.t()),
+    "those of the gradient": lambda p: setattr(p, "grad", p.grad.t()),
+}
+
+
+@pytest.mark.parametrize("i", [0, 99, 100, 150, 249])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_of_one_of_many_like_parameters_is_noticed(what, i):
+    """They are compared in chunks, all by the same guard."""
+    runs = [parameters(*[(2, 2)] * 250) for _ in BOTH]
+    for library, params in zip(BOTH, runs, strict=True):
+        optimizer = make(library, "Adam", params)
+        for t in range(3):
+            step(optimizer, params, t)
+        before = [*getattr(optimizer.state, "plans", ())]
+        CHANGES[what](params[i])
+        optimizer.step()
+        assert library is not optim or optimizer.state.plans != before
+    close(*runs)
+
+
 @every_class
 def test_strides_may_change_where_the_address_stays(name):
     runs = [parameters((4, 4)) for _ in BOTH]
