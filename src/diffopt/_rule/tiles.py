@@ -121,7 +121,10 @@ def together_(
     """Update tensors as one: concatenated, but for columns that are so in memory."""
     _, lengths, joined, alike = batch or Layout(lists).batch(lists, [*range(len(lists[0]))])
     pairs = list(zip(lists, joined, strict=True))
-    flat = [x if whole else list(map(Tensor.ravel, x)) for x, whole in pairs]
+    flat = [
+        x if whole or {*map(Tensor.dim, x)} == {1} else [*map(Tensor.ravel, x)]
+        for x, whole in pairs
+    ]
     size = sum(lengths)
     pairs = zip(flat, joined, strict=True)
     tile = [x[0].as_strided((size,), (1,)) if whole else torch.cat(x) for x, whole in pairs]
