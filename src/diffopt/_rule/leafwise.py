@@ -152,14 +152,17 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
 
 def write_(work: Work, count: Tensor, step_: Callable[..., None]) -> None:
     """Update what was gathered in place: `step_(indices, t, values, columns)` does one part."""
-    step = exact(count) + 1
-    t = _modes.number_of(step)
+    t = _modes.number_of(count)
+    t = exact(t) + 1 if isinstance(t, Tensor) else t + 1
     for indices, columns in work.parts(t, apart=_modes.observed()):
         step_(indices, t, work.values(indices), columns)
         for k in work.numbers_of_state():
             old = [work.buffers[k][i] for i in indices]
             fields.write_(columns[k + 2], old, columns[0][0])
-    torch.ops.aten.copy_.default(count, step)  # see running.leaf_
+    if isinstance(t, Tensor):
+        torch.ops.aten.copy_.default(count, t)  # see running.leaf_
+    else:
+        count.fill_(t)
 
 
 def _part_(work: Work, indices: list[int], t: Any, values: list[Any], columns: list[Any]) -> None:
