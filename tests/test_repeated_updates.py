@@ -67,8 +67,14 @@ CHANGES = {
     "a count of two": lambda r: setattr(r, "state", r.state._replace(step=torch.ones(2))),
     "another state": lambda r: setattr(r, "state", tuple(r.state)),
     "a state without a field": lambda r: setattr(r, "state", r.state._replace(**absent(r))),
+    "a buffer elsewhere": lambda r: r.field().__setitem__(3, torch.ones(2, 3)),
+    "buffers in one vector": lambda r: r.field().__setitem__(slice(N), vector(N)),
     "others": lambda r: setattr(r, "params", [torch.ones(2, 3) for _ in range(N)]),
 }
+
+
+def vector(n):
+    return torch.ones(n, 2, 3).unbind()
 
 
 def absent(run):
@@ -95,6 +101,21 @@ def test_what_has_passed_the_checks_is_checked_again_where_it_has_changed(name, 
         assert ends[0] == ends[1]
     else:
         torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "nadam"])
+def test_buffers_that_were_one_vector_are_updated_where_they_are_now(name):
+    """How tensors are concatenated is remembered as well."""
+    run, twin = Run(name), Run(name)
+    for r in (run, twin):
+        r.field()[:] = vector(N)
+    twin.opt = dataclasses.replace(twin.opt, execution="leaf")
+    for t in range(6):
+        for r in (run, twin):
+            if t == 3:
+                r.field()[4] = r.field()[4].clone()
+            r.step()
+    torch.testing.assert_close((run.params, run.state), (twin.params, twin.state))
 
 
 @pytest.mark.parametrize("kind", [list, dict])

@@ -166,8 +166,8 @@ def write_(work: Work, count: Tensor, step_: Callable[..., None]) -> None:
 
 
 def _part_(work: Work, indices: list[int], t: Any, values: list[Any], columns: list[Any]) -> None:
-    kind = work.kind if len(indices) == len(work.params) else None
-    parts.step_(work.rule, t, values, columns, kind)
+    alike = work.alike if len(indices) == len(work.params) else None
+    parts.step_(work.rule, t, values, columns, alike)
 
 
 def _check_hashable(flag: Any, name: str) -> None:

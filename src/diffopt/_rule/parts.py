@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch
-from diffopt._rule import lists, ops, running, ways
+from diffopt._rule import lists, ops, running, tiles, ways
 from diffopt._rule.running import AnyRule
 
 
 def step_(
-    rule: AnyRule, t: Any, values: list[Any], columns: list[Any], kind: ways.Kind | None = None
+    rule: AnyRule, t: Any, values: list[Any], columns: list[Any], alike: ways.Alike | None = None
 ) -> None:
     """Update tensors that share device, dtype and hyperparameters, in place.
 
@@ -23,13 +23,17 @@ def step_(
     if columns[1][0] is None:
         ways.RUN["leaf"](rule, running.numbers_at(rule, t, values, columns), columns)
         return
-    kernel_values = _for_kernels(values, columns[0][0])
+    kernel_values, kind = _for_kernels(values, columns[0][0]), alike and alike.kind
     way = _way(rule, t, kernel_values, columns, kind)
     if way == "native":
         if _native_(rule, t, kernel_values, columns):
             return
         way = _way(rule, t, kernel_values, columns, kind, kernel=False)
-    ways.RUN[way](rule, running.numbers_at(rule, t, values, columns), columns)
+    numbers = running.numbers_at(rule, t, values, columns)
+    if way == "tiles" and alike:
+        alike.layout = tiles.tiled_(rule, numbers, columns, alike.layout)
+    else:
+        ways.RUN[way](rule, numbers, columns)
 
 
 def updated(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:

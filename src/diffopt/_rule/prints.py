@@ -67,7 +67,7 @@ class Passed:
         )
 
 
-_PASSED: dict[Any, tuple[Passed, ways.Kind | None] | None] = {}
+_PASSED: dict[Any, tuple[Passed, ways.Alike | None] | None] = {}
 """By rule and ids of params, what has passed all checks, and what all tensors have in common.
 
 None after the first time.
@@ -87,7 +87,7 @@ def as_before(
     known = _PASSED.get(_key(rule, tensors, map(unused, state[1:])))
     if known is None:
         return None
-    passed, kind = known
+    passed, alike = known
     used = [field for field in state[1:] if not unused(field)]
     (gradients, *columns), specs = zip(*map(_tree.flatten, (grads, *used)), strict=True)
     numbers = hyper.broadcast(hparams, spec, params)
@@ -99,7 +99,7 @@ def as_before(
         return None
     rest = iter(columns)
     buffers = [[()] * len(tensors) if unused(x) else next(rest) for x in state[1:]]
-    return Work(rule, spec, tensors, gradients, buffers, numbers, kind)
+    return Work(rule, spec, tensors, gradients, buffers, numbers, alike)
 
 
 def remember(work: Work, others: list[Tensor]) -> None:
@@ -114,13 +114,14 @@ def remember(work: Work, others: list[Tensor]) -> None:
         _PASSED.pop(old, None)
 
 
-def _passed(work: Work, others: list[Tensor]) -> tuple[Passed, ways.Kind | None]:
+def _passed(work: Work, others: list[Tensor]) -> tuple[Passed, ways.Alike | None]:
     grads: list[Any] = work.grads
-    groups, kind = work.groups(), None
+    groups, alike = work.groups(), None
     if len(groups) == 1:
         numbers, columns = work.numbers_of_state(), work.columns(groups[0])
-        kind = ways.survey([c for k, c in enumerate(columns) if k - 2 not in numbers])
-    return Passed(work.params, others, grads), kind
+        lists = [c for k, c in enumerate(columns) if k - 2 not in numbers]
+        alike = ways.Alike(ways.survey(lists))
+    return Passed(work.params, others, grads), alike
 
 
 def _key(rule: Rule[Any, Any], params: list[Any], absent: Iterable[bool]) -> tuple[Any, ...]:

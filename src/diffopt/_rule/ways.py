@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -40,6 +41,15 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     uniform: bool
     layout: Layout
+
+
+@dataclasses.dataclass
+class Alike:
+    """What holds for columns whose params share device and dtype, as long as all tensors stay."""
+
+    kind: Kind
+    layout: tiles.Layout | None = None
+    """How tiles cut them, once they have."""
 
 
 def survey(columns: Sequence[Any]) -> Kind:

@@ -28,7 +28,7 @@ class Work:
     grads: list[Tensor | None]
     buffers: list[list[Any]]
     numbers: list[hyper.Covered]
-    kind: ways.Kind | None = None
+    alike: ways.Alike | None = None
     """What all tensors have in common, where that is known and the hyperparameters are numbers."""
 
     def tensors(self, step: Any) -> Iterator[Tensor]:
@@ -42,7 +42,7 @@ class Work:
 
         Those without a gradient are left out, or, with `absent`, are groups of their own.
         """
-        if self.kind or (not _modes.compiling() and self._alike()):
+        if self.alike or (not _modes.compiling() and self._alike()):
             return [[*range(len(self.params))]]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
