@@ -38,17 +38,24 @@ _KERNELS: dict[Any, Kernel | None] = {}
 _LOCK = threading.Lock()
 
 
-def compiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> bool:
-    """In place, by a compiled kernel; False, with nothing changed, where there is none."""
+def compiled_(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], layout: tiles.Layout | None = None
+) -> tiles.Layout | None:
+    """In place, by a compiled kernel; None, with nothing changed, where there is none.
+
+    Returns the layout of the vectors, for the next step.
+    """
     lists = [column for column in columns if isinstance(column, list)]
     vectors, rest = _vectors(lists)
+    if layout is None or len(layout.lengths) != len(vectors[0]):  # unscaled gradients have vectors
+        layout = tiles.Layout(vectors)
     if vectors[0]:
         call = _Call(rule, numbers, columns)
         if call.kernel([column[0] for column in vectors]) is None:
-            return False
-        tiles.in_pieces_(vectors, sys.maxsize, call.update_)
+            return None
+        tiles.in_pieces_(vectors, sys.maxsize, call.update_, layout)
     leaf_(rule, numbers, [pick(column, rest) for column in columns])
-    return True
+    return layout
 
 
 def _vectors(lists: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[int]]:

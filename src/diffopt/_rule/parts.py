@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch
-from diffopt._rule import lists, ops, running, tiles, ways
+from diffopt._rule import lists, ops, running, ways
 from diffopt._rule.running import AnyRule
 
 
@@ -30,8 +30,8 @@ def step_(
             return
         way = _way(rule, t, kernel_values, columns, kind, kernel=False)
     numbers = running.numbers_at(rule, t, values, columns)
-    if way == "tiles" and alike:
-        alike.layout = tiles.tiled_(rule, numbers, columns, alike.layout)
+    if way in ways.PIECEWISE and alike:
+        alike.layout = ways.PIECEWISE[way](rule, numbers, columns, alike.layout)
     else:
         ways.RUN[way](rule, numbers, columns)
 

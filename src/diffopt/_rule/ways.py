@@ -137,15 +137,24 @@ def choose(rule: AnyRule, kind: Kind, values: Sequence[Any], wanted: Wanted = "a
     return next(way for way, fits, wishes in _TABLE if wanted in wishes and fits(asked))
 
 
-def _compiled_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
-    if not compiled.compiled_(rule, numbers, columns):
+def _compiled_(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], layout: tiles.Layout | None = None
+) -> tiles.Layout | None:
+    layout = compiled.compiled_(rule, numbers, columns, layout)
+    if layout is None:
         RUN[choose(rule, survey(columns), (), "unfused")](rule, numbers, columns)
+    return layout
 
 
-RUN: dict[Way, Callable[[AnyRule, Numbers, Sequence[Any]], object]] = {
-    "sparse": running.sparse_,
+PIECEWISE: dict[Way, Callable[..., tiles.Layout | None]] = {
     "compiled": _compiled_,
     "tiles": tiles.tiled_,
+}
+"""The ways that take the layout of the step before, and return that for the next."""
+
+RUN: dict[Way, Callable[[AnyRule, Numbers, Sequence[Any]], object]] = {
+    **PIECEWISE,
+    "sparse": running.sparse_,
     "stacks": tiles.stacked_,
     "foreach": lists.foreach_,
     "leaf": running.leaf_,

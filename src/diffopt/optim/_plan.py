@@ -297,8 +297,8 @@ class Bucket:
         numbers = running.numbers_of(self.rule, t, placed)
         if way in _JOINT and self._crossed(columns):
             way = "leaf"
-        if way == "tiles":
-            self.layout = tiles.tiled_(self.rule, numbers, columns, self.layout)
+        if way in ways.PIECEWISE:
+            self.layout = ways.PIECEWISE[way](self.rule, numbers, columns, self.layout)
         elif way in _JOINT:
             ways.RUN[way](self.rule, numbers, columns)
         if way in _JOINT:
