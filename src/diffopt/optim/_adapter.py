@@ -45,7 +45,7 @@ class RuleOptimizer(Checkpoints):
     """The options of a group that are arguments of `make`."""
 
     def rule(self, group: Group) -> Leafwise[Any, Any]:
-        """The pure optimizer of a parameter group."""
+        """The pure optimizer of a group: it depends on flags and on signs of numbers only."""
         return made(type(self).make, **{name: group[name] for name in self.flags})
 
     def fields(self, opt: Leafwise[Any, Any], param: Tensor) -> dict[str, torch.Size]:
