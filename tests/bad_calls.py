@@ -413,6 +413,7 @@ COMPOSITIONS: dict[str, Callable[[], Any]] = {
     "ema": lambda: transforms.ema(diffopt.adam()),
     "flatten": lambda: transforms.flatten(diffopt.adam()),
     "freeze": lambda: transforms.freeze(diffopt.adam(), {"w": True, "v": False}),
+    "hypergradient": lambda: transforms.hypergradient(diffopt.adam()),
     "maximize": lambda: transforms.maximize(diffopt.adam()),
     "partition": lambda: transforms.partition({"a": diffopt.adam()}, "a"),
     "precision": lambda: transforms.precision(diffopt.adam()),
@@ -424,7 +425,7 @@ for name, make in COMPOSITIONS.items():
 
 # Compositions.
 
-for name in ("ema", "flatten", "maximize", "skip_nonfinite"):
+for name in ("ema", "flatten", "hypergradient", "maximize", "skip_nonfinite"):
     options = {"bias_correction": FLAG} if name == "ema" else {}
     plain(name, getattr(transforms, name), optimizer=OPTIMIZER, **options)
 plain(

@@ -140,6 +140,7 @@ def muon_row(hparams, precision=None, **flags):
 # `precision` has another state for half precision, with masters, than for float32.
 SKIPPED = {
     "precision": {"half_step", "half_long_run"},
+    "hypergradient-tower": {"compiled", "half_long_run"},  # slow; constant gradients diverge
     "muon": {
         "numbers",
         "derivatives",
@@ -183,6 +184,7 @@ VARIANTS = {
     "accumulate-one",
     "ema",
     "flatten",
+    "hypergradient-tower",
     "skip-nonfinite",
 }
 
@@ -317,6 +319,8 @@ def _clip_matrices(tensors):
 
 
 _decay, _heavy = t.add_decayed_weights(), diffopt.sgd()
+_outer, _plain = diffopt.adagrad(), diffopt.sgd(momentum=False)
+_learned = t.hypergradient(_plain, outer=_plain)
 _matrix_first = ((2, 3), (3,), (), (0,))
 
 COMPOSITIONS: dict[str, Case] = {
@@ -400,6 +404,17 @@ COMPOSITIONS: dict[str, Case] = {
         t.flatten(t.chain(t.clip_by_global_norm(), diffopt.sgd())),
         {"max_norm": 1.0, **_momentum},
         _before(_clip_norm(1.0), _torch(SGD, _momentum)),
+    ),
+    "hypergradient": Case(
+        t.hypergradient(diffopt.sgd()), {**_momentum, "outer": _outer.hparams(**_adagrad)}
+    ),
+    "hypergradient-tower": Case(
+        t.hypergradient(_plain, learn=("lr", "weight_decay"), outer=_learned),
+        {
+            "lr": 0.1,
+            "weight_decay": 0.05,
+            "outer": _learned.hparams(lr=0.2, outer=_plain.hparams(lr=0.3)),
+        },
     ),
     "maximize": Case(
         t.maximize(diffopt.adam()), _adam, _torch(Adam, _adam, maximize=True), elementwise=True

@@ -53,6 +53,8 @@ class Rule(ABC, Generic[S, H]):
         elementwise, batchable, stackable, native: see `leafwise`.
         batched: whether `rule` also takes a batch of tensors of one shape, with one dimension more
             in front, as one tensor.
+        proportional: whether the step is proportional to the hyperparameter `lr`: the new parameter
+            is `p + lr * d`, where the state and d do not depend on `lr`.
         maximize: ascend instead of descend.
         execution: see `Leafwise`.
     """
@@ -64,6 +66,7 @@ class Rule(ABC, Generic[S, H]):
     batchable = True
     stackable = False
     batched = False
+    proportional = False
     maximize: bool = False
     execution: Execution = "auto"
     native: Callable[..., bool] | None = None

@@ -60,6 +60,7 @@ class Adadelta(Leafwise[AdadeltaState, AdadeltaHParams]):
     State = AdadeltaState
     hparams: ClassVar[type[AdadeltaHParams]] = AdadeltaHParams
     elementwise = True
+    proportional = True
 
     def rule(
         self, p: Any, g: Any, s: AdadeltaState, hp: AdadeltaHParams, c: Any

@@ -63,6 +63,7 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
     State = AdagradState
     hparams: ClassVar[type[AdagradHParams]] = AdagradHParams
     elementwise = True
+    proportional = True
 
     def scalars(self, t: Any, hp: AdagradHParams) -> Any:
         return -hp.lr / (1 + (t - 1) * hp.lr_decay)

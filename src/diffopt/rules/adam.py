@@ -79,6 +79,7 @@ class Adam(Leafwise[AdamState, AdamHParams]):
     State = AdamState
     hparams: ClassVar[type[AdamHParams]] = AdamHParams
     elementwise = True
+    proportional = True
     decoupled = False
 
     def begin(self, p: Any, step: Any) -> AdamState:

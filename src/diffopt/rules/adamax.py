@@ -62,6 +62,7 @@ class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
     State = AdamaxState
     hparams: ClassVar[type[AdamaxHParams]] = AdamaxHParams
     elementwise = True
+    proportional = True
 
     def scalars(self, t: Any, hp: AdamaxHParams) -> Any:
         return -hp.lr / (1 - hp.beta1**t)

@@ -105,6 +105,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     hparams: ClassVar[type[MuonHParams]] = MuonHParams
     batchable = False
     batched = True
+    proportional = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -75,6 +75,7 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
     State = NAdamState
     hparams: ClassVar[type[NAdamHParams]] = NAdamHParams
     elementwise = True
+    proportional = True
     per_hyperparameter = ("mu_product",)
 
     def scalars(self, t: Any, hp: NAdamHParams) -> tuple[Any, Any, Any, Any]:

@@ -71,6 +71,7 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
     State = RAdamState
     hparams: ClassVar[type[RAdamHParams]] = RAdamHParams
     elementwise = True
+    proportional = True
 
     def scalars(self, t: Any, hp: RAdamHParams) -> tuple[Any, Any, Any, Any, Any]:
         shrinkage = 1 - hp.lr * hp.weight_decay

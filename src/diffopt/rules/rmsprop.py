@@ -75,6 +75,7 @@ class RMSprop(Leafwise[RMSpropState, RMSpropHParams]):
 
     State = RMSpropState
     elementwise = True
+    proportional = True
 
     @property
     def hparams(self) -> type[RMSpropHParams]:  # pyright: ignore[reportIncompatibleVariableOverride] (it depends on a flag)

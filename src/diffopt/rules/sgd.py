@@ -79,6 +79,7 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
 
     State = SGDState
     elementwise = True
+    proportional = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,6 +28,10 @@ from diffopt.transforms.clip import (
 from diffopt.transforms.decay import add_decayed_weights as add_decayed_weights
 from diffopt.transforms.ema import EMAState as EMAState, ema as ema
 from diffopt.transforms.flatten import flatten as flatten
+from diffopt.transforms.hypergradient import (
+    HypergradientState as HypergradientState,
+    hypergradient as hypergradient,
+)
 from diffopt.transforms.maximize import maximize as maximize
 from diffopt.transforms.partition import (
     freeze as freeze,

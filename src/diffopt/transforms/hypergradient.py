@@ -1,0 +1,341 @@
+"""hypergradient(): an optimizer whose hyperparameters another optimizer learns as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _tree
+from diffopt._arguments import did_you_mean
+from diffopt._diff import functions
+from diffopt._modes import exact_dtype, real
+from diffopt._rule import checks, hyper
+from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.leafwise import Leafwise
+from diffopt._tree import Tree
+from diffopt.optimizer import Optimizer, Write, check_optimizer, copy_, overwriting
+from diffopt.rules.adagrad import adagrad
+from diffopt.transforms._base import Leaves, Tensors, Wrapper, gather, wide
+from diffopt.transforms._records import InOrder, check_record, check_tuple
+from diffopt.transforms.chain import Chain
+from diffopt.transforms.maximize import Maximize
+
+
+class HypergradientState(NamedTuple):
+    """State of `hypergradient`.
+
+    Attributes:
+        offsets: of each hyperparameter by name, the logarithm of what it is multiplied by.
+        derivatives: by name, trees like params: the derivative of the last step's params with
+            respect to the offset.
+        outer: the state of the outer optimizer.
+        inner: the state of the inner optimizer.
+    """
+
+    offsets: dict[str, Tensor]
+    derivatives: dict[str, Tree]
+    outer: Any
+    inner: Any
+
+
+torch.serialization.add_safe_globals([HypergradientState])
+
+
+@hparams
+class HypergradientHParams:
+    """Hyperparameters of `hypergradient`."""
+
+    outer: Hyperparameter = number(0.0, per_parameter=False)
+
+
+class Hypergradient(Wrapper[HypergradientState]):
+    """Learn hyperparameters, such as the learning rate, while they are used: hypergradient descent.
+
+    The last step made p_t = optimizer(p_{t-1}, g_{t-1}, s_{t-1}, h_{t-1}). So the derivative of the
+    loss at p_t with respect to h_{t-1} is a product of the gradient that is there anyway, and
+    another optimizer can take a step with it before the next step of the first:
+
+        d_t  = <g_t, dp_t / dx_{t-1}>
+        x_t  = outer(x_{t-1}, d_t)
+        h_t  = h exp(x_t),   or, in [0, 1],   h_t / (1 - h_t) = h / (1 - h) exp(x_t)
+        p_{t+1}, s_{t+1} = optimizer(p_t, g_t, s_t, h_t)
+
+    x_0 = 0, so that h, the hyperparameters that are passed, are what is begun with; they may still
+    follow a schedule. No step of `outer` makes a rate negative. The first step has d = 0. A tensor
+    without a gradient keeps the derivative of its own last step, and counts again when it has one.
+
+    `outer` may be a `hypergradient` itself, which learns its own rate, and so on. For a rate for
+    each part of the model use one `hypergradient` for each in a `partition`. `current` returns the
+    hyperparameters as they are now.
+
+    With the default `outer` a learning rate recovers from a value 100 times too small or too large,
+    if the steps up to then have not ruined the params: some networks never learn again after a step
+    that is too long. Larger rates of `outer` recover faster from such a value, and risk more where
+    the first one was good. It is short-sighted: it reduces the loss of the very next step, which on
+    noisy or ill-conditioned losses asks for smaller rates than the end of the run does.
+
+    Hyperparameters: a record with `outer`, the record of the outer optimizer, and the optimizer's,
+    in a tuple: `hparams(lr=0.1, outer=diffopt.adagrad().hparams(lr=1.0))`.
+
+    Args:
+        optimizer: any optimizer.
+        learn: the names of the hyperparameters to learn. Each is >= 0, or in [0, 1].
+        outer: the optimizer of the offsets x, a dict of 0-d tensors by name. None is
+            `diffopt.adagrad()` with `lr=0.5`.
+
+    Raises:
+        TypeError: an optimizer is not one, or `learn` is not a sequence of names.
+        ValueError: a name in `learn` is not a hyperparameter of `optimizer`, or its range is
+            neither >= 0 nor [0, 1]; one of the two optimizers ascends and the other descends;
+            (from `update`) a param is a DTensor.
+
+    Examples:
+        >>> import torch, diffopt
+        >>> opt = diffopt.transforms.hypergradient(diffopt.sgd())
+        >>> p = torch.ones(2)
+        >>> state, hp = opt.init(p), opt.hparams(lr=0.001)  # much too small
+        >>> for _ in range(20):
+        ...     p, state = opt.update(p, p, state, hp)  # the gradient of p^2 / 2
+        >>> opt.current(state, hp).lr > 0.2
+        tensor(True)
+
+    Source: Baydin et al., "Online learning rate adaptation with hypergradient descent", 2018;
+    Chandra et al., "Gradient descent: the ultimate optimizer", 2022.
+    """
+
+    _: KW_ONLY
+    learn: Sequence[str] = ("lr",)
+    outer: Optimizer[Any, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_optimizer(self._outer, "outer")
+        if _ascends(self._outer) != _ascends(self.optimizer):
+            raise ValueError(
+                f"one of optimizer, {self.optimizer!r}, and outer, {self.outer!r}, ascends and the "
+                "other descends: pass maximize=True to both or to none"
+            )
+        learn: Any = self.learn
+        listed = isinstance(learn, Sequence) and not isinstance(learn, str)
+        if not listed or not all(isinstance(name, str) for name in learn):
+            raise TypeError(f"learn is {_tree.shown(learn)}, not a sequence of names")
+        object.__setattr__(self, "learn", tuple(learn))
+        fields = [field for record in _records(self.optimizer.hparams()) for field in record]
+        for name in self.learn:
+            _check_field(name, fields)
+
+    @property
+    def hparams(self) -> InOrder:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] (never assigned)
+        return InOrder({0: self._own, 1: self.optimizer.hparams})
+
+    def _own(self, outer: Any = None) -> HypergradientHParams:
+        if outer is None:
+            outer = self._outer.hparams(**({"lr": 0.5} if self.outer is None else {}))
+        return HypergradientHParams(outer=outer)
+
+    @property
+    def _outer(self) -> Optimizer[Any, Any]:
+        if self.outer is None:
+            return adagrad(maximize=_ascends(self.optimizer))
+        return self.outer
+
+    def current(self, state: HypergradientState, hparams: tuple[Any, Any]) -> Any:
+        """The hyperparameters of the inner optimizer as this state has changed them."""
+        return _moved(hparams[1], state.offsets)
+
+    def init(self, params: Tree) -> HypergradientState:
+        inner = super().init(params)
+        tensors = _tree.leaves(params)
+        device = tensors[0].device if tensors else torch.get_default_device()
+        dtype = exact_dtype(device)
+        offsets = {name: torch.zeros((), dtype=dtype, device=device) for name in self.learn}
+        zeros = {
+            name: _tree.map(lambda p: torch.zeros_like(wide(p), requires_grad=False), params)
+            for name in self.learn
+        }
+        return HypergradientState(offsets, zeros, self._outer.init(offsets), inner)
+
+    def update(
+        self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
+    ) -> tuple[Tree, HypergradientState]:
+        leaves, old = self._gather(params, grads, state, hparams)
+        offsets, outer = self._learned(leaves, old, state, hparams)
+        wide_params, wide_grads = leaves.wide()
+
+        def step(offsets: dict[str, Tensor]) -> tuple[Tree, Any]:
+            record = _moved(hparams[1], offsets)
+            return self.optimizer.update(wide_params, wide_grads, state.inner, record)
+
+        def stepped(offsets: dict[str, Tensor]) -> Tensors:
+            return leaves.moved(_tree.leaves(step(offsets)[0]))
+
+        new, inner = step(offsets)
+        before, after = (leaves.moved(_tree.leaves(tree)) for tree in (wide_params, new))
+        used = _tree.leaves((wide_params, wide_grads, state.inner, hparams[1], offsets))
+        attached = _modes.differentiated(x for x in used if isinstance(x, Tensor))
+        derivatives: dict[str, Tree] = {}
+        for name in offsets:
+            if self._is_rate(name):
+                rows = [y - x for x, y in zip(before, after, strict=True)]
+            else:
+                rows = _derivatives(stepped, offsets, name, after)
+                # Their graph also reaches what is differentiated with respect to only here.
+                rows = rows if attached else _tree.detach(rows)
+            derivatives[name] = leaves.filled(rows, old[name])
+        narrow = leaves.narrow(new, wide_params)
+        return narrow, HypergradientState(offsets, derivatives, outer, inner)
+
+    def prepare_(
+        self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
+    ) -> Write:
+        leaves, old = self._gather(params, grads, state, hparams)
+        slow = not all(map(self._is_rate, self.learn)) or not _modes.all_plain(leaves.params)
+        if slow or any(wide(p) is not p for p in leaves.params):
+            return super().prepare_(params, grads, state, hparams)
+        offsets, outer = self._learned(leaves, old, state, hparams)
+        columns = {f"state.derivatives[{name!r}]": column for name, column in old.items()}
+        checks.writable({"params": leaves.params, **columns}, params)
+        pairs = overwriting(
+            {"state.offsets": state.offsets, "state.outer": state.outer},
+            {"state.offsets": offsets, "state.outer": outer},
+        )
+        record = _moved(hparams[1], offsets)
+        update_ = self.optimizer.prepare_(params, grads, state.inner, record)
+        moved = leaves.moved(leaves.params)
+
+        def write() -> None:
+            for column in old.values():
+                copy_(zip(leaves.moved(column), moved, strict=True))
+            update_()
+            copy_(pairs)
+            for column in old.values():
+                for derivative, new in zip(leaves.moved(column), moved, strict=True):
+                    derivative.neg_().add_(new)
+
+        return write
+
+    def _is_rate(self, name: str) -> bool:
+        """Whether the derivative with respect to the logarithm is the step itself."""
+        rule = self.optimizer
+        return name == "lr" and isinstance(rule, Leafwise) and rule.proportional
+
+    def _gather(
+        self, params: Tree, grads: Tree, state: Any, hparams: Any
+    ) -> tuple[Leaves, dict[str, Tensors]]:
+        leaves = gather(params, grads)
+        checks.undistributed(params, "params", "hypergradient")
+        checks.instance(state, HypergradientState, "state", "init()")
+        check_tuple(hparams, 2, "hparams", "hparams(...)")
+        check_record(hparams[0], HypergradientHParams, "hparams[0]")
+        check_record(hparams[1], self.optimizer.hparams, "hparams[1]")
+        check_record(hparams[0].outer, self._outer.hparams, "hparams[0].outer")
+        old: dict[str, Tensors] = {}
+        for name in self.learn:
+            path = f"state.derivatives[{name!r}]"
+            tree = state.derivatives[name]
+            old[name] = _tree.leaves_like(tree, leaves.spec, params, (path, "params"))
+            checks.buffers(old[name], leaves.params, params, path)
+        return leaves, old
+
+    def _learned(
+        self, leaves: Leaves, old: dict[str, Tensors], state: HypergradientState, hparams: Any
+    ) -> tuple[dict[str, Tensor], Any]:
+        """The offsets and the state of the outer optimizer after its step."""
+        grads = leaves.gradients()
+        products = {
+            name: _product(grads, leaves.moved(old[name]), offset) if grads else None
+            for name, offset in state.offsets.items()
+        }
+        return self._outer.update(state.offsets, products, state.outer, hparams[0].outer)
+
+
+hypergradient = Hypergradient
+
+
+def _ascends(optimizer: Optimizer[Any, Any]) -> bool:
+    if isinstance(optimizer, Chain):
+        return _ascends(optimizer.parts[-1])
+    if isinstance(optimizer, Wrapper):
+        return _ascends(optimizer.optimizer) != isinstance(optimizer, Maximize)
+    return isinstance(optimizer, Leafwise) and optimizer.maximize
+
+
+def _records(tree: Any) -> list[tuple[hyper.Field, ...]]:
+    """The fields of each record in a tree of them."""
+    nodes, _ = _tree.flatten(tree, is_leaf=hyper.is_record)
+    return [hyper.FIELDS[type(node)] for node in nodes if hyper.is_record(node)]
+
+
+def _check_field(name: str, fields: list[hyper.Field]) -> None:
+    """Raise unless all fields of this name have a range whose values exp(x) can scale."""
+    found = [field.bounds for field in fields if field.name == name]
+    if not found:
+        names = [field.name for field in fields]
+        raise ValueError(
+            f"learn has {name!r}, which is not a hyperparameter of the optimizer"
+            f"{did_you_mean(names, name)} They are {', '.join(names)}"
+        )
+    for bounds in found:
+        low, high = (_end(bounds, kinds) for kinds in (("ge", "gt"), ("le", "lt")))
+        if low != 0 or high not in (None, 1):
+            raise ValueError(f"learn has {name!r}, whose range is neither >= 0 nor [0, 1]")
+
+
+def _end(bounds: dict[str, float | None], kinds: tuple[str, str]) -> float | None:
+    return next((bounds[kind] for kind in kinds if bounds[kind] is not None), None)
+
+
+def _moved(hparams: Any, offsets: dict[str, Tensor]) -> Any:
+    """The hyperparameters, in a tree of records, with their offsets applied."""
+
+    def value(record: Any, field: hyper.Field) -> Any:
+        old = getattr(record, field.name)
+        if field.name not in offsets:
+            return old
+        factor = offsets[field.name].exp()
+        bounded = _end(field.bounds, ("le", "lt")) is not None
+        return _tree.map(lambda h: h * factor / (1 + h * (factor - 1) if bounded else 1), old)
+
+    def moved(record: Any) -> Any:
+        if not hyper.is_record(record):
+            return record
+        kind: type[Any] = type(record)
+        return hyper.assemble(kind, [value(record, field) for field in hyper.FIELDS[kind]])
+
+    return _tree.map(moved, hparams, is_leaf=hyper.is_record)
+
+
+def _derivatives(
+    stepped: Callable[[dict[str, Tensor]], Tensors],
+    offsets: dict[str, Tensor],
+    name: str,
+    like: Tensors,
+) -> Tensors:
+    """The derivative of a step's results with respect to one offset.
+
+    It is the product of a Jacobian and a vector. Two products in reverse mode give it wherever an
+    optimizer may be used; torch nests forward mode in some of these places only.
+    """
+    zeros, one = [torch.zeros_like(x) for x in like], torch.ones_like(offsets[name])
+
+    def product(*vectors: Tensor) -> Tensors:
+        def results(offset: Tensor) -> Tensors:
+            return stepped({**offsets, name: offset})
+
+        (found,) = functions.vjp(results, [offsets[name]], [True], vectors)
+        return [torch.zeros_like(one) if found is None else found]
+
+    found = functions.vjp(product, zeros, [True] * len(zeros), [one])
+    return [z if d is None else d for d, z in zip(found, zeros, strict=True)]
+
+
+def _product(grads: Tensors, derivatives: Tensors, like: Tensor) -> Tensor:
+    """The scalar product of two lists of tensors."""
+    pairs = [
+        (real(g).reshape(-1), real(d).reshape(-1)) for g, d in zip(grads, derivatives, strict=True)
+    ]
+    return torch.stack([g.to(d.dtype).dot(d).to(like) for g, d in pairs]).sum()

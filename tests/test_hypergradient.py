@@ -1,0 +1,321 @@
+"""Hypergradient descent, against closed forms and finite differences."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import diffopt
+from diffopt import transforms as t
+
+F64 = torch.float64
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def trained(opt, hp, start, gradient, steps, *, in_place=False):
+    """Params and state after some steps."""
+    params, state = start.clone(), opt.init(start)
+    for _ in range(steps):
+        if in_place:
+            opt.update_(params, gradient(params), state, hp)
+        else:
+            params, state = opt.update(params, gradient(params), state, hp)
+    return params, state
+
+
+CURVATURE = torch.tensor([1.0, 0.3], dtype=F64)
+
+
+def slope(p):
+    return CURVATURE * p
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_rate_of_gradient_descent_moves_as_by_hand(in_place):
+    outer = diffopt.sgd(momentum=False)
+    opt = t.hypergradient(diffopt.sgd(momentum=False), outer=outer)
+    hp = opt.hparams(lr=0.1, outer=outer.hparams(lr=0.3))
+    start = torch.tensor([1.0, -2.0], dtype=F64)
+    p, x, moved = start, 0.0, torch.zeros(2, dtype=F64)
+    for _ in range(5):
+        x = x - 0.3 * (slope(p) @ moved).item()  # the gradient times the last step
+        moved = -0.1 * math.exp(x) * slope(p)
+        p = p + moved
+    params, state = trained(opt, hp, start, slope, 5, in_place=in_place)
+    torch.testing.assert_close(params, p)
+    torch.testing.assert_close(opt.current(state, hp).lr.item(), 0.1 * math.exp(x))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_outer_optimizer_learns_its_own_rate(in_place):
+    inner, top = diffopt.sgd(momentum=False), diffopt.sgd(momentum=False)
+    outer = t.hypergradient(inner, outer=top)
+    opt = t.hypergradient(inner, outer=outer)
+    hp = opt.hparams(lr=0.1, outer=outer.hparams(lr=0.3, outer=top.hparams(lr=0.7)))
+    start = torch.tensor([1.0, -2.0], dtype=F64)
+    p, moved = start, torch.zeros(2, dtype=F64)
+    x = y = x_moved = 0.0
+    for _ in range(5):
+        d = (slope(p) @ moved).item()
+        y = y - 0.7 * d * x_moved
+        x_moved = -0.3 * math.exp(y) * d
+        x = x + x_moved
+        moved = -0.1 * math.exp(x) * slope(p)
+        p = p + moved
+    params, state = trained(opt, hp, start, slope, 5, in_place=in_place)
+    torch.testing.assert_close(params, p)
+    torch.testing.assert_close(outer.current(state.outer, hp[0].outer).lr.item(), 0.3 * math.exp(y))
+
+
+LEARNED = {
+    "sgd": (diffopt.sgd(), {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.1}),
+    "sgd nesterov": (diffopt.sgd(nesterov=True), {"lr": 0.1, "momentum": 0.8}),
+    "adam": (diffopt.adam(), {"lr": 0.1, "beta1": 0.8, "eps": 0.1, "weight_decay": 0.1}),
+    "adamw": (diffopt.adamw(amsgrad=True), {"lr": 0.1, "beta1": 0.8, "weight_decay": 0.1}),
+    "adamax": (diffopt.adamax(), {"lr": 0.1, "beta1": 0.8, "weight_decay": 0.1}),
+    "nadam": (diffopt.nadam(), {"lr": 0.1, "beta1": 0.8, "weight_decay": 0.1}),
+    "radam": (diffopt.radam(), {"lr": 0.1, "beta1": 0.8, "weight_decay": 0.1}),
+    "rmsprop": (diffopt.rmsprop(), {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.1}),
+    "adagrad": (diffopt.adagrad(), {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1}),
+    "adadelta": (diffopt.adadelta(), {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1}),
+    "muon": (diffopt.muon(precision=None), {"lr": 0.1, "weight_decay": 0.1}),
+    "asgd": (diffopt.asgd(), {"lr": 0.1, "weight_decay": 0.1}),
+    "adafactor": (diffopt.adafactor(), {"lr": 0.1, "weight_decay": 0.1}),
+    "lbfgs": (diffopt.lbfgs(history_size=2), {"lr": 0.1}),
+    "chain": (t.chain(t.clip_by_global_norm(), diffopt.sgd()), {"lr": 0.1, "max_norm": 0.1}),
+    "ema": (t.ema(diffopt.adam()), {"lr": 0.1, "decay": 0.5}),
+    "flatten": (t.flatten(diffopt.adam()), {"lr": 0.1, "weight_decay": 0.1}),
+}
+CASES = [
+    (name, learn)
+    for name, (opt, numbers) in LEARNED.items()
+    for learn in numbers
+    if learn not in ("decay", "rho") or name == "adadelta"
+]
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["pure", "in place"])
+@pytest.mark.parametrize(("name", "learn"), CASES)
+def test_a_derivative_is_that_of_the_next_loss_by_finite_differences(name, learn, in_place):
+    inner, numbers = LEARNED[name]
+    learns = (learn,) if learn == "lr" else ("lr", learn)
+    opt = t.hypergradient(inner, learn=learns)
+    hp = opt.hparams(**numbers)
+    params = {"a": draw(3, 2), "b": draw(2, 2, seed=1)}
+
+    def loss(params):
+        return params["a"].square().sum() + (params["b"] ** 4).sum()
+
+    def gradient(params):
+        return torch.func.grad(loss)(params)
+
+    state = opt.init(params)
+    for _ in range(3):
+        params, state = opt.update(params, gradient(params), state, hp)
+    arguments = params, gradient(params), state
+    new, after = opt.update(*arguments, hp)
+    if in_place:
+        new = {name: p.clone() for name, p in params.items()}
+        after = torch.utils._pytree.tree_map(torch.clone, state)
+        opt.update_(new, gradient(params), after, hp)
+
+    def next_loss(change):  # of the offset with which that step was made
+        offsets = {**after.offsets, learn: after.offsets[learn] + change}
+        record = opt.current(after._replace(offsets=offsets), hp)
+        return loss(inner.update(params, gradient(params), state.inner, record)[0])
+
+    assert not any(x.requires_grad for x in torch.utils._pytree.tree_leaves((new, after)))
+    eps = 1e-5
+    expected = (next_loss(eps) - next_loss(-eps)) / (2 * eps)
+    found = sum((gradient(new)[k] * after.derivatives[learn][k]).sum() for k in new)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_rate_of_decay_stays_between_0_and_1():
+    opt = t.hypergradient(diffopt.adam(), learn=("beta1", "beta2"))
+    hp = opt.hparams(beta1=0.9, beta2=0.0)
+    state = opt.init(torch.zeros(1))
+    for offset, beta1 in ((-100.0, 0.0), (math.log(2), 18 / 19), (100.0, 1.0)):
+        offsets = dict.fromkeys(opt.learn, torch.tensor(offset, dtype=F64))
+        current = opt.current(state._replace(offsets=offsets), hp)
+        assert current.beta1.item() == pytest.approx(beta1)
+        assert current.beta2 == 0
+        assert current.lr == hp[1].lr
+
+
+def test_rates_of_parts_and_schedules_are_multiplied():
+    opt = t.hypergradient(diffopt.sgd())
+    params = {"a": torch.ones(2), "b": torch.ones(1)}
+    state = opt.init(params)
+    state = state._replace(offsets={"lr": torch.tensor(math.log(2), dtype=F64)})
+    rates = opt.current(state, opt.hparams(lr={"a": 0.1, "b": torch.tensor([0.3])})).lr
+    torch.testing.assert_close(rates["a"].item(), 0.2)
+    torch.testing.assert_close(rates["b"], torch.tensor([0.6]))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_tensor_without_gradient_keeps_its_derivative(in_place):
+    opt = t.hypergradient(diffopt.sgd())
+    hp, params = opt.hparams(lr=0.1), {"a": draw(2), "b": draw(3, seed=1)}
+    params, state = opt.update(params, params, opt.init(params), hp)
+    kept = state.derivatives["lr"]["b"].clone()
+    offset = state.offsets["lr"].clone()
+    for grads in ({"a": params["a"].clone(), "b": None}, {"a": None, "b": None}):
+        if in_place:
+            opt.update_(params, grads, state, hp)
+        else:
+            params, state = opt.update(params, grads, state, hp)
+        torch.testing.assert_close(state.derivatives["lr"]["b"], kept, rtol=0, atol=0)
+        if grads["a"] is None:
+            assert state.offsets["lr"] == offset
+        else:
+            assert state.offsets["lr"] != offset
+        offset = state.offsets["lr"].clone()
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 10.0])
+@pytest.mark.parametrize("make", ["sgd", "adam", "rmsprop"])
+def test_a_rate_recovers_that_is_100_times_off(make, rate):
+    opt = t.hypergradient(getattr(diffopt, make)())
+    start = torch.tensor([3.0, -2.0], dtype=F64)
+    params, _ = trained(opt, opt.hparams(lr=rate), start, slope, 300)
+    assert (slope(params) @ params) < 1e-3
+
+
+def test_an_optimizer_that_ascends_learns_to_ascend():
+    start = torch.tensor([1.0, -2.0], dtype=F64)
+    down = t.hypergradient(diffopt.sgd())
+    expected, _ = trained(down, down.hparams(lr=0.1), start, slope, 5)
+    for inner, clip in (
+        (diffopt.sgd(maximize=True), {}),
+        (t.maximize(diffopt.sgd()), {}),
+        (t.chain(t.clip_by_value(), t.maximize(diffopt.sgd())), {"clip_value": 9.0}),
+    ):
+        up = t.hypergradient(inner)
+        hp = up.hparams(lr=0.1, **clip)
+        found, _ = trained(up, hp, start, lambda p: -slope(p), 5)
+        torch.testing.assert_close(found, expected)
+        with pytest.raises(ValueError, match="ascends and the other descends"):
+            t.hypergradient(inner, outer=diffopt.sgd())
+    t.hypergradient(t.maximize(diffopt.sgd(maximize=True)), outer=diffopt.sgd())
+
+
+def test_a_loop_is_differentiated_through_the_rates_it_learns():
+    outer = diffopt.sgd(momentum=False)
+    opt = t.hypergradient(diffopt.sgd(), learn=("lr", "momentum"), outer=outer)
+
+    def final(start, lr, momentum, outer_lr):
+        hp = opt.hparams(lr=lr, momentum=momentum, outer=outer.hparams(lr=outer_lr))
+        solution = diffopt.minimize(
+            lambda p: (p**4).sum(), start, optimizer=opt, hparams=hp, steps=4
+        )
+        return solution.params
+
+    inputs = [draw(2), *(torch.tensor(x, dtype=F64) for x in (0.02, 0.5, 0.3))]
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(final, inputs)
+    assert torch.autograd.gradgradcheck(final, inputs)
+
+
+@pytest.mark.parametrize("learn", [("lr",), ("lr", "momentum")])
+def test_every_adjoint_gives_the_same_hypergradient(learn):
+    opt = t.hypergradient(diffopt.sgd(), learn=learn)
+
+    def hypergradient(adjoint):
+        lr = torch.tensor(0.05, dtype=F64, requires_grad=True)
+        hp = opt.hparams(lr=lr, momentum=0.5)
+        solution = diffopt.minimize(
+            lambda p: (p**4).sum(), draw(2), optimizer=opt, hparams=hp, steps=4, adjoint=adjoint
+        )
+        return torch.autograd.grad(solution.params.square().sum(), lr)[0]
+
+    expected = hypergradient(diffopt.adjoint.Unrolled())
+    for adjoint in (diffopt.adjoint.Checkpointed(), diffopt.adjoint.ForwardMode()):
+        torch.testing.assert_close(hypergradient(adjoint), expected)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(F64)
+
+
+def advance(net, optimizer, steps):
+    x = draw(8, 3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (net(x).sum(1) - x[:, 0]).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "opt",
+    [
+        t.hypergradient(diffopt.adam()),
+        t.hypergradient(diffopt.adam(), learn=("lr", "beta1")),
+        t.hypergradient(diffopt.sgd(), outer=t.hypergradient(diffopt.adam())),
+    ],
+    ids=["adam", "adam's two", "tower"],
+)
+def test_a_run_goes_on_from_a_checkpoint(opt):
+    net, other = network(), network()
+    optimizer = diffopt.optim.from_pure(opt, net.parameters(), lr=1e-3)
+    advance(net, optimizer, 4)
+    file = io.BytesIO()
+    torch.save([net.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    model, state = torch.load(file, weights_only=True)
+    resumed = diffopt.optim.from_pure(opt, other.parameters())
+    other.load_state_dict(model)
+    resumed.load_state_dict(state)
+    advance(net, optimizer, 4)
+    advance(other, resumed, 4)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    pure = diffopt.optim.to_pure(resumed)
+    assert pure.optimizer.current(pure.state, pure.hparams).lr != 1e-3
+
+
+def test_the_class_takes_the_pure_steps():
+    opt = t.hypergradient(diffopt.adamw())
+    net = network()
+    model = diffopt.nn.functionalize(net)
+    x = draw(8, 3)
+    solution = diffopt.minimize(
+        lambda params: (model(params, x).sum(1) - x[:, 0]).square().mean(),
+        model.params,
+        optimizer=opt,
+        hparams=opt.hparams(lr=1e-3),
+        steps=6,
+    )
+    advance(net, diffopt.optim.from_pure(opt, net, lr=1e-3), 6)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p, solution.params[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"learn": "lr"}, TypeError, "learn is 'lr', not a sequence of names"),
+        ({"learn": 1}, TypeError, "learn is 1, not a sequence of names"),
+        ({"learn": ("rl",)}, ValueError, "'rl', which is not a hyperparameter"),
+        ({"learn": ("dampening",)}, ValueError, "range is neither >= 0 nor"),
+        ({"outer": 0.1}, TypeError, "outer is 0.1"),
+    ],
+)
+def test_wrong_arguments_raise(arguments, error, message):
+    with pytest.raises(error, match=message):
+        t.hypergradient(diffopt.sgd(), **arguments)
+
+
+def test_the_record_of_another_outer_optimizer_raises():
+    opt, p = t.hypergradient(diffopt.sgd()), torch.ones(2)
+    hp = opt.hparams(lr=0.1, outer=diffopt.sgd().hparams(lr=0.1))
+    with pytest.raises(TypeError, match=r"hparams\[0\].outer has type"):
+        opt.update(p, p, opt.init(p), hp)
+    with pytest.raises(TypeError, match="state has type"):
+        opt.update(p, p, diffopt.sgd().init(p), opt.hparams())
