@@ -64,16 +64,17 @@ class Run:
             return (self.model(x).argmax(-1) == y).double().mean().item()
 
 
-def study(options: Namespace) -> Study:
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels, 1,280 to train with and the rest to test with."""
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels))
-    x, y = (
-        (torch.tensor(pixels).float() / 16)[order].reshape(-1, 1, 8, 8),
-        torch.tensor(labels)[order],
-    )
-    (x, new_x), (y, new_y) = x.split([1280, len(x) - 1280]), y.split([1280, len(y) - 1280])
-    batches = [i for _ in range(options.epochs) for i in torch.randperm(1280).split(SIZE)]
-    net = nn.Sequential(
+    x = (torch.tensor(pixels).float() / 16)[order].reshape(-1, 1, 8, 8)
+    y = torch.tensor(labels)[order]
+    return x[:1280], y[:1280], x[1280:], y[1280:]
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
@@ -82,6 +83,12 @@ def study(options: Namespace) -> Study:
         nn.Flatten(),
         nn.Linear(512, 10),
     )
+
+
+def study(options: Namespace) -> Study:
+    x, y, new_x, new_y = digits()
+    batches = [i for _ in range(options.epochs) for i in torch.randperm(1280).split(SIZE)]
+    net = network()
     runs = {
         "torch.optim.AdamW": Run(torch.optim, net, len(batches)),
         "diffopt.optim.AdamW": Run(diffopt.optim, net, len(batches)),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._arguments import did_you_mean
 from diffopt._diff import functions
 from diffopt._modes import exact_dtype, real
@@ -197,8 +197,8 @@ class Hypergradient(Wrapper[HypergradientState]):
         if slow or any(wide(p) is not p for p in leaves.params):
             return super().prepare_(params, grads, state, hparams)
         offsets, outer = self._learned(leaves, old, state, hparams)
-        columns = {f"state.derivatives[{name!r}]": column for name, column in old.items()}
-        checks.writable({"params": leaves.params, **columns}, params)
+        written = {f"state.derivatives[{name!r}]": column for name, column in old.items()}
+        checks.writable({"params": leaves.params, **written}, params)
         pairs = overwriting(
             {"state.offsets": state.offsets, "state.outer": state.outer},
             {"state.offsets": offsets, "state.outer": outer},
@@ -206,15 +206,16 @@ class Hypergradient(Wrapper[HypergradientState]):
         record = _moved(hparams[1], offsets)
         update_ = self.optimizer.prepare_(params, grads, state.inner, record)
         moved = leaves.moved(leaves.params)
+        columns = [leaves.moved(column) for column in old.values() if moved]
 
         def write() -> None:
-            for column in old.values():
-                copy_(zip(leaves.moved(column), moved, strict=True))
+            for column in columns:
+                _torch.foreach_copy_(column, moved)
             update_()
             copy_(pairs)
-            for column in old.values():
-                for derivative, new in zip(leaves.moved(column), moved, strict=True):
-                    derivative.neg_().add_(new)
+            for column in columns:  # the new params less the old ones
+                _torch.foreach["neg"][1](column)
+                _torch.foreach["add"][1](column, moved)
 
         return write
 
