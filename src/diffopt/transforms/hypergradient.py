@@ -165,27 +165,25 @@ class Hypergradient(Wrapper[HypergradientState]):
         leaves, old = self._gather(params, grads, state, hparams)
         offsets, outer = self._learned(leaves, old, state, hparams)
         wide_params, wide_grads = leaves.wide()
+        before = leaves.moved(_tree.leaves(wide_params))
 
-        def step(offsets: dict[str, Tensor]) -> tuple[Tree, Any]:
+        def step(offsets: dict[str, Tensor]) -> tuple[Tree, Any, Tensors]:
             record = _moved(hparams[1], offsets)
-            return self.optimizer.update(wide_params, wide_grads, state.inner, record)
+            new, inner = self.optimizer.update(wide_params, wide_grads, state.inner, record)
+            return new, inner, leaves.moved(_tree.leaves(new))
 
-        def stepped(offsets: dict[str, Tensor]) -> Tensors:
-            return leaves.moved(_tree.leaves(step(offsets)[0]))
-
-        new, inner = step(offsets)
-        before, after = (leaves.moved(_tree.leaves(tree)) for tree in (wide_params, new))
-        used = _tree.leaves((wide_params, wide_grads, state.inner, hparams[1], offsets))
+        new, inner, after = step(offsets)
+        used = _tree.leaves((before, wide_grads, state.inner, hparams[1], offsets))
         attached = _modes.differentiated(x for x in used if isinstance(x, Tensor))
-        derivatives: dict[str, Tree] = {}
-        for name in offsets:
+
+        def derivative(name: str) -> Tensors:
             if self._is_rate(name):
-                rows = [y - x for x, y in zip(before, after, strict=True)]
-            else:
-                rows = _derivatives(stepped, offsets, name, after)
-                # Their graph also reaches what is differentiated with respect to only here.
-                rows = rows if attached else _tree.detach(rows)
-            derivatives[name] = leaves.filled(rows, old[name])
+                return [y - x for x, y in zip(before, after, strict=True)]
+            found = _derivatives(lambda offsets: step(offsets)[2], offsets, name, after)
+            # Their graph also reaches what is differentiated with respect to only there.
+            return found if attached else _tree.detach(found)
+
+        derivatives = {name: leaves.filled(derivative(name), old[name]) for name in offsets}
         narrow = leaves.narrow(new, wide_params)
         return narrow, HypergradientState(offsets, derivatives, outer, inner)
 
