@@ -72,7 +72,15 @@ def test_the_outer_optimizer_learns_its_own_rate(in_place):
     torch.testing.assert_close(outer.current(state.outer, hp[0].outer).lr.item(), 0.3 * math.exp(y))
 
 
+class Saturating(diffopt.sgd):
+    """Its steps are not proportional to the rate, unlike those of the class it is made from."""
+
+    def rule(self, p, g, s, hp, c):
+        return p - torch.tanh(hp.lr * g), s
+
+
 LEARNED = {
+    "a user's": (Saturating(), {"lr": 0.1}),
     "sgd": (diffopt.sgd(), {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.1}),
     "sgd nesterov": (diffopt.sgd(nesterov=True), {"lr": 0.1, "momentum": 0.8}),
     "adam": (diffopt.adam(), {"lr": 0.1, "beta1": 0.8, "eps": 0.1, "weight_decay": 0.1}),

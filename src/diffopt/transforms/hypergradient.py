@@ -16,6 +16,7 @@ from diffopt._modes import exact_dtype, real
 from diffopt._rule import checks, hyper
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import is_ours
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, Write, check_optimizer, copy_, overwriting
 from diffopt.rules.adagrad import adagrad
@@ -220,7 +221,10 @@ class Hypergradient(Wrapper[HypergradientState]):
     def _is_rate(self, name: str) -> bool:
         """Whether the derivative with respect to the logarithm is the step itself."""
         rule = self.optimizer
-        return name == "lr" and isinstance(rule, Leafwise) and rule.proportional
+        if name != "lr" or not isinstance(rule, Leafwise):
+            return False
+        # What a class inherits need not hold for the rule that it has instead.
+        return rule.proportional and (is_ours(rule) or "proportional" in vars(type(rule)))
 
     def _gather(
         self, params: Tree, grads: Tree, state: Any, hparams: Any
