@@ -288,6 +288,15 @@ def test_a_run_goes_on_from_a_checkpoint(opt):
     assert pure.optimizer.current(pure.state, pure.hparams).lr != 1e-3
 
 
+def test_every_group_of_the_class_learns_its_own_rate():
+    opt, net = t.hypergradient(diffopt.adam()), network()
+    groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.1}]
+    optimizer = diffopt.optim.from_pure(opt, groups, lr=1e-3)
+    advance(net, optimizer, 4)
+    offsets = [optimizer.state_of(i).offsets["lr"].item() for i in range(2)]
+    assert len({0.0, *offsets}) == 3
+
+
 def test_the_class_takes_the_pure_steps():
     opt = t.hypergradient(diffopt.adamw())
     net = network()

@@ -209,11 +209,11 @@ class Hypergradient(Wrapper[HypergradientState]):
 
         def write() -> None:
             for column in columns:
-                _torch.foreach_copy_(column, moved)
+                for derivative, param in zip(column, moved, strict=True):
+                    torch.neg(param, out=derivative)
             update_()
             copy_(pairs)
-            for column in columns:  # the new params less the old ones
-                _torch.foreach["neg"][1](column)
+            for column in columns:
                 _torch.foreach["add"][1](column, moved)
 
         return write
