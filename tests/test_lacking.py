@@ -113,6 +113,34 @@ def test_recurrent_modules_under_vmap_raise_what_helps(kind, adjoint):
         torch.vmap(solve)(torch.randn(3, 2, 5, 4, dtype=torch.float64))
 
 
+class Cudnn(torch.autograd.Function):
+    """Raises what cuDNN's recurrent networks raise in eval mode."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(*_):
+        pass
+
+    @staticmethod
+    def backward(*_):
+        raise RuntimeError("cudnn RNN backward can only be called in training mode")
+
+
+def test_recurrent_modules_in_eval_mode_raise_what_helps():
+    x = torch.ones(2, requires_grad=True)
+    net, opt = nn.Linear(2, 2), diffopt.sgd()
+    hint = pytest.raises(NotImplementedError, match=r"cudnn\.flags\(enabled=False\)")
+    with diffopt.innerloop(net, opt, hparams=opt.hparams(lr=0.1)) as (fnet, inner), hint:
+        inner.step(Cudnn.apply(fnet(x)).sum())
+    with hint:
+        diffopt.minimize(
+            lambda p: Cudnn.apply(p).sum(), x, optimizer=opt, hparams=opt.hparams(lr=0.1), steps=1
+        )
+
+
 def test_kernels_are_restored_and_left_as_they_were():
     with sdpa_kernel(SDPBackend.MATH):
         ambient = AmbientState(())

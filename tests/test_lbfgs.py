@@ -617,3 +617,11 @@ def test_ascent_is_descent_of_the_negative(search):
     torch.testing.assert_close(
         run(-1, True), tuple(-x if x.dim() == 0 else x for x in run(1, False))
     )
+
+
+@pytest.mark.parametrize("library", [torch.optim, diffopt.optim])
+def test_ascent_has_no_pure_form(library):
+    optimizer = library.LBFGS([torch.nn.Parameter(torch.ones(1))])
+    optimizer.param_groups[0]["maximize"] = True  # as torch >= 2.14 has it
+    with pytest.raises(ValueError, match="minimize the negated loss"):
+        diffopt.optim.to_pure(optimizer)

@@ -28,6 +28,7 @@ from diffopt.adjoint import (
     Reversible,
     Truncated,
     Unrolled,
+    unroll,
 )
 
 
@@ -1108,3 +1109,36 @@ def test_a_call_without_params_and_buffers_says_what_to_pass(arguments, message,
     model = diffopt.nn.functionalize(nn.BatchNorm1d(3))
     with pytest.raises((TypeError, ValueError), match=message):
         (model.apply if unpacked else model)(*arguments)
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed(), ForwardMode(), Implicit()])
+def test_parameter_dicts_are_arguments_of_loops(adjoint):
+    weights = nn.ParameterDict({"a": torch.tensor(2.0), "b": torch.tensor(0.5)})
+
+    def derivative(given):
+        opt = diffopt.sgd()
+        sol = diffopt.minimize(
+            lambda w, given: given["a"] * (w - given["b"]) ** 2,
+            torch.tensor(1.0),
+            given,
+            optimizer=opt,
+            hparams=opt.hparams(lr=0.2),
+            steps=40,
+            adjoint=adjoint,
+        )
+        return torch.autograd.grad(sol.params, [*weights.values()])
+
+    assert derivative(weights) == derivative(dict(weights))
+
+
+def test_parameter_dicts_are_arguments_of_implicit_functions_and_of_inspection():
+    weights = nn.ParameterDict({"a": torch.tensor(2.0)})
+    root = diffopt.implicit_root(lambda x, w: x**2 - w["a"], lambda _, w: w["a"].detach().sqrt())
+    found = root(torch.tensor(1.0), weights)
+    grads = torch.autograd.grad(found, [*weights.values()], retain_graph=True)
+    torch.testing.assert_close(grads[0], torch.tensor(0.125**0.5))
+    (row,) = diffopt.inspect.explain(grads, weights, outer=found).rows
+    assert (row.name, row.status) == ("a", "ok")
+    assert str(diffopt.inspect.graph(found, weights)) == "a -> outer"
+    carry, _ = unroll(lambda c, a, x: ({"a": c["a"] * a["a"]}, x), weights, weights, 2)
+    assert carry["a"].item() == 8.0

@@ -283,6 +283,11 @@ def as_dict(value: Any) -> Any:
     return list(cast(Iterable[Any], value)) if isinstance(value, nn.ParameterList) else value
 
 
+def plain(tree: Tree) -> Tree:
+    """A tree with ParameterDicts and ParameterLists in it as dicts and lists."""
+    return map(as_dict, tree)
+
+
 def trained(value: Any) -> Any:
     """The parameters by name that a module trains, or what `as_dict` returns."""
     if isinstance(value, nn.Module) and not isinstance(value, (nn.ParameterDict, nn.ParameterList)):

@@ -289,6 +289,7 @@ def _differentiable(
 
     def solution(init: Tree, *args: Any) -> Any:
         refuse_tracing("implicit_root")
+        init, args = _tree.plain((init, args))
         try:
             result = isolated(solve, init, *args, plain=True, sequential=sequential)
         except RuntimeError as error:

@@ -145,7 +145,7 @@ def minimize(
     if callback is not None and _modes.compiling():
         raise RuntimeError("torch.compile cannot call a callback after each step: pass None")
     _check_loss(loss, has_aux, buffers)
-    params = _tree.as_dict(params)
+    params, args, buffers = (_tree.plain(tree) for tree in (params, args, buffers))
     _check_params(params)
     check_hparams(hparams, optimizer.hparams)
     if state is not None:

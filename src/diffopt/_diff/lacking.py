@@ -23,7 +23,9 @@ _REMEDIES = {  # by names of operations, or of nodes in autograd's graph
     ),
     r"mkldnn_rnn": "compute the loss under torch.backends.mkldnn.flags(enabled=False)",
     r"CompiledFunction": "compute the loss with the function or module that is not compiled",
-    r"cudnn_rnn|CudnnRnn": "compute the loss under torch.backends.cudnn.flags(enabled=False)",
+    r"cudnn_rnn|cudnn RNN|CudnnRnn": (
+        "compute the loss under torch.backends.cudnn.flags(enabled=False)"
+    ),
 }
 _MODULES = {  # by the module of torch whose code raised
     r"torch\.nn\.modules\.rnn": (

@@ -265,7 +265,7 @@ def _check(record: Any) -> None:
         value = getattr(record, field.name)
         leaves = _tree.leaves(value)
         if any(isinstance(leaf, torch.nn.Module) for leaf in leaves):
-            value = _tree.map(_tree.as_dict, value)
+            value = _tree.plain(value)
             object.__setattr__(record, field.name, value)
             leaves = _tree.leaves(value)
         for i, leaf in enumerate(leaves):

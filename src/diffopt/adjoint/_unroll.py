@@ -75,6 +75,7 @@ def unroll(
         step = step if compiler is None else CompiledStep(compiler, step)
     elif compiler is not None:
         step = replace(step, compiler=compiler)
+    carry, args, xs = (_tree.plain(tree) for tree in (carry, args, xs))
     carry, outputs = adjoint.run(step, carry, args, _elements(xs, length))
     return carry, _stack(outputs)
 

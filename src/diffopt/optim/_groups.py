@@ -182,7 +182,7 @@ def overridden(record: Any, given: Mapping[str, Any], owners: Sequence[Sequence[
     """
     known = _numbers(record)
     values: dict[str, Any] = {}
-    for name, value in _tree.map(_tree.as_dict, dict(given)).items():
+    for name, value in _tree.plain(dict(given)).items():
         pair = () if name in known else hyper.TORCH_PAIRS.get(name, ())
         each = value if isinstance(value, list) else [value] * len(owners)
         if len(each) != len(owners):

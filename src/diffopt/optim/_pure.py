@@ -23,7 +23,7 @@ from diffopt.optim._own import LeafwiseOptimizer
 from diffopt.optim._plan import filled
 from diffopt.optim.lbfgs import LBFGS
 from diffopt.optimizer import Optimizer, check_optimizer, copy_
-from diffopt.rules.lbfgs import lbfgs
+from diffopt.rules.lbfgs import LBFGSState, flat, lbfgs
 from diffopt.rules.sparse_adam import sparse_adam
 
 _CLASSES: dict[type, type[RuleOptimizer]] = {
@@ -172,7 +172,8 @@ def _common_rule(rules: list[Leafwise[Any, Any]]) -> Leafwise[Any, Any]:
         if same != opt:
             raise ValueError(
                 f"param_groups[{rules.index(opt)}] is stepped by {opt}, but param_groups[{i}] by "
-                f"{rule}: a pure optimizer has the same flags for all params"
+                f"{rule}: a pure optimizer has the same flags for all params, so create one for "
+                "each group, and combine them with diffopt.transforms.partition"
             )
     return opt
 
@@ -243,6 +244,8 @@ def _by_name(record: Any, spec: _tree.Spec, params: Tree, names: list[str]) -> A
 def _lbfgs_to_pure(optimizer: torch.optim.Optimizer, names: list[list[str]] | None) -> Pure:
     """Convert LBFGS, which has a single vector and all its state with the first parameter."""
     (group,) = optimizer.param_groups
+    if group.get("maximize"):  # torch >= 2.14
+        raise ValueError("LBFGS(maximize=True) has no pure form: minimize the negated loss")
     opt = lbfgs(history_size=group["history_size"])
     params = copied(_tree_of(optimizer.param_groups, names))
     state, row = opt.init(params), optimizer.state.get(group["params"][0], {})
@@ -322,7 +325,8 @@ def restore_(optimizer: torch.optim.Optimizer, old: Any, new: Any, moved: Sequen
         copy_(zip(_tree.leaves(optimizer.state_of(0)), _tree.leaves(new), strict=True))
         return
     if type(optimizer) in (torch.optim.LBFGS, LBFGS):
-        raise ValueError("the state of LBFGS cannot be written back")
+        _restore_lbfgs_(optimizer, old, new)
+        return
     shell = _as_ours(optimizer)
     params = [(group, p) for group in shell.param_groups for p in group["params"]]
     rows = [
@@ -331,6 +335,21 @@ def restore_(optimizer: torch.optim.Optimizer, old: Any, new: Any, moved: Sequen
         if move and shell.rule(group).buffers_of(p)
     ]
     optimizer.state.update(rows)
+
+
+def _restore_lbfgs_(optimizer: torch.optim.Optimizer, old: LBFGSState, new: LBFGSState) -> None:
+    """The inverse of `_lbfgs_to_pure`: a step taken is a direction with length 1."""
+    steps = int(new.step - old.step)
+    if not steps:
+        return
+    params = optimizer.param_groups[0]["params"]
+    row, dtype = optimizer.state[params[0]], flat(p.new_empty(0) for p in params).dtype
+    kept = {name: getattr(new, name)[new.ro != 0] for name in ("old_dirs", "old_stps", "ro")}
+    vectors = {"d": new.prev_flat_step, "prev_flat_grad": new.prev_flat_grad, "H_diag": new.H_diag}
+    tensors = _tree.map_tensors(lambda x: x.detach().to(dtype, copy=True), vectors | kept)
+    row.update(tensors | {name: [*tensors[name]] for name in kept})
+    row.update(t=1.0, n_iter=int(new.step), func_evals=row.get("func_evals", 0) + steps)
+    row.setdefault("prev_loss", 0.0)  # the next iteration sets it before it reads it
 
 
 def _torch_row(
