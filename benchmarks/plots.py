@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation from the tables in this folder's README.
+"""Draw the pictures of the documentation: a diagram, and curves from this folder's README.
 
 python benchmarks/plots.py [--out docs/assets]
 """
@@ -24,6 +24,16 @@ DRAWN = {
     "Implicit": "Implicit()",
 }
 
+CHOICES = [
+    ("Does only the solution matter,\nand does the loop reach it?", "Implicit()"),
+    ("Do the steps have no derivative:\nrounding, an argmax, a simulator?", "Evolution()"),
+    ("Does the graph of the whole loop\nfit into memory?", "Unrolled()"),
+    ("Are there only a few hyperparameters\nto differentiate with respect to?", "ForwardMode()"),
+    ("Is it momentum SGD, and do you need\nno second derivatives?", "Reversible()"),
+    ("Must the derivative be exact?", "Checkpointed()"),
+]
+OTHERWISE = "Truncated(k),\nFirstOrder(), OneStep()"
+
 
 def table(text: str, title: str) -> tuple[list[int], dict[str, list[float]]]:
     """The numbers of steps in the head of a table, and the megabytes in its rows."""
@@ -47,12 +57,34 @@ def memory() -> Figure:
     return figure
 
 
+def choice() -> Figure:
+    """Questions from top to bottom; the first "yes" leads to an adjoint."""
+    figure = Figure(figsize=(6, 7), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(len(CHOICES) + 0.45, -0.5))
+    axes.axis("off")
+    question = {"boxstyle": "round,pad=0.5", "facecolor": "#eef2f7", "edgecolor": "#5b7083"}
+    answer = {"boxstyle": "round,pad=0.5", "facecolor": "#fdf1dc", "edgecolor": "#b07d2b"}
+    arrow = {"arrowprops": {"arrowstyle": "->", "color": "#555555"}}
+    for y, (asked, adjoint) in enumerate(CHOICES):
+        axes.annotate("", (0.3, y + 0.72), (0.3, y + 0.25), **arrow)
+        axes.annotate("", (0.7, y), (0.55, y), **arrow)
+        axes.text(0.32, y + 0.5, "no", va="center", fontsize=9)
+        axes.text(0.63, y - 0.06, "yes", ha="center", va="bottom", fontsize=9)
+        axes.text(0.3, y, asked, ha="center", va="center", fontsize=9.5, bbox=question)
+        axes.text(0.85, y, adjoint, ha="center", va="center", family="monospace", bbox=answer)
+    last = {"ha": "center", "va": "center", "family": "monospace", "bbox": answer}
+    axes.text(0.3, len(CHOICES) + 0.05, OTHERWISE, **last)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=README.parents[1] / "docs/assets")
     out = parser.parse_args().out
     mpl.rcParams["svg.hashsalt"] = "diffopt"  # the same file each time
     memory().savefig(out / "memory.svg", metadata={"Date": None})
+    choice().savefig(out / "choice.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

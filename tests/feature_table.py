@@ -368,29 +368,39 @@ def torch_pure(row: str) -> str:
 
 # The page
 
-OURS: dict[str, Callable[[str], str]] = {
+Columns = dict[str, Callable[[str], str]]
+OURS: Columns = {
     "pure": functools.partial(checked, "pure"),
     "derivatives": our_derivatives,
     "second derivatives": our_derivatives,
     "zero gradients": functools.partial(checked, "zero_gradient"),
     "vmap": functools.partial(checked, "vmap"),
     "compile": functools.partial(checked, "compiled"),
+}
+OUR_KERNELS: Columns = {
     "foreach": our_foreach,
     "fused kernel": our_kernel,
     "compiled kernel": our_compiled_kernel,
     "checkpoints": our_interchange,
 }
-THEIRS: dict[str, Callable[[str], str]] = {
+THEIRS: Columns = {
     "pure": torch_pure,
     "derivatives": torch_derivatives,
     "second derivatives": torch_second,
     "zero gradients": torch_zero,
     "vmap": torch_vmap,
+}
+THEIR_KERNELS: Columns = {
     "compile": torch_compile,
     "foreach": functools.partial(torch_flag, "foreach"),
     "fused kernel": functools.partial(torch_flag, "fused"),
 }
-TABLES = {"diffopt": OURS, "torch.optim": THEIRS}
+TABLES = {
+    "diffopt": OURS,
+    "diffopt, kernels": OUR_KERNELS,
+    "torch.optim": THEIRS,
+    "torch.optim, kernels": THEIR_KERNELS,
+}
 CHECKED = ["derivatives", "second derivatives", "zero gradients", "compile"]
 SLOW = ["compiled kernel"]
 """Of ours, what test_conformance.py asserts of every row, and what takes long."""

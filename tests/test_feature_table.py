@@ -20,11 +20,12 @@ def test_every_optimizer_and_property_is_there(table):
     assert list(CELLS[table]) == [(row, column) for row in ROWS for column in TABLES[table]]
 
 
+@pytest.mark.parametrize("table", ["diffopt", "diffopt, kernels"])
 @pytest.mark.parametrize("row", ROWS)
-def test_what_the_page_says_of_diffopt_is_generated(row):
-    columns = [column for column in TABLES["diffopt"] if column not in CHECKED + SLOW]
-    found = {column: cell("diffopt", row, column) for column in columns}
-    assert found == {column: CELLS["diffopt"][row, column] for column in columns}
+def test_what_the_page_says_of_diffopt_is_generated(row, table):
+    columns = [column for column in TABLES[table] if column not in CHECKED + SLOW]
+    found = {column: cell(table, row, column) for column in columns}
+    assert found == {column: CELLS[table][row, column] for column in columns}
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -36,8 +37,9 @@ def test_what_the_page_says_of_diffopt_is_what_is_checked_elsewhere(row):
 @pytest.mark.skipif(
     not torch.__version__.startswith(f"{VERSION}."), reason=f"the page is about torch {VERSION}"
 )
+@pytest.mark.parametrize("table", ["torch.optim", "torch.optim, kernels"])
 @pytest.mark.parametrize("row", ROWS)
-def test_what_the_page_says_of_torch_is_generated(row):
-    columns = [column for column in TABLES["torch.optim"] if column != "compile"]
-    found = {column: cell("torch.optim", row, column) for column in columns}
-    assert found == {column: CELLS["torch.optim"][row, column] for column in columns}
+def test_what_the_page_says_of_torch_is_generated(row, table):
+    columns = [column for column in TABLES[table] if column != "compile"]
+    found = {column: cell(table, row, column) for column in columns}
+    assert found == {column: CELLS[table][row, column] for column in columns}
