@@ -14,4 +14,4 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
         markdown,
         flags=re.DOTALL | re.MULTILINE,
     )
-    return re.sub(r"\$`([^`\n]+)`\$", lambda found: convert(found[1]), blocks)
+    return re.sub(r"\$`([^`]+)`\$", lambda found: f"<span>{convert(found[1])}</span>", blocks)

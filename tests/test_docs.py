@@ -109,6 +109,13 @@ def _arrives(path, reference, pages):
     return target.exists() and (known is None or unquote(anchor) in known.anchors)
 
 
+def test_formulas_are_rendered(site):
+    texts = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    assert texts[site / "formulas.html"].count('display="block"') > 12
+    unrendered = re.compile(r"```math|\$`|<mi>&<|<mi>\\\\")
+    assert [path.name for path, text in texts.items() if unrendered.search(text)] == []
+
+
 @pytest.mark.parametrize("word", ["BatchNorm", "exploding", "TorchOpt", "DDP"])
 def test_the_search_finds_what_users_look_for(site, word):
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
