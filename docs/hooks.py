@@ -1,4 +1,7 @@
-"""Formulas: ```math blocks and $`...`$ become MathML when the pages are built, as on GitHub."""
+"""Formulas and long names: what becomes of them when the pages are built.
+
+```math blocks and $`...`$ become MathML, as on GitHub.
+"""
 
 import re
 from typing import Any
@@ -15,3 +18,12 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
         flags=re.DOTALL | re.MULTILINE,
     )
     return re.sub(r"\$`([^`]+)`\$", lambda found: f"<span>{convert(found[1])}</span>", blocks)
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """The page with places in long names, after dots and the like, where lines may break."""
+    return re.sub(
+        r"<code>([^<]{20,})</code>",
+        lambda found: f"<code>{re.sub(r'(?<=[.(=/])(?=.)', '<wbr>', found[1])}</code>",
+        html,
+    )
