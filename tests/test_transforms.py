@@ -499,6 +499,10 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
             "no part has a hyperparameter 'lrr'.* of part 0: max_norm; of part 1: lr, weight_decay",
         ),
         (
+            lambda: t.chain(t.clip_by_norm(), adam).hparams(betas=(0.9, 0.99)),
+            "no part has a hyperparameter 'betas': pass beta1 and beta2",
+        ),
+        (
             lambda: t.chain(t.clip_by_value(), sgd).hparams(sgd.hparams()),
             r"each of the parts \[0, 1\], but got records for \[0\] and the keywords \[\]",
         ),

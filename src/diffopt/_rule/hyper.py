@@ -180,11 +180,17 @@ def _misnamed(record: str, names: list[str], args: tuple[Any, ...], values: dict
         return f"{record} takes only keyword arguments, such as {names[0]}=..., but got {given}"
     wrong = next(name for name in values if name not in names)
     hint = f": pass {' and '.join(names) if len(names) < 3 else ', '.join(names)}"
-    if wrong in TORCH_PAIRS and TORCH_PAIRS[wrong][0] in names:
-        hint = f": pass {' and '.join(TORCH_PAIRS[wrong])}"
+    if pair := instead_of_pair(wrong, names):
+        hint = f": {pair}"
     elif question := did_you_mean(names, wrong):
         hint = f"{question} The hyperparameters are {', '.join(names)}"
     return f"{record} has no hyperparameter {wrong!r}{hint}"
+
+
+def instead_of_pair(name: str, known: list[str]) -> str | None:
+    """What to pass instead of a tuple of torch.optim; None if it is none of those known here."""
+    fields = TORCH_PAIRS.get(name, ())
+    return f"pass {' and '.join(fields)}" if fields and fields[0] in known else None
 
 
 def check_flags(**flags: object) -> None:

@@ -121,5 +121,7 @@ def _unclear(
         return f"the hyperparameter {name!r} belongs to the parts {parts}: {records}"
     if name in fields:
         return f"{name!r} is a part, not a hyperparameter: {records}"
+    if pair := hyper.instead_of_pair(name, [f for names in fields.values() for f in names]):
+        return f"no part has a hyperparameter {name!r}: {pair}"
     known = "; ".join(f"of part {key!r}: {', '.join(f)}" for key, f in fields.items() if f)
     return f"no part has a hyperparameter {name!r}. The hyperparameters are, {known}"
