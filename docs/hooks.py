@@ -24,6 +24,6 @@ def on_page_content(html: str, **kwargs: Any) -> str:
     """The page with places in long names, after dots and the like, where lines may break."""
     return re.sub(
         r"<code>([^<]{20,})</code>",
-        lambda found: f"<code>{re.sub(r'(?<=[.(=/])(?=.)', '<wbr>', found[1])}</code>",
+        lambda found: f"<code>{re.sub(r'(?<=[.(/])(?=.)', '<wbr>', found[1])}</code>",
         html,
     )
