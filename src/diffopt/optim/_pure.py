@@ -121,7 +121,8 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
         TypeError: the class is not supported, or `module` is not a module.
         ValueError: groups differ in a flag, such as `amsgrad` (but one may have momentum and
             another not); parameters differ in their number of
-            steps, of which a pure state has only one; or a parameter is not one of the module's.
+            steps, of which a pure state has only one; a parameter is not one of the module's; or
+            LBFGS maximizes.
 
     Examples:
         >>> import torch, diffopt
