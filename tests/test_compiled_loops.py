@@ -173,8 +173,8 @@ ADJOINTS = [Unrolled(), Checkpointed(), Truncated(2), FirstOrder(), OneStep(), F
 def test_meta_gradients_are_those_of_the_eager_loop(way, adjoint, opt, traceless):
     right = way(meta_loss(opt, adjoint, False), *problem())
     outer = meta_loss(opt, adjoint, traceless)
-    if isinstance(adjoint, ForwardMode) and way is not by_autograd:
-        with pytest.warns(UserWarning, match="cannot trace forward mode in torch.func transforms"):
+    if isinstance(adjoint, ForwardMode) and way in (by_func, over_tasks, over_rates, around_both):
+        with pytest.warns(UserWarning, match="cannot trace forward mode in torch.func.grad"):
             same(way(outer, *problem()), right)
     else:
         same(way(outer, *problem()), right)
@@ -462,6 +462,190 @@ def test_other_lengths_rates_and_data_compile_nothing():
     run(2, torch.tensor(0.3), 2.0, weight_decay=0.1)
     run(1, torch.tensor(0.3, dtype=torch.float64), 2.0, beta1=0.5)
     assert backend.graphs == 2
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The kernels that are called with torch.compile's checks."""
+    found, call = [], kernels.Kernel.__call__
+
+    def noted(kernel, *args):
+        found.append(kernel.what)
+        return call(kernel, *args)
+
+    monkeypatch.setattr(kernels.Kernel, "__call__", noted)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed(segments=2)], ids=["whole", "pieces"])
+def test_torch_compile_checks_a_loop_once_and_not_every_step(adjoint, way, calls):
+    def meta_gradient(compile):
+        return way(meta_loss(diffopt.adam(), adjoint, compile, steps=6), *problem())
+
+    options, right = {"backend": "eager"}, meta_gradient(False)
+    for _ in range(2):
+        calls.clear()
+        same(meta_gradient(options), right)
+    # Checkpointed takes the first step apart, to see what it captures.
+    assert len(calls) <= (2 if isinstance(adjoint, Unrolled) else 8)
+
+
+@pytest.mark.slow
+def test_steps_on_batches_with_gradients_are_run_together(calls):
+    opt = diffopt.sgd()
+
+    def gradients(compile, batches, unbind=True):
+        params, lr, x, y, decay = problem()
+        data = torch.stack([x + t for t in range(5)]).requires_grad_()
+        rates = torch.linspace(0.5, 1.5, 5, dtype=torch.float64).requires_grad_()
+        xs = [batches(t, data, rates) for t in range(5)]
+        sol = diffopt.minimize(
+            lambda params, x, rate: rate * loss(params, x, y, decay),
+            params,
+            optimizer=opt,
+            hparams=opt.hparams(lr=lr.requires_grad_(), momentum=0.9),
+            batches=xs,
+            compile=compile,
+        )
+        value = sol.losses[2] + sol.losses[4] ** 2 + sum(p.sum() for p in sol.params.values())
+        return torch.autograd.grad(value, (data, rates, lr))
+
+    def tensors(t, data, rates):
+        return data[t], rates[t]
+
+    def number_in_one(t, data, rates):
+        return data[t], 0.5 if t == 3 else rates[t]
+
+    def numbers(t, data, rates):
+        return data[t] * rates[t], 0.5 + t
+
+    for batches, most in ((tensors, 2), (number_in_one, 10), (numbers, 2)):
+        right = gradients(False, batches)
+        for _ in range(2):
+            calls.clear()
+            same(gradients({"backend": "eager"}, batches), right)
+        assert 2 <= len(calls) <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, 2])
+def test_finite_differences_of_compiled_loops(order):
+    params, lr, x, y, decay = problem()
+    outer = meta_loss(diffopt.adam(), Unrolled(), {"backend": "eager"}, steps=4)
+
+    def function(a, lr, x):
+        return outer(params | {"a": a}, lr, x, y, decay)
+
+    inputs = [z.clone().requires_grad_() for z in (params["a"], lr, x)]
+    function(*inputs)
+    check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* a derivative of its derivative is not compiled")
+        assert check(function, inputs)
+
+
+_LAST = torch.zeros(())
+_COUNT = 0
+
+
+class _Remembering(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        self.last = x.detach()
+        return self.weight * x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["list", "dict", "global", "count", "module", "nonlocal"])
+def test_what_a_step_writes_elsewhere_is_written_in_every_step(kind):
+    opt = diffopt.sgd()
+
+    def run(compile):
+        net, log, last = _Remembering(), {}, None
+        history = [torch.zeros(())] * 100
+
+        def noting(w):
+            nonlocal last
+            global _LAST, _COUNT
+            value = (w**2).sum()
+            if kind == "list":
+                history.append(value.detach())
+            elif kind == "dict":
+                log["last"] = value.detach()
+            elif kind == "global":
+                _LAST = value.detach()
+            elif kind == "count":
+                _COUNT += 1
+            elif kind == "module":
+                value = net(w).sum() ** 2
+            else:
+                last = value.detach()
+            return value
+
+        def written():
+            found = {
+                "list": lambda: history[-1],
+                "dict": lambda: log["last"],
+                "global": lambda: _LAST,
+                "module": lambda: net.last,
+                "nonlocal": lambda: last,
+                "count": lambda: torch.tensor(0),
+            }
+            return found[kind]()
+
+        seen = []
+        for _ in range(3):
+            before = _COUNT, len(history)
+            diffopt.minimize(
+                noting,
+                torch.ones(2),
+                optimizer=opt,
+                hparams=opt.hparams(lr=0.1),
+                steps=5,
+                compile=compile,
+            )
+            seen.append(written())
+        after = _COUNT, len(history)
+        return seen[-1], [b - a for a, b in zip(before, after, strict=True)]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* runs without torch.compile")
+        found = run({"backend": "eager"})
+    right = run(False)
+    torch.testing.assert_close(found[0], right[0])
+    assert found[1] == right[1]
+
+
+@pytest.mark.slow
+def test_what_batches_change_between_steps_is_seen():
+    class Temperature(torch.nn.Module):
+        scale = 1.0
+
+    opt, net = diffopt.sgd(), Temperature()
+
+    def batches():
+        for scale in (1.0, 2.0, 3.0, 3.0):
+            net.scale = scale
+            yield torch.ones(2)
+
+    def final(compile):
+        return diffopt.minimize(
+            lambda w, x: net.scale * (w * x).sum() ** 2,
+            torch.ones(2),
+            optimizer=opt,
+            hparams=opt.hparams(lr=0.1),
+            batches=batches(),
+            compile=compile,
+        ).params
+
+    right = final(False)
+    for _ in range(2):
+        torch.testing.assert_close(final({"backend": "eager"}), right)
 
 
 @pytest.mark.slow

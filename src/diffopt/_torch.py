@@ -72,6 +72,13 @@ unwrap_for_grad: Callable[[Tensor, int], Tensor] = _functorch._unwrap_for_grad
 unwrap_if_dead: Callable[[Tensor], Tensor] = _functorch.unwrap_if_dead
 """The tensor without the wrapper of a transform that has ended."""
 
+
+def only_vmap() -> bool:
+    """Whether no transform but vmap is active."""
+    levels = interpreter_stack() or []
+    return all(level.key() == TransformType.Vmap for level in levels)
+
+
 # Forward mode.
 forward_enabled: Callable[[bool], AbstractContextManager[Any]] = _forward_ad._set_fwd_grad_enabled
 """A context that enables or disables forward derivatives."""
@@ -161,6 +168,37 @@ def compiler(backend: Any, mode: str | None, options: Any, dynamic: bool | None)
     if backend == "inductor":
         return _torch._TorchCompileInductorWrapper(mode, options, dynamic)
     return _torch._TorchCompileWrapper(backend, mode, options, dynamic)
+
+
+def graph_pass(function: Callable[[Any], None], name: str) -> Any:
+    """What inductor calls with each graph; kept results are for the same name only."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            function(graph)
+
+        def uuid(self) -> str:
+            return name
+
+    return Pass()
+
+
+def traced_side_effects() -> bool:
+    """Whether what `torch.compile` is tracing changes what exists; True if it is not tracing."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        effects: Any = InstructionTranslator.current_tx().output.side_effects
+    except AttributeError:
+        return True
+    existing = ("ValueMutationExisting", "AttributeMutationExisting")
+    found = (
+        x
+        for x in effects.id_to_variable.values()
+        if type(x.mutation_type).__name__ in existing and effects.is_modified(x)
+    )
+    return bool(effects.tensor_hooks or effects.save_for_backward or any(True for _ in found))
 
 
 # torch.optim.

@@ -168,6 +168,8 @@ def minimize(
     constant, own = ((), of_step) if callable(hparams) else (hparams, None)
     arguments = (constant, args)
     xs = _xs(steps, batches, own)
+    if compiler and own is None and isinstance(batches, (Tensor, list, tuple, type(None))):
+        xs = list(xs)  # no code of the user's runs between the steps, which may run at once
     taken = None
     watch = None if callback is None else _Watch(callback)
     once = _runs_once(adjoint)
@@ -338,7 +340,7 @@ def check_state(state: Any, optimizer: Optimizer[Any, Any], params: Tree) -> Non
 
 def _xs(
     steps: int | None, batches: Iterable[Any] | None, hparams: Callable[[int], Any] | None
-) -> Iterator[Any]:
+) -> Iterable[Any]:
     """For each step, its own hyperparameters (or None) and its batch as arguments of the loss."""
     count = 0
     for batch in itertools.islice(itertools.repeat(()) if batches is None else batches, steps):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -97,19 +98,67 @@ def composed(function: Map, operators: Sequence[Operator]) -> Map:
 class Variant:
     """One graph that torch.compile has made for a kernel.
 
+    Args:
+        run: what runs the graph.
+
     Attributes:
         tests: how many more of its results are compared.
         facts: what a run of the function as it is has shown.
+        pure: whether all that torch.compile makes of the function is this graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
         self.tests: int | None = None
         self.facts: Any = None
+        self.pure = not _torch.traced_side_effects()
+
+
+class Wires(NamedTuple):
+    """A variant, to run on more tensors like those before, without torch.compile's checks.
+
+    Attributes:
+        run: what runs its graph.
+        takes: the places of its inputs among the tensors, followed by those that it captures.
+        gives: the places of the results among its outputs, followed by what `takes` is about.
+        captured: the tensors that it captures.
+        replays: whether the results must be copied.
+    """
+
+    run: Callable[..., Any]
+    takes: list[int]
+    gives: list[int]
+    captured: list[Tensor]
+    replays: bool
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        pool = [*(x if x.dim() else x.reshape(1) for x in tensors), *self.captured]
+        found = [*self.run(*[pool[i] for i in self.takes]), *pool]
+        return [found[i].clone() if self.replays else found[i] for i in self.gives]
+
+
+class Run(NamedTuple):
+    """What a kernel returns.
+
+    Attributes:
+        results: the tensors that were computed.
+        join: makes a pair of them: the results of the function, and their derivatives.
+        variant: the graph that ran.
+        captured: the tensors that it captures.
+        wires: how to run it again; None if that is not possible without torch.compile's checks.
+    """
+
+    results: list[Tensor]
+    join: Callable[..., Tree]
+    variant: Variant
+    captured: list[Tensor]
+    wires: Wires | None
 
 
 class _Running(threading.local):
     variant: Variant | None = None
     tensors: Sequence[Any] = ()
+    outputs: Sequence[Any] = ()
 
 
 _RUNNING = _Running()
@@ -128,13 +177,17 @@ class _Backend:
         self.replays = bool(asked) or options.get("mode") in ("reduce-overhead", "max-autotune")
 
     def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
-        run, variant = self.compile(graph, inputs), Variant()
+        variant = Variant(self.compile(graph, inputs))
 
         def noticed(*tensors: Any) -> Any:
-            _RUNNING.variant, _RUNNING.tensors = variant, tensors
-            return run(*tensors)
+            outputs = variant.run(*tensors)
+            _RUNNING.variant, _RUNNING.tensors, _RUNNING.outputs = variant, tensors, outputs
+            return outputs
 
         return noticed
+
+
+_NUMBERS = itertools.count()
 
 
 class Kernel:
@@ -171,44 +224,60 @@ class Kernel:
 
         pulled = any(name == "vjp" for name, _ in operators)
 
-        function = with_own_code(kernel, "step_kernel")
+        # Another name for each: torch.compile takes sizes for variable that differ between calls of
+        # code with the same one.
+        function = with_own_code(kernel, f"step_kernel_{next(_NUMBERS)}")
         self.compiled = torch.compile(
             function, backend=backend, fullgraph=True, dynamic=backend.dynamic
         )
         self.replays = backend.replays
         self.what, self.failure, self.ran = what, "", False
 
-    def __call__(
-        self, function: Callable[..., Tree], inputs: Tree, extra: list[Tensor]
-    ) -> tuple[list[Tensor], Callable[..., Tree], Variant, list[Tensor]]:
-        """The results, how to join them, the variant that ran, and the tensors it captures.
-
-        Joined, they are a pair: the function's results, and their derivatives.
-        """
+    def __call__(self, function: Callable[..., Tree], inputs: Tree, extra: list[Tensor]) -> Run:
         if self.failure:
             raise UnfitError(self.failure)
         _RUNNING.variant, hooked = None, _torch.saved_tensors_hooks_are_enabled()
         try:
-            if self.ran:
+            with contextlib.nullcontext() if self.ran else announced(self.what):
                 tree = self.compiled(function, inputs, extra)
-            else:
-                with announced(self.what):
-                    tree = self.compiled(function, inputs, extra)
             variant, self.ran = _RUNNING.variant, True
         except Exception as error:
             if hooked:  # torch leaves them disabled where it fails in a transform
                 _torch.enable_saved_tensors_hooks()
             raise self.unfit(f"torch.compile makes no kernel of it ({brief(error)})") from error
         finally:
-            read, _RUNNING.tensors = _RUNNING.tensors, ()
+            read, outputs = _RUNNING.tensors, _RUNNING.outputs
+            _RUNNING.tensors = _RUNNING.outputs = ()
         if variant is None:
             raise self.unfit("torch.compile has found nothing to compile, or is disabled")
-        given = {*map(id, _tree.leaves(inputs)), *map(id, extra)}
-        captured = [x for x in read if isinstance(x, Tensor) and id(x) not in given]
+        given = [*_tree.split(inputs)[0], *extra]
+        known = {*map(id, given)}
+        captured = [x for x in read if isinstance(x, Tensor) and id(x) not in known]
         results, join = _tree.split(tree)
+        wires = self._wires(variant, [*given, *captured], len(captured), read, results, outputs)
         if self.replays:
             results = [*map(Tensor.clone, results)]
-        return results, join, variant, captured
+        return Run(results, join, variant, captured, wires)
+
+    def _wires(
+        self,
+        variant: Variant,
+        given: Sequence[Tensor],
+        captured: int,
+        read: Sequence[Any],
+        results: Sequence[Tensor],
+        outputs: Any,
+    ) -> Wires | None:
+        """How the graph's inputs and outputs are connected, if they are tensors and it is all."""
+        if not (variant.pure and isinstance(outputs, (tuple, list))):
+            return None
+        sources = {id(x): i for i, x in enumerate(given)}
+        sinks = {id(y): i for i, y in enumerate([*cast(Sequence[Any], outputs), *given])}
+        takes = [sources.get(id(x), -1) for x in read]
+        gives = [sinks.get(id(y), -1) for y in results]
+        if len(sources) < len(given) or -1 in (*takes, *gives):
+            return None
+        return Wires(variant.run, takes, gives, [*given[len(given) - captured :]], self.replays)
 
     def unfit(self, reason: str) -> UnfitError:
         """The kernel is not used again; the error to raise."""

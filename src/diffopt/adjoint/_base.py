@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._compiler import check_compile
-from diffopt._diff.compiled import CompiledStep, Compiler, Task, identity
+from diffopt._diff.compiled import CompiledStep, Compiler
 from diffopt._diff.gradient import HVP, value_and_grad
+from diffopt._diff.tasks import Task, identity
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 
@@ -142,18 +143,48 @@ class GradientStep:
         """The step, for the compiler."""
         # Not as one that a subclass watches, which runs around what is compiled.
         step = GradientStep(self.objective, self.optimizer, self.tol, self.second_order)
-        (hparams, inputs), (own, batch) = args, x
-        like = _tree.leaves(carry)[0]
-        inputs = carry, (_exact(hparams, like), inputs), (_exact(own, like), batch)
+        hparams, inputs = args
+        hparams = _exact(hparams, _tree.leaves(carry)[0])
+        inputs = carry, (hparams, inputs), self.element(carry, x)
         kind = self.second_order, self.tol is None
         buffers = _tree.count(carry[2])
         return Task(lambda used: replace(step, used=used), inputs, kind=kind, buffers=buffers)
+
+    def element(self, carry: Tree, x: Any) -> Any:
+        """The last of the task's inputs."""
+        own, batch = x
+        return _exact(own, _tree.leaves(carry)[0]), batch
 
 
 def is_compiled(step: Step) -> bool:
     """Whether it runs compiled, as far as is known: then its graph holds little but its inputs."""
     compiler = step.compiler if isinstance(step, (GradientStep, CompiledStep)) else None
     return compiler is not None and not compiler.gave_up
+
+
+def taken(
+    step: Step, carry: Tree, args: Tree, xs: Iterable[Any], eager: Step | None = None
+) -> tuple[Tree, list[Any]]:
+    """The last carry and the outputs of the steps, taken one after another.
+
+    Compiled steps are run together if nothing else runs in between: neither a callback nor the code
+    of an iterator. If they turn out to be eager, it is `eager` that is run.
+    """
+
+    def one_by_one() -> tuple[Tree, list[Any]]:
+        last, outputs = carry, list[Any]()
+        for x in xs:
+            last, output = (eager or step)(last, args, x)
+            outputs.append(output)
+        return last, outputs
+
+    if type(step) not in (GradientStep, CompiledStep) or not isinstance(xs, list):
+        return one_by_one()
+    own, elements = cast("GradientStep | CompiledStep", step), xs
+    if own.compiler is None or len(elements) < 2:
+        return one_by_one()
+    task = own.task(carry, args, elements[0])
+    return own.compiler.loop(task, [own.element(carry, x) for x in elements], one_by_one)
 
 
 def pushforward(

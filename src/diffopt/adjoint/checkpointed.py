@@ -23,7 +23,7 @@ from diffopt._diff.functions import AmbientState, recomputed
 from diffopt._diff.gradient import HVP, check_hvp
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled, taken
 from diffopt.adjoint._offloaded import Offloaded, staying
 from diffopt.adjoint.unrolled import Unrolled
 
@@ -171,7 +171,7 @@ class _Loop:
         # The graph of a frugal step does not show the loss, which is checked elsewhere.
         step = self.step if self.frugal else watched("the loss or step", self.step)
         with staying() if self.offloaded else contextlib.nullcontext():
-            carry, outputs = Unrolled().run(step, *inputs)
+            carry, outputs = taken(self.step, *inputs, eager=step)
         starts, ends = (_tree.split(tree)[0] for tree in (inputs[0], carry))
         constants = [x for x, v in zip(starts, self.varies, strict=True) if not v]
         if torch.is_grad_enabled() and not any(x.requires_grad for x in constants):

@@ -12,8 +12,8 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants
-from diffopt._diff.compiled import Task
 from diffopt._diff.gradient import value_and_grad
+from diffopt._diff.tasks import Task
 from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step

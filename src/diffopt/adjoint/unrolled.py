@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, taken
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,7 @@ class Unrolled(Adjoint):
     """
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
-        outputs: list[Any] = []
-        for x in xs:
-            carry, output = step(carry, args, x)
-            outputs.append(output)
-        return carry, outputs
+        return taken(step, carry, args, xs)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,276 @@
+"""What a loop runs compiled: functions of trees as functions of tensors, and facts about them."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _tree
+from diffopt._compiler import brief, warn_once
+from diffopt._diff import functions
+from diffopt._diff.kernels import UnfitError, backend
+from diffopt._diff.unmodified import Captured
+from diffopt._tree import Tree
+
+Used = tuple[bool, ...]
+"""For each param whether the loss uses it, which a trace does not show; `()` before it is known."""
+
+
+class Task(NamedTuple):
+    """A function to run compiled: `make(())(*inputs)`.
+
+    Attributes:
+        make: returns the function, given which params its loss uses.
+        inputs: its arguments. The first is the carry: the first results replace it.
+        kind: what tells this function from others of the loop.
+        integer: whether the last argument is the number of the step.
+        buffers: how many of the carry's last tensors may be ones that must not need a gradient.
+    """
+
+    make: Callable[[Used], Callable[..., Tree]]
+    inputs: tuple[Any, ...]
+    kind: Any = None
+    integer: bool = False
+    buffers: int = 0
+
+
+class Program:
+    """What the compiled functions of one loop share.
+
+    Args:
+        name: what is compiled, in messages: the loss or the step.
+        key: what tells this loop's functions from others.
+        options: those of torch.compile.
+
+    Attributes:
+        ambient: the ambient state of the first run, in which derivatives are computed.
+        captured: what the functions capture.
+        gave_up: whether the loop runs eagerly from now on.
+    """
+
+    def __init__(self, name: str, key: Any, options: Mapping[str, Any]) -> None:
+        self.name, self.key = name, key
+        self.backend = backend(dict(options))
+        self.ambient: functions.AmbientState | None = None
+        self.captured: Captured | None = None
+        self.settled = False
+        self.gave_up = False
+
+    def begin(self, task: Task) -> None:
+        """Before the first run of a function."""
+        if self.ambient is None:
+            self.ambient = functions.AmbientState(task.inputs)
+            self.captured = Captured(self.name, task.make(()))
+
+    def settle(self) -> None:
+        """After a run: see `Captured.settle`; what later runs replace is the same."""
+        if self.captured and not self.settled:
+            self.captured.settle()
+            self.settled = True
+
+    def give_up(self, error: Exception) -> None:
+        """Compile nothing more in this loop."""
+        self.gave_up = True
+        self.warn(error)
+
+    def warn(self, error: Exception) -> None:
+        """Say once why something runs without compiling."""
+        reason = str(error) if isinstance(error, UnfitError) else brief(error)
+        warn_once(f"{self.name} runs without torch.compile: {reason}")
+
+
+def identity(function: Any) -> Any:
+    """What functions have in common that torch.compile can tell apart itself: their code."""
+    if isinstance(function, functools.partial):
+        return "partial", identity(cast(Any, function.func))
+    if isinstance(function, types.MethodType):
+        return type(function.__self__), function.__func__.__code__
+    return getattr(function, "__code__", None) or type(function)
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """How to join tensors to a tree, of which some may stand for numbers; it has no tensors.
+
+    Attributes:
+        rest: the leaves that are neither tensors nor numbers, and None in the place of others.
+        places: the places of the tensors among the leaves.
+        numbers: the numbers themselves, by place.
+    """
+
+    spec: _tree.Spec
+    rest: list[Any]
+    places: list[int]
+    numbers: dict[int, Any]
+
+    def __call__(self, tensors: Iterable[Tensor], plain: bool = False) -> Tree:
+        """The tree; `plain` with the numbers as they were."""
+        values = list(self.rest)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            values[place] = self.numbers[place] if plain and place in self.numbers else tensor
+        return _tree.unflatten(values, self.spec)
+
+    def like(self, other: Joint) -> bool:
+        """Whether torch.compile would see no difference, but for tensors."""
+        same = self.spec == other.spec and self.places == other.places
+        return same and all(map(_same, self.rest, other.rest))
+
+
+def _same(x: Any, y: Any) -> bool:
+    return x is y or (type(x) is type(y) in (bool, int, str) and x == y)
+
+
+class Numbering:
+    """Makes tensors of the numbers in the inputs of a task.
+
+    Args:
+        inputs: the inputs. Those of the first, the carry, remain numbers.
+        integer: whether the last is an integer to be made a tensor, too.
+    """
+
+    def __init__(self, inputs: tuple[Any, ...], integer: bool) -> None:
+        tensors = (x for x in _tree.leaves(inputs) if isinstance(x, Tensor))
+        first = next(filter(_modes.has_derivative, tensors), None)
+        wide = first is not None and first.dtype in (torch.float64, torch.complex128)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.device = None if first is None else first.device
+        self.integer = integer
+
+    def __call__(self, tree: Tree, skip: int = 0) -> tuple[list[Tensor], Joint]:
+        """The tensors of a tree, whose first leaves remain numbers, and how to join them."""
+        leaves, spec = _tree.flatten(tree)
+        numbers = {i: leaf for i, leaf in enumerate(leaves) if i >= skip and self._is_number(leaf)}
+        tensors = [self._tensor(x) if i in numbers else x for i, x in enumerate(leaves)]
+        places = [i for i, x in enumerate(tensors) if isinstance(x, Tensor)]
+        rest = [None if isinstance(x, Tensor) else x for x in tensors]
+        return [tensors[i] for i in places], Joint(spec, rest, places, numbers)
+
+    def element(self, x: Any) -> tuple[list[Tensor], Joint]:
+        """The same for the last of the inputs."""
+        if self.integer:
+            spec = _tree.flatten(x)[1]
+            return [self._tensor(x)], Joint(spec, [None], [0], {0: x})
+        return self(x)
+
+    def _is_number(self, leaf: Any) -> bool:
+        return type(leaf) is float
+
+    def _tensor(self, number: float) -> Tensor:
+        dtype = torch.int64 if isinstance(number, int) else self.dtype
+        return torch.full((), number, dtype=dtype, device=self.device)
+
+
+class Facts:
+    """What runs of a function have shown.
+
+    Attributes:
+        used: see `Used`.
+        depends: for each result, the places of the inputs on which it depends.
+        join: makes a tree of the results.
+        captured: what compiled code captures.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.used: Used = ()
+        self.depends: list[set[int]] = []
+        self.join: Callable[..., Tree] = lambda results: results
+        self.captured = Captured(name)
+
+
+@dataclass(frozen=True, eq=False)
+class Routine:
+    """A task as a function of tensors; it has no tensors, since graphs keep it.
+
+    Attributes:
+        program: what this function shares with others of its loop.
+        make: see `Task`.
+        key: what tells this function from others.
+        head: how to join the inputs but the last.
+        element: how to join the last of the inputs.
+        split: how many tensors the inputs but the last have.
+        steady: how many the carry has.
+        count: how many the inputs have.
+        needed: which of them need a gradient.
+        buffers: the places of those that may have to need none.
+        tests: how many results of a kernel are compared.
+    """
+
+    program: Program
+    make: Callable[[Any], Callable[..., Tree]]
+    key: Any
+    head: Joint
+    element: Joint
+    split: int
+    steady: int
+    count: int
+    needed: list[bool]
+    buffers: range
+    tests: int
+    facts: Facts
+
+    def join(self, tensors: Sequence[Tensor], plain: bool = False) -> tuple[Any, ...]:
+        """The inputs."""
+        last = self.element(tensors[self.split :], plain)
+        return (*self.head(tensors[: self.split], plain), last)
+
+    def function(self, *tensors: Tensor) -> list[Tensor]:
+        """The function as it is, of tensors."""
+        return _tree.split(self.make(())(*self.join(tensors, plain=True)))[0]
+
+    def at(self, element: Joint) -> Routine:
+        """The same for another last input, with the same facts."""
+        return replace(self, element=element)
+
+    def moving(self, needed: Sequence[bool]) -> set[int]:
+        """The inputs that depend on those needed in some step, if the results replace the first."""
+        moving = {i for i, need in enumerate(needed) if need}
+        while True:
+            found = self.facts.depends[: self.steady]
+            more = {i for i, on in enumerate(found) if on & moving} - moving
+            if not more:
+                return moving
+            moving |= more
+
+    def differentiable(self, needed: Sequence[bool] = ()) -> list[bool]:
+        """For each result whether it depends, in some step, on the inputs needed."""
+        pairs = zip(self.needed, needed or self.needed, strict=True)
+        moving = self.moving([a or b for a, b in pairs])
+        return [bool(on & moving) for on in self.facts.depends]
+
+    def finished(self, results: Sequence[Tensor]) -> Tree:
+        """The results as a tree, without derivatives where they are constants."""
+        pairs = zip(results, self.differentiable(), strict=True)
+        return self.facts.join(
+            y if carries or not _modes.needs_gradient(y) else y.detach() for y, carries in pairs
+        )[0]
+
+
+def routine_of(program: Program, task: Task) -> tuple[Routine, list[Tensor], Numbering]:
+    """The task as a function of tensors, those tensors, and what makes more of them."""
+    program.begin(task)
+    numbering = Numbering(task.inputs, task.integer)
+    *first, last = task.inputs
+    given, head = numbering(tuple(first), skip=len(_tree.leaves(first[0])))
+    more, element = numbering.element(last)
+    tensors, steady = [*given, *more], _tree.count(first[0])
+    routine = Routine(
+        program,
+        cast(Any, task.make),
+        (program.backend, program.key, (task.kind, task.integer), steady),
+        head,
+        element,
+        len(given),
+        steady,
+        len(tensors),
+        [*map(_modes.needs_gradient, tensors)],
+        range(steady - task.buffers, steady),
+        3 if task.integer else 1,  # powers of the step's number agree at 0
+        Facts(program.name),
+    )
+    return routine, tensors, numbering
