@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Compiler(Program):
             found = function(*inputs)  # if the fault is the function's own, this raises it
             self.give_up(error)
             return found
-        return routine.finished(results)
+        return routine.finished(results, routine.differentiable())
 
     def loop(
         self, task: Task, xs: Sequence[Any], eagerly: Callable[[], tuple[Tree, list[Any]]]
@@ -82,8 +82,9 @@ class Compiler(Program):
             return None
         routine, tensors, _ = routine_of(self, task)
         try:
-            if not _torch.only_vmap():  # "Expected all tensors to be on the same device"
-                raise UnfitError("torch.compile cannot trace forward mode in torch.func.grad")
+            # A jvp of a gradient in vmap needs `aten._fw_primal`, which torch 2.13 cannot trace.
+            if _torch.interpreter_stack():
+                raise UnfitError("torch.compile cannot trace forward mode in torch.func transforms")
             return _pushed(routine, tensors, _tree.split(task.inputs)[0], directions)
         except Exception as error:
             task.make(())(*task.inputs)  # if the fault is the function's own, this raises it
@@ -98,12 +99,12 @@ def _refuse_forward_mode() -> None:
 
 def _finished(routine: Routine, results: Sequence[Tensor], steps: int) -> tuple[Tree, list[Any]]:
     """The last carry and the outputs of all steps as trees."""
-    steady, outputs = routine.steady, list[Any]()
-    carry, rest = results[:steady], results[steady:]
-    each = len(rest) // steps
     last: Tree = None
+    carry, rest, outputs = results[: routine.steady], results[routine.steady :], list[Any]()
+    each, carries = len(rest) // steps, routine.differentiable()
     for t in range(steps):
-        last, output = routine.finished([*carry, *rest[t * each : (t + 1) * each]])
+        values = [*carry, *rest[t * each : (t + 1) * each]]
+        last, output = routine.finished(values, carries)
         outputs.append(output)
     return last, outputs
 
@@ -149,6 +150,6 @@ class CompiledStep:
         """The step, for the compiler."""
         return Task(lambda used: self.step, (carry, args, x), integer=type(x) is int)
 
-    def element(self, carry: Tree, x: Any) -> Any:
-        """The last of the task's inputs."""
-        return x
+    def elements(self, carry: Tree, xs: Iterable[Any]) -> list[Any]:
+        """The last of the task's inputs, for each x."""
+        return [*xs]

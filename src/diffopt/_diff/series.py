@@ -76,10 +76,10 @@ class Series(Call):
         return [*super().batched_anyway(own), *xs]
 
     def run(self, given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        tensors, repeated = compact(given), _Repeated(Call(self.routine, self._of_a_step()))
+        step = _Repeated(Call(self.routine, self._of_a_step()))
         if self.pulled:
-            return distinct(self._backward(repeated, tensors), given), []
-        results, path = self._forward(repeated, tensors)
+            return distinct(self._backward(step, given), given), []
+        results, path = self._forward(step, compact(given))
         return distinct(results, given), path
 
     def _of_a_step(self) -> tuple[Operator, ...]:
@@ -113,7 +113,7 @@ class Series(Call):
 
     def _backward(self, step: _Repeated, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The gradients, from the results' cotangents and the carries in between."""
-        carry, fixed, xs = self._parts(tensors)
+        carry, fixed, xs = self._parts(compact(tensors[: self.count]))
         wanted, there = next(a for name, a in step.call.operators if name == "vjp")
         places = [i for i, want in enumerate(wanted) if want]
         through = [i for i, takes in enumerate(there[: self.steady]) if takes]

@@ -243,11 +243,11 @@ class Routine:
         moving = self.moving([a or b for a, b in pairs])
         return [bool(on & moving) for on in self.facts.depends]
 
-    def finished(self, results: Sequence[Tensor]) -> Tree:
-        """The results as a tree, without derivatives where they are constants."""
-        pairs = zip(results, self.differentiable(), strict=True)
+    def finished(self, results: Sequence[Tensor], carries: Sequence[bool]) -> Tree:
+        """The results as a tree, without derivatives where they carry none."""
+        pairs = zip(results, carries, strict=True)
         return self.facts.join(
-            y if carries or not _modes.needs_gradient(y) else y.detach() for y, carries in pairs
+            y if carry or not _modes.needs_gradient(y) else y.detach() for y, carry in pairs
         )[0]
 
 

@@ -145,15 +145,15 @@ class GradientStep:
         step = GradientStep(self.objective, self.optimizer, self.tol, self.second_order)
         hparams, inputs = args
         hparams = _exact(hparams, _tree.leaves(carry)[0])
-        inputs = carry, (hparams, inputs), self.element(carry, x)
+        inputs = carry, (hparams, inputs), *self.elements(carry, [x])
         kind = self.second_order, self.tol is None
         buffers = _tree.count(carry[2])
         return Task(lambda used: replace(step, used=used), inputs, kind=kind, buffers=buffers)
 
-    def element(self, carry: Tree, x: Any) -> Any:
-        """The last of the task's inputs."""
-        own, batch = x
-        return _exact(own, _tree.leaves(carry)[0]), batch
+    def elements(self, carry: Tree, xs: Iterable[Any]) -> list[Any]:
+        """The last of the task's inputs, for each x."""
+        like = _tree.leaves(carry)[0]
+        return [(_exact(own, like), batch) for own, batch in xs]
 
 
 def is_compiled(step: Step) -> bool:
@@ -184,7 +184,7 @@ def taken(
     if own.compiler is None or len(elements) < 2:
         return one_by_one()
     task = own.task(carry, args, elements[0])
-    return own.compiler.loop(task, [own.element(carry, x) for x in elements], one_by_one)
+    return own.compiler.loop(task, own.elements(carry, elements), one_by_one)
 
 
 def pushforward(
