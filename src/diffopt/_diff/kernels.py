@@ -35,7 +35,11 @@ class UnfitError(Exception):
 
 def _batched(function: Map, dims: Sequence[int | None]) -> Map:
     """The map for a batch, whose results all have the batch as their first dimension."""
-    return lambda *xs: list(torch.vmap(function, tuple(dims))(*xs))
+
+    def named(*xs: Tensor) -> list[Tensor]:  # torch 2.11 cannot trace what vmap asks of an object
+        return function(*xs)
+
+    return lambda *xs: list(torch.vmap(named, tuple(dims))(*xs))
 
 
 def _pulled_back(function: Map, needed: Sequence[bool], given: Sequence[bool]) -> Map:
