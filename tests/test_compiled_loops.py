@@ -465,6 +465,21 @@ def test_other_lengths_rates_and_data_compile_nothing():
     assert backend.graphs == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [around_tasks, over_tasks, around_both])
+def test_other_tasks_in_a_batch_compile_nothing(way):
+    backend = Counted()
+    for steps, shift in ((3, 0.0), (7, 1.0), (2, 2.0)):
+        params, lr, x, y, decay = problem()
+        inputs = params, lr * (1 + shift), x + shift, y, decay
+        results = [
+            way(meta_loss(diffopt.adam(), Unrolled(), compile, steps), *inputs)
+            for compile in ({"backend": backend}, False)
+        ]
+        same(*results)
+        assert backend.graphs == 2  # the step and its vector-Jacobian product
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The kernels that are called with torch.compile's checks."""
