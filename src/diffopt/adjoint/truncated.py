@@ -12,7 +12,7 @@ import torch
 from diffopt import _modes, _tree
 from diffopt._arguments import check_integer
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled, taken
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,29 @@ class Truncated(Adjoint):
         check_integer(self.k, "k", 0)
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
+        if is_compiled(step) and isinstance(xs, list):
+            carry, outputs = self._together(step, carry, args, xs)
+        else:
+            carry, outputs = self._one_by_one(step, carry, args, xs)
+        if isinstance(step, GradientStep) and self.k and outputs:
+            _refuse_steps_not_taken(outputs[-1])
+        return carry, outputs
+
+    def _together(
+        self, step: Step, carry: Tree, args: Tree, xs: list[Any]
+    ) -> tuple[Tree, list[Any]]:
+        """Compiled steps, which are run together."""
+        start, outputs = max(len(xs) - self.k, 0), list[Any]()
+        if start:
+            with torch.no_grad():
+                inputs = _tree.detach(carry), args, xs[:start]
+                carry, outputs = _tree.detach(taken(step, *inputs))
+        carry, last = taken(step, carry, args, xs[start:])
+        return carry, [*outputs, *last]
+
+    def _one_by_one(
+        self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]
+    ) -> tuple[Tree, list[Any]]:
         outputs: list[Any] = []
         last: deque[Any] = deque()
         for x in xs:  # read k ahead: the number of steps may be unknown
@@ -61,8 +84,6 @@ class Truncated(Adjoint):
         for x in last:
             carry, output = step(carry, args, x)
             outputs.append(output)
-        if isinstance(step, GradientStep) and last:
-            _refuse_steps_not_taken(outputs[-1])
         return carry, outputs
 
 
