@@ -57,6 +57,7 @@ ADJOINTS: dict[str, Callable[[int], Adjoint]] = {
     "FirstOrder": lambda _: FirstOrder(),
     "Truncated(10)": lambda _: Truncated(10),
     "Checkpointed": lambda _: Checkpointed(),
+    "Checkpointed, step by step": lambda _: Checkpointed(graph="step"),
     "Checkpointed, forward-over-reverse": lambda _: Checkpointed(hvp="forward-over-reverse"),
     "Checkpointed(levels=3)": lambda _: Checkpointed(levels=3),
     "Checkpointed(levels=log2 T)": lambda T: Checkpointed(levels=math.ceil(math.log2(T))),

@@ -20,14 +20,17 @@ class Census:
     """A loss that counts how many of the tensors it was ever given or made are still alive."""
 
     def __init__(self):
-        self.born = []
-        self.most = 0
+        self.born, self.counts = [], [0]
 
     def __call__(self, w, scale=1.0):
         value = (scale * w**4).sum()
         self.born += [weakref.ref(w), weakref.ref(value)]
-        self.most = max(self.most, self.alive())
+        self.counts.append(self.alive())
         return value
+
+    @property
+    def most(self):
+        return max(self.counts)
 
     def alive(self):
         return sum(ref() is not None for ref in self.born)
@@ -54,6 +57,7 @@ def solve(loss, w=START, steps=4, adjoint=Unrolled(), lr=0.01, opt=None):  # noq
 @pytest.mark.parametrize("adjoint", [Unrolled(), FirstOrder(), Truncated(2), Checkpointed(), None])
 def test_no_reference_cycles(adjoint, opt):
     loss, lr = Census(), torch.tensor(0.01, requires_grad=True)
+    solve(Census(), adjoint=adjoint, lr=lr, opt=opt)  # torch's first mode leaves a cycle behind
     with no_garbage_collector():
         sol = solve(loss, START.clone().requires_grad_(), adjoint=adjoint, lr=lr, opt=opt)
         inner = [weakref.ref(x) for x in tree_leaves(sol)]
@@ -210,3 +214,64 @@ def test_checkpoints_are_offloaded_from_a_gpu_only():
         torch.func.grad(
             lambda lr: solve(loss, adjoint=Checkpointed(offload="cpu"), lr=lr).params.sum()
         )(lr.detach())
+
+
+class Calls:
+    """A loss that counts its calls, and its activations that are still alive."""
+
+    def __init__(self, width=1):
+        self.width, self.activations, self.alive = width, [], []
+
+    def __call__(self, w):
+        activation = torch.sin(w.expand(self.width, 4))
+        self.activations.append(weakref.ref(activation))
+        self.alive.append(sum(ref() is not None for ref in self.activations))
+        return (activation**2).sum()
+
+
+def hypergradients(adjoint, steps, loss):
+    """The first and second derivative with respect to the learning rate."""
+    lr = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+    total = solve(loss, steps=steps, adjoint=adjoint, lr=lr).params.square().sum()
+    (first,) = torch.autograd.grad(total, lr, create_graph=True)
+    return first, *torch.autograd.grad(first, lr)
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "runs"),
+    [
+        (Checkpointed(), 2),
+        (Checkpointed(segments=2), 2),
+        (Checkpointed(levels=2), 3),
+        (Checkpointed(graph="step"), 3),
+        (Checkpointed(graph="step", levels=2), 4),
+    ],
+    ids=str,
+)
+def test_how_often_checkpointed_runs_a_step(adjoint, runs):
+    def calls(steps):
+        loss, lr = Calls(), torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+        torch.autograd.grad(solve(loss, steps=steps, adjoint=adjoint, lr=lr).params.sum(), lr)
+        return len(loss.alive)
+
+    assert calls(64) - calls(27) == runs * (64 - 27)
+
+
+@pytest.mark.parametrize("adjoint", [Checkpointed(), Checkpointed(graph="step")], ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 7, 16])
+def test_both_graphs_of_checkpointed_give_the_same_derivatives(adjoint, steps):
+    expected = hypergradients(Unrolled(), steps, Calls())
+    found = hypergradients(adjoint, steps, Calls())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_checkpointed_cuts_a_loop_of_large_graphs_into_more_segments():
+    def most(adjoint):
+        loss, lr = Calls(1000), torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+        with no_garbage_collector():
+            sol = solve(loss, steps=25, adjoint=adjoint, lr=lr)
+            torch.autograd.grad(sol.params.sum(), lr)
+        return max(loss.alive)
+
+    assert most(Checkpointed()) == most(Checkpointed(graph="step"))
+    assert most(Checkpointed(segments=5)) >= most(Checkpointed()) + 4

@@ -29,10 +29,13 @@ class Captured:
     Args:
         name: the function's name in errors.
         *functions: the function, and others that belong to it.
+
+    Attributes:
+        kept: the bytes that the run has left in memory, in results and their graph; 0 if unknown.
     """
 
     def __init__(self, name: str, *functions: Any) -> None:
-        self.name, self.functions = name, functions
+        self.name, self.functions, self.kept = name, functions, 0
         self.versions: list[tuple[weakref.ref[Tensor], int]] = []  # keeps no tensor alive
         self.names: set[str] = set()
         self.values: dict[_Path, Callable[[], Any]] = {}
@@ -45,10 +48,12 @@ class Captured:
         """Within, the function is run once, with these arguments."""
         if _modes.compiling() or _modes.intercepted():
             yield
+            self.settle()
             return
         with _Reads(arguments) as reads:
             yield
         self.settle()
+        self.kept = reads.kept()
         self.versions = [
             (reference, version)
             for reference, version in reads.versions
@@ -98,6 +103,8 @@ class _Reads(_torch.DispatchMode):
         inner = (list(_modes.levels(x))[-1] for x in _tree.split(arguments)[0])
         self.known = {None, *map(_memory, inner)}
         self.versions: list[tuple[weakref.ref[Tensor], int]] = []
+        self.given = {*self.known}
+        self.made = set[weakref.ref[torch.UntypedStorage]]()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -108,10 +115,19 @@ class _Reads(_torch.DispatchMode):
             memory = _memory(x)
             if memory not in self.known:
                 self.known.add(memory)
+                self.given.add(memory)
                 self.versions.append((weakref.ref(x), _torch.version(x)))
         results = func(*args, **(kwargs or {}))
-        self.known.update(map(_memory, _tree.split(results)[0]))
+        for x in _tree.split(results)[0]:
+            memory = _memory(x)
+            self.known.add(memory)
+            if memory not in self.given and _modes.ordinary(x) and x.layout is torch.strided:
+                self.made.add(weakref.ref(x.untyped_storage()))
         return results
+
+    def kept(self) -> int:
+        """The bytes that are still in memory, of tensors that were made within it."""
+        return sum(x.nbytes() for x in (reference() for reference in self.made) if x is not None)
 
 
 def _memory(x: Tensor) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -162,29 +163,38 @@ def is_compiled(step: Step) -> bool:
     return compiler is not None and not compiler.gave_up
 
 
-def taken(
-    step: Step, carry: Tree, args: Tree, xs: Iterable[Any], eager: Step | None = None
+def one_by_one(
+    step: Step, carry: Tree, args: Tree, xs: Iterable[Any]
 ) -> tuple[Tree, list[Any]]:
-    """The last carry and the outputs of the steps, taken one after another.
+    """The last carry and the outputs of the steps, taken one after another."""
+    outputs: list[Any] = []
+    for x in xs:
+        carry, output = step(carry, args, x)
+        outputs.append(output)
+    return carry, outputs
+
+
+def taken(
+    step: Step,
+    carry: Tree,
+    args: Tree,
+    xs: Iterable[Any],
+    eager: Callable[[Tree, Tree, Iterable[Any]], tuple[Tree, list[Any]]] | None = None,
+) -> tuple[Tree, list[Any]]:
+    """The last carry and the outputs of the steps.
 
     Compiled steps are run together if nothing else runs in between: neither a callback nor the code
-    of an iterator. If they turn out to be eager, it is `eager` that is run.
+    of an iterator. Others are run by `eager`, which is `one_by_one` of the step by default.
     """
-
-    def one_by_one() -> tuple[Tree, list[Any]]:
-        last, outputs = carry, list[Any]()
-        for x in xs:
-            last, output = (eager or step)(last, args, x)
-            outputs.append(output)
-        return last, outputs
-
+    if eager is None:
+        eager = functools.partial(one_by_one, step)
     if type(step) not in (GradientStep, CompiledStep) or not isinstance(xs, list):
-        return one_by_one()
+        return eager(carry, args, xs)
     own, elements = cast("GradientStep | CompiledStep", step), xs
     if own.compiler is None or len(elements) < 2:
-        return one_by_one()
-    task = own.task(carry, args, elements[0])
-    return own.compiler.loop(task, own.elements(carry, elements), one_by_one)
+        return eager(carry, args, xs)
+    task, uncompiled = own.task(carry, args, elements[0]), functools.partial(eager, carry, args, xs)
+    return own.compiler.loop(task, own.elements(carry, elements), uncompiled)
 
 
 def pushforward(

@@ -23,7 +23,7 @@ from diffopt._diff.functions import AmbientState, recomputed
 from diffopt._diff.gradient import HVP, check_hvp
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled, taken
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled, one_by_one, taken
 from diffopt.adjoint._offloaded import Offloaded, staying
 from diffopt.adjoint.unrolled import Unrolled
 
@@ -32,12 +32,17 @@ from diffopt.adjoint.unrolled import Unrolled
 class Checkpointed(Adjoint):
     """Exact, in little memory: carries are kept at checkpoints, steps in between are recomputed.
 
-    The loop of T steps is cut into `segments`, of which only the first carries are kept; with
-    `levels` > 1 each segment is cut in the same way when it is recomputed, and so on. At any time
-    about (levels + 1) T^(1/(levels + 1)) carries and the activations of one step are in memory. A
-    step is run at most levels + 2 times, the last time with its graph, always with the same random
-    numbers. `levels=1` keeps 2 sqrt(T) carries; more than log2(T) levels gain nothing. `segments=T`
-    keeps all carries and so runs each step just twice.
+    The loop of T steps is cut into `segments`, of which only the first carries are kept. A segment
+    is run again, with its graph, when its derivative is needed: each step is run twice, always with
+    the same random numbers, and in memory are the carries and the graph of one segment. If the
+    graph of a step is r times as large as a carry, that is least for sqrt(r T) segments, the
+    default: both together are as large as 2 sqrt(r T) carries.
+
+    With `levels` > 1 each segment is cut in the same way when it is recomputed, and so on: a step
+    is run levels + 1 times, and about (levels + 1) (r T)^(1/(levels + 1)) carries are in memory.
+    More than log2(T) levels gain nothing. With `graph="step"` the steps of the last segments are
+    run once more, and differentiated one by one: then about (levels + 1) T^(1/(levels + 1)) carries
+    and the graph of a single step are in memory.
 
     There are derivatives of any order with respect to the initial params, state and buffers, every
     tensor hyperparameter, the loss's arguments and the batches, but not tensors that the loss
@@ -47,8 +52,10 @@ class Checkpointed(Adjoint):
     unrolled, as by `Unrolled`.
 
     Args:
-        segments: the number of pieces at each level, T^(1/(levels + 1)) by default.
+        segments: the number of segments at each level. By default that which takes the least
+            memory, for r as measured in the first step of `minimize`, or 4 for steps of `unroll`.
         levels: the number of levels of nested segments.
+        graph: whether a whole "segment" is differentiated at a time, or each "step" by itself.
         offload: "cpu" keeps the carries of the first level in pinned host memory if they are on a
             GPU. They are copied while the GPU computes, and on the way back each one while the
             segment after it is differentiated, so that two are on the GPU at a time. Not supported
@@ -85,6 +92,7 @@ class Checkpointed(Adjoint):
     levels: int = 1
     offload: Literal["cpu"] | None = None
     hvp: HVP = "reverse-over-reverse"
+    graph: Literal["segment", "step"] = "segment"
 
     def __post_init__(self) -> None:
         if self.segments is not None:
@@ -92,6 +100,7 @@ class Checkpointed(Adjoint):
         check_integer(self.levels, "levels", 1)
         check_choice(self.offload, "offload", None, "cpu")
         check_hvp(self.hvp)
+        check_choice(self.graph, "graph", "segment", "step")
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         xs = list(xs)
@@ -112,8 +121,10 @@ class Checkpointed(Adjoint):
             with torch.no_grad(), AmbientState((carry, args, xs[0])).restored():
                 refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
-        pieces = self.segments or _root(len(xs), self.levels + 1)
-        whole = frugal or is_compiled(step)
+        small = frugal or is_compiled(step)  # the graph of a step holds little but its inputs
+        whole = small or self.graph == "segment"
+        ratio = 1.0 if small or not whole else _ratio(step, carry, captured.kept)
+        pieces = self.segments or _root(len(xs) * ratio, self.levels + 1)
         loop = _Loop(step, pieces, frugal, whole, varies, captured, self.offload is not None)
         with self._offloaded(args, xs):
             return loop.by_pieces(self.levels, (carry, args, xs))
@@ -168,10 +179,11 @@ class _Loop:
     def run(self, inputs: Tree) -> tuple[Tree, list[Any]]:
         """The steps one after another; raises if a derivative would be lost."""
         self.captured.check()
+        steps = functools.partial(one_by_one, self.step)
         # The graph of a frugal step does not show the loss, which is checked elsewhere.
-        step = self.step if self.frugal else watched("the loss or step", self.step)
+        eager = steps if self.frugal else watched("the loss or step", steps)
         with staying() if self.offloaded else contextlib.nullcontext():
-            carry, outputs = taken(self.step, *inputs, eager=step)
+            carry, outputs = taken(self.step, *inputs, eager=eager)
         starts, ends = (_tree.split(tree)[0] for tree in (inputs[0], carry))
         constants = [x for x, v in zip(starts, self.varies, strict=True) if not v]
         if torch.is_grad_enabled() and not any(x.requires_grad for x in constants):
@@ -179,7 +191,17 @@ class _Loop:
         return carry, outputs
 
 
-def _root(number: int, degree: int) -> int:
+def _ratio(step: Step, carry: Tree, kept: int) -> float:
+    """How many times as large as a carry the graph of a step is; 4 where that is not known.
+
+    A step of `unroll` has been run without its graph.
+    """
+    whole = sum(_modes.all_samples(x).nbytes for x in _tree.split(carry)[0])
+    known = isinstance(step, GradientStep) and kept and whole
+    return max(1.0, kept / whole) if known else 4.0
+
+
+def _root(number: float, degree: int) -> int:
     """The smallest integer whose power of this degree is at least the number."""
     root = 1
     while root**degree < number:
