@@ -72,6 +72,15 @@ def number_of(value: Any) -> Any:
     return value.item()
 
 
+def counted(count: Tensor) -> tuple[Tensor, Any]:
+    """The step after a count of steps, exactly, and `number_of` that."""
+    if count.device.type == "cpu" and not (differentiated([count]) or intercepted()):
+        t = float(count.item() + 1)
+        return torch.scalar_tensor(t, dtype=torch.float64, device=count.device), t
+    step = exact(count) + 1
+    return step, number_of(step)
+
+
 _ORDINARY = {Tensor, torch.nn.Parameter}
 
 

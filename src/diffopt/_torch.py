@@ -125,13 +125,31 @@ enable_saved_tensors_hooks: Callable[[], None] = _C._autograd._saved_tensors_hoo
 """Undo what a transform that has failed may leave."""
 next_node: Callable[[], int] = _C._autograd._get_sequence_nr
 """The number that the next node of autograd's graph in this thread gets."""
+
+
+def gradient(
+    value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of a plain tensor, without the time that its checks take."""
+    one = torch.ones_like(value)
+    return _engine(
+        (value,), (one,), create_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+    )
+
+
+_engine: Callable[..., Any] = torch.autograd.graph._engine_run_backward  # pyright: ignore[reportPrivateUsage]
+"""What `torch.autograd.grad` calls after its checks."""
 weight_norm: Callable[..., Tensor] = _torch._weight_norm
 """What `torch.nn.utils.weight_norm` and its parametrization call."""
 
 
-def node_number(node: Any) -> int:
-    """The number of a node of autograd's graph: later ones of a thread have higher ones."""
-    return node._sequence_nr()
+node_number: Callable[[Any], int] = operator.methodcaller("_sequence_nr")
+"""The number of a node of autograd's graph: later ones of a thread have higher ones."""
+
+
+def is_node_type(kind: type, name: str) -> bool:
+    """Whether all nodes of autograd's graph of this type are those of torch's own of this name."""
+    return kind.__module__ == "builtins" and kind.__name__ == name
 
 
 def weight_norm_inputs(node: Any) -> tuple[Tensor, Tensor, int]:

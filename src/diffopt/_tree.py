@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -54,7 +55,7 @@ def unflatten(values: Iterable[Any], spec: Spec) -> Tree:
     values = list(values)
     if len(values) != spec.num_leaves:
         raise ValueError(f"{len(values)} values for {spec.num_leaves} leaves")
-    return _build(node, iter(values))
+    return _built(node.kind, node.context, values) if node.flat else _build(node, iter(values))
 
 
 def map(
@@ -85,6 +86,8 @@ class _Node(NamedTuple):
     flat: bool = False  # whether all children are leaves
 
 
+_LEAVES = {Tensor, nn.Parameter, int, float, bool, str, type(None)}  # that no registry has
+_SEQUENCES = (list, tuple, pytree.namedtuple)
 _LEAF = _Node(pytree.tree_structure(0), None, None, ())
 _REMEMBERED = 4
 _KNOWN: dict[tuple[type, int], tuple[_Node, ...]] = {}  # by type and length of the root
@@ -109,18 +112,19 @@ def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
     _, kind, context, children, flat = node
     if kind is None:
         values.append(tree)
-        return isinstance(tree, Tensor) or pytree.tree_is_leaf(tree)
-    same = type(tree) is (context if kind is pytree.namedtuple else kind)
-    if not same or (kind is dict and list(tree) != context):
+        return isinstance(tree, Tensor) or type(tree) in _LEAVES or pytree.tree_is_leaf(tree)
+    if type(tree) is not (context if kind is pytree.namedtuple else kind):
         return False
     mine: Any = tree
     if kind is dict:
+        if [*tree] != context:
+            return False
         mine = tree.values()
-    elif kind not in (list, tuple, pytree.namedtuple):
+    elif kind not in _SEQUENCES:
         mine = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)[0]
     if len(mine) != len(children):
         return False
-    if flat and _modes.all_ordinary(mine):  # all in C: there may be thousands
+    if flat and _LEAVES.issuperset(builtins.map(type, mine)):  # all in C: there may be thousands
         values += mine
         return True
     for child, structure in zip(mine, children):  # noqa: B905 (`strict` is slower)
@@ -137,6 +141,12 @@ def _build(node: _Node, values: Iterator[Any]) -> Tree:
     if kind is None:
         return next(values)
     children = [next(values) if child is _LEAF else _build(child, values) for child in nodes]
+    return _built(kind, context, children)
+
+
+def _built(kind: Any, context: Any, children: list[Any]) -> Tree:
+    if kind is dict:
+        return dict(zip(context, children))  # noqa: B905 (`strict` is slower)
     return (
         children if kind is list else pytree.SUPPORTED_NODES[kind].unflatten_fn(children, context)
     )

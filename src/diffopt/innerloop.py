@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffopt import _modes, _replica, _torch, _tree
 from diffopt._arguments import check_bool, check_function
 from diffopt._diff import functions, repairs
-from diffopt._diff.lacking import explained
+from diffopt._diff.lacking import Explained
 from diffopt.nn import Functional, functionalize
 from diffopt.optim._groups import overridden
 from diffopt.optim._pure import names_in, restore_, to_pure
@@ -291,7 +291,7 @@ class InnerLoop:
     def _gradients(self, loss: Tensor, params: dict[str, Tensor]) -> Gradients:
         self._check_same()
         second = self.track_graph and not self.first_order
-        with explained():
+        with Explained():
             repairs.mend_graph(loss, self._first)
             found: Any = torch.autograd.grad(
                 loss,

@@ -59,6 +59,13 @@ class Optimizer(ABC, Generic[S, H]):
             TypeError: a leaf is not a tensor.
         """
 
+    def repeated(self, params: Tree, state: S, hparams: H) -> Any:
+        """What takes the updates of a loop that starts with these; None for one `update` each.
+
+        See `diffopt._rule.repeated.Repeated`. It raises what `update` raises.
+        """
+        return None
+
     def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
         """The same step in place: overwrites the tensors of `params` and `state`, without autograd.
 

@@ -17,7 +17,7 @@ from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_choice
 from diffopt._diff import functions, repairs
 from diffopt._diff.captured import graph_leaves, refuse_closed_over, refuse_varying
-from diffopt._diff.lacking import explained, remedy
+from diffopt._diff.lacking import Explained, remedy
 from diffopt._tree import Tree
 
 HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
@@ -52,7 +52,7 @@ def value_and_grad(
     inputs. It needs `varies`, False for those of the first auxiliary tensors that are constants.
     """
     recording, forward = torch.is_grad_enabled(), _modes.forward_differentiated()
-    with contextlib.nullcontext() if _modes.compiling() else explained():
+    with contextlib.nullcontext() if _modes.compiling() else Explained():
         if second_order and recording and hvp == "forward-over-reverse" and not forward:
             return _forward_over_reverse(function, params, inputs, varies)
         if _modes.transformed():
@@ -92,12 +92,31 @@ def _functorch(function: Objective, params: Tree, inputs: Tree) -> tuple[Tensor,
 def _autograd(
     function: Objective, params: Tree, inputs: Tree, create_graph: bool
 ) -> tuple[Tensor, Any, Tree]:
-    """By autograd: faster in eager mode than torch.func, and with far less memory in long loops."""
     leaves, spec = _tree.flatten(params)
-    with torch.enable_grad():
+    value, aux, found = leaf_gradients(function, leaves, spec, inputs, create_graph)
+    return value, aux, _tree.unflatten(found, spec)
+
+
+def leaf_gradients(
+    function: Objective,
+    leaves: Sequence[Tensor],
+    spec: _tree.Spec,
+    inputs: Tree,
+    create_graph: bool,
+    *,
+    apart: bool = False,
+) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+    """What `value_and_grad` returns, for the leaves of params of this structure.
+
+    With `apart`, each leaf is a node of autograd's graph that nothing else depends on.
+    By autograd: faster in eager mode than torch.func, and with far less memory in long loops.
+    """
+    recording = torch.is_grad_enabled()
+    with contextlib.nullcontext() if recording else torch.enable_grad():
         # Aliases, so that the gradient is partial: not through params that depend on one another,
         # nor through arguments of the loss that depend on params.
-        aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
+        separate = apart and create_graph
+        aliases = leaves if separate else [functions.alias(x, create_graph) for x in leaves]
         first = _torch.next_node()
         with repairs.mended():
             value, aux = function(_tree.unflatten(aliases, spec), inputs)
@@ -108,12 +127,15 @@ def _autograd(
                 )
             raise ValueError(_INDEPENDENT)
         repairs.mend_graph(value, first)
-        found: Any = torch.autograd.grad(
-            value, aliases, create_graph=create_graph, allow_unused=True
-        )
+        if _modes.ordinary(value):
+            found = _torch.gradient(value, aliases, create_graph=create_graph)
+        else:
+            found = torch.autograd.grad(
+                value, aliases, create_graph=create_graph, allow_unused=True
+            )
     if not create_graph:
         value, aux = _tree.detach((value, aux))
-    return value, aux, _tree.unflatten(_dependent(found), spec)
+    return value, aux, _dependent(found)
 
 
 def _dependent(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -215,7 +237,7 @@ def _lacks_forward(error: RuntimeError) -> str | None:
 
     It names the operation; for a torch.autograd.Function its name is prepended.
     """
-    if isinstance(error.__cause__, RuntimeError):  # chained to one with advice, by `explained`
+    if isinstance(error.__cause__, RuntimeError):  # chained to one with advice, by `Explained`
         error = error.__cause__
     if not re.search("forward (AD|mode)", str(error)):
         return None

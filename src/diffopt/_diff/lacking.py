@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import traceback
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -51,22 +50,25 @@ def remedy(error: BaseException) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def explained() -> Generator[None]:
-    """Add advice to errors of torch about missing support."""
-    try:
-        yield
-    except RuntimeError as error:
+class Explained:
+    """A context that adds advice to errors of torch about missing support."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, RuntimeError):
+            return
         advice = remedy(error)
-        if advice is None or advice in str(error):
-            raise
-        raise NotImplementedError(f"{str(error).splitlines()[0]}: {advice}") from error
+        if advice is not None and advice not in str(error):
+            raise NotImplementedError(f"{str(error).splitlines()[0]}: {advice}") from error
 
 
-def explain_second_derivative(node: Any) -> None:
-    """Make kernels in autograd's graph that are differentiable only once raise with advice."""
-    if _ONCE.search(node.name()):
+def explain_second_derivative(node: Any) -> bool:
+    """Make a kernel in autograd's graph raise with advice, if it is differentiable only once."""
+    once = _ONCE.search(node.name()) is not None
+    if once:
         node.register_hook(functools.partial(_mark, node.name()))
+    return once
 
 
 def _mark(name: str, gradients: Iterable[Tensor | None], _: Any) -> None:

@@ -44,22 +44,34 @@ def mend_graph(value: Tensor, first: int) -> None:
         ValueError: a reentrant checkpoint is among them: `torch.autograd.grad` does not run its
             backward pass, which would make its result a constant.
     """
-    nodes: list[Any] = [value.grad_fn]
-    seen: set[Any] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen or _torch.node_number(node) < first:
+    nodes: list[Any] = [] if value.grad_fn is None else [value.grad_fn]
+    seen = {None, *nodes}
+    for node in nodes:  # which grows meanwhile
+        if _torch.node_number(node) < first:
             continue
-        seen.add(node)
-        nodes.extend(child for child, _ in node.next_functions)
-        explain_second_derivative(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                "the loss calls torch.utils.checkpoint with use_reentrant=True, which blocks the "
-                "gradient with respect to params: call it with use_reentrant=False"
-            )
-        if node.name() == "WeightNormInterfaceBackward0":
-            node.register_hook(_weight_norm_gradient(node))
+        if type(node) not in _RIGHT:
+            _mend_node(node)
+        for child, _ in node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                nodes.append(child)
+
+
+_RIGHT = set[type]()
+"""The types of nodes, of torch's own, that need no fix."""
+
+
+def _mend_node(node: Any) -> None:
+    name = node.name()
+    if name == "CheckpointFunctionBackward":
+        raise ValueError(
+            "the loss calls torch.utils.checkpoint with use_reentrant=True, which blocks the "
+            "gradient with respect to params: call it with use_reentrant=False"
+        )
+    if name == "WeightNormInterfaceBackward0":
+        node.register_hook(_weight_norm_gradient(node))
+    elif not explain_second_derivative(node) and _torch.is_node_type(type(node), name):
+        _RIGHT.add(type(node))
 
 
 class _Mended(TorchFunctionMode):

@@ -35,8 +35,10 @@ def packed(column: list[Tensor]) -> list[Tensor]:
 
 def places(rule: AnyRule, buffers: list[list[Any]]) -> list[int]:
     """The places of these fields among the buffers, where they are used."""
-    pairs = enumerate(zip(rule.buffer_names, buffers, strict=True))
     numbers = rule.per_hyperparameter
+    if not numbers:
+        return []
+    pairs = enumerate(zip(rule.buffer_names, buffers, strict=True))
     return [k for k, (name, c) in pairs if name in numbers and c and not unused(c[0])]
 
 

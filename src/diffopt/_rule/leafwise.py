@@ -15,6 +15,7 @@ from diffopt import _modes, _tree
 from diffopt._arguments import check_choice
 from diffopt._modes import exact, exact_dtype
 from diffopt._rule import checks, fields, hyper, parts, prints
+from diffopt._rule.repeated import Repeated
 from diffopt._rule.rule import EXECUTIONS, WORKING_DTYPE, Execution, H, Rule, S, begun, unused
 from diffopt._rule.work import Work, gather
 from diffopt._tree import Tree
@@ -110,7 +111,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
         work = gather(self, params, grads, state, hparams)
-        step = exact(state[0]) + 1
+        step, t = _modes.counted(state[0])
         differentiated = _modes.differentiated(work.tensors(step))
         if self.execution == "foreach" and differentiated:
             raise ValueError(
@@ -118,19 +119,26 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
                 "use update_, call it under torch.no_grad(), or use another execution"
             )
         new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
-        t = _modes.number_of(step)
         for indices, columns in work.parts(t, apart=differentiated or _modes.observed()):
             as_written = differentiated or columns[1][0] is None
             run = parts.leaf_by_leaf if as_written else parts.updated
             results = run(self, t, work.values(indices), columns)
+            results = [column and _apart(column, columns[1]) for column in results]
             for k in work.numbers_of_state():
                 old = [work.buffers[k][i] for i in indices]
                 results[k + 1] = fields.left(columns[k + 2], old, columns[0][0])
+            if len(indices) == len(work.params):
+                new = results
+                continue
             for column, result in zip(new, results, strict=True):
                 for i, tensor in zip(indices, result, strict=False):
                     column[i] = tensor
         step = step if state[0].dtype in WORKING_DTYPE else step.to(state[0].dtype)
         return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
+
+    def repeated(self, params: Tree, state: S, hparams: H) -> Repeated | None:
+        work = gather(self, params, params, state, hparams)  # gradients are like params
+        return Repeated.of(work, state[0], hparams) if self.execution != "foreach" else None
 
     def prepare_(self, params: Tree, grads: Tree, state: S, hparams: H) -> Write:
         work = prints.as_before(self, params, grads, state, hparams)
@@ -146,8 +154,15 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         return functools.partial(write_, work, state[0], functools.partial(_part_, work))
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
-        trees = [() if c and unused(c[0]) else _tree.unflatten(c, spec) for c in buffers]
+        trees = [
+            () if unused(c) or (c and unused(c[0])) else _tree.unflatten(c, spec) for c in buffers
+        ]
         return self.State(step, *trees)
+
+
+def _apart(new: list[Any], grads: list[Any]) -> list[Any]:
+    """New values, none of which is a gradient, which belongs to the caller."""
+    return [x.clone() if x is g else x for x, g in zip(new, grads, strict=True)]
 
 
 def write_(work: Work, count: Tensor, step_: Callable[..., None]) -> None:

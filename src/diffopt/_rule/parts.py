@@ -60,9 +60,7 @@ def updated(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> lis
 def leaf_by_leaf(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
     """The new columns, out of place, computed tensor by tensor."""
     numbers = running.numbers_at(rule, t, values, columns)
-    rows = [[running.pick(column, k) for column in columns] for k in range(len(columns[0]))]
-    new = [running.apply(rule, numbers, row, widen=True) for row in rows]
-    return list(map(list, zip(*new, strict=True)))
+    return running.leaf_by_leaf(rule, numbers, columns, as_is=running.as_is(columns))
 
 
 def _way(

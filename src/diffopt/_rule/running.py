@@ -9,6 +9,7 @@ hyperparameters, so that per-step scalars are computed once.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,6 +25,9 @@ AnyRule: TypeAlias = Rule[Any, Any]
 
 AS_IS = (torch.float32, torch.float64)
 """The dtypes that rules compute in."""
+
+_AS_IS = {*AS_IS}
+_DTYPE = operator.attrgetter("dtype")
 
 _WIDE = (torch.float64, torch.complex128)
 _MOVING = ("weight_decay", "momentum")  # these move a parameter whose gradient is zero
@@ -75,6 +79,47 @@ def initial_of(rule: AnyRule, values: Sequence[Any]) -> dict[str, Any]:
     return rule.initial(hyper.assemble(rule.hparams, values))
 
 
+def leaf_by_leaf(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, as_is: bool
+) -> list[list[Any]]:
+    """The new columns, out of place, tensor by tensor."""
+    if not as_is:
+        return _columns([apply(rule, numbers, row, widen=True) for row in _rows_of(columns)])
+    new: list[list[Any]] = []
+    for row in _rows_of(columns):
+        results = run(rule, numbers, row)
+        pairs = zip(results, written(row), strict=True)
+        new.append([x if _alike(x, old) else leave(x, old, row[0].dtype) for x, old in pairs])
+    return _columns(new)
+
+
+def _columns(rows: list[list[Any]]) -> list[list[Any]]:
+    return list(map(list, zip(*rows, strict=True)))
+
+
+def as_is(columns: Sequence[Any]) -> bool:
+    """Whether the rule sees the tensors as they are, and all have gradients."""
+    if _modes.compiling():
+        return False
+    dtypes = {_DTYPE(columns[0][0])}
+    for column in columns:
+        if isinstance(column, list):
+            tensors = all(isinstance(x, Tensor) for x in column)
+            if not tensors or not all(map(Tensor.dim, column)):
+                return False
+            dtypes.update(map(_DTYPE, column))
+        elif isinstance(column, Shared):
+            return False
+    return len(dtypes) == 1 and dtypes <= _AS_IS
+
+
+def _alike(new: Any, old: Any) -> bool:
+    """Whether a result has the shape and dtype that it must have."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        return new.dtype == old.dtype and new.shape == old.shape
+    return False
+
+
 def apply(
     rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, widen: bool = False
 ) -> list[Any]:
@@ -112,7 +157,9 @@ def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
     if initial:
         s = s._replace(**{name: getattr(s, name) + value for name, value in initial.items()})
     new = rule.rule(p, -g if rule.maximize else g, s, hparams, scalars)
-    new_p, new_s = check_result(new, "the rule", "new_param", "new_state")
+    if type(new) is not tuple or len(new) != 2:
+        check_result(new, "the rule", "new_param", "new_state")
+    new_p, new_s = new
     if len(new_s) != len(s):
         raise TypeError(f"the rule returned {len(new_s)} fields of its state, but it has {len(s)}")
     return [new_p, *new_s[1:]]
@@ -265,6 +312,8 @@ def leave(value: Any, old: Any, dtype: torch.dtype | None = None) -> Any:
 
 def placed(values: Sequence[Any], like: Tensor) -> list[Any]:
     """Hyperparameters in the form that the rule's arithmetic needs, for tensors like this one."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return [*values]
     device, dtype = like.device, like.dtype
     result: list[Any] = []
     for value in on_device(values, device):

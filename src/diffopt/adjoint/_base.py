@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -161,40 +160,6 @@ def is_compiled(step: Step) -> bool:
     """Whether it runs compiled, as far as is known: then its graph holds little but its inputs."""
     compiler = step.compiler if isinstance(step, (GradientStep, CompiledStep)) else None
     return compiler is not None and not compiler.gave_up
-
-
-def one_by_one(
-    step: Step, carry: Tree, args: Tree, xs: Iterable[Any]
-) -> tuple[Tree, list[Any]]:
-    """The last carry and the outputs of the steps, taken one after another."""
-    outputs: list[Any] = []
-    for x in xs:
-        carry, output = step(carry, args, x)
-        outputs.append(output)
-    return carry, outputs
-
-
-def taken(
-    step: Step,
-    carry: Tree,
-    args: Tree,
-    xs: Iterable[Any],
-    eager: Callable[[Tree, Tree, Iterable[Any]], tuple[Tree, list[Any]]] | None = None,
-) -> tuple[Tree, list[Any]]:
-    """The last carry and the outputs of the steps.
-
-    Compiled steps are run together if nothing else runs in between: neither a callback nor the code
-    of an iterator. Others are run by `eager`, which is `one_by_one` of the step by default.
-    """
-    if eager is None:
-        eager = functools.partial(one_by_one, step)
-    if type(step) not in (GradientStep, CompiledStep) or not isinstance(xs, list):
-        return eager(carry, args, xs)
-    own, elements = cast("GradientStep | CompiledStep", step), xs
-    if own.compiler is None or len(elements) < 2:
-        return eager(carry, args, xs)
-    task, uncompiled = own.task(carry, args, elements[0]), functools.partial(eager, carry, args, xs)
-    return own.compiler.loop(task, own.elements(carry, elements), uncompiled)
 
 
 def pushforward(

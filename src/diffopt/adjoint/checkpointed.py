@@ -23,8 +23,9 @@ from diffopt._diff.functions import AmbientState, recomputed
 from diffopt._diff.gradient import HVP, check_hvp
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled, one_by_one, taken
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled
 from diffopt.adjoint._offloaded import Offloaded, staying
+from diffopt.adjoint._steps import one_by_one, taken
 from diffopt.adjoint.unrolled import Unrolled
 
 

@@ -12,7 +12,8 @@ import torch
 from diffopt import _modes, _tree
 from diffopt._arguments import check_integer
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled, taken
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled
+from diffopt.adjoint._steps import taken
 
 
 @dataclass(frozen=True)

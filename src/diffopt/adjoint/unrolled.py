@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step, taken
+from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._steps import taken
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
         g = ops.add_decay(g, p, hp.weight_decay)
         if not self.momentum:
             return ops.add(p, g, -hp.lr), s
+        if ops.is_zero(hp.momentum):
+            return ops.add(p, g, -hp.lr), SGDState(s.step, g)
         b = ops.add(hp.momentum * s.momentum_buffer, g, c)
         d = ops.add(g, b, hp.momentum) if self.nesterov else b
         return ops.add(p, d, -hp.lr), SGDState(s.step, b)

@@ -1,0 +1,153 @@
+"""The updates of a loop, each of which starts from what the one before has returned."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import _modes, _tree
+from diffopt._rule import parts, running
+from diffopt._rule.rule import WORKING_DTYPE, is_ours, unused
+from diffopt._rule.work import Work
+from diffopt._tree import Tree
+
+_KIND = operator.attrgetter("device", "dtype", "layout")  # in C: a step reads thousands
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+_LAYOUT = operator.attrgetter("layout")
+
+
+class Repeated:
+    """Params and state as lists that nobody else has, so that they need not be checked again.
+
+    An update with gradients or hyperparameters of other kinds than before is refused, and left to
+    `Optimizer.update`.
+
+    Attributes:
+        params: the leaves of the params.
+        spec: their structure.
+        apart: whether the last update has made each of them as a separate node of autograd's graph,
+            from which no other of them was computed.
+    """
+
+    def __init__(self, work: Work, count: Tensor, hparams: Any) -> None:
+        leaves, self._hparams_spec = _tree.flatten(hparams)
+        self._forms = [*map(_form, leaves)]
+        sizes = [len(number.values) for number in work.numbers]
+        starts = [0, *itertools.accumulate(sizes)]
+        self._groups = [
+            (group, [i + n.cover[group[0]] for i, n in zip(starts, work.numbers, strict=False)])
+            for group in work.groups()
+        ]
+        self.rule, self.spec, self.params = work.rule, work.spec, work.params
+        self._buffers = [() if unused(column[0]) else column for column in work.buffers]
+        self._count = count
+        self._t = _modes.number_of(_modes.exact(count))
+        self._kinds = self._found_kinds()
+        self._ours = is_ours(self.rule)
+        self._as_is = running.as_is([self.params, *self._buffers])
+        self._leaves, self._record = leaves, None
+        self.apart = False
+
+    @classmethod
+    def of(cls, work: Work, count: Tensor, hparams: Any) -> Repeated | None:
+        """For the arguments of the first update; None where they are not of the usual kinds."""
+        buffers = [x for column in work.buffers for x in column if not unused(x)]
+        plain = _modes.all_plain([count, *work.params, *buffers])
+        trees = all(number.per_parameter for number in work.numbers)
+        usual = plain and trees and not work.numbers_of_state()
+        return cls(work, count, hparams) if usual else None
+
+    def update(self, grads: Sequence[Any], hparams: Any) -> bool:
+        """Take a step; False, with nothing done, where one of these must be checked."""
+        leaves, spec = _tree.flatten(hparams)
+        known = spec is self._hparams_spec and self._known(leaves)
+        if not (known and self._kinds and _modes.all_ordinary(grads) and _dense(grads)):
+            return False
+        self._t = self._t + 1 if isinstance(self._t, Tensor) else float(self._t + 1)
+        columns: list[Any] = [self.params, [*grads], *self._buffers]
+        differentiated = self._differentiated(columns, leaves)
+        if len(self._groups) > 1:
+            self._update_groups(leaves, columns, differentiated)
+        elif differentiated:
+            numbers = self._numbers(leaves, columns)
+            new = running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is)
+            self.params, self._buffers = new[0], [() if unused(c[0]) else c for c in new[1:]]
+        else:
+            values = [leaves[k] for k in self._groups[0][1]]
+            self.params, *self._buffers = parts.updated(self.rule, self._t, values, columns)
+        if not self._ours and self._found_kinds() != self._kinds:
+            self._kinds = set()
+        self.apart = self._ours and differentiated and all(map(_REQUIRES_GRAD, self.params))
+        return True
+
+    def _known(self, leaves: list[Any]) -> bool:
+        """Whether hyperparameters are of the same kinds as before."""
+        if all(map(operator.is_, leaves, self._leaves)) and self._record is not None:
+            return True
+        self._leaves, self._record = leaves, None
+        return [*map(_form, leaves)] == self._forms
+
+    def _numbers(self, leaves: list[Any], columns: list[Any]) -> running.Numbers:
+        """What the rule sees of this step, where there is one group."""
+        if self._record is not None and self._t > 1:
+            return running.Numbers(
+                self._t, self._record, self.rule.scalars(self._t, self._record), {}
+            )
+        values = [leaves[k] for k in self._groups[0][1]]
+        numbers = running.numbers_at(self.rule, self._t, values, columns)
+        if not any(isinstance(x, Tensor) for x in (self._t, *leaves)):
+            self._record = numbers.hparams
+        return numbers
+
+    def _update_groups(self, leaves: list[Any], columns: list[Any], differentiated: bool) -> None:
+        run = parts.leaf_by_leaf if differentiated else parts.updated
+        new = [[*column] for column in (self.params, *self._buffers)]
+        for group, places in self._groups:
+            part = [column and [column[i] for i in group] for column in columns]
+            results = run(self.rule, self._t, [leaves[k] for k in places], part)
+            for column, result in zip(new, results, strict=True):
+                for i, tensor in zip(group if column else (), result, strict=False):
+                    column[i] = tensor
+        self.params, *self._buffers = (column or () for column in new)
+
+    def _differentiated(self, columns: list[Any], leaves: list[Any]) -> bool:
+        """`_modes.differentiated`, where no transform is active."""
+        if not torch.is_grad_enabled():
+            return False
+        tensors = [x for x in (self._count, *leaves) if isinstance(x, Tensor)]
+        return any(any(map(_REQUIRES_GRAD, column)) for column in (*columns, tensors))
+
+    def trees(self) -> tuple[Tree, Any]:
+        """The params and the state."""
+        count = self._count
+        if isinstance(self._t, Tensor):
+            step = self._t
+        else:
+            step = torch.full(
+                (), self._t, dtype=_modes.exact_dtype(count.device), device=count.device
+            )
+        step = step if count.dtype in WORKING_DTYPE else step.to(count.dtype)
+        absent = [not column or unused(column[0]) for column in self._buffers]
+        pairs = zip(self._buffers, absent, strict=True)
+        columns = [() if none else _tree.unflatten(column, self.spec) for column, none in pairs]
+        return _tree.unflatten(self.params, self.spec), self.rule.State(step, *columns)
+
+    def _found_kinds(self) -> set[Any]:
+        tensors = itertools.chain(self.params, *self._buffers)
+        return {(type(x), _KIND(x)) for x in tensors if isinstance(x, Tensor)}
+
+
+def _dense(tensors: Sequence[Tensor]) -> bool:
+    return {*map(_LAYOUT, tensors)} == {torch.strided}
+
+
+def _form(leaf: Any) -> Any:
+    """What the checks of a hyperparameter look at."""
+    if isinstance(leaf, Tensor):
+        return type(leaf), leaf.dtype, leaf.shape, leaf.device, leaf.layout
+    return None if type(leaf) in (int, float) else type(leaf)

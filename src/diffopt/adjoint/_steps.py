@@ -1,0 +1,124 @@
+"""Steps taken one after another, where what is the same for all of them is done once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+
+from diffopt import _modes, _tree
+from diffopt._diff.compiled import CompiledStep
+from diffopt._diff.gradient import leaf_gradients
+from diffopt._diff.lacking import Explained
+from diffopt._rule.repeated import Repeated
+from diffopt._tree import Tree
+from diffopt.adjoint._base import GradientStep, Step
+
+
+class Steps:
+    """A loop: the carry after the steps that have been taken.
+
+    Between steps of `minimize` the carry is kept as lists, if no transform of torch.func is active
+    and the optimizer can update them.
+    """
+
+    def __init__(self, step: Step, carry: Tree, args: Tree) -> None:
+        self._step, self._carry, self._args = step, carry, args
+        self._updates: Repeated | None = None
+        self._gradient = _repeatable(step)
+
+    def carry(self) -> Tree:
+        """The carry now."""
+        if self._updates is None:
+            return self._carry
+        return *self._updates.trees(), self._carry[2]
+
+    def take(self, x: Any) -> Any:
+        """Take a step; returns its output."""
+        if self._gradient is not None and _plain(self._gradient):
+            return self._take(self._gradient, x)
+        self._carry, output = self._step(self._settled(), self._args, x)
+        return output
+
+    def _settled(self) -> Tree:
+        self._carry, self._updates = self.carry(), None
+        return self._carry
+
+    def _take(self, step: GradientStep, x: Any) -> Any:
+        (hparams, inputs), (own, batch) = self._args, x
+        hparams = hparams if own is None else own
+        if self._updates is None:
+            params, state, buffers = self._carry
+            self._updates = step.optimizer.repeated(params, state, hparams)
+            if self._updates is None:
+                self._gradient = None
+                return self.take(x)
+            self._carry = None, None, buffers
+        updates = self._updates
+        inputs = self._carry[2], inputs, batch
+        with Explained():
+            create_graph = step.second_order and torch.is_grad_enabled()
+            value, (buffers, aux), grads = leaf_gradients(
+                step.objective,
+                updates.params,
+                updates.spec,
+                inputs,
+                create_graph,
+                apart=updates.apart,
+            )
+            if not step.second_order:
+                value, buffers, aux, grads = _tree.detach((value, buffers, aux, grads))
+        if not updates.update(grads, hparams):
+            params, state, _ = self._settled()
+            grads = _tree.unflatten(grads, updates.spec)
+            params, state = step.optimizer.update(params, grads, state, hparams)
+            self._carry, self._gradient = (params, state, buffers), None
+        else:
+            self._carry = None, None, buffers
+        return value, aux, None
+
+
+def one_by_one(step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
+    """The last carry and the outputs of the steps, taken one after another."""
+    steps = Steps(step, carry, args)
+    outputs = [steps.take(x) for x in xs]
+    return steps.carry(), outputs
+
+
+def taken(
+    step: Step,
+    carry: Tree,
+    args: Tree,
+    xs: Iterable[Any],
+    eager: Callable[[Tree, Tree, Iterable[Any]], tuple[Tree, list[Any]]] | None = None,
+) -> tuple[Tree, list[Any]]:
+    """The last carry and the outputs of the steps.
+
+    Compiled steps are run together if nothing else runs in between: neither a callback nor the code
+    of an iterator. Others are run by `eager`, which is `one_by_one` of the step by default.
+    """
+    if eager is None:
+        eager = functools.partial(one_by_one, step)
+    if type(step) not in (GradientStep, CompiledStep) or not isinstance(xs, list):
+        return eager(carry, args, xs)
+    own, elements = cast("GradientStep | CompiledStep", step), xs
+    if own.compiler is None or len(elements) < 2:
+        return eager(carry, args, xs)
+    task, uncompiled = own.task(carry, args, elements[0]), functools.partial(eager, carry, args, xs)
+    return own.compiler.loop(task, own.elements(carry, elements), uncompiled)
+
+
+def _repeatable(step: Step) -> GradientStep | None:
+    """The step, if it is one of `minimize` as it is."""
+    if not isinstance(step, GradientStep) or type(step) is not GradientStep or _modes.compiling():
+        return None
+    special = step.compiler is not None or step.tol is not None or isinstance(step.used, list)
+    return None if special else step
+
+
+def _plain(step: GradientStep) -> bool:
+    """Whether autograd takes the gradient of the loss."""
+    forward = step.hvp == "forward-over-reverse" and torch.is_grad_enabled()
+    return not (forward or _modes.observed() or _modes.forward_differentiated())
