@@ -123,10 +123,10 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             as_written = differentiated or columns[1][0] is None
             run = parts.leaf_by_leaf if as_written else parts.updated
             results = run(self, t, work.values(indices), columns)
-            results = [column and _apart(column, columns[1]) for column in results]
             for k in work.numbers_of_state():
                 old = [work.buffers[k][i] for i in indices]
                 results[k + 1] = fields.left(columns[k + 2], old, columns[0][0])
+            results = [column and _apart(column, columns[1]) for column in results]
             if len(indices) == len(work.params):
                 new = results
                 continue

@@ -1,0 +1,244 @@
+"""A loop does once what is the same for all its steps, and still sees what differs between them."""
+
+import pytest
+import torch
+
+import diffopt
+from diffopt._rule import work
+from diffopt.adjoint import _base, _steps
+
+F64 = torch.float64
+START = {"w": torch.tensor([0.5, -1.0, 2.0], dtype=F64), "b": torch.tensor([0.3], dtype=F64)}
+RULES = {
+    "sgd": (diffopt.sgd(), {"lr": 0.1}),
+    "no momentum": (diffopt.sgd(momentum=False), {"lr": 0.1, "weight_decay": 0.01}),
+    "momentum": (diffopt.sgd(), {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
+    "nesterov": (diffopt.sgd(nesterov=True), {"lr": 0.1, "momentum": 0.9}),
+    "adam": (diffopt.adam(amsgrad=True), {"lr": 0.05, "eps": 1e-3}),
+    "adamw": (diffopt.adamw(), {"lr": 0.05, "weight_decay": {"w": 0.1, "b": 0.0}}),
+    "rmsprop": (diffopt.rmsprop(centered=True), {"lr": 0.05, "momentum": 0.5}),
+    "adagrad": (diffopt.adagrad(), {"lr": 0.05, "initial_accumulator_value": 0.2}),
+    "nadam": (diffopt.nadam(), {"lr": 0.05}),
+    "clipped": (
+        diffopt.transforms.chain(diffopt.transforms.clip_by_global_norm(), diffopt.sgd()),
+        {"lr": 0.1, "max_norm": 0.5},
+    ),
+}
+
+
+def loss(params, scale=1.0):
+    w, b = params["w"], params["b"]
+    return scale * ((w * b).sin().sum() + 0.5 * (w**2).sum() + b.exp().sum())
+
+
+def by_hand(loss, params, opt, hparams, steps):
+    """The loop with nothing but `update`."""
+    state = opt.init(params)
+    for t in range(steps):
+        hp = hparams(t) if callable(hparams) else hparams
+        aliases = {k: p.view_as(p) for k, p in params.items()}
+        grads = torch.autograd.grad(
+            loss(aliases), list(aliases.values()), create_graph=True, allow_unused=True
+        )
+        params, state = opt.update(params, dict(zip(params, grads, strict=True)), state, hp)
+    return params, state
+
+
+def minimized(loss, params, opt, hparams, steps, **options):
+    sol = diffopt.minimize(loss, params, optimizer=opt, hparams=hparams, steps=steps, **options)
+    return sol.params, sol.state
+
+
+def derivatives(run, loss, opt, hparams, steps=4):
+    """What the loop returns, and its first and second derivatives with respect to the start."""
+    start = {k: p.clone().requires_grad_() for k, p in START.items()}
+    params, state = run(loss, start, opt, hparams, steps)
+    leaves = [*params.values(), *torch.utils._pytree.tree_leaves(state)]
+    total = sum(x.square().sum() for x in leaves)
+    first = torch.autograd.grad(total, list(start.values()), create_graph=True)
+    second = torch.autograd.grad(sum(x.sin().sum() for x in first), list(start.values()))
+    return [*leaves, *first, *second]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_loop_gives_what_update_gives(rule):
+    opt, numbers = RULES[rule]
+    hp = opt.hparams(**numbers)
+    found, expected = (derivatives(run, loss, opt, hp) for run in (minimized, by_hand))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_derivatives_of_a_loop_equal_finite_differences_twice(rule):
+    opt, numbers = RULES[rule]
+
+    def end(lr, w):
+        hp = opt.hparams(**{**numbers, "lr": lr})
+        return minimized(loss, {"w": w, "b": START["b"]}, opt, hp, 3)[0]["w"]
+
+    inputs = [torch.tensor(0.07, dtype=F64), START["w"].clone()]
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(end, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(end, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
+def test_arguments_are_gathered_once_per_loop(rule, monkeypatch):
+    calls = []
+    gather = work.gather
+    for module in (work, diffopt._rule.leafwise):
+        monkeypatch.setattr(module, "gather", lambda *a, **k: calls.append(1) or gather(*a, **k))
+    opt, numbers = RULES[rule]
+    minimized(loss, START, opt, opt.hparams(**numbers), 9)
+    assert len(calls) == 1
+
+
+def changing(kind):
+    """Hyperparameters of each step, of other kinds from step to step."""
+    opt = diffopt.adam()
+    rates = torch.tensor([0.1, 0.05, 0.2, 0.1, 0.3], dtype=F64)
+    values = {
+        "numbers": lambda t: 0.1 / (t + 1),
+        "tensors": lambda t: rates[t],
+        "a number, then a tensor": lambda t: 0.1 if t < 2 else rates[t],
+        "a number, then a tree": lambda t: 0.1 if t < 2 else {"w": 0.1, "b": rates[t]},
+        "other shapes": lambda t: rates[t] if t < 2 else {"w": rates[:3], "b": rates[t]},
+    }
+    return opt, lambda t: opt.hparams(lr=values[kind](t), eps=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["numbers", "tensors", "a number, then a tensor", "a number, then a tree", "other shapes"],
+)
+def test_hyperparameters_may_change_between_steps(kind):
+    opt, hparams = changing(kind)
+    found, expected = (derivatives(run, loss, opt, hparams, 5) for run in (minimized, by_hand))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("value", [0.3, torch.tensor(0.3, dtype=F64)], ids=["number", "tensor"])
+def test_a_tree_of_rates_that_the_loss_changes_is_read_in_each_step(value):
+    opt = diffopt.sgd()
+
+    def run(loop):
+        rates = {"w": 0.1, "b": torch.tensor(0.1, dtype=F64)}
+        calls = []
+
+        def changes(params):
+            calls.append(1)
+            if len(calls) == 3:
+                rates["w"] = value
+                rates["b"] = rates["b"] * 2
+            return loss(params)
+
+        return derivatives(loop, changes, opt, opt.hparams(lr=rates))
+
+    torch.testing.assert_close(run(minimized), run(by_hand), rtol=1e-12, atol=1e-13)
+
+
+def test_a_rate_that_is_overwritten_between_steps_is_seen():
+    opt, rate = diffopt.sgd(), torch.tensor(0.1, dtype=F64)
+
+    def decays(params):
+        with torch.no_grad():
+            rate.mul_(0.5)
+        return (params["w"].detach().square() * params["w"]).sum() + params["b"].sum()
+
+    sol = diffopt.minimize(decays, START, optimizer=opt, hparams=opt.hparams(lr=rate), steps=3)
+    expected = 0.3 - 0.05 - 0.025 - 0.0125
+    torch.testing.assert_close(sol.params["b"], torch.tensor([expected], dtype=F64))
+
+
+def test_a_parameter_that_only_some_steps_use_is_left_alone_in_the_others():
+    opt, hp = RULES["momentum"][0], diffopt.sgd().hparams(lr=0.1, momentum=0.9)
+
+    def alternating():
+        calls = []
+
+        def one(params):
+            calls.append(1)
+            return (params["w"] ** 2).sum() + (
+                0 if len(calls) in (2, 3) else params["b"].exp().sum()
+            )
+
+        return one
+
+    found, expected = (derivatives(run, alternating(), opt, hp, 5) for run in (minimized, by_hand))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_are_partial_in_every_step():
+    """Also where a rule of one's own computes one parameter from another, or returns it as it is."""
+    previous = []
+
+    def mixed(p, g, s, hp, c):
+        new = p - hp.lr * g + (0.1 * previous[-1].sum() if previous else 0.0)
+        previous.append(new)
+        return (p if len(previous) == 2 else new), s
+
+    opt = diffopt.rules.leafwise(
+        diffopt.sgd().State, diffopt.sgd(momentum=False).hparams,
+        lambda p, step: diffopt.sgd().State(step, ()), mixed,
+    )  # fmt: skip
+    results = []
+    for run in (minimized, by_hand):
+        previous.clear()
+        results.append(derivatives(run, loss, opt, opt.hparams(lr=0.1), 3))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_neither_arguments_nor_results_share_memory_with_a_gradient(rule):
+    opt, numbers = RULES[rule]
+    grads = {k: torch.ones_like(p) for k, p in START.items()}
+    new = opt.update(START, grads, opt.init(START), opt.hparams(**numbers))
+    given = {x.data_ptr() for x in grads.values()}
+    assert given.isdisjoint(x.data_ptr() for x in torch.utils._pytree.tree_leaves(new))
+
+
+def test_a_state_of_another_optimizer_raises_before_the_first_step():
+    opt, calls = diffopt.adam(), []
+    state = opt.init({"w": START["w"], "b": torch.zeros(2, dtype=F64)})
+    with pytest.raises(ValueError, match=r"state.exp_avg\['b'\] has shape \(2,\)"):
+        diffopt.minimize(
+            lambda params: calls.append(1) or loss(params), START, optimizer=opt,
+            hparams=opt.hparams(), steps=2, state=state,
+        )  # fmt: skip
+    assert not calls
+
+
+def test_a_loop_whose_rule_returns_another_dtype_device_or_layout_is_checked_again():
+    def meta(p, g, s, hp, c):
+        return (p - hp.lr * g).to("meta"), s
+
+    opt = diffopt.rules.leafwise(
+        diffopt.sgd().State, diffopt.sgd(momentum=False).hparams,
+        lambda p, step: diffopt.sgd().State(step, ()), meta,
+    )  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError)):
+        diffopt.minimize(loss, START, optimizer=opt, hparams=opt.hparams(lr=0.1), steps=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
+def test_the_count_of_steps_keeps_its_dtype(dtype):
+    opt = diffopt.adam()
+    state = opt.init(START)
+    state = state._replace(step=torch.tensor(7, dtype=dtype))
+    sol = diffopt.minimize(loss, START, optimizer=opt, hparams=opt.hparams(), steps=3, state=state)
+    assert sol.state.step.item() == 10
+    assert sol.state.step.dtype == dtype
+    assert state.step.item() == 7
+
+
+def test_steps_of_a_subclass_are_run_as_they_are():
+    class Twice(_base.GradientStep):
+        def __call__(self, carry, args, x):
+            return super().__call__(super().__call__(carry, args, x)[0], args, x)
+
+    step = Twice(lambda params, inputs: (loss(params), ((), None)), diffopt.sgd())
+    opt, hp = diffopt.sgd(), diffopt.sgd().hparams(lr=0.1)
+    steps = _steps.Steps(step, (START, opt.init(START), ()), (hp, ()))
+    steps.take((None, ()))
+    expected, _ = minimized(loss, START, opt, hp, 2)
+    torch.testing.assert_close(steps.carry()[0], expected)
