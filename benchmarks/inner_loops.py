@@ -1,6 +1,6 @@
 """Time and memory of meta-gradients beside the same loops written by hand, and TorchOpt's.
 
-    python benchmarks/inner_loops.py [--repeats 10] [--threads 1] [--compile]
+    python benchmarks/inner_loops.py [--repeats 10] [--threads 1] [--compile] [--only MAML]
 
 The contenders take turns, so that a drift of the machine's speed hits all of them; what counts are
 the ratios to the loop written by hand with torch.autograd. All compute the same gradient, which is
@@ -94,7 +94,24 @@ def workloads() -> list[Workload]:
     big, small = mlp_params(784, 256, 256, 10), mlp_params(1, 40, 40, 1)
     images = [(classes(5, 1, 28, 28, k=5), classes(25, 1, 28, 28, k=5)) for _ in range(4)]
     sines = [(sine(), sine()) for _ in range(25)]
+    module = diffopt.nn.functionalize(
+        torch.nn.Sequential(torch.nn.Linear(1, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1))
+    )
+
+    def readme(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(module(p, x), y)
+
+    tiny = {k: p.detach() for k, p in module.params.items()}
+    rules = {"sgd": {"lr": 0.01, "momentum": 0.0}, "momentum": {**momentum, "lr": 0.01}}
+    small_loops = [
+        Workload(
+            f"MAML of the README, 5 {name} steps", readme, tiny, sines[:1],
+            "adam" if name == "Adam" else "sgd", numbers, 5, False,
+        )
+        for name, numbers in [*rules.items(), ("Adam", {"lr": 0.01})]
+    ]  # fmt: skip
     return [
+        *small_loops,
         Workload("sine MAML, 25 tasks, 10 Adam steps", mse, small, sines, "adam", adam, 10, False),
         Workload("MLP, 50 Adam steps, d/d lr", entropy, big, unroll, "adam", adam, 50, True),
         Workload("MLP, 50 momentum steps, d/d lr", entropy, big, unroll, "sgd", momentum, 50, True),
@@ -122,16 +139,21 @@ def by_hand(gradient: Callable[..., Any]) -> Callable[..., Params]:
                 m = {k: w.numbers["momentum"] * m[k] + g[k] for k in params}
                 params = {k: params[k] - lr * m[k] for k in params}
             else:
-                m = {k: 0.9 * m[k] + 0.1 * g[k] for k in params}
-                v = {k: 0.999 * v[k] + 0.001 * g[k] * g[k] for k in params}
-                # 1e-30: without it one coordinate without gradient makes everything NaN.
-                root = {k: (v[k] / (1 - 0.999**t) + 1e-30).sqrt() for k in params}
-                params = {
-                    k: params[k] - lr * (m[k] / (1 - 0.9**t)) / (root[k] + 1e-8) for k in params
-                }
+                params, m, v = adam_step(params, g, m, v, lr, t)
         return params
 
     return loop
+
+
+def adam_step(
+    params: Params, g: Params, m: Params, v: Params, lr: Any, t: int
+) -> tuple[Params, Params, Params]:
+    m = {k: 0.9 * m[k] + 0.1 * g[k] for k in params}
+    v = {k: 0.999 * v[k] + 0.001 * g[k] * g[k] for k in params}
+    # 1e-30: without it one coordinate without gradient makes everything NaN.
+    root = {k: (v[k] / (1 - 0.999**t) + 1e-30).sqrt() for k in params}
+    params = {k: params[k] - lr * (m[k] / (1 - 0.9**t)) / (root[k] + 1e-8) for k in params}
+    return params, m, v
 
 
 def autograd(loss: Callable[..., Tensor], params: Params, *data: Tensor) -> Params:
@@ -143,13 +165,60 @@ def func(loss: Callable[..., Tensor], params: Params, *data: Tensor) -> Params:
     return torch.func.grad(loss)(params, *data)
 
 
-def ours(w: Workload, params: Params, lr: Any, train: Any) -> Params:
+def by_segments(w: Workload, params: Params, lr: Any, train: Any) -> Params:
+    """The textbook loop of Adam in eight segments, each run again for its derivative."""
+    names, zeros = [*params], [torch.zeros_like(p) for p in params.values()]
+
+    def segment(steps: range, carry: list[Tensor], rate: Any, *, graph: bool) -> list[Tensor]:
+        n = len(names)
+        p, m, v = (dict(zip(names, carry[i * n : i * n + n], strict=True)) for i in range(3))
+        for t in steps:
+            with torch.enable_grad():
+                q = p if graph else {k: x.detach().requires_grad_() for k, x in p.items()}
+                g = autograd(w.loss, q, *train)
+            g = g if graph else {k: x.detach() for k, x in g.items()}
+            p, m, v = adam_step(p, g, m, v, rate, t)
+        return [*p.values(), *m.values(), *v.values()]
+
+    class Segment(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, steps: range, rate: Any, *carry: Tensor) -> tuple[Tensor, ...]:
+            ctx.steps = steps
+            ctx.save_for_backward(rate, *carry)
+            return tuple(segment(steps, [*carry], rate, graph=False))
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            with torch.enable_grad():
+                rate, *carry = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+                new = segment(ctx.steps, carry, rate, graph=True)
+                return None, *torch.autograd.grad(new, [rate, *carry], cotangents)
+
+    carry: Any = [*params.values(), *zeros, *zeros]
+    size = -(-w.steps // 8)
+    for start in range(1, w.steps + 1, size):
+        steps = range(start, min(start + size, w.steps + 1))
+        carry = Segment.apply(steps, torch.as_tensor(lr), *carry)
+    return dict(zip(names, carry, strict=False))
+
+
+def checkpointed(w: Workload, params: Params, lr: Any, train: Any) -> Params:
+    return ours(w, params, lr, train, diffopt.adjoint.Checkpointed())
+
+
+def ours(
+    w: Workload,
+    params: Params,
+    lr: Any,
+    train: Any,
+    adjoint: diffopt.adjoint.Adjoint = diffopt.adjoint.Unrolled(),  # noqa: B008 (frozen)
+) -> Params:
     plain = w.numbers.get("momentum") == 0
     optimizer = diffopt.sgd(momentum=False) if plain else getattr(diffopt, w.rule)()
     numbers = {"lr": lr} if plain else {**w.numbers, "lr": lr}
     hparams = optimizer.hparams(**numbers)
     return diffopt.minimize(
-        w.loss, params, *train, optimizer=optimizer, hparams=hparams, steps=w.steps
+        w.loss, params, *train, optimizer=optimizer, hparams=hparams, steps=w.steps, adjoint=adjoint
     ).params
 
 
@@ -206,13 +275,16 @@ def batched(loop: Callable[..., Params]) -> Callable[[Workload], list[Tensor]]:
     return meta_gradient
 
 
-def contenders(*, compiled: bool) -> dict[str, Callable[[Workload], list[Tensor]]]:
+def contenders(w: Workload, *, compiled: bool) -> dict[str, Callable[[Workload], list[Tensor]]]:
     found = {
         "by hand": in_turn(by_hand(autograd)),
         "diffopt": in_turn(ours),
         "by hand, vmap": batched(by_hand(func)),
         "diffopt, vmap": batched(ours),
     }
+    if w.by_lr and w.rule == "adam":
+        found["by hand, by segments"] = in_turn(by_segments)
+        found["diffopt, Checkpointed"] = in_turn(checkpointed)
     if compiled:
         found["diffopt, vmap, compiled"] = torch.compile(batched(ours))
     try:
@@ -244,7 +316,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 def measure(w: Workload, repeats: int, *, compiled: bool) -> Table:
     table = Table("", "time / by hand", "median ms", "graph MB", title=w.name)
-    runs = contenders(compiled=compiled)
+    runs = contenders(w, compiled=compiled)
     expected = runs["by hand"](w)
     for name, run in runs.items():  # also warms up
         torch.testing.assert_close(
@@ -267,12 +339,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", default="", help="workloads whose names contain this")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console()
     console.print(f"torch {torch.__version__}, {options.threads} thread(s)")
-    for i, workload in enumerate(workloads()):
-        compiled = options.compile and i == 0
+    for workload in workloads():
+        if options.only.lower() not in workload.name.lower():
+            continue
+        compiled = options.compile and workload.name.startswith("sine")
         console.print(measure(workload, options.repeats, compiled=compiled))
 
 

@@ -5,7 +5,7 @@ import torch
 
 import diffopt
 from diffopt._rule import work
-from diffopt.adjoint import _base, _steps
+from diffopt.adjoint import Truncated, Unrolled, _base, _steps
 
 F64 = torch.float64
 START = {"w": torch.tensor([0.5, -1.0, 2.0], dtype=F64), "b": torch.tensor([0.3], dtype=F64)}
@@ -31,6 +31,10 @@ def loss(params, scale=1.0):
     return scale * ((w * b).sin().sum() + 0.5 * (w**2).sum() + b.exp().sum())
 
 
+def started():
+    return {k: p.clone().requires_grad_() for k, p in START.items()}
+
+
 def by_hand(loss, params, opt, hparams, steps):
     """The loop with nothing but `update`."""
     state = opt.init(params)
@@ -51,7 +55,7 @@ def minimized(loss, params, opt, hparams, steps, **options):
 
 def derivatives(run, loss, opt, hparams, steps=4):
     """What the loop returns, and its first and second derivatives with respect to the start."""
-    start = {k: p.clone().requires_grad_() for k, p in START.items()}
+    start = started()
     params, state = run(loss, start, opt, hparams, steps)
     leaves = [*params.values(), *torch.utils._pytree.tree_leaves(state)]
     total = sum(x.square().sum() for x in leaves)
@@ -169,7 +173,7 @@ def test_a_parameter_that_only_some_steps_use_is_left_alone_in_the_others():
 
 
 def test_gradients_are_partial_in_every_step():
-    """Also where a rule of one's own computes one parameter from another, or returns it as it is."""
+    """Also where a rule of one's own computes one parameter from another, or returns it."""
     previous = []
 
     def mixed(p, g, s, hp, c):
@@ -242,3 +246,29 @@ def test_steps_of_a_subclass_are_run_as_they_are():
     steps.take((None, ()))
     expected, _ = minimized(loss, START, opt, hp, 2)
     torch.testing.assert_close(steps.carry()[0], expected)
+
+
+class Halved(type(diffopt.adam())):
+    """Adam whose update moves half as far, as a user may write it."""
+
+    def update(self, params, grads, state, hparams):
+        new, state = super().update(params, grads, state, hparams)
+        return {k: (params[k] + p) / 2 for k, p in new.items()}, state
+
+
+@pytest.mark.parametrize("adjoint", [None, Unrolled(), Truncated(2)])
+def test_an_update_of_ones_own_is_what_a_loop_takes(adjoint):
+    opt, hp = Halved(), Halved().hparams(lr=0.1)
+    expected, _ = by_hand(loss, started(), opt, hp, 3)
+    found, _ = minimized(loss, START, opt, hp, 3, adjoint=adjoint)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("adjoint", [None, Truncated(2)], ids=str)
+def test_a_loop_without_a_graph_gives_the_same(rule, adjoint):
+    opt, numbers = RULES[rule]
+    hp = opt.hparams(**numbers)
+    found = minimized(loss, START, opt, hp, 5, adjoint=adjoint)
+    expected = by_hand(loss, started(), opt, hp, 5)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)

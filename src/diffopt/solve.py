@@ -378,6 +378,8 @@ def _like_buffers(new: Tree, old: Tree) -> Tree:
 
 def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:
     """What the loss returned as `(value, (buffers, aux))`."""
+    if isinstance(result, Tensor) and not (stateful or has_aux):
+        return _real(result), ((), None)
     parts = ["value", *(["buffers"] * stateful), *(["aux"] * has_aux)]
     values: Any = (result,) if len(parts) == 1 else result
     named = dict(zip(parts, check_result(values, "loss", *parts), strict=True))
@@ -385,9 +387,14 @@ def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:
     if not isinstance(value, Tensor):
         hint = ": has_aux=True takes (value, aux)" if isinstance(value, tuple) else ""
         raise TypeError(f"loss returned {_tree.describe(value)} as its value, not a tensor{hint}")
+    return _real(value), (named.get("buffers", ()), named.get("aux"))
+
+
+def _real(value: Tensor) -> Tensor:
+    """The value; raises unless it is a real number."""
     if value.dim() != 0 or not value.is_floating_point():
         raise ValueError(
             "loss must return a real 0-d tensor, but its value has shape "
             f"{tuple(value.shape)} and dtype {value.dtype}"
         )
-    return value, (named.get("buffers", ()), named.get("aux"))
+    return value

@@ -137,8 +137,10 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
 
     def repeated(self, params: Tree, state: S, hparams: H) -> Repeated | None:
+        if type(self).update is not Leafwise.update or self.execution == "foreach":
+            return None
         work = gather(self, params, params, state, hparams)  # gradients are like params
-        return Repeated.of(work, state[0], hparams) if self.execution != "foreach" else None
+        return Repeated.of(work, state[0], hparams)
 
     def prepare_(self, params: Tree, grads: Tree, state: S, hparams: H) -> Write:
         work = prints.as_before(self, params, grads, state, hparams)

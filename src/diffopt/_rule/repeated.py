@@ -47,8 +47,8 @@ class Repeated:
         self._buffers = [() if unused(column[0]) else column for column in work.buffers]
         self._count = count
         self._t = _modes.number_of(_modes.exact(count))
-        self._kinds = self._found_kinds()
         self._ours = is_ours(self.rule)
+        self._kinds = None if self._ours else self._found_kinds()
         self._as_is = running.as_is([self.params, *self._buffers])
         self._leaves, self._record = leaves, None
         self.apart = False
@@ -66,7 +66,8 @@ class Repeated:
         """Take a step; False, with nothing done, where one of these must be checked."""
         leaves, spec = _tree.flatten(hparams)
         known = spec is self._hparams_spec and self._known(leaves)
-        if not (known and self._kinds and _modes.all_ordinary(grads) and _dense(grads)):
+        usual = known and _modes.all_ordinary(grads) and {*map(_LAYOUT, grads)} == {torch.strided}
+        if not usual or (not self._ours and self._found_kinds() != self._kinds):
             return False
         self._t = self._t + 1 if isinstance(self._t, Tensor) else float(self._t + 1)
         columns: list[Any] = [self.params, [*grads], *self._buffers]
@@ -80,8 +81,6 @@ class Repeated:
         else:
             values = [leaves[k] for k in self._groups[0][1]]
             self.params, *self._buffers = parts.updated(self.rule, self._t, values, columns)
-        if not self._ours and self._found_kinds() != self._kinds:
-            self._kinds = set()
         self.apart = self._ours and differentiated and all(map(_REQUIRES_GRAD, self.params))
         return True
 
@@ -140,10 +139,6 @@ class Repeated:
     def _found_kinds(self) -> set[Any]:
         tensors = itertools.chain(self.params, *self._buffers)
         return {(type(x), _KIND(x)) for x in tensors if isinstance(x, Tensor)}
-
-
-def _dense(tensors: Sequence[Tensor]) -> bool:
-    return {*map(_LAYOUT, tensors)} == {torch.strided}
 
 
 def _form(leaf: Any) -> Any:

@@ -13,7 +13,7 @@ from diffopt import _modes, _tree
 from diffopt._arguments import check_integer
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled
-from diffopt.adjoint._steps import taken
+from diffopt.adjoint._steps import Steps, taken
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,14 @@ class Truncated(Adjoint):
     ) -> tuple[Tree, list[Any]]:
         outputs: list[Any] = []
         last: deque[Any] = deque()
+        steps: Steps | None = None
         for x in xs:  # read k ahead: the number of steps may be unknown
             last.append(x)
             if len(last) > self.k:
+                steps = steps or Steps(step, _tree.detach(carry), args)
                 with torch.no_grad():
-                    carry, output = _tree.detach(step(_tree.detach(carry), args, last.popleft()))
-                outputs.append(output)
+                    outputs.append(_tree.detach(steps.take(last.popleft())))
+        carry = _tree.detach(steps.carry()) if steps else carry
         for x in last:
             carry, output = step(carry, args, x)
             outputs.append(output)
