@@ -141,6 +141,19 @@ def test_a_tree_of_rates_that_the_loss_changes_is_read_in_each_step(value):
     torch.testing.assert_close(run(minimized), run(by_hand), rtol=1e-12, atol=1e-13)
 
 
+def test_a_tree_of_a_single_rate_is_read_in_each_step():
+    opt, rates = diffopt.sgd(), {"w": 1.0}
+
+    def halves(params):
+        rates["w"] /= 2
+        return params["w"].sum()
+
+    sol = diffopt.minimize(
+        halves, {"w": torch.zeros(1)}, optimizer=opt, hparams=opt.hparams(lr=rates), steps=4
+    )
+    assert sol.params["w"].item() == -(1 / 2 + 1 / 4 + 1 / 8 + 1 / 16)
+
+
 def test_a_rate_that_is_overwritten_between_steps_is_seen():
     opt, rate = diffopt.sgd(), torch.tensor(0.1, dtype=F64)
 

@@ -50,7 +50,8 @@ class Repeated:
         self._ours = is_ours(self.rule)
         self._kinds = None if self._ours else self._found_kinds()
         self._as_is = running.as_is([self.params, *self._buffers])
-        self._leaves, self._record = leaves, None
+        self._leaves, self._record, self._same = leaves, None, None
+        self._names = [number.name for number in work.numbers]
         self.apart = False
 
     @classmethod
@@ -64,8 +65,11 @@ class Repeated:
 
     def update(self, grads: Sequence[Any], hparams: Any) -> bool:
         """Take a step; False, with nothing done, where one of these must be checked."""
-        leaves, spec = _tree.flatten(hparams)
-        known = spec is self._hparams_spec and self._known(leaves)
+        known = hparams is self._same
+        leaves = self._leaves
+        if not known:
+            leaves, spec = _tree.flatten(hparams)
+            known = spec is self._hparams_spec and self._known(leaves)
         usual = known and _modes.all_ordinary(grads) and {*map(_LAYOUT, grads)} == {torch.strided}
         if not usual or (not self._ours and self._found_kinds() != self._kinds):
             return False
@@ -75,7 +79,7 @@ class Repeated:
         if len(self._groups) > 1:
             self._update_groups(leaves, columns, differentiated)
         elif differentiated:
-            numbers = self._numbers(leaves, columns)
+            numbers = self._numbers(hparams, leaves, columns)
             new = running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is)
             self.params, self._buffers = new[0], [() if unused(c[0]) else c for c in new[1:]]
         else:
@@ -88,10 +92,10 @@ class Repeated:
         """Whether hyperparameters are of the same kinds as before."""
         if all(map(operator.is_, leaves, self._leaves)) and self._record is not None:
             return True
-        self._leaves, self._record = leaves, None
+        self._leaves, self._record, self._same = leaves, None, None
         return [*map(_form, leaves)] == self._forms
 
-    def _numbers(self, leaves: list[Any], columns: list[Any]) -> running.Numbers:
+    def _numbers(self, hparams: Any, leaves: list[Any], columns: list[Any]) -> running.Numbers:
         """What the rule sees of this step, where there is one group."""
         if self._record is not None and self._t > 1:
             return running.Numbers(
@@ -101,6 +105,10 @@ class Repeated:
         numbers = running.numbers_at(self.rule, self._t, values, columns)
         if not any(isinstance(x, Tensor) for x in (self._t, *leaves)):
             self._record = numbers.hparams
+            # A record without containers cannot change: it is frozen.
+            values = [getattr(hparams, name) for name in self._names]
+            frozen = len(leaves) == len(values) and all(map(operator.is_, leaves, values))
+            self._same = hparams if frozen else None
         return numbers
 
     def _update_groups(self, leaves: list[Any], columns: list[Any], differentiated: bool) -> None:
@@ -118,6 +126,8 @@ class Repeated:
         """`_modes.differentiated`, where no transform is active."""
         if not torch.is_grad_enabled():
             return False
+        if any(map(_REQUIRES_GRAD, self.params)):
+            return True
         tensors = [x for x in (self._count, *leaves) if isinstance(x, Tensor)]
         return any(any(map(_REQUIRES_GRAD, column)) for column in (*columns, tensors))
 
