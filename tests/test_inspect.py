@@ -834,8 +834,10 @@ def test_a_graph_needs_a_graph():
 
 def test_the_plot_shows_the_norms():
     pytest.importorskip("matplotlib")
-    trace, w = inspect.Trace(), leaf(W)
-    torch.autograd.grad(descend(trace, w).params @ V, w)
+    trace, w, opt = inspect.Trace(), leaf(W), diffopt.sgd()
+    hp = opt.hparams(lr=LR, momentum=0.5)
+    sol = diffopt.minimize(quadratic, w, optimizer=opt, hparams=hp, steps=STEPS, adjoint=trace)
+    torch.autograd.grad(sol.params @ V, w)
     top, bottom = trace.plot().axes
     lines = {line.get_label(): line.get_ydata() for axes in (top, bottom) for line in axes.lines}
     norms = trace.norms

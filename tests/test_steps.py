@@ -17,6 +17,7 @@ RULES = {
     "adam": (diffopt.adam(amsgrad=True), {"lr": 0.05, "eps": 1e-3}),
     "adamw": (diffopt.adamw(), {"lr": 0.05, "weight_decay": {"w": 0.1, "b": 0.0}}),
     "rmsprop": (diffopt.rmsprop(centered=True), {"lr": 0.05, "momentum": 0.5}),
+    "plain rmsprop": (diffopt.rmsprop(), {"lr": 0.05}),
     "adagrad": (diffopt.adagrad(), {"lr": 0.05, "initial_accumulator_value": 0.2}),
     "nadam": (diffopt.nadam(), {"lr": 0.05}),
     "clipped": (

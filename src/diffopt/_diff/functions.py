@@ -60,9 +60,16 @@ def recomputed(
     def pullback(
         inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
+        used: list[bool] = []  # which are not None in the first run, and so are in every other
+
         def product(arguments: Tree) -> list[Tensor | None]:
             with ambient.restored():
-                return vjp(flat, arguments[0], needed, arguments[1])
+                grads = vjp(flat, arguments[0], needed, arguments[1])
+            used[:] = used or [grad is not None for grad in grads]
+            return [
+                (torch.zeros_like(x) if grad is None else grad) if use else None
+                for x, grad, use in zip(arguments[0], grads, used, strict=True)
+            ]
 
         # If the product is itself differentiated, it keeps only its inputs too.
         return recomputed(product, (list(inputs), list(cotangents)))

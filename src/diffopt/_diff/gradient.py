@@ -103,20 +103,16 @@ def leaf_gradients(
     spec: _tree.Spec,
     inputs: Tree,
     create_graph: bool,
-    *,
-    apart: bool = False,
 ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
     """What `value_and_grad` returns, for the leaves of params of this structure.
 
-    With `apart`, each leaf is a node of autograd's graph that nothing else depends on.
     By autograd: faster in eager mode than torch.func, and with far less memory in long loops.
     """
     recording = torch.is_grad_enabled()
     with contextlib.nullcontext() if recording else torch.enable_grad():
         # Aliases, so that the gradient is partial: not through params that depend on one another,
         # nor through arguments of the loss that depend on params.
-        separate = apart and create_graph
-        aliases = leaves if separate else [functions.alias(x, create_graph) for x in leaves]
+        aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
         first = _torch.next_node()
         with repairs.mended():
             value, aux = function(_tree.unflatten(aliases, spec), inputs)

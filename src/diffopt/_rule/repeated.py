@@ -30,8 +30,6 @@ class Repeated:
     Attributes:
         params: the leaves of the params.
         spec: their structure.
-        apart: whether the last update has made each of them as a separate node of autograd's graph,
-            from which no other of them was computed.
     """
 
     def __init__(self, work: Work, count: Tensor, hparams: Any) -> None:
@@ -52,7 +50,6 @@ class Repeated:
         self._as_is = running.as_is([self.params, *self._buffers])
         self._leaves, self._record, self._same = leaves, None, None
         self._names = [number.name for number in work.numbers]
-        self.apart = False
 
     @classmethod
     def of(cls, work: Work, count: Tensor, hparams: Any) -> Repeated | None:
@@ -80,12 +77,10 @@ class Repeated:
             self._update_groups(leaves, columns, differentiated)
         elif differentiated:
             numbers = self._numbers(hparams, leaves, columns)
-            new = running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is)
-            self.params, self._buffers = new[0], [() if unused(c[0]) else c for c in new[1:]]
+            self._keep(running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is))
         else:
             values = [leaves[k] for k in self._groups[0][1]]
-            self.params, *self._buffers = parts.updated(self.rule, self._t, values, columns)
-        self.apart = self._ours and differentiated and all(map(_REQUIRES_GRAD, self.params))
+            self._keep(parts.updated(self.rule, self._t, values, columns))
         return True
 
     def _known(self, leaves: list[Any]) -> bool:
@@ -120,7 +115,11 @@ class Repeated:
             for column, result in zip(new, results, strict=True):
                 for i, tensor in zip(group if column else (), result, strict=False):
                     column[i] = tensor
-        self.params, *self._buffers = (column or () for column in new)
+        self._keep(new)
+
+    def _keep(self, new: list[Any]) -> None:
+        self.params, *buffers = new
+        self._buffers = [() if not c or unused(c[0]) else c for c in buffers]
 
     def _differentiated(self, columns: list[Any], leaves: list[Any]) -> bool:
         """`_modes.differentiated`, where no transform is active."""
@@ -141,14 +140,12 @@ class Repeated:
                 (), self._t, dtype=_modes.exact_dtype(count.device), device=count.device
             )
         step = step if count.dtype in WORKING_DTYPE else step.to(count.dtype)
-        absent = [not column or unused(column[0]) for column in self._buffers]
-        pairs = zip(self._buffers, absent, strict=True)
-        columns = [() if none else _tree.unflatten(column, self.spec) for column, none in pairs]
+        columns = [column and _tree.unflatten(column, self.spec) for column in self._buffers]
         return _tree.unflatten(self.params, self.spec), self.rule.State(step, *columns)
 
     def _found_kinds(self) -> set[Any]:
         tensors = itertools.chain(self.params, *self._buffers)
-        return {(type(x), _KIND(x)) for x in tensors if isinstance(x, Tensor)}
+        return {(type(x), _KIND(x)) for x in tensors}
 
 
 def _form(leaf: Any) -> Any:

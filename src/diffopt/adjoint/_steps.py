@@ -66,7 +66,6 @@ class Steps:
                 updates.spec,
                 inputs,
                 create_graph,
-                apart=updates.apart,
             )
             if not step.second_order:
                 value, buffers, aux, grads = _tree.detach((value, buffers, aux, grads))

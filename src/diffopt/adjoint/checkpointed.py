@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -193,13 +194,14 @@ class _Loop:
 
 
 def _ratio(step: Step, carry: Tree, kept: int) -> float:
-    """How many times as large as a carry the graph of a step is; 4 where that is not known.
+    """How many times as large as a carry the graph of a step is, about; 4 where that is not known.
 
-    A step of `unroll` has been run without its graph.
+    A power of 4, so that the segments, and with them the order of sums, depend on little else. A
+    step of `unroll` has been run without its graph.
     """
     whole = sum(_modes.all_samples(x).nbytes for x in _tree.split(carry)[0])
     known = isinstance(step, GradientStep) and kept and whole
-    return max(1.0, kept / whole) if known else 4.0
+    return 4.0 ** max(0, round(math.log(kept / whole, 4))) if known else 4.0
 
 
 def _root(number: float, degree: int) -> int:
