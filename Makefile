@@ -12,7 +12,7 @@ QUICK := architecture conformance closed_forms trees schedules nn minimize optim
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test quick demo lint format types docs check clean $(VENV)
+.PHONY: help venv test quick demo bench lint format types docs check clean $(VENV)
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ quick: $(STAMP) ## Run in under a minute what most changes break; compiles nothi
 
 demo: $(STAMP) ## Run the MAML few-shot example (ARGS=--help shows its options)
 	$(BIN)/python examples/meta_learning/maml.py $(ARGS)
+
+bench: $(STAMP) ## Measure other libraries, too; tables and plots into docs/ (ARGS=--help)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/render.py
 
 lint: $(STAMP) ## Check style, formatting and who imports whom
 	$(BIN)/ruff check .

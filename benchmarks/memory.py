@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from inner_loops import Params, Workload, autograd, by_hand, func, torchopt_loop
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -51,6 +50,8 @@ from diffopt.adjoint import (
     Truncated,
     Unrolled,
 )
+from suite.maml import Params
+from suite.mlp_unroll import Train, by_hand, by_hand_func, higher_loop, torchopt_loop
 
 ADJOINTS: dict[str, Callable[[int], Adjoint]] = {
     "Unrolled": lambda _: Unrolled(),
@@ -123,20 +124,9 @@ def quartic() -> tuple[list[Tensor], Callable[..., Tensor]]:
 MODELS = {"mlp": mlp, "transformer": transformer, "quartic": quartic}
 
 
-def higher_loop(w: Workload, params: Params, lr: Any, train: Any) -> Params:
-    import higher
-
-    plain = [torch.nn.Parameter(p.clone()) for p in params.values()]
-    unrolled = higher.get_diff_optim(torch.optim.Adam(plain), plain, override={"lr": [lr]})
-    values = [p.clone().requires_grad_() for p in params.values()]
-    for _ in range(w.steps):
-        values = unrolled.step(w.loss(dict(zip(params, values, strict=True)), *train), values)
-    return dict(zip(params, values, strict=True))
-
-
-OTHERS: dict[str, tuple[str, Callable[[Workload, Params, Any, Any], Params]]] = {
-    "by hand, torch.autograd": ("torch", by_hand(autograd)),
-    "by hand, torch.func": ("torch", by_hand(func)),
+OTHERS: dict[str, tuple[str, Train]] = {
+    "by hand, torch.autograd": ("torch", by_hand),
+    "by hand, torch.func": ("torch", by_hand_func),
     "TorchOpt": ("torchopt", torchopt_loop),
     "higher": ("higher", higher_loop),
 }
@@ -146,15 +136,14 @@ def other(model: str, name: str, steps: int) -> Callable[[], object]:
     """The meta-gradient of `case` without this library."""
     torch.manual_seed(0)
     values, list_loss = MODELS[model]()
-    params = {str(i): p.requires_grad_() for i, p in enumerate(values)}
+    params = {str(i): p for i, p in enumerate(values)}
 
     def loss(params: Params, decay: Any) -> Tensor:
         return list_loss(list(params.values()), decay)
 
     def gradient() -> object:
         lr, decay = (torch.tensor(v, requires_grad=True) for v in (1e-3, 1e-4))
-        workload = Workload("", loss, params, [], "adam", {}, steps, True)
-        end = OTHERS[name][1](workload, params, lr, (decay,))
+        end = OTHERS[name][1](loss, params, lr, (decay,), steps)
         return torch.autograd.grad(loss(end, 0.0), (lr, decay))
 
     return gradient
