@@ -38,7 +38,7 @@ from rich.progress import Progress
 
 from render import report
 from suite import WORKLOADS
-from suite.process import Setting, serve, truth
+from suite.process import Setting, environment, serve, truth
 from suite.workload import distance
 
 PACKAGES = ["torch", "torchopt", "higher", "jax", "optax", "jaxopt"]
@@ -51,9 +51,10 @@ Figures = dict[str, Any]
 class Remote:
     """A process, and the connection to it."""
 
-    def __init__(self, target: Callable[..., None], *args: Any) -> None:
+    def __init__(self, folder: str, target: Callable[..., None], setting: Setting, *names: str):
+        os.environ |= environment(setting, folder)  # the process inherits it
         self.connection, theirs = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=target, args=(theirs, *args), daemon=True)
+        self.process = SPAWN.Process(target=target, args=(theirs, setting, *names), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -89,17 +90,18 @@ def measure(setting: Setting, names: list[str], options: Any, progress: Progress
     workload = WORKLOADS[setting.workload]
     title = f"{setting.workload}, {setting.threads} threads"
     task = progress.add_task(title, total=2 * len(names) + options.rounds)
-    reference = Remote(truth, setting)
-    known = reference.receive(options.minutes)
-    reference.end()
-    if "failed" in known:
-        raise RuntimeError(f"{setting.workload}: the reference has failed: {known['failed']}")
-    truths, figures, alive = known.pop("results"), {}, {}
+    figures, alive = {}, {}
     with tempfile.TemporaryDirectory() as caches:
+        reference = Remote(caches, truth, setting)
+        known = reference.receive(options.minutes)
+        reference.end()
+        if "failed" in known:
+            raise RuntimeError(f"{setting.workload}: the reference has failed: {known['failed']}")
+        truths = known.pop("results")
         for name in names:
             progress.update(task, description=f"{title}: {name}", advance=1)
             folder = f"{caches}/{re.sub('[^a-zA-Z]+', '_', name)}"
-            peer = Remote(serve, setting, name, folder)
+            peer = Remote(folder, serve, setting, name)
             found = peer.receive(options.minutes)
             if "results" in found:
                 alive[name], found = peer, judged(found, truths, workload.tolerance)
@@ -135,7 +137,7 @@ def verdict(found: Figures) -> str:
 
 def warm(setting: Setting, name: str, folder: str, options: Any) -> float | None:
     """The first call of a second process."""
-    second = Remote(serve, setting, name, folder)
+    second = Remote(folder, serve, setting, name)
     found = second.receive(options.minutes)
     second.end()
     return found.get("first")

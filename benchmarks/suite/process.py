@@ -40,22 +40,22 @@ class Setting(NamedTuple):
         return "processor" if self.threads == 1 and self.device == "cpu" else "wall"
 
 
-def restrict(setting: Setting) -> None:
-    """To so many cores; before torch and jax are imported."""
-    cores = sorted(os.sched_getaffinity(0))[: setting.threads]
-    os.sched_setaffinity(0, cores)
-    os.environ |= {"OMP_NUM_THREADS": str(setting.threads), "JAX_PLATFORMS": setting.device}
-    if setting.threads == 1:  # in this process, so that its time is this process's
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-
-
-def cached(folder: str) -> None:
-    """Compilers keep their results there."""
-    os.environ |= {
+def environment(setting: Setting, folder: str) -> dict[str, str]:
+    """Variables that a process needs from its beginning; compilers keep results in `folder`."""
+    return {
+        "OMP_NUM_THREADS": str(setting.threads),
+        "JAX_PLATFORMS": setting.device,
+        # With one thread in the process itself, whose time is measured.
+        "TORCHINDUCTOR_COMPILE_THREADS": str(setting.threads),
         "TORCHINDUCTOR_CACHE_DIR": folder,
         "JAX_COMPILATION_CACHE_DIR": folder,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def restrict(setting: Setting) -> None:
+    """This process to as many cores as it may use, since jax has no other limit."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-setting.threads :])
 
 
 class Contestant:
@@ -129,10 +129,9 @@ def now(setting: Setting) -> float:
     return time.process_time() + times.children_user + times.children_system
 
 
-def serve(connection: Connection, setting: Setting, name: str, folder: str) -> None:
+def serve(connection: Connection, setting: Setting, name: str) -> None:
     """Send the results and what it took to get them; then answer until there is no more to do."""
     restrict(setting)
-    cached(folder)
     warnings.simplefilter("ignore")
     try:
         contestant = Contestant(setting, name)
