@@ -160,10 +160,12 @@ def machine() -> Figures:
 
 
 def rounded(value: Any) -> Any:
-    """Four digits are enough."""
+    """Four digits are enough; JSON has no NaN."""
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return None if value != value else float(f"{value:.4g}")
+    return value
 
 
 def merged(file: Path, block: Figures) -> list[Figures]:

@@ -65,7 +65,7 @@ def row(found: Figures, unit: float) -> list[str]:
         digits(found["first"]),
         "" if warm is None else digits(warm),
         counts(found),
-        f"{found['error']:.0e}",
+        "NaN" if found["error"] is None else f"{found['error']:.0e}",
     ]
 
 
@@ -163,6 +163,16 @@ def color(name: str) -> str:
     return COLORS[name.split(",")[0]]
 
 
+def logarithmic(axis: Any) -> None:
+    """With plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def times(blocks: list[Figures]) -> Any:
     """Ratios of one thread's minima, hatched where results are wrong."""
     from matplotlib.figure import Figure
@@ -181,7 +191,8 @@ def times(blocks: list[Figures]) -> Any:
             edgecolor="white",
         )
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", title=WORKLOADS[block["workload"]].title)
+        logarithmic(axes.xaxis)
+        axes.set_title(WORKLOADS[block["workload"]].title)
         axes.tick_params(labelsize=8)
     panels[-1].set_xlabel("time relative to the loop by hand; hatched: wrong result")
     return figure
@@ -191,16 +202,19 @@ def time_and_memory(block: Figures) -> Any:
     """Each program of one workload, by what it takes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, found in block["peers"].items():
+    for i, (name, found) in enumerate(block["peers"].items()):
         if "min" in found:
+            label = name if found["agrees"] else f"{name} (wrong)"
             at = found["peak"] / 1e6, found["min"] / unit(block)
-            axes.plot(*at, "o" if found["agrees"] else "x", color=color(name))
-            axes.annotate(name, at, xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlabel="peak MB", ylabel="time relative to by hand")
+            axes.plot(*at, "os^vDP*X"[i % 8], color=color(name), label=label, linestyle="")
+    logarithmic(axes.xaxis)
+    logarithmic(axes.yaxis)
+    axes.set(xlabel="peak MB", ylabel="time relative to the loop by hand")
     axes.set_title(WORKLOADS[block["workload"]].title)
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -37,7 +37,10 @@ def problem(rng: np.random.Generator, smoke: bool) -> tuple[Any, ...]:
     return params, np.asarray(rng.uniform(0.5e-3, 2e-3)), x, y, new_x, new_y
 
 
-WORKLOAD = Workload("MLP of 270,000 weights, 50 Adam steps, d/d lr", problem, steps=50)
+# In float32, 1 - 0.999**t has an error of up to 6e-5 where it is computed from a tensor t.
+WORKLOAD = Workload(
+    "MLP of 270,000 weights, 50 Adam steps, d/d lr", problem, steps=50, tolerance=1e-3
+)
 
 
 def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ class Contestant:
     def __init__(self, setting: Setting, name: str | None, dtype: str = "float32") -> None:
         from . import WORKLOADS  # imports torch
 
-        self.setting, workload = setting, WORKLOADS[setting.workload]
+        self.setting, self.workload = setting, WORKLOADS[setting.workload]
+        workload = self.workload
         self.peer = workload.entrant(name)
         self.program = self.peer.make(min(workload.steps, 2) if setting.smoke else workload.steps)
         self.problems = [
@@ -205,11 +206,12 @@ def truth(connection: Connection, setting: Setting) -> None:
     restrict(setting)
     reference = Contestant(setting, None, "float64")
     results = [reference.result(which) for which in range(2)]
-    connection.send({"results": results, **work(reference), **limits(setting)})
+    by_hand = Contestant(setting, reference.workload.unit, "float64")
+    connection.send({"results": results, **work(by_hand), **limits(setting)})
 
 
 def work(contestant: Contestant) -> dict[str, float]:
-    """Operations of the reference, what they read and write in float32, and its flops."""
+    """Operations of a program, what they read and write in float32, and their flops."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
