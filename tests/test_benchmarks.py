@@ -60,6 +60,14 @@ def test_a_wrong_program_is_named_and_its_time_marked(monkeypatch, factor):
     assert "wrong" in render.ratio(found | {"min": 1.0}, 1.0)
 
 
+def test_the_page_shows_the_recorded_figures():
+    blocks = json.loads(render.FIGURES.read_text(encoding="utf-8"))
+    page = render.PAGE.read_text(encoding="utf-8")
+    parts = render.tables(blocks)
+    assert all(text in page for text in parts.values())
+    assert render.filled(page, parts) == page
+
+
 @pytest.mark.slow
 def test_processes_of_their_own_are_timed(tmp_path, monkeypatch):
     file = tmp_path / "figures.json"
