@@ -258,16 +258,26 @@ class Call:
         needed: Sequence[bool],
         given: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        pulled = Pulled.of(self.routine, needed, [x is not None for x in given])
-        if not any(x is not None and there for x, there in zip(given, pulled.there, strict=True)):
+        wanted, there = self._asked(needed, [x is not None for x in given])
+        if not any(x is not None and takes for x, takes in zip(given, there, strict=True)):
             return [None] * len(inputs)
         cotangents = [
-            torch.zeros_like(inputs[o]) if x is None else x
-            for o, (x, there) in enumerate(zip(given, pulled.there, strict=True))
-            if there
+            self._zeros(o, inputs, given) if x is None else x
+            for o, (x, takes) in enumerate(zip(given, there, strict=True))
+            if takes
         ]
-        grads = self.followed("vjp", pulled.wanted, pulled.there).applied([*inputs, *cotangents])
-        return chosen(grads, pulled.wanted, needed)
+        call = self.followed("vjp", wanted, there)
+        grads = iter(call.applied([*inputs, *cotangents, *extra]))
+        found = [next(grads) if want else None for want in wanted]
+        return [g if need else None for g, need in zip(found, needed, strict=True)]
+
+    def _asked(self, needed: Sequence[bool], present: Sequence[bool]) -> Pulled:
+        """Which gradients to ask for, and which cotangents to pass."""
+        return Pulled.of(self.routine, needed, present)
+
+    def _zeros(self, o: int, inputs: Sequence[Tensor], given: Sequence[Tensor | None]) -> Tensor:
+        """The cotangent of a result without one, which is one of the carry's."""
+        return torch.zeros_like(inputs[o])
 
 
 class Pulled(NamedTuple):
@@ -291,15 +301,6 @@ class Pulled(NamedTuple):
         )
         reached = set[int]().union(*(on for on, t in zip(depends, there, strict=True) if t))
         return Pulled(tuple(i in moving and i in reached for i in range(routine.count)), there)
-
-
-def chosen(
-    grads: Iterable[Tensor], wanted: Sequence[bool], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """For each input its gradient if it is needed; they are those of the inputs wanted."""
-    given = iter(grads)
-    found = [next(given) if want else None for want in wanted]
-    return [g if need else None for g, need in zip(found, needed, strict=True)]
 
 
 class _Drawn:

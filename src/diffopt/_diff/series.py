@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch
-from diffopt._diff.calls import Call, Pulled, chosen, compact, distinct
+from diffopt._diff.calls import Call, Pulled, compact, distinct
 from diffopt._diff.kernels import Operator, Wires
 from diffopt._diff.tasks import Joint
 
@@ -137,36 +137,21 @@ class Series(Call):
         first = [g for i, g in grads.items() if i < self.steady]
         return [*first, *totals.values(), *itertools.chain(*reversed(of_xs))]
 
-    def _pullback(
-        self,
-        inputs: list[Tensor],
-        extra: list[Tensor],
-        needed: Sequence[bool],
-        given: Sequence[Tensor | None],
-    ) -> list[Tensor | None]:
+    def _asked(self, needed: Sequence[bool], present: Sequence[bool]) -> Pulled:
+        """The same for every step: what is needed or present in some step is so in all."""
         split, steady, steps = self.routine.split, self.steady, len(self.elements)
-        present = [x is not None for x in given]
-        pulled = Pulled.of(
+        wanted, there = Pulled.of(
             self.routine,
             [*needed[:split], *any_of(needed[split:], steps)],
             [*present[:steady], *any_of(present[steady:], steps)],
         )
-        wanted = (*pulled.wanted[:split], *pulled.wanted[split:] * steps)
-        there = (*pulled.there[:steady], *pulled.there[steady:] * steps)
-        if not any(a and b for a, b in zip(present, there, strict=True)):
-            return [None] * len(inputs)
-        cotangents = [
-            self._zeros(o, inputs, given) if x is None else x
-            for o, (x, takes) in enumerate(zip(given, there, strict=True))
-            if takes
-        ]
-        call = self.followed("vjp", wanted, there)
-        return chosen(call.applied([*inputs, *cotangents, *extra]), wanted, needed)
+        return Pulled(
+            (*wanted[:split], *wanted[split:] * steps), (*there[:steady], *there[steady:] * steps)
+        )
 
-    def _zeros(self, o: int, inputs: Sequence[Tensor], given: Sequence[Any]) -> Tensor:
-        """The cotangent of a result without one."""
+    def _zeros(self, o: int, inputs: Sequence[Tensor], given: Sequence[Tensor | None]) -> Tensor:
         if o < self.steady:
-            return torch.zeros_like(inputs[o])
+            return super()._zeros(o, inputs, given)
         same = given[self.steady + (o - self.steady) % self.outputs :: self.outputs]
         return torch.zeros_like(next(x for x in same if x is not None))
 
