@@ -145,7 +145,7 @@ class Numbering:
     def __call__(self, tree: Tree, skip: int = 0) -> tuple[list[Tensor], Joint]:
         """The tensors of a tree, whose first leaves remain numbers, and how to join them."""
         leaves, spec = _tree.flatten(tree)
-        numbers = {i: leaf for i, leaf in enumerate(leaves) if i >= skip and self._is_number(leaf)}
+        numbers = {i: leaf for i, leaf in enumerate(leaves) if i >= skip and type(leaf) is float}
         tensors = [self._tensor(x) if i in numbers else x for i, x in enumerate(leaves)]
         places = [i for i, x in enumerate(tensors) if isinstance(x, Tensor)]
         rest = [None if isinstance(x, Tensor) else x for x in tensors]
@@ -157,9 +157,6 @@ class Numbering:
             spec = _tree.flatten(x)[1]
             return [self._tensor(x)], Joint(spec, [None], [0], {0: x})
         return self(x)
-
-    def _is_number(self, leaf: Any) -> bool:
-        return type(leaf) is float
 
     def _tensor(self, number: float) -> Tensor:
         dtype = torch.int64 if isinstance(number, int) else self.dtype

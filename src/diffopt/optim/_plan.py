@@ -254,10 +254,8 @@ class Bucket:
             # One tensor many times takes a kernel a fifth less time than as many tensors.
             steps = [count] * len(columns[0])
             first = None if isinstance(t, Tensor) else t == 0
-            if first is not False and running.initial_of(
-                self.rule, self.numbers
-            ):  # the state is past its initial values
-                first = False
+            if first is not False and running.initial_of(self.rule, self.numbers):
+                first = False  # the state is past its initial values
             counts.add_(1)  # at the last moment: Ctrl-C is handled after the kernel
         try:
             done = running.native_(self.rule, steps, first, self.numbers, columns, **amp)
