@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -57,26 +57,25 @@ class Steps:
                 return self.take(x)
             self._carry = None, None, buffers
         updates = self._updates
-        inputs = self._carry[2], inputs, batch
-        with Explained():
-            create_graph = step.second_order and torch.is_grad_enabled()
-            value, (buffers, aux), grads = leaf_gradients(
-                step.objective,
-                updates.params,
-                updates.spec,
-                inputs,
-                create_graph,
-            )
-            if not step.second_order:
-                value, buffers, aux, grads = _tree.detach((value, buffers, aux, grads))
+        value, buffers, aux, grads = _gradients(step, updates, (self._carry[2], inputs, batch))
+        self._carry = None, None, buffers
         if not updates.update(grads, hparams):
             params, state, _ = self._settled()
             grads = _tree.unflatten(grads, updates.spec)
             params, state = step.optimizer.update(params, grads, state, hparams)
             self._carry, self._gradient = (params, state, buffers), None
-        else:
-            self._carry = None, None, buffers
         return value, aux, None
+
+
+def _gradients(step: GradientStep, updates: Repeated, inputs: Tree) -> tuple[Any, ...]:
+    """The loss, its buffers and auxiliary outputs, and the gradients of the params' leaves."""
+    create_graph = step.second_order and torch.is_grad_enabled()
+    with Explained():
+        value, (buffers, aux), grads = leaf_gradients(
+            step.objective, updates.params, updates.spec, inputs, create_graph
+        )
+    results = value, buffers, aux, grads
+    return results if step.second_order else _tree.detach(results)
 
 
 def one_by_one(step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
@@ -98,15 +97,13 @@ def taken(
     Compiled steps are run together if nothing else runs in between: neither a callback nor the code
     of an iterator. Others are run by `eager`, which is `one_by_one` of the step by default.
     """
-    if eager is None:
-        eager = functools.partial(one_by_one, step)
-    if type(step) not in (GradientStep, CompiledStep) or not isinstance(xs, list):
-        return eager(carry, args, xs)
-    own, elements = cast("GradientStep | CompiledStep", step), xs
-    if own.compiler is None or len(elements) < 2:
-        return eager(carry, args, xs)
-    task, uncompiled = own.task(carry, args, elements[0]), functools.partial(eager, carry, args, xs)
-    return own.compiler.loop(task, own.elements(carry, elements), uncompiled)
+    eager = functools.partial(eager or functools.partial(one_by_one, step), carry, args, xs)
+    kinds = GradientStep, CompiledStep
+    if not isinstance(step, kinds) or type(step) not in kinds:  # a subclass has code of its own
+        return eager()
+    if step.compiler is None or not isinstance(xs, list) or len(xs) < 2:
+        return eager()
+    return step.compiler.loop(step.task(carry, args, xs[0]), step.elements(carry, xs), eager)
 
 
 def _repeatable(step: Step) -> GradientStep | None:
