@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from diffopt.adjoint import Checkpointed, ForwardMode
 
 from .by_hand import adam, loop
 from .maml import Loss, Params, gradient
+from .others import by_higher, by_torch_optim, by_torchopt
 from .workload import Program, Workload
 
 Train = Callable[..., Params]
@@ -60,9 +62,12 @@ def reverse(train: Train, steps: int) -> Program:
 # By hand
 
 
+def leaves(params: Params) -> Params:
+    return {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
 def by_hand(loss: Loss, params: Params, lr: Any, args: Any, steps: int) -> Params:
-    params = {name: p.detach().requires_grad_() for name, p in params.items()}
-    return loop("adam", lambda params: gradient(loss, params, *args), params, lr, steps)
+    return loop("adam", lambda params: gradient(loss, params, *args), leaves(params), lr, steps)
 
 
 def by_hand_func(loss: Loss, params: Params, lr: Any, args: Any, steps: int) -> Params:
@@ -221,58 +226,28 @@ for name, options in ADJOINTS.items():
 # Other libraries
 
 
-@WORKLOAD.peer("torch.optim, differentiable")
-def torch_optim(steps: int) -> Program:
-    def train(loss: Loss, params: Params, lr: Any, args: Any, steps: int) -> Params:
-        params = {name: p.detach().requires_grad_().clone() for name, p in params.items()}
-        optimizer = torch.optim.Adam(params.values(), lr=lr, differentiable=True)
-        for _ in range(steps):
-            # Clones, since the step overwrites what the loss has saved.
-            grads = gradient(lambda p: loss({n: q.clone() for n, q in p.items()}, *args), params)
-            for name, p in params.items():
-                p.grad = grads[name]
-            optimizer.step()
-        return params
-
-    return reverse(train, steps)
+def torch_optim_loop(loss: Loss, params: Params, lr: Any, args: Any, steps: int) -> Params:
+    make = partial(torch.optim.Adam, lr=lr, differentiable=True)
+    return by_torch_optim(loss, leaves(params), args, make, steps)
 
 
 def torchopt_loop(loss: Loss, params: Params, lr: Any, args: Any, steps: int) -> Params:
     import torchopt
 
-    params = {name: p.detach().requires_grad_() for name, p in params.items()}
-    optimizer = torchopt.adam(lr=lr, eps_root=1e-30)
-    state = optimizer.init(params)
-    for _ in range(steps):
-        grads = gradient(loss, params, *args)
-        updates, state = optimizer.update(grads, state, params=params, inplace=False)
-        params = torchopt.apply_updates(params, updates, inplace=False)
-    return params
-
-
-@WORKLOAD.peer("TorchOpt")
-def torchopt(steps: int) -> Program:
-    import torchopt  # noqa: F401 (absent: skipped)
-
-    return reverse(torchopt_loop, steps)
+    return by_torchopt(loss, leaves(params), args, torchopt.adam(lr=lr, eps_root=1e-30), steps)
 
 
 def higher_loop(loss: Loss, params: Params, lr: Any, args: Any, steps: int) -> Params:
-    import higher
-
-    plain = [torch.nn.Parameter(p.detach()) for p in params.values()]
-    optimizer = higher.get_diff_optim(torch.optim.Adam(plain), plain, override={"lr": [lr]})
-    values = [p.detach().requires_grad_() for p in params.values()]
-    for _ in range(steps):
-        values = optimizer.step(loss(dict(zip(params, values, strict=True)), *args), values)
-    return dict(zip(params, values, strict=True))
+    return by_higher(loss, leaves(params), args, torch.optim.Adam, steps, {"lr": [lr]})
 
 
-@WORKLOAD.peer("higher")
-def higher(steps: int) -> Program:
-    import higher  # noqa: F401 (absent: skipped)
-
-    return reverse(higher_loop, steps)
+LOOPS: dict[str, Train] = {
+    "torch.optim, differentiable": torch_optim_loop,
+    "TorchOpt": torchopt_loop,
+    "higher": higher_loop,
+}
+for name, train in LOOPS.items():
+    WORKLOAD.peer(name)(lambda steps, train=train: reverse(train, steps))
 
 
 def jax_program(steps: int, *, remat: bool = False, forward: bool = False) -> Program:

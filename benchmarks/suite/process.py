@@ -131,7 +131,7 @@ def now(setting: Setting) -> float:
 
 
 def serve(connection: Connection, setting: Setting, name: str) -> None:
-    """Send the results and what it took to get them; then answer until there is no more to do."""
+    """Send the results and what it took to get them; then answer what is asked."""
     restrict(setting)
     warnings.simplefilter("ignore")
     try:
@@ -149,7 +149,8 @@ def serve(connection: Connection, setting: Setting, name: str) -> None:
         return
     connection.send({"results": results, "first": first, "once": once, **found})
     calls = max(1, min(100, round(TURN / once)))
-    for asked in iter(connection.recv, "end"):
+    while True:  # until it is killed
+        asked = connection.recv()
         connection.send(contestant.turn(calls) if asked == "time" else peak(contestant))
 
 

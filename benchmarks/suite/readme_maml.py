@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import diffopt
 
 from .by_hand import RULES, loop
 from .maml import Params, gradient
+from .others import by_torch_optim, by_torchopt
 from .workload import Program, Workload
 
 LR = 0.01
@@ -124,15 +126,12 @@ def torch_optim(rule: str, steps: int) -> Program:
         def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
             return mse_loss(functional_call(net, params, (x,)), y)
 
-        inner = {name: p.clone() for name, p in net.named_parameters()}
-        optimizer = torch_optimizer(rule, inner.values(), differentiable=True)
-        for _ in range(steps):
-            # Clones, since the step overwrites what the loss has saved.
-            grads = gradient(lambda p: loss({n: q.clone() for n, q in p.items()}, x, y), inner)
-            for name, p in inner.items():
-                p.grad = grads[name]
-            optimizer.step()
-        return gradient_of(loss(inner, new_x, new_y), net)
+        start, make = (
+            dict(net.named_parameters()),
+            partial(torch_optimizer, rule, differentiable=True),
+        )
+        end = by_torch_optim(loss, start, (x, y), make, steps)
+        return gradient_of(loss(end, new_x, new_y), net)
 
     return meta_gradient
 
@@ -150,13 +149,8 @@ def torchopt_(rule: str, steps: int) -> Program:
             optimizer = torchopt.sgd(lr=LR, momentum=0.9, moment_requires_grad=True)
         else:
             optimizer = getattr(torchopt, rule)(lr=LR, **TORCHOPT[rule])
-        inner = dict(net.named_parameters())
-        state = optimizer.init(inner)
-        for _ in range(steps):
-            grads = gradient(loss, inner, x, y)
-            updates, state = optimizer.update(grads, state, params=inner, inplace=False)
-            inner = torchopt.apply_updates(inner, updates, inplace=False)
-        return gradient_of(loss(inner, new_x, new_y), net)
+        end = by_torchopt(loss, dict(net.named_parameters()), (x, y), optimizer, steps)
+        return gradient_of(loss(end, new_x, new_y), net)
 
     return meta_gradient
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import diffopt
 
 from .by_hand import adam, loop
 from .maml import Adapt, Params, batched, gradient, in_turn
+from .others import by_higher, by_torch_optim, by_torchopt
 from .workload import Program, Workload
 
 LR = 1e-3
@@ -141,49 +143,22 @@ def ours_whole(steps: int) -> Program:
 
 @WORKLOAD.peer("torch.optim, differentiable")
 def torch_optim(steps: int) -> Program:
-    def adapt(params: Params, x: Tensor, y: Tensor) -> Params:
-        params = {name: p.clone() for name, p in params.items()}
-        optimizer = torch.optim.Adam(params.values(), lr=LR, differentiable=True)
-        for _ in range(steps):
-            # Clones, since the step overwrites what the loss has saved.
-            grads = gradient(lambda p: loss({n: q.clone() for n, q in p.items()}, x, y), params)
-            for name, p in params.items():
-                p.grad = grads[name]
-            optimizer.step()
-        return params
-
-    return in_turn(loss, adapt)
+    make = partial(torch.optim.Adam, lr=LR, differentiable=True)
+    return in_turn(loss, lambda params, *data: by_torch_optim(loss, params, data, make, steps))
 
 
 @WORKLOAD.peer("TorchOpt")
 def torchopt(steps: int) -> Program:
     import torchopt
 
-    def adapt(params: Params, x: Tensor, y: Tensor) -> Params:
-        optimizer = torchopt.adam(lr=LR, eps_root=1e-30)
-        state = optimizer.init(params)
-        for _ in range(steps):
-            grads = gradient(loss, params, x, y)
-            updates, state = optimizer.update(grads, state, params=params, inplace=False)
-            params = torchopt.apply_updates(params, updates, inplace=False)
-        return params
-
-    return in_turn(loss, adapt)
+    opt = torchopt.adam(lr=LR, eps_root=1e-30)
+    return in_turn(loss, lambda params, *data: by_torchopt(loss, params, data, opt, steps))
 
 
 @WORKLOAD.peer("higher")
 def higher(steps: int) -> Program:
-    import higher
-
-    def adapt(params: Params, x: Tensor, y: Tensor) -> Params:
-        plain = [torch.nn.Parameter(p.detach()) for p in params.values()]
-        optimizer = higher.get_diff_optim(torch.optim.Adam(plain, lr=LR), plain)
-        values = list(params.values())
-        for _ in range(steps):
-            values = optimizer.step(loss(dict(zip(params, values, strict=True)), x, y), values)
-        return dict(zip(params, values, strict=True))
-
-    return in_turn(loss, adapt)
+    make = partial(torch.optim.Adam, lr=LR)
+    return in_turn(loss, lambda params, *data: by_higher(loss, params, data, make, steps))
 
 
 @WORKLOAD.peer("JAX, jit, vmap")
