@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 import diffopt
 
 from .by_hand import RULES, loop
-from .maml import Params, gradient
+from .maml import Loss, Params, gradient
 from .others import by_torch_optim, by_torchopt
 from .workload import Program, Workload
 
@@ -53,13 +53,17 @@ def with_width(params: Params) -> nn.Module:
     return net
 
 
+def loss_of(net: nn.Module) -> Loss:
+    def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+        return mse_loss(functional_call(net, params, (x,)), y)
+
+    return loss
+
+
 def by_hand(rule: str, steps: int) -> Program:
     def meta_gradient(params: Params, x: Tensor, y: Tensor, new_x: Tensor, new_y: Tensor) -> Params:
         net = with_width(params)
-
-        def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-            return mse_loss(functional_call(net, params, (x,)), y)
-
+        loss = loss_of(net)
         start = dict(net.named_parameters())
         end = loop(rule, lambda params: gradient(loss, params, x, y), start, LR, steps)
         return gradient_of(loss(end, new_x, new_y), net)
@@ -122,15 +126,9 @@ def higher_(rule: str, steps: int) -> Program:
 def torch_optim(rule: str, steps: int) -> Program:
     def meta_gradient(params: Params, x: Tensor, y: Tensor, new_x: Tensor, new_y: Tensor) -> Params:
         net = with_width(params)
-
-        def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-            return mse_loss(functional_call(net, params, (x,)), y)
-
-        start, make = (
-            dict(net.named_parameters()),
-            partial(torch_optimizer, rule, differentiable=True),
-        )
-        end = by_torch_optim(loss, start, (x, y), make, steps)
+        loss = loss_of(net)
+        make = partial(torch_optimizer, rule, differentiable=True)
+        end = by_torch_optim(loss, dict(net.named_parameters()), (x, y), make, steps)
         return gradient_of(loss(end, new_x, new_y), net)
 
     return meta_gradient
@@ -141,10 +139,7 @@ def torchopt_(rule: str, steps: int) -> Program:
 
     def meta_gradient(params: Params, x: Tensor, y: Tensor, new_x: Tensor, new_y: Tensor) -> Params:
         net = with_width(params)
-
-        def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-            return mse_loss(functional_call(net, params, (x,)), y)
-
+        loss = loss_of(net)
         if rule == "momentum":
             optimizer = torchopt.sgd(lr=LR, momentum=0.9, moment_requires_grad=True)
         else:
