@@ -35,6 +35,7 @@ class Repeated:
     def __init__(self, work: Work, count: Tensor, hparams: Any) -> None:
         leaves, self._hparams_spec = _tree.flatten(hparams)
         self._forms = [*map(_form, leaves)]
+        # By group, the indices of its params, and the places of its numbers among the leaves.
         sizes = [len(number.values) for number in work.numbers]
         starts = [0, *itertools.accumulate(sizes)]
         self._groups = [
@@ -46,8 +47,11 @@ class Repeated:
         self._count = count
         self._t = _modes.number_of(_modes.exact(count))
         self._ours = is_ours(self.rule)
+        # A rule of a user's may return tensors of other kinds.
         self._kinds = None if self._ours else self._found_kinds()
         self._as_is = running.as_is([self.params, *self._buffers])
+        # The last hyperparameters: their leaves; if these are numbers, the record that the rule
+        # sees; and if nobody can change that, the object that was given.
         self._leaves, self._record, self._same = leaves, None, None
         self._names = [number.name for number in work.numbers]
 
