@@ -98,26 +98,23 @@ def test_arguments_are_gathered_once_per_loop(rule, monkeypatch):
     assert len(calls) == 1
 
 
-def changing(kind):
-    """Hyperparameters of each step, of other kinds from step to step."""
-    opt = diffopt.adam()
-    rates = torch.tensor([0.1, 0.05, 0.2, 0.1, 0.3], dtype=F64)
-    values = {
-        "numbers": lambda t: 0.1 / (t + 1),
-        "tensors": lambda t: rates[t],
-        "a number, then a tensor": lambda t: 0.1 if t < 2 else rates[t],
-        "a number, then a tree": lambda t: 0.1 if t < 2 else {"w": 0.1, "b": rates[t]},
-        "other shapes": lambda t: rates[t] if t < 2 else {"w": rates[:3], "b": rates[t]},
-    }
-    return opt, lambda t: opt.hparams(lr=values[kind](t), eps=1e-3)
+RATES = torch.tensor([0.1, 0.05, 0.2, 0.1, 0.3], dtype=F64)
+CHANGING = {
+    "numbers": lambda t: 0.1 / (t + 1),
+    "tensors": lambda t: RATES[t],
+    "a number, then a tensor": lambda t: 0.1 if t < 2 else RATES[t],
+    "a number, then a tree": lambda t: 0.1 if t < 2 else {"w": 0.1, "b": RATES[t]},
+    "other shapes": lambda t: RATES[t] if t < 2 else {"w": RATES[:3], "b": RATES[t]},
+}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["numbers", "tensors", "a number, then a tensor", "a number, then a tree", "other shapes"],
-)
+@pytest.mark.parametrize("kind", CHANGING)
 def test_hyperparameters_may_change_between_steps(kind):
-    opt, hparams = changing(kind)
+    opt = diffopt.adam()
+
+    def hparams(t):
+        return opt.hparams(lr=CHANGING[kind](t), eps=1e-3)
+
     found, expected = (derivatives(run, loss, opt, hparams, 5) for run in (minimized, by_hand))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 

@@ -116,8 +116,9 @@ def _few(node: Any) -> Any:
         return None
     while not _pointwise(node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    value, same = node.meta.get("val"), _size(node.meta.get("val")) == _size(value)
-    return node if same and _pointwise(node) and value.is_contiguous() else None
+    source = node.meta.get("val")
+    same = _size(source) == _size(value)
+    return node if same and _pointwise(node) and source.is_contiguous() else None
 
 
 def _pointwise(node: Any) -> bool:
