@@ -223,7 +223,7 @@ def test_a_state_of_another_optimizer_raises_before_the_first_step():
     assert not calls
 
 
-def test_a_loop_whose_rule_returns_another_dtype_device_or_layout_is_checked_again():
+def test_an_update_is_refused_once_a_rule_has_returned_tensors_of_another_kind():
     def meta(p, g, s, hp, c):
         return (p - hp.lr * g).to("meta"), s
 
@@ -231,8 +231,11 @@ def test_a_loop_whose_rule_returns_another_dtype_device_or_layout_is_checked_aga
         diffopt.sgd().State, diffopt.sgd(momentum=False).hparams,
         lambda p, step: diffopt.sgd().State(step, ()), meta,
     )  # fmt: skip
-    with pytest.raises((ValueError, RuntimeError)):
-        diffopt.minimize(loss, START, optimizer=opt, hparams=opt.hparams(lr=0.1), steps=3)
+    hp = opt.hparams(lr=0.1)
+    updates = opt.repeated(START, opt.init(START), hp)
+    grads = [torch.ones_like(p) for p in updates.params]
+    assert updates.update(grads, hp)
+    assert not updates.update(grads, hp)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
