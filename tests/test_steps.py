@@ -212,6 +212,33 @@ def test_neither_arguments_nor_results_share_memory_with_a_gradient(rule):
     assert given.isdisjoint(x.data_ptr() for x in torch.utils._pytree.tree_leaves(new))
 
 
+class Linear(torch.autograd.Function):
+    """The product of a tensor with a constant, which is the gradient itself."""
+
+    @staticmethod
+    def forward(ctx, x, constant):
+        ctx.constant = constant
+        return (x * constant).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.constant, None
+
+
+def test_a_state_shares_no_memory_with_a_gradient_that_the_loss_has_passed_through():
+    constant = torch.ones(3, dtype=torch.float64)
+    params = {"w": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(2, dtype=torch.float64)}
+
+    def loss(p, constant):
+        return Linear.apply(p["w"], constant) + p["b"].sum()  # the gradient of b is expanded
+
+    opt = diffopt.sgd()
+    hp = opt.hparams(lr=0.1)
+    sol = diffopt.minimize(loss, params, constant, optimizer=opt, hparams=hp, steps=2, adjoint=None)
+    opt.update_(sol.params, sol.params, sol.state, hp)
+    assert constant.eq(1).all()
+
+
 def test_a_state_of_another_optimizer_raises_before_the_first_step():
     opt, calls = diffopt.adam(), []
     state = opt.init({"w": START["w"], "b": torch.zeros(2, dtype=F64)})

@@ -126,7 +126,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             for k in work.numbers_of_state():
                 old = [work.buffers[k][i] for i in indices]
                 results[k + 1] = fields.left(columns[k + 2], old, columns[0][0])
-            results = [column and _apart(column, columns[1]) for column in results]
+            results = [column and parts.apart(column, columns[1]) for column in results]
             if len(indices) == len(work.params):
                 new = results
                 continue
@@ -160,11 +160,6 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             () if unused(c) or (c and unused(c[0])) else _tree.unflatten(c, spec) for c in buffers
         ]
         return self.State(step, *trees)
-
-
-def _apart(new: list[Any], grads: list[Any]) -> list[Any]:
-    """New values, none of which is a gradient, which belongs to the caller."""
-    return [x.clone() if x is g else x for x, g in zip(new, grads, strict=True)]
 
 
 def write_(work: Work, count: Tensor, step_: Callable[..., None]) -> None:

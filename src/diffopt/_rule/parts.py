@@ -146,3 +146,8 @@ def _takes_rate(lr: Tensor, like: Tensor) -> bool:
     """Whether kernels for a parameter take this rate, which they read in float32."""
     on_device = lr.device == like.device and lr.device.type == "cuda"
     return on_device and lr.dim() == 0 and like.dtype != torch.float64
+
+
+def apart(new: list[Any], grads: list[Any]) -> list[Any]:
+    """New values, none of which is a gradient, which belongs to the caller."""
+    return [x.clone() if x is g else x for x, g in zip(new, grads, strict=True)]

@@ -81,10 +81,10 @@ class Repeated:
             self._update_groups(leaves, columns, differentiated)
         elif differentiated:
             numbers = self._numbers(hparams, leaves, columns)
-            self._keep(running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is))
+            self._keep(running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is), grads)
         else:
             values = [leaves[k] for k in self._groups[0][1]]
-            self._keep(parts.updated(self.rule, self._t, values, columns))
+            self._keep(parts.updated(self.rule, self._t, values, columns), grads)
         return True
 
     def _known(self, leaves: list[Any]) -> bool:
@@ -119,10 +119,10 @@ class Repeated:
             for column, result in zip(new, results, strict=True):
                 for i, tensor in zip(group if column else (), result, strict=False):
                     column[i] = tensor
-        self._keep(new)
+        self._keep(new, columns[1])
 
-    def _keep(self, new: list[Any]) -> None:
-        self.params, *buffers = new
+    def _keep(self, new: list[Any], grads: Sequence[Any]) -> None:
+        self.params, *buffers = (column and parts.apart(column, grads) for column in new)
         self._buffers = [() if not c or unused(c[0]) else c for c in buffers]
 
     def _differentiated(self, columns: list[Any], leaves: list[Any]) -> bool:
