@@ -789,6 +789,7 @@ BAD_ARGUMENTS = {
     "model": (lambda net: (3, diffopt.sgd()), {}, TypeError, "not a torch.nn.Module"),
     "no parameters": (lambda net: (nn.ReLU(), diffopt.sgd()), {}, ValueError, "no parameters to"),
     "optimizer": (lambda net: (net, 3), {}, TypeError, "optimizer is 3, not a diffopt optimizer"),
+    "class": (lambda net: (net, torch.optim.SGD), {}, TypeError, "is the class SGD: pass"),
     "another's": (lambda net: (net, torch.optim.SGD(mlp().parameters())), {}, ValueError,
                   r"param_groups\[0\]\['params'\]\[0\] is not a parameter of the module"),
     "hparams": (lambda net: (net, diffopt.sgd()), {"hparams": 0.1}, TypeError, "hparams is 0.1"),

@@ -147,7 +147,10 @@ def test_a_batch_of_numbers_keeps_the_dtype_of_the_params():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (draw(3), r"params\['b'\]\[0\] has shape \(3,\), but Muon updates only matrices"),
+        (
+            draw(3),
+            r"params\['b'\]\[0\] has shape \(3,\), but Muon updates only matrices: give it to",
+        ),
         (
             draw(2, 3, 4),
             r"params\['b'\]\[0\] has shape \(2, 3, 4\), but Muon updates only matrices",

@@ -1,6 +1,7 @@
 """The conformance kit fails on planted defects, each in the check that is there to find it."""
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -327,7 +328,7 @@ def test_the_check_finds_the_defect(name, defect):
 
 
 def test_what_was_not_kept_is_named():
-    with pytest.raises(AssertionError, match=r"has dtype torch\.\w+, but had torch\.\w+$"):
+    with pytest.raises(AssertionError, match=r"has dtype torch\.\w+, but had torch\.\w+\n"):
         CHECKS["kept"](Case(Promoting(), dtypes=(torch.float64, torch.float32)))
 
 
@@ -443,8 +444,18 @@ def test_skip_leaves_checks_out():
     testing.check(make(wrong_formula), reference=Reference, skip=others)
 
 
+def test_a_rule_that_writes_to_its_state_fails_for_that_and_a_note_explains_the_check():
+    def in_place(p, g, s, hp, c):
+        s.square_avg.add_(g * g)
+        return sound(p, g, s, hp, c)
+
+    with pytest.raises(AssertionError, match=r"^pure: arguments.state.\S+ was changed") as raised:
+        testing.check(make(in_place))
+    assert raised.value.__notes__ == [f"pure checks this: {inspect.getdoc(CHECKS['pure'])}"]
+
+
 def test_skip_of_an_unknown_check_raises():
-    with pytest.raises(ValueError, match=r"skip has \['compile'\], but the checks are \['parity'"):
+    with pytest.raises(ValueError, match=r"skip has \['compile'\], but the checks are \['pure'"):
         testing.check(make(), skip=["compile"])
 
 

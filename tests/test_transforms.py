@@ -315,6 +315,7 @@ def is_matrix(params):
     return pytree.tree_map(lambda p: p.dim() == 2, params)
 
 
+ONE = torch.ones(())
 MASK = {"a": True, "b": [False, True]}
 MAKERS = {
     "chain": lambda o: t.chain(t.clip_by_global_norm(), t.clip_by_norm(), t.clip_by_value(), o),
@@ -546,11 +547,39 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
         (lambda: both(sgd, adam).hparams([1]), r"takes keywords or a dict of records, not \[1\]"),
         (lambda: t.stateless(dict, scaled), "hparams is <class 'dict'>, not a class made by"),
         (lambda: t.stateless(Factor, None), "function is None, not a function"),
+        (
+            lambda: t.stateless(tuple, lambda g, p, hp: g[0]).apply([ONE], [ONE], (), ()),
+            "returned a tensor, not a list of gradients",
+        ),
     ],
 )
 def test_wrong_calls_raise_and_say_what_is_right(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+class Negated(t.Transformation):
+    hparams = tuple
+
+    def init(self, params):
+        return ()
+
+    def apply(self, grads, params, state, hparams):
+        return pytree.tree_map(lambda g: None if g is None else -g, grads), state
+
+
+@pytest.mark.parametrize(
+    "negated", [Negated(), t.stateless(tuple, lambda grads, params, hp: [-g for g in grads])]
+)
+def test_a_gradient_transformation_may_have_no_hyperparameters(negated):
+    opt = t.chain(t.clip_by_value(), negated, sgd)
+    params, grads = {"a": ONE, "b": ONE.clone()}, {"a": ONE, "b": None}
+    new, _ = opt.update(params, grads, opt.init(params), opt.hparams(lr=0.25))
+    assert (new["a"], new["b"]) == (1.25, 1)
+    optimizer = diffopt.optim.from_pure(opt, [param := nn.Parameter(ONE.clone())], lr=0.25)
+    param.grad = ONE
+    optimizer.step()
+    assert param == 1.25
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, True])

@@ -413,12 +413,19 @@ def _source(
         pure, owners = to_pure(given, module=module), names_in(given, module)
         hparams = pure.hparams if hparams is None else hparams
         return _Source(given, owners, pure.optimizer, pure.state, hparams)
+    _check_called(given)
     check_optimizer(given, "optimizer")
     if state is not None:
         check_state(state, given, params)
     hparams = given.hparams() if hparams is None else hparams
     state = given.init(params) if state is None else state
     return _Source(None, [[*params]], given, state, hparams)
+
+
+def _check_called(given: object) -> None:
+    if isinstance(given, type) and issubclass(given, torch.optim.Optimizer):
+        name = given.__name__
+        raise TypeError(f"optimizer is the class {name}: pass {name}(module.parameters(), ...)")
 
 
 def _named_values(override: Any) -> dict[str, Any]:

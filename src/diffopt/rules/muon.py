@@ -131,7 +131,10 @@ class Muon(Leafwise[MuonState, MuonHParams]):
 
     def refuse(self, p: Tensor) -> str | None:
         if p.dim() != 2:
-            return f"has shape {tuple(p.shape)}, but Muon updates only matrices"
+            return (
+                f"has shape {tuple(p.shape)}, but Muon updates only matrices: give it to another "
+                "optimizer, with diffopt.transforms.partition"
+            )
         return "is complex: Muon does not support complex parameters" if p.is_complex() else None
 
 

@@ -6,6 +6,7 @@ Import it in tests only: it requires hypothesis (`pip install 'torch-diffopt[tes
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ def check(
         frozen: `params -> tree of bools`: which tensors it never updates.
 
     Raises:
-        AssertionError: a check failed; the message begins with the check's name.
+        AssertionError: a check failed; the message begins with the check's name, and a note says
+            what it checks.
         TypeError: an argument is not of its kind.
         ValueError: `skip` has a name that is not a check, there are fewer than two shapes, float64
             is not among the dtypes, or a hyperparameter is a tree like params, which the checks
@@ -106,7 +108,9 @@ def _named(name: str, function: Callable[[Case], None]) -> Callable[[Case], None
         try:
             function(case)
         except Exception as error:
-            raise AssertionError(f"{name}: {error}") from error
+            failure = AssertionError(f"{name}: {error}")
+            failure.add_note(f"{name} checks this: {inspect.getdoc(function)}")
+            raise failure from error
 
     return run
 
@@ -114,6 +118,7 @@ def _named(name: str, function: Callable[[Case], None]) -> Callable[[Case], None
 CHECKS: Mapping[str, Callable[[Case], None]] = {
     function.__name__: _named(function.__name__, function)
     for function in (
+        _trees.pure,  # first: what writes to its arguments fails the others for no visible reason
         _values.parity,
         _values.numbers,
         _values.half_step,
@@ -127,7 +132,6 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
         _transforms.vmap,
         _transforms.compiled,
         _trees.kept,
-        _trees.pure,
         _trees.no_gradient,
         _trees.in_place,
         _trees.key_order,

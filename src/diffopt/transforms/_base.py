@@ -31,7 +31,7 @@ class Transformation(ABC, Generic[S, H]):
     subclass this for one with a state.
 
     Attributes:
-        hparams: creates the record of hyperparameters, a pytree.
+        hparams: creates the record of hyperparameters, a pytree; `tuple` if there are none.
 
     Examples:
         >>> import torch, diffopt
@@ -80,7 +80,7 @@ def stateless(
     """Make a gradient transformation without a state.
 
     Args:
-        hparams: a record class made by `diffopt.rules.hparams`.
+        hparams: a record class made by `diffopt.rules.hparams`; `tuple` if there are none.
         function: `(grads, params, hparams) -> new_grads`, on lists with one entry for each leaf
             that has a gradient. The fields of each record in `hparams` hold the values for its
             leaf: numbers, or tensors that broadcast to it (0-d ones are in float64).
@@ -106,7 +106,8 @@ def stateless(
         >>> opt.update(w, torch.ones(2), opt.init(w), opt.hparams(lr=0.5, factor=4.0))[0]
         tensor([-2., -2.])
     """
-    hyper.check_record_class(hparams)
+    if hparams is not tuple:
+        hyper.check_record_class(hparams)
     check_function(function, "function")
     return FromFunction(hparams, function)
 
@@ -126,7 +127,10 @@ class Stateless(Value, Transformation[tuple[()], H]):
     ) -> tuple[Tree, tuple[()]]:
         leaves = matched(grads, params)
         old, records = leaves.gradients(), leaves.records(self.hparams, hparams, params)
-        new = list(self.transform(old, leaves.moved(leaves.params), records))
+        given = self.transform(old, leaves.moved(leaves.params), records)
+        if isinstance(given, Tensor):
+            raise TypeError(f"{self!r} returned a tensor, not a list of gradients")
+        new = list(given)
         if len(new) != len(old):
             raise ValueError(f"{self!r} returned {len(new)} gradients for {len(old)}")
         return leaves.filled(n.to(o.dtype) for n, o in zip(new, old, strict=True)), state
@@ -232,6 +236,8 @@ class Leaves(NamedTuple):
         `kind` is the class that hparams must have.
         """
         checks.instance(hparams, kind, "hparams", "hparams(...)")
+        if kind is tuple:
+            return [() for _ in self.gradients()]
         numbers = hyper.broadcast(hparams, self.spec, params)
         checks.numbers(numbers, self.params, params)
         made: dict[Any, Any] = {}
