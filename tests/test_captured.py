@@ -180,3 +180,94 @@ def test_attributes_matter_that_the_loss_reads(change, matters):
     else:
         outer.backward()
         assert lr.grad.item() == pytest.approx(-2 * 3 * 4 * (1 - 4 * 0.1) ** 2)
+
+
+class _Net(torch.nn.Module):
+    """Reads its mode and a number, in what `forward` calls; its dropout in a submodule."""
+
+    def __init__(self, p=0.0, scale=2.0):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(p))
+        self.scale, self.calls = scale, 0
+
+    def scaled(self, x):
+        return self.scale * x if self.training else x
+
+    def forward(self, x):
+        return self.scaled(self.body(x))
+
+
+NETS = {
+    "dropout": lambda: torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(0.5)),
+    "norm": lambda: torch.nn.Sequential(
+        torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3, track_running_stats=False)
+    ),
+    "own": _Net,
+    "plain": lambda: torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()),
+}
+CALLS = {
+    "functionalize": diffopt.nn.functionalize,
+    "functional_call": lambda net: lambda params, x: torch.func.functional_call(net, params, (x,)),
+}
+
+
+def of_module(net, call=diffopt.nn.functionalize, how=None):
+    """A function of a learning rate that trains the module, by an adjoint that recomputes."""
+    model, x = call(net), torch.linspace(-1, 1, 8).view(4, 2)
+    lr = torch.tensor(0.1, requires_grad=True)
+    sol = diffopt.minimize(
+        lambda params, x: (model(params, x) - 1).square().sum(),
+        dict(net.named_parameters()),
+        x,
+        optimizer=opt,
+        hparams=opt.hparams(lr=lr, momentum=0.5),
+        steps=3,
+        adjoint=how or adjoint.Checkpointed(),
+    )
+    outer = sum(p.sum() for p in sol.params.values())
+    return lambda: torch.autograd.grad(outer, lr, retain_graph=True)
+
+
+@pytest.mark.parametrize("how", [adjoint.Checkpointed(), adjoint.Reversible()])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("name", ["dropout", "norm", "own"])
+def test_a_module_that_has_been_switched_to_eval_is_refused_until_switched_back(name, call, how):
+    net = NETS[name]()
+    derivative = of_module(net, call, how)
+    before = derivative()
+    net.eval()
+    with pytest.raises(RuntimeError, match=r"training, which train\(\) or eval\(\) has switched"):
+        derivative()
+    net.train()
+    assert derivative() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "matters"),
+    [
+        ("plain", lambda net: net.eval(), False),
+        ("own", lambda net: setattr(net, "calls", 1), False),
+        ("own", lambda net: setattr(net, "scale", 3.0), True),
+        ("own", lambda net: setattr(net.body[1], "p", 0.5), True),
+        ("dropout", lambda net: setattr(net[1], "p", 0.2), True),
+    ],
+)
+def test_attributes_of_modules_matter_that_their_forward_reads(name, change, matters):
+    net = NETS[name]()
+    derivative = of_module(net)
+    before = derivative()
+    change(net)
+    if matters:
+        with pytest.raises(RuntimeError, match="has been replaced since"):
+            derivative()
+    else:
+        assert derivative() == before
+
+
+def test_a_module_may_count_its_own_calls():
+    class Counting(_Net):
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    assert of_module(Counting(), CALLS["functional_call"])()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import dis
 import functools
+import inspect
 import itertools
 import types
 import weakref
@@ -88,6 +89,12 @@ class Captured:
                     "backward pass, or let the function capture a clone"
                 )
         for path in self._replaced()[:1]:
+            if path[-1] == "training":
+                raise RuntimeError(
+                    f"{self.name} captures {'.'.join(map(str, path[1:]))}, which train() or eval() "
+                    "has switched since, so the derivative cannot be recomputed: switch it back "
+                    "before the backward pass"
+                )
             raise RuntimeError(
                 f"{self.name} captures {'.'.join(map(str, path[1:]))}, which has been replaced "
                 "since, so the derivative cannot be recomputed: pass it as an argument, or create "
@@ -205,9 +212,9 @@ def _walked(
     while left:
         path, value = left.pop()
         parts = None if type(value) in _PLAIN else _parts(value, names)
-        if parts is None:
+        if parts is None or isinstance(value, torch.nn.Module):
             yield path, value, None
-        elif id(value) not in seen:
+        if parts is not None and id(value) not in seen:
             seen.add(id(value))
             yield path, value, parts
             left += [((*path, name), part) for name, part in parts]
@@ -226,6 +233,8 @@ def _parts(value: Any, names: set[str] | None) -> Iterator[tuple[Any, Any]] | No
         return itertools.islice(enumerate(cast(Any, value)), _MOST)
     if isinstance(value, dict):
         return itertools.islice(cast(Any, value).items(), _MOST)
+    if isinstance(value, torch.nn.Module):
+        return None if names is None else _settings(value, names)
     called = callable(value) and not _library(type(value))
     attributes = _attributes(value, names) if called or dataclasses.is_dataclass(value) else []
     return iter(attributes) if attributes else None
@@ -233,11 +242,32 @@ def _parts(value: Any, names: set[str] | None) -> Iterator[tuple[Any, Any]] | No
 
 def _attributes(value: Any, names: set[str] | None) -> list[tuple[str, Any]]:
     """Those of an object that are read; none of a class or a module."""
-    if isinstance(value, (type, types.ModuleType, torch.nn.Module)):
+    if isinstance(value, (type, types.ModuleType)):
         return []
     attributes = getattr(value, "__dict__", {}).items()
     whole = names is None or _library(type(value))
     return [(name, x) for name, x in attributes if whole or name in names]
+
+
+def _settings(module: torch.nn.Module, names: set[str]) -> Iterator[tuple[str, Any]]:
+    """The constants among the attributes of a module that are read, and its submodules."""
+    read = _read_by(type(module))
+    for name, x in vars(module).items():
+        if (name in read or name in names) and isinstance(x, _CONSTANTS):
+            yield name, x
+    yield from module.named_children()
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_by(kind: type) -> frozenset[str]:
+    """The names of attributes that the `forward` of a kind of module reads, or what it calls."""
+    names = left = frozenset({"forward"})
+    while left:
+        methods = [inspect.unwrap(x) for name in left if callable(x := getattr(kind, name, None))]
+        codes = [x.__code__ for x in methods if isinstance(x, types.FunctionType)]
+        left = frozenset[str]().union(*map(_names_of, codes)) - names
+        names |= left
+    return names
 
 
 def _library(x: Any) -> bool:
