@@ -116,6 +116,13 @@ def test_formulas_are_rendered(site):
     assert [path.name for path, text in texts.items() if unrendered.search(text)] == []
 
 
+def test_lines_break_in_long_names_but_not_in_blocks(site):
+    text = (site / "debugging.html").read_text(encoding="utf-8")
+    blocks = re.findall(r"<pre.*?</pre>", text, re.DOTALL)
+    assert any("set_detect" in line and "<wbr>" in line for line in text.splitlines())
+    assert not any("<wbr>" in block for block in blocks)
+
+
 @pytest.mark.parametrize("word", ["BatchNorm", "exploding", "TorchOpt", "DDP"])
 def test_the_search_finds_what_users_look_for(site, word):
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
