@@ -52,6 +52,7 @@ class Remote:
     """A process, and the connection to it."""
 
     def __init__(self, folder: str, target: Callable[..., None], setting: Setting, *names: str):
+        self.names = names
         os.environ |= environment(setting, folder)  # the process inherits it
         self.connection, theirs = SPAWN.Pipe()
         self.process = SPAWN.Process(target=target, args=(theirs, setting, *names), daemon=True)
@@ -66,11 +67,12 @@ class Remote:
             return {"failed": f"took more than {minutes:g} minutes"}
         try:
             return connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return {"failed": "the process died"}
 
     def ask(self, what: str, minutes: float) -> Any:
-        self.connection.send(what)
+        with contextlib.suppress(OSError):  # of a process that has died, as `receive` says
+            self.connection.send(what)
         return self.receive(minutes)
 
     def end(self) -> None:
@@ -89,7 +91,7 @@ def measure(setting: Setting, names: list[str], options: Any, progress: Progress
     """One workload: its peers' figures, and the circumstances."""
     workload = WORKLOADS[setting.workload]
     title = f"{setting.workload}, {setting.threads} threads"
-    task = progress.add_task(title, total=2 * len(names) + options.rounds)
+    task = progress.add_task(title, total=len(names) + options.rounds + 1)
     figures, alive = {}, {}
     with tempfile.TemporaryDirectory() as caches:
         reference = Remote(caches, truth, setting)
@@ -111,19 +113,25 @@ def measure(setting: Setting, names: list[str], options: Any, progress: Progress
             progress.console.print(f"{title}: {name}: {verdict(found)}")
         progress.update(task, description=f"{title}: taking turns")
         times: dict[str, list[float]] = {name: [] for name in alive}
-        for i in range(options.rounds):
+        for i in range(options.rounds + 1):
+            last = i == options.rounds
             for name in list(alive)[:: 1 if i % 2 else -1]:
-                times[name] += alive[name].ask("time", options.minutes)
+                answer = alive[name].ask("memory" if last else "time", options.minutes)
+                if isinstance(answer, dict):
+                    figures[name] = answer
+                    alive.pop(name).end()
+                elif last:
+                    figures[name]["peak"] = answer
+                else:
+                    times[name] += answer
             progress.advance(task)
         for name, peer in alive.items():
             figures[name] |= {
                 "median": statistics.median(times[name]),
                 "min": min(times[name]),
                 "calls": len(times[name]),
-                "peak": peer.ask("memory", options.minutes),
             }
             peer.end()
-            progress.advance(task)
     progress.remove_task(task)
     return {**setting._asdict(), "clock": setting.clock, **known, **machine(), "peers": figures}
 
@@ -171,7 +179,7 @@ def rounded(value: Any) -> Any:
 def merged(file: Path, block: Figures) -> list[Figures]:
     """The blocks of the file, with this one in the place of its predecessor."""
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    place = "workload", "threads", "smoke"
+    place = "workload", "threads", "device", "smoke"
     return [b for b in old if [b[k] for k in place] != [block[k] for k in place]] + [block]
 
 

@@ -82,3 +82,23 @@ def test_processes_of_their_own_are_timed(tmp_path, monkeypatch):
         assert 0 < found["min"] <= found["median"]
         assert found["peak"] > 0
         assert found["graphs"] == 0
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    file, ask = tmp_path / "figures.json", bench.Remote.ask
+
+    def dies(remote, what, minutes):
+        if remote.names == ("diffopt, vmap",):
+            remote.process.kill()
+            remote.process.join()
+        return ask(remote, what, minutes)
+
+    monkeypatch.setattr(bench.Remote, "ask", dies)
+    options = ["--smoke", "--only", "sine_maml", "--peers", "diffopt, vmap", "--skip", "compile"]
+    options += ["flatten", "--threads", "1", "--rounds", "1", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["bench.py", *options])
+    bench.main()
+    (block,) = json.loads(file.read_text(encoding="utf-8"))
+    assert block["peers"]["diffopt, vmap"] == {"failed": "the process died"}
+    assert block["peers"]["by hand"]["median"] > 0

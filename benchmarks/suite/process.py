@@ -190,6 +190,7 @@ def resident(field: str) -> int:
 
 
 def device_peak(contestant: Contestant) -> float:
+    """The most bytes beyond those before a call; JAX can't say that, only the process's peak."""
     if contestant.peer.library == "jax":
         import jax
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -148,6 +149,6 @@ def _takes_rate(lr: Tensor, like: Tensor) -> bool:
     return on_device and lr.dim() == 0 and like.dtype != torch.float64
 
 
-def apart(new: list[Any], grads: list[Any]) -> list[Any]:
+def apart(new: list[Any], grads: Sequence[Any]) -> list[Any]:
     """New values, none of which is a gradient, which belongs to the caller."""
     return [x.clone() if x is g else x for x, g in zip(new, grads, strict=True)]
