@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _torch, _tree
+from diffopt import _memory, _modes, _torch, _tree
 from diffopt._arguments import did_you_mean
 from diffopt._diff import functions
 from diffopt._modes import exact_dtype, real
@@ -24,6 +25,8 @@ from diffopt.transforms._base import Leaves, Tensors, Wrapper, gather, wide
 from diffopt.transforms._records import InOrder, check_record, check_tuple
 from diffopt.transforms.chain import Chain
 from diffopt.transforms.maximize import Maximize
+from diffopt.transforms.partition import Partition
+from diffopt.transforms.skip import skip_nonfinite
 
 
 class HypergradientState(NamedTuple):
@@ -66,7 +69,8 @@ class Hypergradient(Wrapper[HypergradientState]):
         p_{t+1}, s_{t+1} = optimizer(p_t, g_t, s_t, h_t)
 
     x_0 = 0, so that h, the hyperparameters that are passed, are what is begun with; they may still
-    follow a schedule. No step of `outer` makes a rate negative. The first step has d = 0. A tensor
+    follow a schedule. No step of `outer` makes a rate negative. The first step has d = 0. If d is
+    not finite, `outer` takes no step: an optimizer may skip such gradients, or clip them. A tensor
     without a gradient keeps the derivative of its own last step, and counts again when it has one.
 
     `outer` may be a `hypergradient` itself, which learns its own rate, and so on. For a rate for
@@ -91,8 +95,8 @@ class Hypergradient(Wrapper[HypergradientState]):
     Raises:
         TypeError: an optimizer is not one, or `learn` is not a sequence of names.
         ValueError: a name in `learn` is not a hyperparameter of `optimizer`, or its range is
-            neither >= 0 nor [0, 1]; one of the two optimizers ascends and the other descends;
-            (from `update`) a param is a DTensor.
+            neither >= 0 nor [0, 1]; one of the two optimizers ascends and the other descends, or
+            the parts of a partition do; (from `update`) a param is a DTensor.
 
     Examples:
         >>> import torch, diffopt
@@ -114,8 +118,14 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_optimizer(self._outer, "outer")
-        if _ascends(self._outer) != _ascends(self.optimizer):
+        if self.outer is not None:
+            check_optimizer(self.outer, "outer")
+        if len(_directions(self.optimizer)) > 1:
+            raise ValueError(
+                f"some parts of optimizer, {self.optimizer!r}, ascend and others descend: use one "
+                "hypergradient for each"
+            )
+        if _directions(self._outer) != _directions(self.optimizer):
             raise ValueError(
                 f"one of optimizer, {self.optimizer!r}, and outer, {self.outer!r}, ascends and the "
                 "other descends: pass maximize=True to both or to none"
@@ -140,9 +150,10 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     @property
     def _outer(self) -> Optimizer[Any, Any]:
-        if self.outer is None:
-            return adagrad(maximize=_ascends(self.optimizer))
-        return self.outer
+        outer = self.outer
+        if outer is None:
+            outer = adagrad(maximize=True in _directions(self.optimizer))
+        return skip_nonfinite(outer)
 
     def current(self, state: HypergradientState, hparams: tuple[Any, Any]) -> Any:
         """The hyperparameters of the inner optimizer as this state has changed them."""
@@ -198,6 +209,7 @@ class Hypergradient(Wrapper[HypergradientState]):
         offsets, outer = self._learned(leaves, old, state, hparams)
         written = {f"state.derivatives[{name!r}]": column for name, column in old.items()}
         checks.writable({"params": leaves.params, **written}, params)
+        _check_apart(state, {"grads": grads, "hparams": hparams})
         pairs = overwriting(
             {"state.offsets": state.offsets, "state.outer": state.outer},
             {"state.offsets": offsets, "state.outer": outer},
@@ -259,12 +271,32 @@ class Hypergradient(Wrapper[HypergradientState]):
 hypergradient = Hypergradient
 
 
-def _ascends(optimizer: Optimizer[Any, Any]) -> bool:
+def _check_apart(state: HypergradientState, read: dict[str, Tree]) -> None:
+    """Raise if the derivatives, which are written first, share memory with what is used later."""
+    own = {"state.derivatives": state.derivatives}
+    fields = ("offsets", "outer", "inner")
+    others = {f"state.{name}": getattr(state, name) for name in fields} | read
+    n = len(_tree.leaves(own))
+
+    def path(k: int) -> str:
+        trees, k = (own, k) if k < n else (others, k - 2 * n)
+        return [path for name, tree in trees.items() for path in _tree.paths(tree, name)][k]
+
+    # With None in front of them, none of the others is taken for a gradient that is its own param.
+    rest = itertools.chain([None] * n, *map(_tree.leaves, others.values()))
+    _memory.check_apart(path, _tree.leaves(own), [*rest])
+
+
+def _directions(optimizer: Optimizer[Any, Any]) -> set[bool]:
+    """Whether it ascends; of a partition, whether its parts do."""
+    if isinstance(optimizer, Partition):
+        return {ascends for part in optimizer.optimizers.values() for ascends in _directions(part)}
     if isinstance(optimizer, Chain):
-        return _ascends(optimizer.parts[-1])
+        return _directions(optimizer.parts[-1])
     if isinstance(optimizer, Wrapper):
-        return _ascends(optimizer.optimizer) != isinstance(optimizer, Maximize)
-    return isinstance(optimizer, Leafwise) and optimizer.maximize
+        flipped = isinstance(optimizer, Maximize)
+        return {ascends != flipped for ascends in _directions(optimizer.optimizer)}
+    return {isinstance(optimizer, Leafwise) and optimizer.maximize}
 
 
 def _records(tree: Any) -> list[tuple[hyper.Field, ...]]:
@@ -299,9 +331,12 @@ def _moved(hparams: Any, offsets: dict[str, Tensor]) -> Any:
         old = getattr(record, field.name)
         if field.name not in offsets:
             return old
-        factor = offsets[field.name].exp()
-        bounded = _end(field.bounds, ("le", "lt")) is not None
-        return _tree.map(lambda h: h * factor / (1 + h * (factor - 1) if bounded else 1), old)
+        offset = offsets[field.name]
+        if _end(field.bounds, ("le", "lt")) is None:
+            factor = offset.exp()
+            return _tree.map(lambda h: h * factor, old)
+        factor = offset.clamp(-80, 80).exp()  # inf / inf is not 1
+        return _tree.map(lambda h: h * factor / (1 + h * (factor - 1)), old)
 
     def moved(record: Any) -> Any:
         if not hyper.is_record(record):
