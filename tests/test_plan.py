@@ -447,6 +447,25 @@ def test_strides_may_change_where_the_address_stays(name):
     close(*runs)
 
 
+@pytest.mark.parametrize("when", [0, 3])
+@pytest.mark.parametrize("places", [[0], [1], [0, 1, 2]], ids=str)
+@elementwise
+def test_tensors_that_are_one_vector_may_get_storages_of_their_own_in_place(name, places, when):
+    runs = [parameters((3,), (2, 2), (5,)) for _ in BOTH]
+    for library, params in zip(BOTH, runs, strict=True):
+        flat = torch.cat([p.detach().view(-1) for p in params])
+        for p, part in zip(params, flat.split([3, 4, 5]), strict=True):
+            p.data = part.view(p.shape)
+        optimizer = make(library, name, params)
+        for t in range(6):
+            if t == when:
+                rows = [[params[i], *optimizer.state.get(params[i], {}).values()] for i in places]
+                for x in [x for row in rows for x in row if isinstance(x, torch.Tensor)]:
+                    x.data = torch.from_numpy(x.detach().numpy())
+            step(optimizer, params, t)
+    close(*runs)
+
+
 @pytest.mark.parametrize("late", [False, True])
 @every_class
 def test_gradients_of_another_dtype_than_their_parameters(name, late):

@@ -119,13 +119,14 @@ def together_(
     batch: _Batch | None = None,
 ) -> None:
     """Update tensors as one: concatenated, but for columns that are so in memory."""
-    _, lengths, joined, alike = batch or Layout(lists).batch(lists, [*range(len(lists[0]))])
-    pairs = list(zip(lists, joined, strict=True))
+    _, lengths, known, alike = batch or Layout(lists).batch(lists, [*range(len(lists[0]))])
+    size = sum(lengths)
+    # The first may have been put at the same address in a storage of its own.
+    joined = [whole and _reaches(x[0], size) for x, whole in zip(lists, known, strict=True)]
     flat = [
         x if whole or {*map(Tensor.dim, x)} == {1} else [*map(Tensor.ravel, x)]
-        for x, whole in pairs
+        for x, whole in zip(lists, joined, strict=True)
     ]
-    size = sum(lengths)
     pairs = zip(flat, joined, strict=True)
     tile = [x[0].as_strided((size,), (1,)) if whole else torch.cat(x) for x, whole in pairs]
     update_(tile)
@@ -140,14 +141,17 @@ def together_(
 
 def _joined(tensors: Sequence[Tensor]) -> bool:
     """Whether contiguous tensors are one vector in memory: one begins where the one before ends."""
-    first, last = tensors[0], tensors[-1]
-    start, size = first.data_ptr(), first.element_size()
-    offsets = itertools.accumulate(map(Tensor.numel, tensors), initial=0)
-    ends = (start + size * n for n in offsets)
-    return (
-        all(map(operator.eq, map(Tensor.data_ptr, tensors), ends))
-        and first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
-    )
+    start, size = tensors[0].data_ptr(), tensors[0].element_size()
+    *offsets, total = itertools.accumulate(map(Tensor.numel, tensors), initial=0)
+    begins = (start + size * n for n in offsets)
+    together = all(map(operator.eq, map(Tensor.data_ptr, tensors), begins))
+    return together and _reaches(tensors[0], total)
+
+
+def _reaches(first: Tensor, count: int) -> bool:
+    """Whether so many elements, from that of a tensor on, lie in its storage."""
+    end = (first.storage_offset() + count) * first.element_size()
+    return end <= first.untyped_storage().nbytes()
 
 
 def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
