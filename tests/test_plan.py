@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
 
+import diffopt
 from diffopt import optim
 from diffopt.optim import _plan
 
@@ -464,6 +465,27 @@ def test_tensors_that_are_one_vector_may_get_storages_of_their_own_in_place(name
                     x.data = torch.from_numpy(x.detach().numpy())
             step(optimizer, params, t)
     close(*runs)
+
+
+class Turning(optim.Adam):
+    """Its rule depends on more than flags and signs."""
+
+    ascend = False
+
+    def rule(self, group):
+        return diffopt.adam(maximize=self.ascend or group["lr"] > 0.05)
+
+
+def test_the_rule_of_a_users_class_is_asked_for_at_every_step():
+    (p,) = parameters((3,))
+    optimizer = Turning([p], betas=(0.0, 0.0))
+    changes = []
+    for lr, ascend in ((0.01, False), (0.1, False), (0.01, False), (0.01, True), (0.01, False)):
+        optimizer.ascend, optimizer.param_groups[0]["lr"] = ascend, lr
+        before, p.grad = p.detach().clone(), torch.ones(3)
+        optimizer.step()
+        changes += [(p.detach() > before).all().item()]
+    assert changes == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -48,7 +48,8 @@ class Options:
         self.values = values_of(self.opt, group)
         self.flags = tuple(map(group.get, _FLAGS))
         given = _given(group)
-        self.constant = all(map(_constant, given.values()))
+        own = optimizer.rule.__module__.startswith("diffopt.")  # a user's may look at anything
+        self.constant = own and all(map(_constant, given.values()))
         self.given = given if self.constant else {}  # which users may let go
         self.ranged = self.constant and self._in_range(self.values, itertools.repeat(self))
 
