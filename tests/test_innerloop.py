@@ -233,6 +233,48 @@ def test_lbfgs_goes_on_and_is_copied_back(library, before, steps, history_size):
 COUNTS = "n_iter", "func_evals"
 
 
+WHOLE = {
+    "LBFGS": lambda net: diffopt.optim.LBFGS(net.parameters(), lr=0.3, max_iter=1),
+    "torch's LBFGS": lambda net: torch.optim.LBFGS(net.parameters(), lr=0.3, max_iter=1),
+    "flatten": lambda net: diffopt.optim.from_pure(
+        diffopt.transforms.flatten(diffopt.adam()), dict(net.named_parameters()), lr=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("frozen", [0, 1, 3])
+@pytest.mark.parametrize("name", WHOLE)
+def test_state_of_all_parameters_together_keeps_their_order_with_a_frozen_one(name, frozen, before):
+    net = mlp()
+    [*net.parameters()][frozen].requires_grad_(False)
+    reference = copy.deepcopy(net)
+    optimizer, other = map(WHOLE[name], (net, reference))
+    trained_with_closures(net, optimizer, before)
+    trained_with_closures(reference, other, before + 3)
+    with diffopt.innerloop(net, optimizer) as (fnet, inner):
+        for _ in range(3):
+            inner.step(loss_of(fnet))
+    inner.copy_back()
+    assert_equal_modules(net, reference)
+    trained_with_closures(net, optimizer, 2)
+    trained_with_closures(reference, other, 2)
+    assert_equal_modules(net, reference)
+
+
+@pytest.mark.parametrize("library", [torch.optim, diffopt.optim], ids=["torch", "diffopt"])
+def test_lbfgs_copied_back_twice_counts_each_step_once(library):
+    net = mlp()
+    optimizer = library.LBFGS(net.parameters(), lr=0.3, max_iter=1)
+    trained_with_closures(net, optimizer, 2)
+    with diffopt.innerloop(net, optimizer) as (fnet, inner):
+        for _ in range(2):
+            inner.step(loss_of(fnet))
+            inner.copy_back()
+    (row,) = optimizer.state.values()
+    assert [row[key] for key in COUNTS] == [4, 4]
+
+
 @pytest.mark.parametrize("name", [*CLASSES, "LBFGS"])
 def test_copy_back_without_steps_changes_nothing(name):
     net = mlp()

@@ -625,3 +625,12 @@ def test_ascent_has_no_pure_form(library):
     optimizer.param_groups[0]["maximize"] = True  # as torch >= 2.14 has it
     with pytest.raises(ValueError, match="minimize the negated loss"):
         diffopt.optim.to_pure(optimizer)
+
+
+def test_a_smaller_history_keeps_the_last_pairs_in_the_pure_form():
+    _, optimizer = class_steps(LBFGS, quadratic, start(), 6, max_iter=1, history_size=5)
+    whole = diffopt.optim.to_pure(optimizer).state
+    optimizer.param_groups[0]["history_size"] = 2
+    state = diffopt.optim.to_pure(optimizer).state
+    for name in ("old_dirs", "old_stps", "ro"):
+        torch.testing.assert_close(getattr(state, name), getattr(whole, name)[-2:])

@@ -215,10 +215,10 @@ class InnerLoop:
             )
         _check_loss(loss)
         record = self._record(hparams, override)
-        moved, fixed = self._moved()
-        grads = self._called_back(self._gradients(loss, moved)) | dict.fromkeys(fixed)
+        params, moved = self._owned()
+        grads = dict.fromkeys(params) | self._called_back(self._gradients(loss, moved))
         with torch.set_grad_enabled(self.track_graph):
-            new, state = self.optimizer.update(moved | fixed, grads, self.state, record)
+            new, state = self.optimizer.update(params, grads, self.state, record)
         self._put(self._params[-1] | {name: new[name] for name in moved})
         self._used |= {name for name, grad in grads.items() if grad is not None}
         self.state = state
@@ -272,12 +272,11 @@ class InnerLoop:
                 restore_(self._source.given, self._source.state, self.state, used)
             copy_(pairs)
 
-    def _moved(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The parameters that the optimizer has: those that are trained, and frozen ones."""
-        params, own = self._params[-1], dict(self._module.named_parameters())
-        names = [name for names in self._source.owners for name in names]
-        fixed: dict[str, Tensor] = {name: own[name] for name in names if name not in params}
-        return {name: params[name] for name in names if name in params}, fixed
+    def _owned(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The parameters that the optimizer has, in the order of its state; those not frozen."""
+        every = dict(self._module.named_parameters()) | self._params[-1]
+        owned = {name: every[name] for name in itertools.chain(*self._source.owners)}
+        return owned, {name: p for name, p in owned.items() if name in self._params[-1]}
 
     def _record(self, hparams: Any, override: Mapping[str, Any] | None) -> Any:
         """The hyperparameters of the next step."""

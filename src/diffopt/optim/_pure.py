@@ -252,7 +252,8 @@ def _lbfgs_to_pure(optimizer: torch.optim.Optimizer, names: list[list[str]] | No
     state, row = opt.init(params), optimizer.state.get(group["params"][0], {})
     if row.get("n_iter"):
         for name in ("old_dirs", "old_stps", "ro") if row["old_dirs"] else ():
-            kept = torch.stack([torch.as_tensor(x) for x in row[name]])
+            rows = row[name][-opt.history_size :]  # which may have been lowered
+            kept = torch.stack([torch.as_tensor(x) for x in rows])
             getattr(state, name)[-len(kept) :] = kept
         state = state._replace(
             step=torch.full_like(state.step, row["n_iter"]),
@@ -340,8 +341,7 @@ def restore_(optimizer: torch.optim.Optimizer, old: Any, new: Any, moved: Sequen
 
 def _restore_lbfgs_(optimizer: torch.optim.Optimizer, old: LBFGSState, new: LBFGSState) -> None:
     """The inverse of `_lbfgs_to_pure`: a step taken is a direction with length 1."""
-    steps = int(new.step - old.step)
-    if not steps:
+    if new.step == old.step:
         return
     params = optimizer.param_groups[0]["params"]
     row, dtype = optimizer.state[params[0]], flat(p.new_empty(0) for p in params).dtype
@@ -349,6 +349,7 @@ def _restore_lbfgs_(optimizer: torch.optim.Optimizer, old: LBFGSState, new: LBFG
     vectors = {"d": new.prev_flat_step, "prev_flat_grad": new.prev_flat_grad, "H_diag": new.H_diag}
     tensors = _tree.map_tensors(lambda x: x.detach().to(dtype, copy=True), vectors | kept)
     row.update(tensors | {name: [*tensors[name]] for name in kept})
+    steps = int(new.step) - row.get("n_iter", 0)
     row.update(t=1.0, n_iter=int(new.step), func_evals=row.get("func_evals", 0) + steps)
     row.setdefault("prev_loss", 0.0)  # the next iteration sets it before it reads it
 
