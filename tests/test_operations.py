@@ -157,3 +157,11 @@ def test_without_a_graph_forward_mode_leaves_none():
             assert forward_ad.unpack_dual(result).tangent.abs().sum() > 0
             assert not result.requires_grad
             assert result._base is None
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_a_buffer_without_momentum_is_no_view_of_the_gradient(shape):
+    opt, p, g = diffopt.sgd(), torch.zeros(shape), torch.ones(shape)
+    _, state = opt.update(p, g, opt.init(p), opt.hparams(lr=0.1, momentum=0.0))
+    assert torch.equal(state.momentum_buffer, g)
+    assert state.momentum_buffer.data_ptr() != g.data_ptr()
