@@ -352,6 +352,27 @@ def test_unroll_compiles_any_step(adjoint, traceless):
     same(run(traceless), run(False))
 
 
+@pytest.mark.parametrize("way", ["autograd", "func"])
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+def test_an_output_that_is_the_carry_has_its_derivative(adjoint, way):
+    def run(compile):
+        def step(y, rate, _):
+            new = y - rate * y**3
+            return new, (y, [y, y], new, new.view(2))
+
+        def total(rate, start):
+            end, path = unroll(step, start, rate, 4, adjoint=adjoint, compile=compile)
+            return sum((x**2).sum() for x in (end, *torch.utils._pytree.tree_leaves(path)))
+
+        rate, start = torch.tensor([0.1, 0.2]).double(), torch.tensor([1.0, 2.0]).double()
+        if way == "func":
+            return torch.func.grad(total, (0, 1))(rate, start)
+        inputs = rate.requires_grad_(), start.requires_grad_()
+        return torch.autograd.grad(total(*inputs), inputs)
+
+    same(run({"backend": "eager"}), run(False))
+
+
 @pytest.mark.parametrize("adjoint", [Reversible(), Trace(Unrolled())], ids=["reversible", "trace"])
 def test_adjoints_that_do_not_run_the_step_as_it_is_say_so(adjoint, traceless):
     opt = diffopt.sgd(momentum=True)

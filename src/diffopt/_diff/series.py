@@ -80,7 +80,8 @@ class Series(Call):
         if self.pulled:
             return distinct(self._backward(step, given), given), []
         results, path = self._forward(step, compact(given))
-        return distinct(results, given), path
+        # Autograd marks the carries in between as constants, which no result may be.
+        return distinct(results, [*given, *path]), path
 
     def _of_a_step(self) -> tuple[Operator, ...]:
         """The operators that make the same of a step."""
