@@ -352,6 +352,7 @@ def test_unroll_compiles_any_step(adjoint, traceless):
     same(run(traceless), run(False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["autograd", "func"])
 @pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
 def test_an_output_that_is_the_carry_has_its_derivative(adjoint, way):
@@ -371,6 +372,35 @@ def test_an_output_that_is_the_carry_has_its_derivative(adjoint, way):
         return torch.autograd.grad(total(*inputs), inputs)
 
     same(run({"backend": "eager"}), run(False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+def test_steps_that_depend_on_the_shape_of_their_batch_are_right(adjoint):
+    def loss(params, x):
+        some = params["a"] if len(x) == 1 else params["b"]
+        return (some**3).sum() * x.sum(), (len(x), [params["a"] * y for y in x])
+
+    def run(compile):
+        params = {k: torch.tensor([0.5, 0.7]).double().requires_grad_() for k in "abc"}
+        opt, lr = diffopt.sgd(), torch.tensor(0.1).double().requires_grad_()
+        sol = diffopt.minimize(
+            loss,
+            params,
+            optimizer=opt,
+            hparams=opt.hparams(lr=lr),
+            batches=[torch.ones(n).double() for n in (1, 2, 1)],
+            has_aux=True,
+            adjoint=adjoint,
+            compile=compile,
+        )
+        lengths, rows = zip(*sol.aux, strict=True)
+        total = sum((x**2).sum() for x in (*sol.params.values(), *(y for row in rows for y in row)))
+        return lengths, torch.autograd.grad(total, [lr, *params.values()])
+
+    (lengths, found), (right_lengths, right) = run({"backend": "eager"}), run(False)
+    assert lengths == right_lengths == (1, 2, 1)
+    same(found, right)
 
 
 @pytest.mark.parametrize("adjoint", [Reversible(), Trace(Unrolled())], ids=["reversible", "trace"])

@@ -18,7 +18,11 @@ from diffopt import _modes, _torch, _tree
 from diffopt._diff import functions
 from diffopt._diff.captured import graph_leaves
 from diffopt._diff.kernels import Kernel, Operator, Run, UnfitError, Wires, composed, kept
-from diffopt._diff.tasks import Routine, Used
+from diffopt._diff.tasks import Joint, Routine, Used
+
+
+class UnevenError(UnfitError):
+    """Why the steps of a loop are not run together: they are not steps of one function."""
 
 
 class _Seen(NamedTuple):
@@ -188,9 +192,13 @@ class Call:
         kernel.compare(results, self.eager, tensors, 0 if self.pulled else self.steady)
 
     def _note(self, run: Run) -> None:
-        facts = self.routine.facts
+        facts, form = self.routine.facts, Joint.of(run.join(run.results)[0])
+        if facts.form and not facts.form.like(form):
+            raise UnevenError("its steps return trees of different structures")
+        if facts.form and (facts.used, facts.depends) != run.variant.facts:
+            raise UnevenError("its steps depend on different tensors")
         facts.used, facts.depends = run.variant.facts
-        facts.join = run.join
+        facts.join, facts.form = run.join, form
         facts.captured.versions = [(weakref.ref(x), _torch.version(x)) for x in run.captured]
         self.routine.program.settle()
 

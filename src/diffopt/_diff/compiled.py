@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
-from diffopt._diff.calls import Call
+from diffopt._diff.calls import Call, UnevenError
 from diffopt._diff.kernels import UnfitError
 from diffopt._diff.series import Series, any_of
 from diffopt._diff.tasks import Program, Routine, Task, routine_of
@@ -58,6 +58,8 @@ class Compiler(Program):
         try:
             _refuse_forward_mode()
             results = series.applied([*tensors[: routine.split], *more])
+        except UnevenError:
+            return eagerly()
         except Exception as error:
             self.gave_up = True
             found = eagerly()  # if the fault is the function's own, this raises it

@@ -109,6 +109,13 @@ class Joint:
     places: list[int]
     numbers: dict[int, Any]
 
+    @classmethod
+    def of(cls, tree: Tree) -> Joint:
+        """How to join tensors to a tree like this one."""
+        leaves, spec = _tree.flatten(tree)
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        return cls(spec, [None if isinstance(x, Tensor) else x for x in leaves], places, {})
+
     def __call__(self, tensors: Iterable[Tensor], plain: bool = False) -> Tree:
         """The tree; `plain` with the numbers as they were."""
         values = list(self.rest)
@@ -123,7 +130,7 @@ class Joint:
 
 
 def _same(x: Any, y: Any) -> bool:
-    return x is y or (type(x) is type(y) in (bool, int, str) and x == y)
+    return x is y or (type(x) is type(y) in (bool, int, float, str) and x == y)
 
 
 class Numbering:
@@ -170,10 +177,12 @@ class Facts:
         used: see `Used`.
         depends: for each result, the places of the inputs on which it depends.
         join: makes a tree of the results.
+        form: that tree without its tensors; None before a run.
         captured: what compiled code captures.
     """
 
     def __init__(self, name: str) -> None:
+        self.form: Joint | None = None
         self.used: Used = ()
         self.depends: list[set[int]] = []
         self.join: Callable[..., Tree] = lambda results: results

@@ -113,7 +113,8 @@ class Checkpointed(Adjoint):
         captured = Captured("the loss or step", step)
         results = refuse_closed_over(captured.name, step, carry, args, xs[0], captured=captured)
         if isinstance(step, GradientStep):
-            varies = varying(step, carry, args, xs, results)
+            # Compiled, it copies params that it leaves alone.
+            varies = varying(replace(step, compiler=None), carry, args, xs, results)
             buffers = varies[_tree.count(carry[:2]) :]
             step = replace(step, hvp=self.hvp, varies=tuple(buffers))
             if self.hvp == "forward-over-reverse":  # all gradients count as varying there
