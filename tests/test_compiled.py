@@ -8,15 +8,17 @@ import pickle
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 
 import diffopt
 from diffopt import _compiler, optim
 from diffopt._rule import compiled
-from diffopt.rules import Leafwise
+from diffopt.rules import Hyperparameter, Leafwise, hparams, number
 from registry import REGISTRY
 
 RULES = {
@@ -49,9 +51,9 @@ def uncompiled(monkeypatch):
     lengths = []
 
     def compile_(kernel, **_):
-        def run(numbers, fields, vectors):
+        def run(numbers, vectors):
             lengths.append(len(vectors[0]))
-            return kernel(numbers, fields, vectors)
+            return kernel(numbers, vectors)
 
         return run
 
@@ -78,8 +80,8 @@ def broken(monkeypatch, spoil):
     """Kernels are followed by `spoil(vectors)`."""
 
     def compile_(kernel, **_):
-        def run(numbers, fields, vectors):
-            result = kernel(numbers, fields, vectors)
+        def run(numbers, vectors):
+            result = kernel(numbers, vectors)
             spoil(vectors)
             return result
 
@@ -109,6 +111,32 @@ def run(opt, params, steps=3, seed=1, **numbers):
         grads = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in params]
         opt.update_(params, grads, state, opt.hparams(lr=0.1, **numbers))
     return params, state
+
+
+@hparams
+class SquashedHParams:
+    lr: Hyperparameter = number(0.1)
+
+
+class SquashedState(NamedTuple):
+    step: Any
+
+
+class Squashed(Leafwise):
+    """The sign of a gradient, smoothed by a function that has no kernel of ours."""
+
+    State = SquashedState
+    hparams = SquashedHParams
+    elementwise = True
+    power = 1
+
+    def rule(self, p, g, s, hp, c):
+        return p - hp.lr * torch.tanh(g) ** self.power, s
+
+
+class Choosy(Squashed):
+    def rule(self, p, g, s, hp, c):
+        return (p - hp.lr * g if hp.lr > 0 else p), s
 
 
 def ways(opt):
@@ -276,6 +304,45 @@ def test_a_class_is_compiled_once_for_all_shapes_and_numbers(name, graphs):
         optimizer.param_groups[0]["lr"] = 0.01
         advance(optimizer, params, 1, torch.Generator().manual_seed(2))
     assert len(graphs) == 1
+
+
+@every_rule
+def test_kernels_compute_nothing_that_depends_on_numbers_alone(rule, monkeypatch):
+    dims = []
+
+    class Results(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            dims.extend([result.dim()] if isinstance(result, torch.Tensor) else [])
+            return result
+
+    def compile_(kernel, **_):
+        def run(numbers, vectors):
+            with Results():
+                kernel(numbers, vectors)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    run(ways(RULES[rule])[0], draw(torch.float32, sizes=(5,)), steps=1)
+    assert {*dims} == {1}
+
+
+def test_a_rule_of_ones_own_may_use_any_function_and_change_its_mind(graphs):
+    opt, leaf = ways(Squashed())
+    for power in (1, 2, 1):
+        Squashed.power = power
+        found, expected = (run(way, [torch.ones(3)]) for way in (opt, leaf))
+        torch.testing.assert_close(found, expected)
+    assert len(graphs) == 2
+
+
+def test_a_rule_that_asks_for_a_number_runs_without_a_kernel(uncompiled):
+    opt, leaf = ways(Choosy())
+    with pytest.warns(UserWarning, match="no kernel is made of this rule, Choosy.*value"):
+        found = run(opt, [torch.ones(3)])
+    torch.testing.assert_close(found, run(leaf, [torch.ones(3)]))
+    assert uncompiled == []
 
 
 def test_many_rules_do_not_use_up_what_torch_recompiles(graphs):

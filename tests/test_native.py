@@ -194,9 +194,9 @@ def test_a_compiled_kernel_equals_the_rule():
 
 def test_a_compiled_kernel_that_is_wrong_is_not_used(monkeypatch):
     def wrong(function, **_):
-        def compiled(step, numbers, columns):
-            function(step, numbers, columns)
-            columns[0][0].mul_(1.1)
+        def compiled(numbers, vectors):
+            function(numbers, vectors)
+            vectors[0][0].mul_(1.1)
 
         return compiled
 

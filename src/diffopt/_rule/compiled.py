@@ -1,16 +1,16 @@
-"""Running an elementwise rule as one kernel that torch.compile makes of its text.
+"""Running an elementwise rule as one kernel that torch.compile makes of its operations.
 
 A kernel takes vectors of any length: big tensors as they are, small ones concatenated. There is one
-for each rule, dtypes and device, never for shapes or a number of tensors: numbers that change from
-step to step are its inputs, as 0-d tensors.
+for each rule, dtypes and device, never for shapes or a number of tensors. What a rule computes from
+numbers alone is computed once per step: its results are inputs of the kernel, as 0-d tensors.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,21 +18,25 @@ from torch import Tensor
 
 from diffopt import _memory, _modes, _tree
 from diffopt._compiler import announced, brief, warn_once, with_own_code
-from diffopt._rule import hyper, ops, tiles
+from diffopt._rule import hyper, ops, recording, tiles
+from diffopt._rule.rule import is_ours
 from diffopt._rule.running import (
     AnyRule,
     Numbers,
     Shared,
-    apply,
+    enter,
     in_place_of_lists,
     leaf_,
     pick,
+    widest,
     written,
 )
+from diffopt._rule.symbols import Sheet, Symbol, Unknown
 
-Kernel: TypeAlias = Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor] | None]
-"""`(numbers, fields, vectors) -> new fields, if any`: updates a vector of each column in place."""
+Kernel: TypeAlias = Callable[[list[Tensor], Sequence[Tensor]], None]
+"""`(numbers, vectors)`: updates a vector of each column in place."""
 
+_MOST = 1 << 30  # elements at once: torch.compile may count them in 32 bits
 _SAMPLE = 1 << 16  # elements that a kernel is tried on: it is compiled to share out that many
 _KERNELS: dict[Any, Kernel | None] = {}
 _LOCK = threading.Lock()
@@ -51,9 +55,9 @@ def compiled_(
         layout = tiles.Layout(vectors)
     if vectors[0]:
         call = _Call(rule, numbers, columns)
-        if call.kernel([column[0] for column in vectors]) is None:
+        if call.kernel([column[0] for column in vectors])[0] is None:
             return None
-        tiles.in_pieces_(vectors, sys.maxsize, call.update_, layout)
+        tiles.in_pieces_(vectors, _MOST, call.update_, layout)
     leaf_(rule, numbers, [pick(column, rest) for column in columns])
     return layout
 
@@ -88,24 +92,33 @@ class _Call:
 
     def __init__(self, rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
         self.rule, self.numbers, self.columns = rule, numbers, columns
-        self.shared = [column for column in columns if isinstance(column, Shared)]
-        self.form, self.given = _inputs(rule, numbers)
-        self.kernels: dict[Any, Kernel | None] = {}  # by the dtypes of the vectors
+        self.kernels: dict[Any, tuple[Kernel | None, list[Tensor]]] = {}  # by dtypes of the vectors
+        shared = [column for column in columns if isinstance(column, Shared)]
+        form, given = _inputs(rule, numbers)
+        record = _recording if is_ours(rule) else _recording.__wrapped__
+        self.recording = record(rule, form, tuple(map(_mark, columns)))
+        if self.recording:
+            cells = self.recording.sheet.cells([*given, *(x.value for x in shared)]) or []
+            self.given = [cells[k] for k in self.recording.given]
+            for column, k in zip(shared, self.recording.shared, strict=True):
+                column.new = cells[k]
 
-    def kernel(self, piece: Sequence[Tensor]) -> Kernel | None:
+    def kernel(self, piece: Sequence[Tensor]) -> tuple[Kernel | None, list[Tensor]]:
+        """The kernel for vectors like these, if there is one, and its numbers."""
         dtypes = tuple(x.dtype for x in piece)
         if dtypes not in self.kernels:
-            self.kernels[dtypes] = self._found([x.view(-1) for x in piece])
+            given = _tensors(self.given, widest(piece)) if self.recording else []
+            self.kernels[dtypes] = self._found([x.view(-1) for x in piece], given), given
         return self.kernels[dtypes]
 
-    def _found(self, piece: Sequence[Tensor]) -> Kernel | None:
-        """The kernel for vectors like these, made if need be."""
-        tensors = [*piece, *(shared.value for shared in self.shared), *self.given]
+    def _found(self, piece: Sequence[Tensor], given: list[Tensor]) -> Kernel | None:
+        """The kernel, made if need be."""
+        if self.recording is None or any(x.dim() for x in given):
+            return None
         key = (
             self.rule,
-            self.form,
-            tuple(map(_mark, self.columns)),
-            tuple((x.dtype, x.device) for x in tensors),
+            self.recording.program,
+            tuple((x.dtype, x.device) for x in (*piece, *given)),
             # What torch.compile watches as well: it would compile the same kernel once more.
             torch.get_num_threads(),
             torch.get_default_dtype(),
@@ -118,46 +131,47 @@ class _Call:
             return None  # it takes a step before the capture
         with _LOCK:
             if key not in _KERNELS:
-                _KERNELS[key] = self._tried(piece)
+                _KERNELS[key] = self._tried(self.recording.program, piece, given)
         return _KERNELS[key]
 
     def update_(self, piece: Sequence[Tensor]) -> None:
         """Update one vector of each column in place."""
-        kernel = self.kernel(piece) if piece[0].numel() > 1 else None  # 1 would be a constant
-        if kernel is None:
+        kernel, given = self.kernel(piece)
+        if kernel is None or piece[0].numel() == 1:  # 1 would be a constant
             self._eager_(piece)
-            return
-        fields = kernel(self.given, [x.value for x in self.shared], [x.detach() for x in piece])
-        for shared, value in zip(self.shared, fields or (), strict=True):
-            shared.new = value
+        else:
+            kernel(given, [x.detach() for x in piece])
 
     def _eager_(self, piece: Sequence[Tensor]) -> None:
         leaf_(self.rule, self.numbers, in_place_of_lists([[x] for x in piece], self.columns))
 
-    def _tried(self, piece: Sequence[Tensor]) -> Kernel | None:
+    def _tried(
+        self, program: _Program, piece: Sequence[Tensor], given: list[Tensor]
+    ) -> Kernel | None:
         """A new kernel, if its first result, on a sample, is that of the rule.
 
         torch.compile has been seen to silently compute wrong values.
         """
-        kernel = _compiled(self.rule, self.form, [_mark(column) for column in self.columns])
+        kernel = _compiled(program, widest(piece), f"{type(self.rule).__name__}_kernel")
         old, found, right = ([*map(_sample, piece)] for _ in range(3))
-        # Copies, since for a view torch.compile would watch its base as well.
-        given, fields = [x.clone() for x in self.given], [s.value.clone() for s in self.shared]
         try:
             with announced(f"a kernel of {self.rule!r}"):
-                fields = kernel(given, fields, found)
+                # Copies, since for a view torch.compile would watch its base as well.
+                kernel([x.clone() for x in given], found)
         except Exception as error:
             _warn(f"torch.compile makes no kernel here ({brief(error)})")
             return None
         self._eager_(right)
-        pairs = [
-            *zip(written(old), written(found), written(right), strict=True),
-            *((s.value, x, s.new) for s, x in zip(self.shared, fields or (), strict=True)),
-        ]
-        if not all(itertools.starmap(_agree, pairs)):
+        if not all(map(_agree, *map(written, (old, found, right)))):
             _warn(f"torch.compile computes wrong values for this rule, {self.rule!r}")
             return None
         return kernel
+
+
+class _Place(NamedTuple):
+    """Stands for a number that is given at every step."""
+
+    at: int
 
 
 class _Form(NamedTuple):
@@ -165,25 +179,22 @@ class _Form(NamedTuple):
 
     Attributes:
         spec: their structure.
-        kinds: float or bool for what is an input of the kernel, else None.
-        constants: the others.
+        leaves: a place for each number that is given, and the others.
     """
 
     spec: _tree.Spec
-    kinds: tuple[type | None, ...]
-    constants: tuple[Any, ...]
+    leaves: tuple[Any, ...]
 
-    def numbers(self, given: list[Tensor]) -> Numbers:
-        """The numbers that the rule sees in a kernel."""
-        rest, constants = iter(given), iter(self.constants)
-        leaves: list[Any] = []
-        for kind in self.kinds:
-            value = next(constants) if kind is None else next(rest)
-            leaves.append(value != 0 if kind is bool else value)
-        return Numbers(*_tree.unflatten(leaves, self.spec))
+    def numbers(self, given: Sequence[Any]) -> Numbers:
+        """The numbers that the rule sees where these are given."""
+        return Numbers(*_tree.unflatten([_filled(x, given) for x in self.leaves], self.spec))
 
 
-def _inputs(rule: AnyRule, numbers: Numbers) -> tuple[_Form, list[Tensor]]:
+def _filled(value: Any, given: Sequence[Any]) -> Any:
+    return given[value.at] if isinstance(value, _Place) else value
+
+
+def _inputs(rule: AnyRule, numbers: Numbers) -> tuple[_Form, list[Any]]:
     """What a kernel depends on, and what it is given, of the numbers of a step.
 
     A decay of 0 is a constant: no decay is not a decay by 0 where a parameter is infinite. Initial
@@ -193,21 +204,76 @@ def _inputs(rule: AnyRule, numbers: Numbers) -> tuple[_Form, list[Tensor]]:
     leaves, spec = _tree.flatten(tuple(numbers._replace(initial=initial)))
     names = [None, *(field.name for field in hyper.FIELDS[type(numbers.hparams)])]
     given: list[Any] = []
-    kinds: list[type | None] = []
-    constants: list[Any] = []
-    for name, leaf in itertools.zip_longest(names, leaves):
+    for k, (name, leaf) in enumerate(itertools.zip_longest(names, leaves[:])):
         decay = name == "weight_decay" and ops.is_zero(leaf)
-        fits = isinstance(leaf, (Tensor, float, int)) and not decay
-        kinds.append((bool if isinstance(leaf, bool) else float) if fits else None)
-        (given if fits else constants).append(leaf)
-    floats = torch.tensor([x for x in given if not isinstance(x, Tensor)], dtype=torch.float64)
-    rest = iter(floats.unbind())
+        if isinstance(leaf, (Tensor, float, int)) and not decay:
+            leaves[k] = _Place(len(given))
+            given.append(leaf)
+    return _Form(spec, (*leaves,)), given
+
+
+class _Program(NamedTuple):
+    """What a kernel computes.
+
+    Attributes:
+        operations: in order.
+        outputs: for each vector which value is its new one, or None.
+        constants: of the operations, a place for each that is given.
+    """
+
+    operations: tuple[recording.Operation, ...]
+    outputs: tuple[int | None, ...]
+    constants: tuple[Any, ...]
+
+
+class _Recording(NamedTuple):
+    """A program, and which cells of a sheet it is given, and which are new values of fields."""
+
+    program: _Program
+    sheet: Sheet
+    given: list[int]
+    shared: list[int]
+
+
+@functools.lru_cache(maxsize=256)
+def _recording(rule: AnyRule, form: _Form, marks: tuple[str, ...]) -> _Recording | None:
+    """The rule recorded for numbers of this form, whatever their values; None if impossible."""
+    inputs = sum(isinstance(x, _Place) for x in form.leaves)
+    sheet = Sheet([None] * (inputs + marks.count("shared")), Unknown)
+    fields: Iterator[Any] = iter(sheet.inputs[inputs:])
+    row = [Shared(next(fields)) if mark == "shared" else () for mark in marks]
+    lists = [k for k, mark in enumerate(marks) if mark == "list"]
+    tape = recording.Tape(len(lists), known=lambda name: getattr(torch, name, None))
+    try:
+        outputs = tiles.recorded(rule, form.numbers(sheet.inputs), row, lists, tape)
+        new = recording.indices([outputs[k] for k in lists])
+    except recording.Unrecordable as error:
+        _warn(f"no kernel is made of this rule, {rule!r} ({brief(error)})")
+        return None
+    shared = [sheet.cell(x) for x, mark in zip(outputs, marks, strict=True) if mark == "shared"]
+    cells: dict[int, _Place] = {}
+    constants = (
+        cells.setdefault(sheet.cell(x), _Place(len(cells)))
+        if isinstance(x, (Symbol, Tensor))
+        else x
+        for x in tape.constants
+    )
+    program = _Program((*tape.operations,), new, (*constants,))
+    return _Recording(program, sheet, [*cells], shared)
+
+
+def _tensors(values: list[Any], dtype: torch.dtype) -> list[Tensor]:
+    """The values as 0-d tensors of this dtype, but for those that are true or false."""
+    floats = iter(
+        torch.tensor([x for x in values if type(x) in (float, int)], dtype=dtype).unbind()
+    )
     tensors: list[Tensor] = []
-    for x in given:
-        x = x if isinstance(x, Tensor) else next(rest)
+    for x in values:
+        x = next(floats) if type(x) in (float, int) else torch.as_tensor(x)
+        x = x if x.dtype == torch.bool else x.to(dtype)
         # One tensor in two places would need its own kernel.
         tensors.append(x.clone() if any(x is other for other in tensors) else x)
-    return _Form(spec, tuple(kinds), tuple(constants)), tensors
+    return tensors
 
 
 def _mark(column: Any) -> str:
@@ -216,20 +282,22 @@ def _mark(column: Any) -> str:
     return "list" if isinstance(column, list) else ""
 
 
-def _compiled(rule: AnyRule, form: _Form, marks: list[str]) -> Kernel:
-    def kernel(given: list[Tensor], fields: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
-        rest, shared = iter(vectors), map(Shared, fields)
-        row: list[Any] = [
-            next(rest) if mark == "list" else next(shared) if mark else () for mark in marks
-        ]
-        new = apply(rule, form.numbers(given), row)
-        for old, x in zip(written(row), new, strict=True):
-            if isinstance(old, Tensor) and x is not old:
-                old.copy_(x)
-        return [x.new for x in row if isinstance(x, Shared)]
+def _compiled(program: _Program, dtype: torch.dtype, name: str) -> Kernel:
+    operations, outputs, constants = program
 
-    named = with_own_code(kernel, f"{type(rule).__name__}_kernel")
-    return torch.compile(named, fullgraph=True, dynamic=True)
+    def kernel(given: list[Tensor], vectors: Sequence[Tensor]) -> None:
+        filled = [_filled(x, given) for x in reversed(constants)]  # the n-th is at ~n
+        values = [enter(x, dtype) for x in vectors]
+        for function, arguments, options, _, _ in operations:
+            own = [values[k] if k >= 0 else filled[k] for k in arguments]
+            values.append(function(*own, **{name: filled[k] for name, k in options}))
+        for old, k in zip(vectors, outputs, strict=True):
+            if k is not None and values[k] is not old:
+                old.copy_(values[k])
+
+    # It is called only for what the key of `_found` says, so torch.compile need not check it again.
+    options: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    return torch.compile(with_own_code(kernel, name), fullgraph=True, dynamic=True, options=options)
 
 
 def _sample(vector: Tensor) -> Tensor:

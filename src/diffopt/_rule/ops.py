@@ -15,13 +15,13 @@ from torch import Tensor
 
 from diffopt import _modes
 from diffopt._rule.recording import Recorded
-from diffopt._rule.symbols import Symbol
+from diffopt._rule.symbols import Symbol, Unknown
 from diffopt._rule.tensorlist import TensorList
 
 Leaf: TypeAlias = Any
 """A tensor, a TensorList, or a `Recorded` that stands for a tensor."""
 
-_TENSORS = (Tensor, TensorList, Recorded)
+_TENSORS = (Tensor, TensorList, Recorded, Unknown)
 
 
 def is_zero(coefficient: Any) -> bool:
@@ -30,7 +30,8 @@ def is_zero(coefficient: Any) -> bool:
 
 
 def _is(coefficient: Any, number: int) -> bool:
-    return isinstance(coefficient, (int, float, Symbol)) and coefficient == number
+    known = isinstance(coefficient, (int, float, Symbol)) and not isinstance(coefficient, Unknown)
+    return known and coefficient == number
 
 
 def after_first(step: Any) -> Any:

@@ -61,15 +61,20 @@ class Tape:
         inputs: the number of tensors.
         whole: the tensor whose shape and dtype the rule sees; None where it must not ask for them.
         sums: what the calls of `sum()` return in order; any further call raises `Summed`.
+        known: the function of a name, or None where there is none.
     """
 
     def __init__(
-        self, inputs: int, whole: Tensor | None = None, sums: Sequence[float] = ()
+        self,
+        inputs: int,
+        whole: Tensor | None = None,
+        sums: Sequence[float] = (),
+        known: Callable[[str], Any] = _FUNCTIONS.get,
     ) -> None:
         self.size = inputs
         self.operations: list[Operation] = []
         self.constants: list[Any] = []
-        self.whole, self.sums = whole, iter(sums)
+        self.whole, self.sums, self.known = whole, iter(sums), known
 
     @property
     def inputs(self) -> list[Recorded]:
@@ -85,10 +90,14 @@ class Tape:
 
     def program(self, outputs: Sequence[Any]) -> Program:
         """What computes the outputs: for each input its new value, or None where it has none."""
-        if not all(x is None or isinstance(x, Recorded) for x in outputs):
-            raise Unrecordable("a new value that is not the result of an operation")
-        indices = (None if x is None else x.index for x in outputs)
-        return _program(self.size, (*self.operations,), (*indices,))
+        return _program(self.size, (*self.operations,), indices(outputs))
+
+
+def indices(outputs: Sequence[Any]) -> tuple[int | None, ...]:
+    """Which values they are; None where there is none."""
+    if not all(x is None or isinstance(x, Recorded) for x in outputs):
+        raise Unrecordable("a new value that is not the result of an operation")
+    return tuple(None if x is None else x.index for x in outputs)
 
 
 class Recorded:
@@ -103,6 +112,9 @@ class Recorded:
 
     def record(self, name: str, *arguments: Any, **options: Any) -> Recorded:
         name, tape = _spelled(name), self.tape
+        function = tape.known(name)
+        if function is None:
+            raise Unrecordable(name)
         if options and any(isinstance(x, Recorded) for x in options.values()):
             raise Unrecordable(name)
         if name == "where":  # which takes `out=` for tensors only
@@ -111,7 +123,7 @@ class Recorded:
         named = tuple([(key, tape.place(x)) for key, x in options.items()])
         index = tape.size + len(tape.operations)
         boolean = name in _COMPARISONS
-        tape.operations.append(Operation(_FUNCTIONS[name], places, named, index, boolean))
+        tape.operations.append(Operation(function, places, named, index, boolean))
         return Recorded(tape, index)
 
     @classmethod
@@ -151,11 +163,8 @@ def _as_tensor(x: Any) -> Any:
 
 @functools.cache
 def _spelled(name: str) -> str:
-    """The name in `_FUNCTIONS`."""
-    name = _ALIASES.get(name.strip("_"), name.strip("_"))
-    if name not in _FUNCTIONS:
-        raise Unrecordable(name)
-    return name
+    """The name in `_FUNCTIONS`, if it is there."""
+    return _ALIASES.get(name.strip("_"), name.strip("_"))
 
 
 def _operator(name: str) -> Any:

@@ -17,11 +17,17 @@ _ARITHMETIC = ("add", "sub", "mul", "truediv", "pow")
 
 
 class Sheet:
-    """Computations on some numbers, the first of its cells."""
+    """Computations on some numbers, the first of its cells.
 
-    def __init__(self, numbers: Iterable[Any]) -> None:
+    Args:
+        numbers: their values; `Unknown` ones need none.
+        kind: what stands for them.
+    """
+
+    def __init__(self, numbers: Iterable[Any], kind: type[Symbol] | None = None) -> None:
         self._cells = list(numbers)
-        self.inputs = [Symbol(self, k) for k in range(len(self._cells))]
+        self._kind = kind or Symbol
+        self.inputs = [self._kind(self, k) for k in range(len(self._cells))]
         self._lines: list[tuple[Callable[..., Any], tuple[int, ...], int, bool | None]] = []
 
     def cell(self, value: Any) -> int:
@@ -32,13 +38,14 @@ class Sheet:
         return len(self._cells) - 1
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The result as a symbol, or, if it is a bool, as it is."""
+        """The result as a symbol, or, if it is a known bool, as it is."""
         cells = tuple(map(self.cell, arguments))
-        result = function(*[self._cells[k] for k in cells])
+        unknown = self._kind is Unknown
+        result = None if unknown else function(*[self._cells[k] for k in cells])
         known = result if isinstance(result, bool) else None
         self._lines.append((function, cells, len(self._cells), known))
         self._cells.append(result)
-        return Symbol(self, len(self._cells) - 1) if known is None else known
+        return self._kind(self, len(self._cells) - 1) if known is None else known
 
     def seal(self) -> None:
         """Forget the numbers and the results, some of which may be tensors."""
@@ -83,6 +90,15 @@ class Symbol:
     def __torch_function__(cls, *args: Any) -> Any:
         """With it, torch accepts symbols as numbers, beside what stands for a tensor."""
         return NotImplemented
+
+
+class Unknown(Symbol):
+    """Stands for a number of any value: what is recorded with it holds for all of them."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        raise TypeError("the rule asks for the value of a number")
 
 
 def _operator(function: Callable[[Any, Any], Any], *, swapped: bool = False) -> Any:

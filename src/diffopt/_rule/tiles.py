@@ -256,7 +256,7 @@ def _up_to_a_sum(
     """
     tape = recording.Tape(len(lists) + 1, row[0], sums)
     try:
-        outputs = _recorded(rule, numbers, row, lists, tape)
+        outputs = recorded(rule, numbers, row, lists, tape)
     except recording.Summed as stop:
         return tape.program([*(None for _ in lists), stop.terms]), tape.constants, True
     return tape.program([*(outputs[k] for k in lists), None]), tape.constants, False
@@ -288,7 +288,7 @@ def _program(
     """What updates a piece of each column, and its constants; sets what the tensors share."""
     lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
     tape = recording.Tape(len(lists))
-    outputs = _recorded(rule, numbers, columns, lists, tape)
+    outputs = recorded(rule, numbers, columns, lists, tape)
     program = tape.program([outputs[k] for k in lists])
     for column, value in zip(columns, outputs, strict=True):
         if isinstance(column, Shared):
@@ -347,7 +347,7 @@ def _recording(rule: AnyRule, inputs: list[Any], columns: Sequence[Any]) -> _Rec
     return _Recording(program, sheet, cells, places)
 
 
-def _recorded(
+def recorded(
     rule: AnyRule, numbers: Numbers, row: Sequence[Any], lists: list[int], tape: recording.Tape
 ) -> list[Any]:
     """The new values of a row, where the inputs of a tape take the places `lists`."""
