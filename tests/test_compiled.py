@@ -239,6 +239,21 @@ def test_gradients_that_are_lazily_conjugated_are_read_as_they_are(uncompiled):
     assert len(uncompiled) == 2
 
 
+@pytest.mark.parametrize("change", [torch._neg_view, lambda x: x[:1].expand(3)], ids=str)
+def test_gradients_may_become_odd_from_step_to_step(change, uncompiled):
+    ends = []
+    for fused in (True, None):
+        params = [Parameter(torch.ones(3)), Parameter(torch.ones(2))]
+        optimizer = optim.RMSprop(params, fused=fused)
+        for step in range(3):
+            params[1].grad, grad = torch.ones(2), torch.arange(1.0, 4.0)
+            params[0].grad = change(grad) if step == 1 else grad
+            optimizer.step()
+        ends.append(end(optimizer, params))
+    torch.testing.assert_close(*ends)
+    assert len(uncompiled) == 4
+
+
 @pytest.mark.parametrize("sizes", [(1,), (0,), (1, 1), (0, 1)], ids=str)
 @pytest.mark.parametrize("rule", ["nadam", "rprop"])
 def test_tensors_of_no_or_one_element(rule, sizes, uncompiled):

@@ -50,9 +50,9 @@ def compiled_(
     Returns the layout of the vectors, for the next step.
     """
     lists = [column for column in columns if isinstance(column, list)]
-    vectors, rest = _vectors(lists)
+    vectors, rest = _vectors(lists, layout)
     if layout is None or len(layout.lengths) != len(vectors[0]):  # unscaled gradients have vectors
-        layout = tiles.Layout(vectors)
+        layout = tiles.Layout(vectors, plain=vectors is lists)
     if vectors[0]:
         call = _Call(rule, numbers, columns)
         if call.kernel([column[0] for column in vectors])[0] is None:
@@ -62,11 +62,18 @@ def compiled_(
     return layout
 
 
-def _vectors(lists: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[int]]:
-    """Real, contiguous views in the order of memory; the indices of tensors that have none."""
-    every = [*itertools.chain(*lists)]
-    odd = any(map(Tensor.is_complex, every)) or any(map(Tensor.is_neg, every))
-    if not odd and all(map(Tensor.is_contiguous, every)) and all(map(Tensor.numel, lists[0])):
+def _vectors(
+    lists: list[list[Tensor]], layout: tiles.Layout | None
+) -> tuple[list[list[Tensor]], list[int]]:
+    """Real, contiguous views in the order of memory; the indices of tensors that have none.
+
+    With the layout of the step before, only gradients are looked at, if those have been plain.
+    """
+    plain = layout is not None and layout.plain
+    every = lists[1] if plain else [*itertools.chain(*lists)]
+    if not plain:
+        plain = not any(map(Tensor.is_complex, every)) and all(map(Tensor.numel, lists[0]))
+    if plain and all(map(Tensor.is_contiguous, every)) and not any(map(Tensor.is_neg, every)):
         return lists, []
     rows = [_row(row) for row in zip(*lists, strict=True)]
     found = [row for row in rows if row]

@@ -43,9 +43,14 @@ class Layout:
 
     It is right while the shapes, strides and dtypes of all tensors stay as they are, and the
     addresses of those that are written.
+
+    Args:
+        lists: the columns.
+        plain: whether all tensors are known to be real, contiguous and not empty.
     """
 
-    def __init__(self, lists: Sequence[list[Tensor]]) -> None:
+    def __init__(self, lists: Sequence[list[Tensor]], *, plain: bool = False) -> None:
+        self.plain = plain
         self.lengths = list(map(Tensor.numel, lists[0]))
         self.total = sum(self.lengths)
         self.dtypes = {*map(_DTYPE, itertools.chain(*lists))}
