@@ -105,7 +105,8 @@ class _Call:
         record = _recording if is_ours(rule) else _recording.__wrapped__
         self.recording = record(rule, form, tuple(map(_mark, columns)))
         if self.recording:
-            cells = self.recording.sheet.cells([*given, *(x.value for x in shared)]) or []
+            cells = self.recording.sheet.cells([*given, *(x.value for x in shared)])
+            assert cells is not None  # nothing is known about unknown numbers
             self.given = [cells[k] for k in self.recording.given]
             for column, k in zip(shared, self.recording.shared, strict=True):
                 column.new = cells[k]
