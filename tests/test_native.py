@@ -432,3 +432,27 @@ def test_shared_memory_is_found_among_few_and_many(n):
     with pytest.raises(ValueError, match=rf"grads\[0\] and params\[{n}\] share memory"):
         opt.update_(params, [memory[1:3], *grads[1:]], opt.init(params), opt.hparams(lr=0.1))
     opt.update_(params, params, opt.init(params), opt.hparams(lr=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda g, lr: torch.where(g > 0, lr, g),
+        lambda g, lr: torch.where(g > 0, 0.1, g * lr),
+        lambda g, lr: torch.where(g > 0, lr, 0.3) * g,
+    ],
+)
+def test_a_choice_between_numbers_has_their_digits(chosen, dtype):
+    def rule(p, g, state, hp, scalars):
+        return p - chosen(g, hp.lr), state
+
+    opt = diffopt.rules.leafwise(
+        diffopt.sgd().State, diffopt.sgd(momentum=False).hparams,
+        lambda p, step: diffopt.sgd().State(step, ()), rule, elementwise=True,
+    )  # fmt: skip
+    params = [torch.linspace(-1, 1, 200_000, dtype=dtype)]
+    state, hp = opt.init(params), opt.hparams(lr=0.1)
+    right = params[0] - chosen(params[0], 0.1)
+    opt.update_(params, [params[0].clone()], state, hp)
+    assert torch.equal(params[0], right)

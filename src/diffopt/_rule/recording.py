@@ -118,6 +118,8 @@ class Recorded:
         if options and any(isinstance(x, Recorded) for x in options.values()):
             raise Unrecordable(name)
         if name == "where":  # which takes `out=` for tensors only
+            if not any(isinstance(x, Recorded) for x in arguments[1:]):
+                raise Unrecordable("a choice between numbers, whose dtype is the default one")
             arguments = tuple(map(_as_tensor, arguments))
         places = tuple([x.index if type(x) is Recorded else tape.place(x) for x in arguments])
         named = tuple([(key, tape.place(x)) for key, x in options.items()])
@@ -157,8 +159,13 @@ class Recorded:
 
 def _as_tensor(x: Any) -> Any:
     if isinstance(x, Symbol):
-        return x.then(torch.tensor)
-    return torch.tensor(x) if isinstance(x, (int, float)) else x
+        return x.then(_exact)
+    return _exact(x) if isinstance(x, (int, float)) else x
+
+
+def _exact(x: float) -> Any:
+    """A number as a 0-d tensor, which takes the dtype of what it is combined with."""
+    return torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
 
 
 @functools.cache
