@@ -1,11 +1,13 @@
 """A loop does once what is the same for all its steps, and still sees what differs between them."""
 
+import itertools
+
 import pytest
 import torch
 
 import diffopt
 from diffopt._rule import work
-from diffopt.adjoint import Truncated, Unrolled, _base, _steps
+from diffopt.adjoint import FirstOrder, Implicit, Truncated, Unrolled, _base, _steps
 
 F64 = torch.float64
 START = {"w": torch.tensor([0.5, -1.0, 2.0], dtype=F64), "b": torch.tensor([0.3], dtype=F64)}
@@ -313,3 +315,73 @@ def test_a_loop_without_a_graph_gives_the_same(rule, adjoint):
     found = minimized(loss, START, opt, hp, 5, adjoint=adjoint)
     expected = by_hand(loss, started(), opt, hp, 5)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+# Loops that end by a tolerance
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_loop_that_ends_by_its_tolerance_is_one_of_that_many_steps(rule):
+    opt, numbers = RULES[rule]
+    hp, tol = opt.hparams(**numbers), 2.5
+    steps = int(diffopt.minimize(loss, START, optimizer=opt, hparams=hp, steps=99, tol=tol).steps)
+    assert 0 < steps < 99
+
+    def ending(loss, params, opt, hparams, _):
+        return minimized(loss, params, opt, hparams, 99, tol=tol)
+
+    found, expected = (derivatives(run, loss, opt, hp, steps) for run in (ending, minimized))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("adjoint", [None, Unrolled(), FirstOrder(), Implicit(), Truncated(0)])
+@pytest.mark.parametrize("transform", [lambda run: run, torch.func.jacrev], ids=["plain", "jacrev"])
+def test_a_loop_that_ends_by_its_tolerance_takes_each_step_once(adjoint, transform):
+    calls, steps = [], 0
+
+    def counted(w, target):
+        calls.append(w)
+        return 0.5 * ((w - target) ** 2).sum()
+
+    def run(w):
+        nonlocal steps
+        batches = itertools.repeat(torch.ones(2, dtype=F64))
+        hp = opt.hparams(lr=0.5)
+        sol = diffopt.minimize(
+            counted, w, batches=batches, optimizer=opt, hparams=hp, tol=1e-3, adjoint=adjoint
+        )
+        steps = int(sol.steps)
+        return sol.params
+
+    opt = diffopt.sgd()
+    with torch.no_grad():
+        transform(run)(torch.zeros(2, dtype=F64))
+    assert steps == 11
+    assert len(calls) <= steps + 1 + 3 * isinstance(adjoint, Implicit)  # it looks at the minimum
+
+
+def test_a_loop_at_a_minimum_takes_no_step():
+    start, opt = torch.ones(2, dtype=F64, requires_grad=True), diffopt.adam()
+    for adjoint in (None, Unrolled(), FirstOrder()):
+        sol = diffopt.minimize(
+            lambda w: ((w - 1) ** 2).sum(), start, optimizer=opt, hparams=opt.hparams(), steps=3,
+            tol=0.0, adjoint=adjoint,
+        )  # fmt: skip
+        assert int(sol.steps) == len(sol.losses) == int(sol.state.step) == 0
+        assert torch.equal(sol.params, start)
+
+
+def test_each_example_of_a_batch_ends_by_its_own_gradient():
+    opt, scales = diffopt.sgd(), torch.tensor([0.5, 0.1, 1.0], dtype=F64)
+
+    def run(scale):
+        sol = diffopt.minimize(
+            lambda w: 0.5 * scale * (w - 1) ** 2, torch.zeros((), dtype=F64), optimizer=opt,
+            hparams=opt.hparams(lr=1.0), steps=99, tol=0.02,
+        )  # fmt: skip
+        return sol.params, sol.steps
+
+    for found, expected in zip(
+        torch.vmap(run)(scales), zip(*map(run, scales), strict=True), strict=True
+    ):
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=0)

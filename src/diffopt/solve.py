@@ -18,8 +18,8 @@ from diffopt._diff.functions import AmbientState
 from diffopt._diff.unmodified import Captured
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
-from diffopt.adjoint import Adjoint, FirstOrder, GradientStep, Truncated, Unrolled
-from diffopt.adjoint._base import check_adjoint, compiler_of
+from diffopt.adjoint import Adjoint, FirstOrder, GradientStep, Implicit, Truncated, Unrolled
+from diffopt.adjoint._base import all_done, check_adjoint, compiler_of
 from diffopt.optimizer import Optimizer, check_optimizer
 
 Callback: TypeAlias = Callable[[int, Tensor, Tree, Any], object]
@@ -173,12 +173,15 @@ def minimize(
     taken = None
     watch = None if callback is None else _Watch(callback)
     once = _runs_once(adjoint)
-    if (tol is not None and not _modes.compiling()) or (watch and not once):
+    ends = watch is None and compiler is None and (once or type(adjoint) is Implicit)
+    if (tol is not None and not _modes.compiling() and not ends) or (watch and not once):
         xs, taken = _until_done(step, carry, arguments, xs, None if once else watch)
     if watch and once and taken != 0:
         step = _WatchedStep(**vars(step), watch=watch)
         xs = watch.until_stopped(xs)
     carry, outputs = adjoint.run(step, carry, arguments, xs)
+    if outputs and taken is None and all_done(outputs[-1]):
+        taken = len(outputs) - 1
     outputs = outputs[:taken]
     losses = torch.stack([value for value, _, _ in outputs]) if outputs else torch.empty(0)
     aux = [aux for _, aux, _ in outputs] if has_aux else []
@@ -202,8 +205,7 @@ def _until_done(
         noticed = nullcontext() if used else captured.noticed((carry, args, x))
         with torch.no_grad(), noticed:
             carry, output = _tree.detach(step(carry, args, x))
-        done = _modes.concrete(output[2])
-        if done is not None and bool(done.all()):
+        if all_done(output):
             idle = [x]
             break
         used.append(x)

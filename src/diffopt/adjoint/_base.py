@@ -121,7 +121,7 @@ class GradientStep:
         params, state = self.optimizer.update(params, grads, state, hparams)
         if self.tol is None:
             return (params, state, buffers), (value, aux, None)
-        done = _norm(grads) <= self.tol
+        done = within(_tree.leaves(grads), self.tol)
 
         def chosen(old: Any, new: Any) -> Any:
             moved = isinstance(new, Tensor) and new is not old
@@ -215,7 +215,13 @@ def compiler_of(
     return Compiler(f"{kind} {name}", key, {} if compile is True else compile)
 
 
-def _norm(tree: Tree) -> Tensor:
-    """The 2-norm of all leaves, without None."""
-    leaves = [leaf.detach() for leaf in _tree.leaves(tree) if leaf is not None]
-    return torch.stack([torch.linalg.vector_norm(leaf).double() for leaf in leaves]).norm()
+def within(grads: Iterable[Tensor | None], tol: float) -> Tensor:
+    """Whether the 2-norm of all gradients is at most this."""
+    norms = [torch.linalg.vector_norm(grad.detach()).double() for grad in grads if grad is not None]
+    return (norms[0] if len(norms) == 1 else torch.stack(norms).norm()) <= tol
+
+
+def all_done(output: Any) -> bool:
+    """Whether a step of `minimize` is known to have changed nothing, in any sample."""
+    done = _modes.concrete(output[2])
+    return done is not None and bool(done.all())

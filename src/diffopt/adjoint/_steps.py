@@ -14,7 +14,7 @@ from diffopt._diff.gradient import leaf_gradients
 from diffopt._diff.lacking import Explained
 from diffopt._rule.repeated import Repeated
 from diffopt._tree import Tree
-from diffopt.adjoint._base import GradientStep, Step
+from diffopt.adjoint._base import GradientStep, Step, all_done, within
 
 
 class Steps:
@@ -22,10 +22,13 @@ class Steps:
 
     Between steps of `minimize` the carry is kept as lists, if no transform of torch.func is active
     and the optimizer can update them.
+
+    Attributes:
+        ended: whether the last step has changed nothing, in any sample, because of `tol`.
     """
 
     def __init__(self, step: Step, carry: Tree, args: Tree) -> None:
-        self._step, self._carry, self._args = step, carry, args
+        self._step, self._carry, self._args, self.ended = step, carry, args, False
         self._updates: Repeated | None = None
         self._gradient = _repeatable(step)
 
@@ -39,7 +42,11 @@ class Steps:
         """Take a step; returns its output."""
         if self._gradient is not None and _plain(self._gradient):
             return self._take(self._gradient, x)
-        self._carry, output = self._step(self._settled(), self._args, x)
+        before = self._settled()
+        self._carry, output = self._step(before, self._args, x)
+        if isinstance(self._step, GradientStep) and self._step.tol is not None:
+            self.ended = all_done(output)
+            self._carry = before if self.ended else self._carry
         return output
 
     def _settled(self) -> Tree:
@@ -58,13 +65,17 @@ class Steps:
             self._carry = None, None, buffers
         updates = self._updates
         value, buffers, aux, grads = _gradients(step, updates, (self._carry[2], inputs, batch))
+        done = None if step.tol is None else within(grads, step.tol)
+        self.ended = done is not None and bool(done)
+        if self.ended:
+            return value, aux, done
         self._carry = None, None, buffers
         if not updates.update(grads, hparams):
             params, state, _ = self._settled()
             grads = _tree.unflatten(grads, updates.spec)
             params, state = step.optimizer.update(params, grads, state, hparams)
             self._carry, self._gradient = (params, state, buffers), None
-        return value, aux, None
+        return value, aux, done
 
 
 def _gradients(step: GradientStep, updates: Repeated, inputs: Tree) -> tuple[Any, ...]:
@@ -79,9 +90,16 @@ def _gradients(step: GradientStep, updates: Repeated, inputs: Tree) -> tuple[Any
 
 
 def one_by_one(step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
-    """The last carry and the outputs of the steps, taken one after another."""
+    """The last carry and the outputs of the steps, taken one after another.
+
+    The loop ends with the first step that changes nothing because of `tol`.
+    """
     steps = Steps(step, carry, args)
-    outputs = [steps.take(x) for x in xs]
+    outputs: list[Any] = []
+    for x in xs:
+        outputs.append(steps.take(x))
+        if steps.ended:
+            break
     return steps.carry(), outputs
 
 
@@ -110,8 +128,7 @@ def _repeatable(step: Step) -> GradientStep | None:
     """The step, if it is one of `minimize` as it is."""
     if not isinstance(step, GradientStep) or type(step) is not GradientStep or _modes.compiling():
         return None
-    special = step.compiler is not None or step.tol is not None or isinstance(step.used, list)
-    return None if special else step
+    return None if step.compiler is not None or isinstance(step.used, list) else step
 
 
 def _plain(step: GradientStep) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from diffopt._diff.gradient import value_and_grad
 from diffopt._diff.tasks import Task
 from diffopt._rule import checks
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, all_done
 from diffopt.adjoint._limited import without_derivative
 from diffopt.adjoint.truncated import Truncated
 from diffopt.implicit import ImplicitDerivative
@@ -89,8 +90,11 @@ class Implicit(ImplicitDerivative, Adjoint):
         if not isinstance(self.solver, ConjugateGradient):
             who = f"Implicit with a {type(self.solver).__name__} (ConjugateGradient does)"
             checks.undistributed(carry[0], "params", who)
-        xs = list(xs)
+        # With a tolerance no more of the xs are read than there are steps.
+        xs, again = (list(xs),) * 2 if step.tol is None else itertools.tee(xs)
         end, outputs = Truncated(0).run(step, carry, args, xs)
+        ended = len(outputs) > 1 and all_done(outputs[-1])
+        xs = list(itertools.islice(again, len(outputs) - ended))
         if not _modes.differentiable() or not xs:
             return end, outputs
         (params, state, buffers), (hparams, inputs) = end, args

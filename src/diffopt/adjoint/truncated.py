@@ -83,6 +83,8 @@ class Truncated(Adjoint):
                 steps = steps or Steps(step, _tree.detach(carry), args)
                 with torch.no_grad():
                     outputs.append(_tree.detach(steps.take(last.popleft())))
+                if steps.ended:
+                    break
         carry = _tree.detach(steps.carry()) if steps else carry
         for x in last:
             carry, output = step(carry, args, x)
