@@ -293,3 +293,41 @@ def test_complex_parameters():
     torch.testing.assert_close(end(target), target**2)
     assert torch.autograd.gradcheck(end, target)
     assert torch.autograd.gradgradcheck(end, target)
+
+
+class _Square(torch.autograd.Function):
+    """As torch.func refuses it: without `setup_context`."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_a_derivative_outside_transforms_takes_autograd_alone():
+    def gradients(square):
+        leaves = inputs()
+        sol = diffopt.minimize(
+            lambda w, target, decay: square(w - target).sum() + (decay * square(w)).sum(),
+            torch.zeros_like(TARGET), *leaves, optimizer=OPT, hparams=OPT.hparams(lr=0.1),
+            steps=500, tol=1e-12, adjoint=Implicit(ConjugateGradient(rtol=1e-14)),
+        )  # fmt: skip
+        return torch.autograd.grad(sol.params.sin().sum(), leaves)
+
+    torch.testing.assert_close(gradients(_Square.apply), gradients(torch.square))
+
+
+def test_many_backward_passes_at_once_are_those_one_by_one():
+    leaves = inputs()
+    params = solve(*leaves, Implicit(ConjugateGradient(rtol=1e-14))).params.flatten()
+    rows = torch.eye(params.numel(), dtype=params.dtype)
+
+    def pull(row):
+        return torch.autograd.grad(params, leaves, row, retain_graph=True)
+
+    found, expected = torch.vmap(pull)(rows), map(pull, rows)
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*expected, strict=True))))

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from diffopt._arguments import (
     check_number,
     check_result,
 )
+from diffopt._diff import functions
 from diffopt._diff.isolation import isolated, refuse_captured
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
@@ -95,7 +96,7 @@ class ImplicitDerivative:
             return ravel_like(result, like, ("the output of residual", "x"))
 
         def transposed_at(v: Tensor, *inputs: Tensor) -> Linear:
-            pull = torch.func.vjp(lambda v: flat(v, *inputs), v)[1]
+            pull = functions.pullback(lambda v: flat(v, *inputs), v)[1]
             return lambda u: pull(u)[0]
 
         def start(system: Sequence[Tensor]) -> Tensor | None:
@@ -379,7 +380,7 @@ def _distance(residual: Callable[..., Tensor], x: Tensor, *inputs: Tensor) -> Te
     The norms of the iterates of conjugate gradients increase (Steihaug 1983, theorem 2.1), starting
     from |r|^3 / |r^T H r|, which is used alone if the curvature is not positive.
     """
-    r, pull = cast(Any, torch.func.vjp(lambda x: residual(x, *inputs), x))
+    r, pull = functions.pullback(lambda x: residual(x, *inputs), x)
 
     def product(v: Tensor) -> Tensor:
         return pull(v)[0]

@@ -157,6 +157,26 @@ def vjp(
     return replaced([None] * len(inputs), chosen, results)
 
 
+def pullback(
+    function: Callable[..., Tensor], *inputs: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+    """`torch.func.vjp` of a function with one result; by autograd alone where all are constants."""
+    if _modes.transformed() or _modes.differentiable():
+        return cast(Any, torch.func.vjp(function, *inputs))
+    with torch.enable_grad():
+        xs = [alias(x, attached=False) for x in inputs]
+        value = function(*xs)
+
+    def pull(cotangent: Tensor) -> Sequence[Tensor]:
+        create_graph = torch.is_grad_enabled()
+        return torch.autograd.grad(
+            value, xs, cotangent, retain_graph=True, create_graph=create_graph,
+            materialize_grads=True,
+        )  # fmt: skip
+
+    return value.detach(), pull if value.requires_grad else lambda _: [*map(torch.zeros_like, xs)]
+
+
 def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a function, batched if an input is.
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import _modes, _torch, _tree
+from diffopt._diff import functions
+from diffopt._diff.captured import graph_leaves
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 
@@ -117,9 +119,11 @@ def refuse_captured(function: Callable[..., Tree], captured: Captured, *trees: T
     if not (_modes.differentiable() or _modes.transformed()):
         return
     inputs = _tree.map_tensors(_one_sample, trees)
-    with torch.enable_grad(), captured.noticed(inputs):
+    with torch.enable_grad(), captured.noticed(inputs), functions.noticed() as aliases:
         outputs = function(*inputs)
-    if any(map(_belongs, _tree.split(outputs)[0])):
+    plain = not (_modes.transformed() or _modes.forward_differentiated())
+    own = plain and all(id(leaf) in aliases for leaf in graph_leaves(outputs))
+    if not own and any(map(_belongs, _tree.split(outputs)[0])):
         raise ValueError(
             f"{captured.name} closes over a tensor that needs a gradient or is batched by vmap: "
             "pass it as an argument (a module's params by diffopt.nn.functionalize), or detach it; "

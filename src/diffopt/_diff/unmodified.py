@@ -118,14 +118,14 @@ class _Reads(_torch.DispatchMode):
         return True  # else torch.compile would never compile a function that runs here first
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in _tree.split((args, kwargs))[0]:
+        for x in _tensors((args, kwargs)):
             memory = _memory(x)
             if memory not in self.known:
                 self.known.add(memory)
                 self.given.add(memory)
                 self.versions.append((weakref.ref(x), _torch.version(x)))
         results = func(*args, **(kwargs or {}))
-        for x in _tree.split(results)[0]:
+        for x in _tensors(results):
             memory = _memory(x)
             self.known.add(memory)
             if memory not in self.given and _modes.ordinary(x) and x.layout is torch.strided:
@@ -135,6 +135,15 @@ class _Reads(_torch.DispatchMode):
     def kept(self) -> int:
         """The bytes that are still in memory, of tensors that were made within it."""
         return sum(x.nbytes() for x in (reference() for reference in self.made) if x is not None)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operation, which are few and not nested."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list, dict)):
+        for value in cast(Any, values.values() if isinstance(values, dict) else values):
+            yield from _tensors(value)
 
 
 def _memory(x: Tensor) -> int | None:

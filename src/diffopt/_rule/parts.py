@@ -39,6 +39,11 @@ def step_(
 
 def updated(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:
     """The new columns, out of place, in the fastest way; only where no derivative is needed."""
+    return batched(rule, t, values, columns) or leaf_by_leaf(rule, t, values, columns)
+
+
+def batched(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> list[Any] | None:
+    """What `updated` returns; None where tensor by tensor is the fastest way."""
     kernel_values = _for_kernels(values, columns[0][0])
     way = _way(rule, t, kernel_values, columns)
     if way == "native":
@@ -55,7 +60,7 @@ def updated(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> lis
     if way == "foreach":
         numbers = running.numbers_at(rule, t, values, columns)
         return lists.foreach(rule, numbers, columns, widen=True)
-    return leaf_by_leaf(rule, t, values, columns)
+    return None
 
 
 def leaf_by_leaf(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> list[Any]:

@@ -53,6 +53,7 @@ class Repeated:
         # The last hyperparameters: their leaves; if these are numbers, the record that the rule
         # sees; and if nobody can change that, the object that was given.
         self._leaves, self._record, self._same = leaves, None, None
+        self._small = False  # whether tensor by tensor is known to be the fastest way
         self._names = [number.name for number in work.numbers]
 
     @classmethod
@@ -79,13 +80,21 @@ class Repeated:
         differentiated = self._differentiated(columns, leaves)
         if len(self._groups) > 1:
             self._update_groups(leaves, columns, differentiated)
-        elif differentiated:
-            numbers = self._numbers(hparams, leaves, columns)
-            self._keep(running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is), grads)
         else:
-            values = [leaves[k] for k in self._groups[0][1]]
-            self._keep(parts.updated(self.rule, self._t, values, columns), grads)
+            new = None if differentiated else self._batched(leaves, columns)
+            if new is None:
+                numbers = self._numbers(hparams, leaves, columns)
+                new = running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is)
+            self._keep(new, grads)
         return True
+
+    def _batched(self, leaves: list[Any], columns: list[Any]) -> list[Any] | None:
+        """The new columns, where tensor by tensor is not the fastest way: after the first step."""
+        if self._small:
+            return None
+        new = parts.batched(self.rule, self._t, [leaves[k] for k in self._groups[0][1]], columns)
+        self._small = new is None and not isinstance(self._t, Tensor) and self._t > 1
+        return new
 
     def _known(self, leaves: list[Any]) -> bool:
         """Whether hyperparameters are of the same kinds as before."""

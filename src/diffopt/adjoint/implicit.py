@@ -122,7 +122,14 @@ def _compiled(step: GradientStep, loss: Callable[[Tree, Tree], Tensor]) -> Calla
     """The gradient of a loss `(params, rest)`, compiled if the step is."""
     compiler = step.compiler
     if compiler is None:
-        return torch.func.grad(loss)
+
+        def by_autograd(params: Tree, rest: Tree) -> Tree:
+            if _modes.transformed() or _modes.forward_differentiated():
+                return torch.func.grad(loss)(params, rest)
+            grads = value_and_grad(lambda p, rest: (loss(p, rest), ()), params, rest)[2]
+            return _tree.map(lambda p, g: torch.zeros_like(p) if g is None else g, params, grads)
+
+        return by_autograd
 
     def gradient(_: Tree, params: Tree, rest: Tree) -> Tree:
         return torch.func.grad(loss)(params, rest)

@@ -82,9 +82,10 @@ class Truncated(Adjoint):
             if len(last) > self.k:
                 steps = steps or Steps(step, _tree.detach(carry), args)
                 with torch.no_grad():
-                    outputs.append(_tree.detach(steps.take(last.popleft())))
+                    outputs.append(steps.take(last.popleft()))
                 if steps.ended:
                     break
+        outputs = _tree.detach(outputs)
         carry = _tree.detach(steps.carry()) if steps else carry
         for x in last:
             carry, output = step(carry, args, x)

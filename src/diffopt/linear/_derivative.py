@@ -178,11 +178,11 @@ def _differentiable(inputs: Sequence[Tensor], asked: Sequence[bool]) -> list[int
 
 def _pullback(
     equation: Equation, x: Tensor, inputs: Sequence[Tensor], which: Sequence[int]
-) -> Callable[[Tensor], tuple[Tensor, ...]]:
+) -> Callable[[Tensor], Sequence[Tensor]]:
     """The vector-Jacobian product of the residual with respect to some of its inputs."""
 
     def residual(*chosen: Tensor) -> Tensor:
         replaced = dict(zip(which, chosen, strict=True))
         return equation.residual(x, *(replaced.get(i, old) for i, old in enumerate(inputs)))
 
-    return torch.func.vjp(residual, *(inputs[i] for i in which))[1]
+    return functions.pullback(residual, *(inputs[i] for i in which))[1]
