@@ -118,16 +118,20 @@ class GradientStep:
         )
         grads = self._without_unused(grads)
         hparams = hparams if own is None else own
+        done = None if self.tol is None else within(_tree.leaves(grads), self.tol)
+        output = value, aux, done
+        known = done is None or not _modes.observed()
+        if known and all_done(output):
+            return carry, output
         params, state = self.optimizer.update(params, grads, state, hparams)
-        if self.tol is None:
-            return (params, state, buffers), (value, aux, None)
-        done = within(_tree.leaves(grads), self.tol)
+        if done is None or known:
+            return (params, state, buffers), output
 
         def chosen(old: Any, new: Any) -> Any:
             moved = isinstance(new, Tensor) and new is not old
             return torch.where(done, old, new) if moved else new
 
-        return _tree.map(chosen, carry, (params, state, buffers)), (value, aux, done)
+        return _tree.map(chosen, carry, (params, state, buffers)), output
 
     def _without_unused(self, grads: Tree) -> Tree:
         """The gradients, with None for params that are not used, which a trace does not show."""

@@ -45,7 +45,7 @@ class Steps:
         before = self._settled()
         self._carry, output = self._step(before, self._args, x)
         if isinstance(self._step, GradientStep) and self._step.tol is not None:
-            self.ended = all_done(output)
+            self.ended = all_done(output) if _modes.observed() else self._carry is before
             self._carry = before if self.ended else self._carry
         return output
 
