@@ -239,7 +239,9 @@ def test_gradients_that_are_lazily_conjugated_are_read_as_they_are(uncompiled):
     assert len(uncompiled) == 2
 
 
-@pytest.mark.parametrize("change", [torch._neg_view, lambda x: x[:1].expand(3)], ids=str)
+@pytest.mark.parametrize(
+    "change", [torch._neg_view, lambda x: x[:1].expand(3)], ids=["negative", "expanded"]
+)
 def test_gradients_may_become_odd_from_step_to_step(change, uncompiled):
     ends = []
     for fused in (True, None):
