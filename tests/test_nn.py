@@ -30,6 +30,7 @@ from diffopt.adjoint import (
     Unrolled,
     unroll,
 )
+from diffopt.linear import GMRES
 
 
 def model(*, track=True):
@@ -402,10 +403,45 @@ def test_a_block_that_is_recomputed_gives_the_same(way, adjoint):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("adjoint", [Implicit(), ForwardMode()], ids=["Implicit", "ForwardMode"])
-def test_adjoints_that_cannot_recompute_a_block_raise(adjoint):
+def test_forward_mode_cannot_recompute_a_block_and_raises():
     with pytest.raises(RuntimeError, match=r"saved tensor hooks|forward mode|vmap"):
-        adapted("block", adjoint)
+        adapted("block", ForwardMode())
+
+
+def derivative_of_a_solution(way, order):
+    """Of the params, as if they were a minimum, with respect to an L2 penalty."""
+    torch.manual_seed(0)
+    functional, x = diffopt.nn.functionalize(Recomputed(way).double()), data()
+    decay = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def loss(params, decay):
+        error = (functional(params, functional.buffers, x)[0] - 1).square().mean()
+        return error + decay * sum(p.square().sum() for p in params.values())
+
+    opt = diffopt.sgd(momentum=True)
+    hp = opt.hparams(lr=0.1, momentum=0.5)
+    sol = diffopt.minimize(
+        loss,
+        functional.params,
+        decay,
+        optimizer=opt,
+        hparams=hp,
+        steps=50,
+        adjoint=Implicit(GMRES(), root_tolerance=1e9),
+    )
+    value = sum(p.pow(3).sum() for p in sol.params.values())
+    for _ in range(order):
+        (value,) = torch.autograd.grad(value, decay, create_graph=order > 1)
+    return value
+
+
+@pytest.mark.parametrize("way", ["block", "sequential", "nested", "submodule"])
+def test_solutions_of_a_block_that_is_recomputed_are_differentiated_once(way):
+    torch.testing.assert_close(
+        derivative_of_a_solution(way, 1), derivative_of_a_solution("plain", 1)
+    )
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        derivative_of_a_solution(way, 2)
 
 
 def test_torch_func_refuses_a_block_that_is_recomputed():

@@ -56,7 +56,7 @@ def survey(columns: Sequence[Any]) -> Kind:
     """The `Kind` of columns whose params share device and dtype."""
     lists = [c for c in columns if isinstance(c, list) and not isinstance(c[0], running.Shared)]
     like = columns[0][0]
-    uniform = all({*map(_DTYPE, column)} <= {like.dtype} for column in lists)
+    uniform = {*map(_DTYPE, itertools.chain(*lists))} <= {like.dtype}
     return Kind(like.device.type, like.dtype, uniform, _layout(lists))
 
 
