@@ -1,5 +1,6 @@
 """Compiled loops: right or eager, with a warning; compiled once for every T, rate and data."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -997,6 +998,7 @@ def test_a_loss_with_checkpoint_runs_eagerly():
             recomputing, start, optimizer=opt, hparams=hp, steps=2, compile=compile
         ).params
 
-    with pytest.warns(UserWarning, match="runs without torch.compile"):
+    refused = pytest.warns(UserWarning, match="runs without torch.compile")
+    with contextlib.nullcontext() if torch.__version__ < "2.12" else refused:  # which compiles it
         found = final({"backend": "aot_eager"})
     assert torch.equal(found, final(False))
