@@ -16,7 +16,6 @@ for package in ("matplotlib", "mlxtend", "rich", "sklearn"):
     pytest.importorskip(package)
 
 FOLDER = Path(__file__).parents[1] / "examples" / "hyperparameters"
-SMALL = ["--inner-steps", "30", "--outer-steps", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +23,7 @@ def example() -> Iterator[SimpleNamespace]:
     """The example's modules, which import each other by bare names."""
     names = ("noisy_digits", "hyper_cleaning")
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER.parent)
         patch.syspath_prepend(FOLDER)
         modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
         digits = modules.noisy_digits
@@ -40,11 +40,11 @@ def data(example):
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("hyper_cleaning")
     files = ["--out", str(out), "--json", str(out / "figures.json")]
-    command = [sys.executable, str(FOLDER / "hyper_cleaning.py"), *SMALL, *files]
+    command = [sys.executable, str(FOLDER / "hyper_cleaning.py"), "--smoke", *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
-    figures = json.loads((out / "figures.json").read_text())
-    return SimpleNamespace(out=out, printed=done.stdout, **figures)
+    rows = json.loads((out / "figures.json").read_text())
+    return SimpleNamespace(out=out, rows={row["trained on"]: row for row in rows})
 
 
 def test_learned_weights_beat_equal_weights_on_the_test_set(small_run):
@@ -53,17 +53,14 @@ def test_learned_weights_beat_equal_weights_on_the_test_set(small_run):
 
 
 def test_learned_weights_tell_wrong_labels_from_correct_ones(small_run):
-    found = small_run.separation
-    assert found["auc"] > 0.9
-    assert found["mean weight of wrong labels"] < 0.3
-    assert found["mean weight of correct labels"] > 0.7
+    found = small_run.rows["all labels, learned weights"]
+    assert found["area under ROC"] > 0.9
+    assert found["precision"] > 0.9
+    assert found["recall"] > 0.8
 
 
-def test_a_run_ends_with_its_figures_and_a_picture(small_run):
-    assert len(small_run.curve) == 11
-    assert f"{small_run.separation['auc']:.3f}" in small_run.printed
-    assert f"{small_run.rows['all labels, learned weights']['test']:.1%}" in small_run.printed
-    assert (small_run.out / "hyper_cleaning.png").read_bytes().startswith(b"\x89PNG")
+def test_a_run_ends_with_a_picture(small_run):
+    assert (small_run.out / "hyper_cleaning.png").stat().st_size > 10_000
 
 
 def test_the_weights_gradient_is_that_of_the_unrolled_loop(example, data):
@@ -95,20 +92,3 @@ def test_a_gradient_points_to_its_own_orientation(example):
     strength = example.noisy_digits.oriented_gradients(ramp).reshape(8, -1).sum(1)
     assert strength.argmax() == 0
     assert strength[3:6].max() < 1e-6 * strength[0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--inner-steps", "0"], "--inner-steps 0: must be at least 1"),
-        (["--train", "4500"], "leave none of the 5000 digits for the test"),
-        (["--corruption", "1"], "--corruption 1.0: must leave labels of both kinds"),
-        (["--seed", "-1"], "--seed -1: must be at least 0"),
-        (["--json", "no/such/folder/file"], "not a file in an existing folder"),
-    ],
-)
-def test_a_bad_option_is_named(example, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["hyper_cleaning.py", *arguments])
-    with pytest.raises(SystemExit, match="2"):
-        example.hyper_cleaning.parse()
-    assert message in capsys.readouterr().err

@@ -21,7 +21,7 @@ Image = pytest.importorskip("PIL.Image")
 
 FOLDER = Path(__file__).parents[1] / "examples" / "meta_learning"
 MODULES = ("glyphs", "omniglot", "runner", "options", "report", "maml")
-SMALL = ["--rows", "maml", "--meta-steps", "40", "--eval-tasks", "6", "--steps", "2"]
+SMALL = ["--smoke", "--rows", "maml"]
 
 
 @pytest.fixture(scope="module")

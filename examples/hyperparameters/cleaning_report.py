@@ -1,41 +1,26 @@
-"""The end of a run: two tables and a picture."""
+"""The picture of a run."""
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from noisy_digits import Data
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 GREEN, RED = "#2a9d4a", "#d1343e"
 COLUMNS, ROWS = 6, 5  # digits in the picture
 
 
-def print_tables(figures: dict[str, Any], data: Data) -> None:
-    table = Table(title=f"{int(data.wrong.sum())} of {len(data.wrong)} labels are wrong")
-    table.add_column("trained on")
-    table.add_column("validation", justify="right")
-    table.add_column("test", justify="right")
-    for title, row in figures["rows"].items():
-        table.add_row(title, f"{row['validation']:.1%}", f"{row['test']:.1%}")
-    Console().print(table)
-    table = Table("the learned weights", "", title="separation of wrong from correct labels")
-    for name, value in figures["separation"].items():
-        table.add_row(name, f"{value:.3f}")
-    Console().print(table)
-
-
-def draw(path: Path, figures: dict[str, Any], weights: Tensor, data: Data) -> None:
+def draw(
+    rows: list[dict[str, Any]], course: list[dict[str, float]], weights: Tensor, data: Data
+) -> Figure:
     """The weights; accuracy by outer step; the digits of lowest weight."""
-    figure = Figure(figsize=(15, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw_weights(left, weights, data.wrong)
-    draw_curves(middle, figures)
+    draw_curves(middle, rows, course)
     draw_suspects(right, weights, data)
-    figure.savefig(path)
+    return figure
 
 
 def draw_weights(axes: Axes, weights: Tensor, wrong: Tensor) -> None:
@@ -46,13 +31,14 @@ def draw_weights(axes: Axes, weights: Tensor, wrong: Tensor) -> None:
     axes.legend(title="label")
 
 
-def draw_curves(axes: Axes, figures: dict[str, Any]) -> None:
+def draw_curves(axes: Axes, rows: list[dict[str, Any]], course: list[dict[str, float]]) -> None:
     for name, style in (("validation", "--"), ("test", "-")):
-        percent = [100 * point[name] for point in figures["curve"]]
+        percent = [100 * point[name] for point in course]
         axes.plot(percent, style, color="black", label=f"learned weights, {name}")
-    others = {title: row for title, row in figures["rows"].items() if "learned" not in title}
-    for (title, row), colour in zip(others.items(), (RED, "C1", "C0", GREEN), strict=True):
-        axes.axhline(100 * row["test"], color=colour, linestyle=":", label=f"{title}, test")
+    others = [row for row in rows if "learned" not in row["trained on"]]
+    for row, colour in zip(others, (RED, "C1", "C0", GREEN), strict=True):
+        label = f"{row['trained on']}, test"
+        axes.axhline(100 * row["test"], color=colour, linestyle=":", label=label)
     axes.set(title="Training to the end at each step", xlabel="outer step", ylabel="accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -65,5 +51,5 @@ def draw_suspects(axes: Axes, weights: Tensor, data: Data) -> None:
         colour = RED if data.wrong[index] else GREEN
         axes.text(x + 0.7, y + 0.33, str(int(data.train.y[index])), color=colour, va="center")
     axes.set(xlim=(0, COLUMNS), ylim=(ROWS, 0), aspect="equal")
-    axes.set_title("Lowest weights, given labels (red: wrong indeed)")
+    axes.set_title("Lowest weights (red: wrong labels)")
     axes.axis("off")

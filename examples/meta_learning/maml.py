@@ -5,6 +5,10 @@ An inner loop, a few steps of gradient descent, adapts a network to a task; the 
 the initialisation that the inner loop starts from, by differentiating through those steps.
 
     make demo                          # or: python examples/meta_learning/maml.py --help
+
+Seed 0, torch 2.13.0, accuracy on 400 tasks of unseen characters, with 95% intervals of about one
+point: untrained 80.7%, from scratch 81.3%, first-order MAML 89.9%, MAML 94.0%, with learned inner
+rates 93.2%.
 """
 
 import math

@@ -10,12 +10,15 @@ import omniglot
 from glyphs import Characters
 from runner import write_whole
 
-WITHOUT_EFFECT_ON_FIGURES = ("rows", "order", "root", "out", "json", "resume")
+WITHOUT_EFFECT_ON_FIGURES = ("rows", "order", "root", "out", "json", "resume", "smoke")
+SMOKE = {"steps": 2, "meta_steps": 40, "eval_tasks": 6}
 
 
 def parse(rows: list[str]) -> tuple[argparse.Namespace, Characters]:
     """The options and the characters they ask for; ends with a message where they do not fit."""
     parser = make_parser(rows)
+    if parser.parse_args().smoke:
+        parser.set_defaults(**SMOKE)
     options = parser.parse_args()
     if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         parser.error(f"--json {options.json}: not a file in an existing folder")
@@ -43,6 +46,7 @@ def make_parser(rows: list[str]) -> argparse.ArgumentParser:
     add("--seed", type=at_least(0), default=0, help="of initialisation and training tasks")
     add("--data", choices=["glyphs", "omniglot"], default="glyphs", help="fonts, or real Omniglot")
     add("--root", metavar="DIR", help="where torchvision put Omniglot")
+    add("--smoke", action="store_true", help="few and short steps, to see that it runs")
     add("--out", type=Path, metavar="DIR", default=Path("runs/maml"), help="folder for results")
     add("--json", type=Path, metavar="FILE", help="write the final figures there, too")
     add("--resume", action="store_true", help="go on with the run in --out where it was killed")

@@ -1,32 +1,34 @@
 """Training with the optimizer's state in bfloat16 and with bfloat16 parameters, beside float32.
 
-    python examples/low_memory/digits.py [--seeds 0 1 2] [--epochs 60] [--out DIR] [--json FILE]
+    python examples/low_memory.py [--seed 0] [--epochs 60] [--smoke] [--out DIR] [--json FILE]
 
-A perceptron learns the 1,797 digits that scikit-learn ships, by AdamW. Runs of one seed begin at
-the same parameters, but for rounding, and see the same batches.
+A perceptron learns the 1,797 digits that scikit-learn ships, by AdamW, with what
+`diffopt.transforms.precision` offers. All runs begin at the same parameters, but for rounding, and
+see the same batches. Bytes are those of a parameter with its state, without its gradient.
+
+Seed 0, torch 2.13.0, training loss: float32, and all ways with stochastic rounding or with float32
+masters, 0.0049. Rounded to nearest, the state departs once the gradients are small, since
+`exp_avg_sq` no longer decays, 0.0064; and without masters most steps are lost, 0.0316. Accuracies
+on new digits are 97.8%, in the last case 97.2%.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-from pathlib import Path
+from argparse import Namespace
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from matplotlib.figure import Figure
 from rich.progress import track
-from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import diffopt
+from common import Size, Study, main
 from diffopt.transforms import precision
 
-BATCH, TRAIN = 64, 1437
+BATCH, TRAIN, RATE = 64, 1437, 1e-3
 ADAMW = diffopt.adamw()
 WAYS: dict[str, tuple[torch.dtype, diffopt.Optimizer[Any, Any]]] = {
     "float32": (torch.float32, ADAMW),
@@ -47,7 +49,7 @@ WAYS: dict[str, tuple[torch.dtype, diffopt.Optimizer[Any, Any]]] = {
 
 
 class Run(NamedTuple):
-    """Of one seed.
+    """Of one way.
 
     Attributes:
         course: the training loss after every epoch.
@@ -67,14 +69,12 @@ def load(seed: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(pixels / 16).float()[order], torch.tensor(labels)[order]
 
 
-def train(
-    dtype: torch.dtype, rule: diffopt.Optimizer[Any, Any], seed: int, epochs: int, lr: float
-) -> Run:
+def train(dtype: torch.dtype, rule: diffopt.Optimizer[Any, Any], seed: int, epochs: int) -> Run:
     torch.manual_seed(seed)
     x, y = load(seed)
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
     net.append(nn.Linear(128, 10)).to(dtype)
-    optimizer = diffopt.optim.from_pure(rule, net.parameters(), lr=lr)
+    optimizer = diffopt.optim.from_pure(rule, net.parameters(), lr=RATE)
     batches, course = torch.Generator().manual_seed(seed), list[float]()
     for _ in range(epochs):
         for batch in torch.randperm(TRAIN, generator=batches).split(BATCH):
@@ -98,49 +98,19 @@ def memory(net: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return sum(x.nbytes for x in (*params, *state)) / sum(p.numel() for p in params)
 
 
-def plot(runs: dict[str, list[Run]]) -> Any:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for name, of_seeds in runs.items():
-        courses = [run.course for run in of_seeds]
-        means = [statistics.fmean(losses) for losses in zip(*courses, strict=True)]
-        axes.plot(range(1, len(means) + 1), means, label=name)
+def study(options: Namespace) -> Study:
+    picture = Figure(figsize=(8, 5), layout="constrained")
+    axes = picture.subplots()
+    rows = []
+    for name, (dtype, rule) in track(WAYS.items(), "training"):
+        run = train(dtype, rule, options.seed, options.epochs)
+        axes.plot(range(1, options.epochs + 1), run.course, label=name)
+        figures = {"training loss": run.course[-1], "test accuracy": run.test_accuracy}
+        rows.append({"": name, "bytes": round(run.bytes)} | figures)
     axes.set(xlabel="epoch", ylabel="training loss", yscale="log")
     axes.legend(fontsize=8)
-    figure.tight_layout()
-    return figure
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Train in less memory, and compare with float32.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data, batches and parameters")
-    add("--epochs", type=int, default=60, help="passes over the training data")
-    add("--lr", type=float, default=1e-3, help="learning rate")
-    add("--out", type=Path, default=Path("runs/low_memory"), help="folder for the picture")
-    add("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    options = parser.parse_args()
-    runs = {
-        name: [train(*way, seed, options.epochs, options.lr) for seed in options.seeds]
-        for name, way in track(WAYS.items(), "training")
-    }
-    table = Table("", "bytes", *(f"seed {seed}" for seed in options.seeds), "test accuracy")
-    for name, of_seeds in runs.items():
-        losses = [f"{run.course[-1]:.4f}" for run in of_seeds]
-        accuracy = statistics.fmean(run.test_accuracy for run in of_seeds)
-        table.add_row(name, f"{of_seeds[0].bytes:.0f}", *losses, f"{accuracy:.1%}")
-    Console().print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
-    mpl.use("Agg")
-    plot(runs).savefig(options.out / "losses.png", dpi=150)
-    if options.json:
-        figures = {name: [run._asdict() for run in of_seeds] for name, of_seeds in runs.items()}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return Study(rows, picture)
 
 
 if __name__ == "__main__":
-    main()
+    main(study, __doc__, epochs=Size("passes over the training data", 60, 2))
