@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation: a diagram, and curves from this folder's README.
+"""Draw pictures of the documentation: a diagram, curves from this folder's README, a page's plots.
 
 python benchmarks/plots.py [--out docs/assets]
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 README = Path(__file__).parent / "README.md"
+DOCS = README.parents[1] / "docs"
 DRAWN = {
     "Unrolled": "Unrolled()",
     "FirstOrder": "FirstOrder()",
@@ -78,13 +80,25 @@ def choice() -> Figure:
     return figure
 
 
+def debugging() -> dict[str, Any]:
+    """What the blocks of the page on debugging leave, with its pictures."""
+    page = (DOCS / "debugging.md").read_text(encoding="utf-8")
+    left: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.+?)```", page, re.DOTALL):
+        exec(block, left)
+    return left
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=README.parents[1] / "docs/assets")
+    parser.add_argument("--out", type=Path, default=DOCS / "assets")
     out = parser.parse_args().out
     mpl.rcParams["svg.hashsalt"] = "diffopt"  # the same file each time
-    memory().savefig(out / "memory.svg", metadata={"Date": None})
-    choice().savefig(out / "choice.svg", metadata={"Date": None})
+    page = debugging()
+    pictures = {"memory": memory(), "choice": choice()}
+    pictures |= {"graph": page["graph"].plot(), "trace": page["exploding"].plot()}
+    for name, picture in pictures.items():
+        picture.savefig(out / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
