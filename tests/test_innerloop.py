@@ -391,20 +391,21 @@ def test_losses_of_first_order_steps_can_be_part_of_the_outer_loss():
     torch.testing.assert_close(sum(inner.losses), total.detach())
 
 
-def test_gradients_pass_through_the_callback():
-    net, opt, lr = mlp(), diffopt.sgd(), leaf(0.5)
+def test_gradients_pass_through_the_callback_and_reach_what_it_learns():
+    net, opt, lr, bound = mlp(), diffopt.sgd(), leaf(0.5), leaf(0.1)
     seen = []
 
     def clip(grads):
         seen.append([*grads])
         norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-        return {name: g * 0.1 / (norm + 1e-6) for name, g in reversed(grads.items())}
+        return {name: g * bound / (norm + 1e-6) for name, g in reversed(grads.items())}
 
     hparams = opt.hparams(lr=lr)
     found = adapted(net, opt, hparams=hparams, grad_callback=clip)
     chain = transforms.chain(transforms.clip_by_global_norm(), opt)
-    expected = by_minimize(net, chain, chain.hparams(lr=lr, max_norm=0.1))
-    torch.testing.assert_close(gradients(found, net, lr), gradients(expected, net, lr))
+    expected = by_minimize(net, chain, chain.hparams(lr=lr, max_norm=bound))
+    found, expected = (gradients(value, net, lr, bound) for value in (found, expected))
+    torch.testing.assert_close(found, expected)
     assert seen == [[name for name, _ in net.named_parameters()]] * 3
 
 
