@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -38,7 +39,7 @@ def prepared(net: nn.Module, steps: int) -> tuple[Any, Any]:
 def by_hand(net: nn.Module, loader: DataLoader[Any]) -> Course:
     optimizer, schedule = prepared(net, len(loader))
     course = []
-    for x, y in loader:
+    for x, y in track(loader, "a loop"):
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), y)
         loss.backward()
@@ -54,7 +55,7 @@ def by_accelerate(net: nn.Module, loader: DataLoader[Any]) -> Course:
     accelerator = accelerate.Accelerator(cpu=True)
     net, loader, optimizer, schedule = accelerator.prepare(net, loader, *prepared(net, len(loader)))
     course = []
-    for x, y in loader:
+    for x, y in track(loader, "Accelerate"):
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), y)
         accelerator.backward(loss)
