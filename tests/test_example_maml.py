@@ -109,6 +109,12 @@ def test_tasks_depend_on_the_seed_alone(example, characters):
     assert not first.support_x.equal(other.support_x)
 
 
+def test_tasks_are_on_the_default_device(example, characters):
+    with torch.device("meta"):
+        tasks = example.maml.sample_tasks(characters.train, 2, options(), 0)
+    assert {part.device.type for part in tasks} == {"meta"}
+
+
 def command(out: Path, *arguments: str) -> list[str]:
     files = ["--out", str(out), "--json", str(out.with_suffix(".json"))]
     return [sys.executable, str(FOLDER / "maml.py"), *SMALL, *files, *arguments]

@@ -82,7 +82,7 @@ def sample_tasks(characters: np.ndarray, count: int, options: Namespace, *seed: 
     samples = options.shots + options.queries
     classes = generator.random((count, len(characters))).argsort()[:, : options.ways, None]
     writers = generator.random((count, options.ways, characters.shape[1])).argsort()[..., :samples]
-    images = torch.from_numpy(characters[classes, writers]).unsqueeze(3) / 255
+    images = torch.as_tensor(characters[classes, writers]).unsqueeze(3) / 255
     labels = torch.arange(options.ways)[:, None].expand(count, -1, samples)
     support_x, query_x = images.split([options.shots, options.queries], dim=2)
     support_y, query_y = labels.split([options.shots, options.queries], dim=2)
@@ -230,6 +230,7 @@ def task_batches(
 
 def make_row(name: str, options: Namespace, progress: Progress) -> None:
     """Meta-train and test, in a process of its own. The checkpoint holds the result."""
+    torch.set_default_device(options.device)
     row, checkpoint = ROWS[name], Checkpoint(checkpoint_path(name, options))
     if "accuracies" in checkpoint.values:
         return

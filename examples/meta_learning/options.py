@@ -49,6 +49,7 @@ def make_parser(rows: list[str]) -> argparse.ArgumentParser:
     add("--smoke", action="store_true", help="few and short steps, to see that it runs")
     add("--out", type=Path, metavar="DIR", default=Path("runs/maml"), help="folder for results")
     add("--json", type=Path, metavar="FILE", help="write the final figures there, too")
+    add("--device", default="cpu", help="where to compute, such as cuda")
     add("--resume", action="store_true", help="go on with the run in --out where it was killed")
     return parser
 
