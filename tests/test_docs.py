@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
+import torch
 
 import diffopt
 
@@ -144,6 +145,48 @@ def _texts(path):
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     texts = [ast.unparse(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
     return "\n".join(texts)
+
+
+def _minimized(loss, **changes):
+    opt = diffopt.sgd()
+    given = {"optimizer": opt, "hparams": opt.hparams(lr=0.1), "steps": 1} | changes
+    return diffopt.minimize(loss, torch.ones(2, requires_grad=True), **given).params.sum()
+
+
+def _mapped(layer):
+    model = diffopt.nn.functionalize(layer)
+    called = functools.partial(model, model.params, *([model.buffers] if model.buffers else []))
+    return torch.vmap(called)(torch.ones(3, 4, 2))
+
+
+def _twice():
+    value = _minimized(lambda w: w.pow(2).sum())
+    value.backward()
+    value.backward()
+
+
+OF_OTHERS = {
+    "missing 1 required positional argument": lambda: _minimized(lambda w, buffers: w.sum()),
+    "positional arguments but": lambda: _minimized(
+        lambda w, batch: w.sum(), steps=None, batches=[(1.0, 2.0)]
+    ),
+    "Batch norm got a batched tensor": lambda: _mapped(torch.nn.BatchNorm1d(2)),
+    "while in randomness error mode": lambda: _mapped(
+        torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    ),
+    "element 0 of tensors does not require grad": lambda: _minimized(
+        lambda w: w.pow(2).sum(), adjoint=None
+    ).backward(),
+    "backward through the graph a second time": _twice,
+}
+
+
+@pytest.mark.parametrize("message", OF_OTHERS)
+def test_messages_of_python_and_torch_are_as_troubleshooting_says(message):
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    assert f"| {message} |" in page[page.index("## Messages of Python and torch") :]
+    with pytest.raises((TypeError, RuntimeError, ValueError), match=message):
+        OF_OTHERS[message]()
 
 
 @pytest.fixture(scope="module")
