@@ -128,13 +128,11 @@ next_node: Callable[[], int] = _C._autograd._get_sequence_nr
 
 
 def gradient(
-    value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool
+    value: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, *, create_graph: bool, retain: bool
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` of a plain tensor, without the time that its checks take."""
-    one = torch.ones_like(value)
-    return _engine(
-        (value,), (one,), create_graph, create_graph, tuple(inputs), True, accumulate_grad=False
-    )
+    given, xs = (cotangent,), tuple(inputs)
+    return _engine((value,), given, retain, create_graph, xs, True, accumulate_grad=False)
 
 
 _engine: Callable[..., Any] = torch.autograd.graph._engine_run_backward  # pyright: ignore[reportPrivateUsage]

@@ -23,13 +23,12 @@ from diffopt._arguments import (
     check_number,
     check_result,
 )
-from diffopt._diff import functions
 from diffopt._diff.isolation import isolated, refuse_captured
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
 from diffopt.linear._base import LinearSystem, constant_solution, operator_of
-from diffopt.linear._derivative import Equation, Method, attach
+from diffopt.linear._derivative import Equation, Method, Residual, attach
 from diffopt.linear._failure import OnFailure, check_on_failure, fail, refuse_tracing
 from diffopt.linear._vectors import (
     Linear,
@@ -90,13 +89,14 @@ class ImplicitDerivative:
         inputs, merge = _tree.split(args)
         like, captured = template(x), Captured("residual", residual)
 
-        def flat(v: Tensor, *inputs: Tensor) -> Tensor:
-            captured.check()
+        def of_vectors(v: Tensor, *inputs: Tensor) -> Tensor:
             result = residual(unravel(v), *merge(inputs))
             return ravel_like(result, like, ("the output of residual", "x"))
 
-        def transposed_at(v: Tensor, *inputs: Tensor) -> Linear:
-            pull = functions.pullback(lambda v: flat(v, *inputs), v)[1]
+        flat = Residual(of_vectors, captured)
+
+        def transposed_at(*point: Tensor) -> Linear:
+            pull = flat.pullback(point, [0])[1]
             return lambda u: pull(u)[0]
 
         def start(system: Sequence[Tensor]) -> Tensor | None:
@@ -104,8 +104,16 @@ class ImplicitDerivative:
             names = "the output of warm_start", "x"
             return None if tree is None else ravel_like(tree, like, names, system)
 
-        self._check(_distance if distance else _residual_norm, flat, vector, inputs)
-        refuse_captured(flat, captured, vector, *inputs)
+        finite = not anywhere(~torch.isfinite(vector).all())
+        if not finite:
+            fail("x is not a solution: it is not finite", self.on_failure)
+        evaluate = of_vectors
+        if not (_modes.transformed() or _modes.forward_differentiated()):
+            needed = [0, *(i for i, y in enumerate(inputs, 1) if y.requires_grad)]
+            evaluate = functools.partial(flat.keep, needed)
+        refuse_captured(evaluate, captured, vector, *inputs)
+        if finite and self.root_tolerance < math.inf:
+            self._check(_distance if distance else _residual_norm, flat, vector, inputs)
         solver = self.solver
         jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
         solve = functools.partial(constant_solution, solver)
@@ -116,22 +124,19 @@ class ImplicitDerivative:
     def _check(
         self,
         measure: Callable[..., Tensor],
-        residual: Callable[..., Tensor],
+        residual: Residual,
         x: Tensor,
         inputs: list[Tensor],
     ) -> None:
         """Warn or raise if x is not a solution."""
-        if anywhere(~torch.isfinite(x).all()):
-            fail("x is not a solution: it is not finite", self.on_failure)
-        elif self.root_tolerance < math.inf:
-            size: Tensor = isolated(functools.partial(measure, residual), x, *inputs)
-            if anywhere(~(size <= self.root_tolerance)):
-                fail(
-                    f"x is not a solution: {_MEASURED[measure]} {greatest(size):.2g}, above "
-                    f"root_tolerance={self.root_tolerance:.2g}, so its derivative would be wrong: "
-                    "solve more accurately (take more steps), or raise root_tolerance",
-                    self.on_failure,
-                )
+        size: Tensor = isolated(functools.partial(measure, residual), x, *inputs)
+        if anywhere(~(size <= self.root_tolerance)):
+            fail(
+                f"x is not a solution: {_MEASURED[measure]} {greatest(size):.2g}, above "
+                f"root_tolerance={self.root_tolerance:.2g}, so its derivative would be wrong: "
+                "solve more accurately (take more steps), or raise root_tolerance",
+                self.on_failure,
+            )
 
 
 def implicit_root(
@@ -370,17 +375,17 @@ def fixed_point_iteration(
     return solve
 
 
-def _residual_norm(residual: Callable[..., Tensor], x: Tensor, *inputs: Tensor) -> Tensor:
-    return norm(residual(x, *inputs))
+def _residual_norm(residual: Residual, *point: Tensor) -> Tensor:
+    return norm(residual.pullback(point, [0])[0])
 
 
-def _distance(residual: Callable[..., Tensor], x: Tensor, *inputs: Tensor) -> Tensor:
+def _distance(residual: Residual, x: Tensor, *inputs: Tensor) -> Tensor:
     """A lower bound on |H^-1 r| / max(1, |x|), for the residual r and its derivative H.
 
     The norms of the iterates of conjugate gradients increase (Steihaug 1983, theorem 2.1), starting
     from |r|^3 / |r^T H r|, which is used alone if the curvature is not positive.
     """
-    r, pull = functions.pullback(lambda x: residual(x, *inputs), x)
+    r, pull = residual.pullback((x, *inputs), [0])
 
     def product(v: Tensor) -> Tensor:
         return pull(v)[0]
@@ -392,7 +397,9 @@ def _distance(residual: Callable[..., Tensor], x: Tensor, *inputs: Tensor) -> Te
     b = torch.where(size > 0, r / size, 0.0)
     system = LinearSystem(product, lambda: product, same, same, b, torch.full_like(size, 0.1))
     step = ConjugateGradient(max_steps=10).run(system, torch.zeros_like(b), b).x
-    length = torch.maximum(norm(step), 1 / (b @ product(b)).abs())
+    length = norm(step)
+    if anywhere(length == 0):
+        length = torch.where(length > 0, length, 1 / (b @ product(b)).abs())
     return torch.where(size > 0, size * length, size) / norm(x).clamp(min=1)
 
 

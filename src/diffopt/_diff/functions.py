@@ -161,20 +161,48 @@ def pullback(
     function: Callable[..., Tensor], *inputs: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
     """`torch.func.vjp` of a function with one result; by autograd alone where all are constants."""
-    if _modes.transformed() or _modes.differentiable():
+    if not constant():
         return cast(Any, torch.func.vjp(function, *inputs))
-    with torch.enable_grad():
-        xs = [alias(x, attached=False) for x in inputs]
-        value = function(*xs)
+    places = range(len(inputs))
+    evaluated = Evaluated(function, inputs, places)
+    return evaluated.output.detach(), lambda v: evaluated.pull(v, places)
 
-    def pull(cotangent: Tensor) -> Sequence[Tensor]:
-        create_graph = torch.is_grad_enabled()
-        return torch.autograd.grad(
-            value, xs, cotangent, retain_graph=True, create_graph=create_graph,
-            materialize_grads=True,
-        )  # fmt: skip
 
-    return value.detach(), pull if value.requires_grad else lambda _: [*map(torch.zeros_like, xs)]
+def constant() -> bool:
+    """Whether results are constants: nothing is transformed, or differentiated in any mode."""
+    return not (_modes.transformed() or _modes.differentiable())
+
+
+class Evaluated:
+    """A function with one result at a point, with the graph for its pullback, by autograd alone.
+
+    Args:
+        function: the function.
+        inputs: its arguments, constants.
+        needed: the places of those that `pull` may be asked for.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Iterable[int]
+    ) -> None:
+        with torch.enable_grad():
+            self.inputs = {i: alias(inputs[i], attached=False) for i in needed}
+            self.output = function(*replaced(inputs, self.inputs, self.inputs.values()))
+
+    def pull(self, cotangent: Tensor, which: Iterable[int]) -> Sequence[Tensor]:
+        """The vector-Jacobian product with respect to these inputs, any number of times."""
+        inputs, create_graph = [self.inputs[i] for i in which], torch.is_grad_enabled()
+        if not self.output.requires_grad:
+            return [*map(torch.zeros_like, inputs)]
+        if not _modes.ordinary(self.output):
+            return torch.autograd.grad(
+                self.output, inputs, cotangent, retain_graph=True, create_graph=create_graph,
+                materialize_grads=True,
+            )  # fmt: skip
+        grads = _torch.gradient(
+            self.output, inputs, cotangent, create_graph=create_graph, retain=True
+        )
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
 
 def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

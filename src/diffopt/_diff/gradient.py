@@ -124,7 +124,10 @@ def leaf_gradients(
             raise ValueError(_INDEPENDENT)
         repairs.mend_graph(value, first)
         if _modes.ordinary(value):
-            found = _torch.gradient(value, aliases, create_graph=create_graph)
+            one = torch.ones_like(value)
+            found = _torch.gradient(
+                value, aliases, one, create_graph=create_graph, retain=create_graph
+            )
         else:
             found = torch.autograd.grad(
                 value, aliases, create_graph=create_graph, allow_unused=True

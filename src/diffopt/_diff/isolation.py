@@ -148,6 +148,8 @@ def _constant(tensor: Tensor) -> Tensor:
         return _torch.add_batch_dim(inner, _torch.batch_dim(tensor), _torch.level_of(tensor))
     if _torch.is_wrapped(tensor):
         return _constant(_torch.unwrapped(tensor))
+    if not (_modes.transformed() or _modes.forward_differentiated()):
+        return tensor.detach()
     # Not at the current level, which would wrap the result.
     with _torch.outside_transforms(), _torch.forward_enabled(False):
         return tensor.detach()

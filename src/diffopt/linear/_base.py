@@ -62,11 +62,13 @@ class Run(NamedTuple):
         x: the approximate solution, a vector.
         iterations: a 0-d integer tensor.
         obstacle: why it stopped early, for the message; empty if unknown.
+        residual: the vector b - A x, computed from x; None if it has to be computed.
     """
 
     x: Tensor
     iterations: Tensor
     obstacle: str = ""
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,12 +248,14 @@ def constant_solution(
         torch.maximum(rtol * size, solver.atol / scale),
     )
     if x0 is None:
-        x, iterations, obstacle = solver.run(system, torch.zeros_like(b), b)
+        run = solver.run(system, torch.zeros_like(b), b)
     else:
         x0 = x0 / scale
         x0 = torch.where((size > 0) & torch.isfinite(x0).all(), x0, 0.0)  # x is known if b = 0
-        x, iterations, obstacle = solver.run(system, x0, system.residual(x0))
-    residual, x = norm(system.residual(x)), torch.where(finite, x * scale, torch.nan)
+        run = solver.run(system, x0, system.residual(x0))
+    x, iterations, obstacle, residual = run
+    residual = norm(system.residual(x) if residual is None else residual)
+    x = torch.where(finite, x * scale, torch.nan)
     residual = torch.where(torch.isfinite(x).all(), residual, torch.inf)
     within = residual <= system.tolerance
     if anywhere(~finite):

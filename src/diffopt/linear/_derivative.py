@@ -17,6 +17,7 @@ from torch import Tensor
 from diffopt import _modes, _torch, _tree
 from diffopt._diff import functions
 from diffopt._diff.isolation import isolated, outer_derivatives
+from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 from diffopt.linear._vectors import Linear
 
@@ -77,17 +78,53 @@ class Method:
     start: Callable[[Sequence[Tensor]], Tensor | None] | None = None
 
 
+class Residual:
+    """residual(x, *inputs), a vector like x, and its pullback.
+
+    Args:
+        function: the residual.
+        captured: what it captures, checked before it is used again.
+
+    Attributes:
+        kept: its graph at a solution, for the pullbacks of the first backward pass.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], captured: Captured | None = None) -> None:
+        self.function, self.captured = function, captured
+        self.kept: functions.Evaluated | None = None
+
+    def keep(self, needed: Sequence[int], *point: Tensor) -> Tensor:
+        """The residual at a solution, by autograd alone, with the graph for these inputs."""
+        self.kept = functions.Evaluated(self.function, point, needed)
+        return self.kept.output
+
+    def pullback(
+        self, point: Sequence[Tensor], which: Sequence[int]
+    ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+        """The residual and its vector-Jacobian product with respect to some of the point."""
+        kept = self.kept
+        if self.captured:
+            self.captured.check()
+        if kept and functions.constant():
+            return kept.output.detach(), lambda v: kept.pull(v, which)
+
+        def partial(*chosen: Tensor) -> Tensor:
+            return self.function(*functions.replaced(point, which, chosen))
+
+        return functions.pullback(partial, *(point[i] for i in which))
+
+
 @dataclass(frozen=True)
 class Equation:
     """residual(x, *inputs) = 0 in a vector x.
 
     Attributes:
-        residual: of `(x, *inputs)`, a vector like x.
+        residual: the residual.
         jacobian: its derivative with respect to x, at the point `(x, *inputs)`.
         method: for the linear systems with that operator.
     """
 
-    residual: Callable[..., Tensor]
+    residual: Residual
     jacobian: Operator
     method: Method
 
@@ -109,12 +146,14 @@ def solve(
         at=lambda u, b, *point: operator.at(*point),
         transposed_at=lambda u, b, *point: operator.transposed_at(*point),
     )
-    equation = Equation(residual, jacobian, replace(method, start=None))
+    equation = Equation(Residual(residual), jacobian, replace(method, start=None))
     return solution._replace(value=attach(equation, solution.value, b, *point))
 
 
 def attach(equation: Equation, x: Tensor, *inputs: Tensor) -> Tensor:
     """A constant x that solves the equation, made differentiable with respect to the inputs."""
+    if functions.constant():
+        return x
     return _Attach.apply(equation, x, *inputs)  # pyright: ignore[reportReturnType]
 
 
@@ -142,6 +181,8 @@ class _Attach(torch.autograd.Function):
             u = solve(equation.method, equation.jacobian.T, grads[0], x0, x, *inputs).value
             for i, grad in zip(needed, _pullback(equation, x, inputs, needed)(-u), strict=True):
                 results[i] = grad
+            if functions.constant():
+                equation.residual.kept = None
         return (None, None, *results)
 
     @staticmethod
@@ -180,9 +221,4 @@ def _pullback(
     equation: Equation, x: Tensor, inputs: Sequence[Tensor], which: Sequence[int]
 ) -> Callable[[Tensor], Sequence[Tensor]]:
     """The vector-Jacobian product of the residual with respect to some of its inputs."""
-
-    def residual(*chosen: Tensor) -> Tensor:
-        replaced = dict(zip(which, chosen, strict=True))
-        return equation.residual(x, *(replaced.get(i, old) for i, old in enumerate(inputs)))
-
-    return functions.pullback(residual, *(inputs[i] for i in which))[1]
+    return equation.residual.pullback((x, *inputs), [1 + i for i in which])[1]

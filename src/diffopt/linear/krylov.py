@@ -70,7 +70,7 @@ class Krylov(LinearSolver):
             before, residual = size, system.residual(x)
             size = norm(residual)
             active = finite & ~cycle.hopeless & (size < before) & (size > system.tolerance)
-        return Run(x, steps, self._obstacle if anywhere(hopeless) else "")
+        return Run(x, steps, self._obstacle if anywhere(hopeless) else "", residual)
 
     _obstacle = ""
 
