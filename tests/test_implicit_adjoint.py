@@ -321,6 +321,25 @@ def test_a_derivative_outside_transforms_takes_autograd_alone():
     torch.testing.assert_close(gradients(_Square.apply), gradients(torch.square))
 
 
+def test_the_first_backward_pass_does_not_run_the_loss_again():
+    runs = []
+
+    def counted(w, target, decay):
+        runs.append(0)
+        return loss(w, target, decay)
+
+    leaves = inputs()
+    sol = diffopt.minimize(
+        counted, torch.zeros_like(TARGET), *leaves, optimizer=OPT, hparams=OPT.hparams(lr=0.1),
+        steps=500, tol=1e-12, adjoint=Implicit(ConjugateGradient(rtol=1e-14)),
+    )  # fmt: skip
+    value, taken = sol.params.sin().sum(), len(runs)
+    first = torch.autograd.grad(value, leaves, retain_graph=True)
+    assert len(runs) == taken
+    torch.testing.assert_close(torch.autograd.grad(value, leaves), first)
+    assert len(runs) > taken  # the first pass has freed the graph
+
+
 def test_many_backward_passes_at_once_are_those_one_by_one():
     leaves = inputs()
     params = solve(*leaves, Implicit(ConjugateGradient(rtol=1e-14))).params.flatten()

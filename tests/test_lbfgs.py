@@ -239,6 +239,44 @@ def test_a_leaf_that_pauses_keeps_its_last_gradient_and_step():
     assert paused.old_dirs[-1, 2] == paused.old_stps[-1, 2] == 0
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_loop_takes_the_steps_that_update_takes_one_by_one(recorded):
+    opt, rates = diffopt.lbfgs(history_size=2), [1.0, 0.5, 1.0, 0.7, 1.0, 1.0]
+    first = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=recorded)
+    start = {"x": first, "late": torch.ones((), dtype=torch.float32)}
+
+    def loss(params, late):
+        value = (1 - params["x"]).square().sum() + params["x"].prod().square()
+        return value + (params["late"] * params["x"].sum()).square() if late else value
+
+    batches = [t not in (2, 3) for t in range(6)]  # `late` has no gradient there
+    sol = diffopt.minimize(
+        loss, start, optimizer=opt, hparams=lambda t: opt.hparams(lr=rates[t]), batches=batches
+    )
+    params, state = start, opt.init(start)
+    for rate, late in zip(rates, batches, strict=True):
+        grads = grad(lambda p: loss(p, late))(params)  # noqa: B023 (called at once)
+        grads = grads if late else {**grads, "late": None}
+        params, state = opt.update(params, grads, state, opt.hparams(lr=rate))
+    torch.testing.assert_close((sol.params, sol.state), (params, state))
+    if recorded:
+        ends = (sol.params["x"].sum(), params["x"].sum())
+        torch.testing.assert_close(*(torch.autograd.grad(end, first) for end in ends))
+
+
+def test_a_loop_checks_params_and_state_once(monkeypatch):
+    calls = []
+    check = diffopt.lbfgs._check_state
+    monkeypatch.setattr(
+        diffopt.lbfgs, "_check_state", lambda *given: (calls.append(1), check(*given))
+    )
+    opt = diffopt.lbfgs(history_size=2)
+    diffopt.minimize(
+        rosenbrock, start(), optimizer=opt, hparams=opt.hparams(), steps=5, adjoint=None
+    )
+    assert len(calls) == 1
+
+
 def test_leaves_of_several_dtypes_move_as_in_the_widest():
     wide = [torch.linspace(-1, 1, 3, dtype=torch.float64), torch.ones(2, dtype=torch.float64)]
     mixed = [wide[0], wide[1].bfloat16()]

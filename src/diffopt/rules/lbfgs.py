@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _modes, _tree
 from diffopt._diff.gradient import value_and_grad
-from diffopt._modes import exact, exact_dtype, real
+from diffopt._modes import exact, exact_dtype, number_of, real
 from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._tree import Tree
@@ -53,7 +53,9 @@ def direction(
     old_stps: Iterable[Tensor],
     ro: Iterable[Tensor],
     H_diag: Any,
-    sub: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda x, y, c: ops.add(x, y, -c),
+    sub: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda x, y, c: torch.addcmul(
+        x, y, c, value=-1
+    ),
     mul: Callable[[Tensor, Any], Tensor] = torch.mul,
 ) -> tuple[Tensor, list[Tensor]]:
     """`H q`, and the weights of the first loop (Nocedal and Wright, algorithm 7.4).
@@ -101,9 +103,19 @@ class _Problem(NamedTuple):
 
     spec: _tree.Spec
     params: list[Tensor]
-    grads: list[Tensor | None]
+    grads: Sequence[Tensor | None]
     grad: Tensor
     active: Tensor | None
+
+    @classmethod
+    def of(cls, spec: _tree.Spec, params: list[Tensor], grads: Sequence[Tensor | None]) -> _Problem:
+        active = None
+        if any(grad is None for grad in grads):
+            active = flat(
+                torch.full_like(real(p), g is not None, dtype=torch.bool)
+                for g, p in zip(grads, params, strict=True)
+            )
+        return cls(spec, params, grads, _vector(grads, params), active)
 
     def where_active(self, x: Tensor, y: Any) -> Tensor:
         """`x` for entries that have a gradient, `y` for the others."""
@@ -132,8 +144,8 @@ class LBFGS(Flags, Optimizer[LBFGSState, LBFGSHParams]):
     be on one device.
 
     Args:
-        history_size: the number of pairs kept. State and work are proportional to it from the first
-            step on: both loops run over all rows, so that the step can be batched and compiled.
+        history_size: the number of pairs kept. The state is proportional to it from the first step
+            on, and so is the work where the step is batched, compiled, or not on a CPU.
 
     Raises:
         TypeError: history_size is not an integer.
@@ -179,8 +191,15 @@ class LBFGS(Flags, Optimizer[LBFGSState, LBFGSHParams]):
         self, params: Tree, grads: Tree, state: LBFGSState, hparams: LBFGSHParams
     ) -> tuple[Tree, LBFGSState]:
         problem = self._gather(params, grads, state, hparams)
-        d, new_state = _direction(problem, state)
-        return _move(problem, state, new_state, _length(problem, new_state, hparams) * d)
+        moved, state = _updated(problem, state, hparams)
+        return _tree.unflatten(moved, problem.spec), state
+
+    def repeated(self, params: Tree, state: LBFGSState, hparams: LBFGSHParams) -> _Repeated | None:
+        if type(self).update is not LBFGS.update:
+            return None
+        problem = self._gather(params, params, state, hparams)  # gradients are like params
+        plain = _modes.all_plain([*problem.params, *state])
+        return _Repeated(problem, state, params) if plain else None
 
     def search(
         self,
@@ -258,7 +277,8 @@ class LBFGS(Flags, Optimizer[LBFGSState, LBFGSHParams]):
                 tolerance_change=tolerance_change,
                 max_ls=max_ls,
             )
-        return _move(problem, state, new_state, float(found.t) * d)
+        moved, state = _move(problem, state, new_state, float(found.t) * d)
+        return _tree.unflatten(moved, problem.spec), state
 
     def _gather(
         self, params: Tree, grads: Tree, state: LBFGSState, hparams: LBFGSHParams
@@ -268,19 +288,8 @@ class LBFGS(Flags, Optimizer[LBFGSState, LBFGSHParams]):
         gradients = _tree.leaves_like(grads, spec, params, ("grads", "params"))
         checks.grads(gradients, tensors, params)
         self._check_state(state, tensors, device)
-        checks.instance(hparams, LBFGSHParams, "hparams", "optimizer.hparams(...)")
-        if not _tree.is_leaf(hparams.lr):
-            kind = type(hparams.lr).__name__
-            raise ValueError(f"hparams.lr is a {kind}, but lbfgs takes one lr for all params")
-        if isinstance(hparams.lr, Tensor):
-            checks.scalar(hparams.lr, "hparams.lr", tensors, params)
-        active = None
-        if any(grad is None for grad in gradients):
-            active = flat(
-                torch.full_like(real(p), g is not None, dtype=torch.bool)
-                for g, p in zip(gradients, tensors, strict=True)
-            )
-        return _Problem(spec, tensors, gradients, _vector(gradients, tensors), active)
+        _check_hparams(hparams, tensors, params)
+        return _Problem.of(spec, tensors, gradients)
 
     def _shapes(self, params: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
         """The shape of each field of the state but `step`."""
@@ -320,6 +329,47 @@ LimitedMemoryBFGS = LBFGS
 lbfgs = LBFGS
 
 
+class _Repeated:
+    """The updates of a loop, whose params and state are checked once.
+
+    See `diffopt._rule.repeated.Repeated`, which takes those of other rules.
+    """
+
+    def __init__(self, problem: _Problem, state: LBFGSState, like: Tree) -> None:
+        self.params, self.spec = problem.params, problem.spec
+        self._state, self._like = state, like
+
+    def update(self, grads: Sequence[Any], hparams: LBFGSHParams) -> bool:
+        """Take a step; False, with nothing done, where the gradients must be checked."""
+        if not _modes.all_ordinary(grads) or any(g.layout is not torch.strided for g in grads):
+            return False
+        _check_hparams(hparams, self.params, self._like)
+        problem = _Problem.of(self.spec, self.params, grads)
+        self.params, self._state = _updated(problem, self._state, hparams)
+        return True
+
+    def trees(self) -> tuple[Tree, LBFGSState]:
+        """The params and the state."""
+        return _tree.unflatten(self.params, self.spec), self._state
+
+
+def _check_hparams(hparams: LBFGSHParams, tensors: list[Tensor], params: Tree) -> None:
+    checks.instance(hparams, LBFGSHParams, "hparams", "optimizer.hparams(...)")
+    if not _tree.is_leaf(hparams.lr):
+        kind = type(hparams.lr).__name__
+        raise ValueError(f"hparams.lr is a {kind}, but lbfgs takes one lr for all params")
+    if isinstance(hparams.lr, Tensor):
+        checks.scalar(hparams.lr, "hparams.lr", tensors, params)
+
+
+def _updated(
+    problem: _Problem, old: LBFGSState, hparams: LBFGSHParams
+) -> tuple[list[Tensor], LBFGSState]:
+    """The leaves of the params after an update, and the state."""
+    d, state = _direction(problem, old)
+    return _move(problem, old, state, _length(problem, state, hparams) * d)
+
+
 def _direction(problem: _Problem, old: LBFGSState) -> tuple[Tensor, LBFGSState]:
     """The direction, and the new state without the step along it."""
     dtype = problem.grad.dtype
@@ -327,21 +377,33 @@ def _direction(problem: _Problem, old: LBFGSState) -> tuple[Tensor, LBFGSState]:
     y = problem.where_active(problem.grad - prev_grad, 0)
     s = problem.where_active(prev_step, 0)
     kept = y.dot(s) > LEAST_CURVATURE
-    rho, scale = curvature(*(torch.where(kept, y.dot(x), 1) for x in (s, y)))
-    ys, steps, ro = (
-        torch.where(kept, torch.cat([rows[1:], row.unsqueeze(0)]), rows)
-        for rows, row in ((ys, y), (steps, s), (ro, rho))
-    )
-    H_diag = torch.where(kept, scale, H_diag)
-    d, _ = direction(-problem.grad, ys, steps, ro, H_diag)
+    if not _modes.differentiated([problem.grad, *old]):  # else all of `old` belongs to the graph
+        kept = number_of(kept)
+    if kept is not False:
+        rho, scale = curvature(*(ops.where(kept, y.dot(x), 1) for x in (s, y)))
+        ys, steps, ro = (
+            ops.where(kept, torch.cat([rows[1:], row.unsqueeze(0)]), rows)
+            for rows, row in ((ys, y), (steps, s), (ro, rho))
+        )
+        H_diag = ops.where(kept, scale, H_diag)
+    first = _unused(ro)
+    d, _ = direction(-problem.grad, ys[first:], steps[first:], ro[first:], H_diag)
     grad = problem.where_active(problem.grad, prev_grad)
     state = LBFGSState(exact(old.step) + 1, ys, steps, ro, H_diag, grad, prev_step)
     return problem.where_active(d, 0), state
 
 
-def _length(problem: _Problem, state: LBFGSState, hparams: LBFGSHParams) -> Tensor:
+def _unused(ro: Tensor) -> int:
+    """How many of the oldest rows are known to hold no pair."""
+    if ro.device.type != "cpu" or _modes.observed():
+        return 0
+    return next((i for i, rho in enumerate(ro.tolist()) if rho), len(ro))
+
+
+def _length(problem: _Problem, state: LBFGSState, hparams: LBFGSHParams) -> Any:
     lr = exact(hparams.lr) if isinstance(hparams.lr, Tensor) else hparams.lr
-    return torch.where(state.step > 1, 1, first_length(problem.grad)) * lr
+    later = number_of(state.step > 1)
+    return lr if later is True else ops.where(later, 1, first_length(problem.grad)) * lr
 
 
 def _constant(scalar: Tensor) -> Tensor:
@@ -351,19 +413,19 @@ def _constant(scalar: Tensor) -> Tensor:
 
 def _move(
     problem: _Problem, old: LBFGSState, new: LBFGSState, step: Tensor
-) -> tuple[Tree, LBFGSState]:
-    """The params after a step, and the state with that step."""
+) -> tuple[list[Tensor], LBFGSState]:
+    """The leaves of the params after a step, and the state with that step."""
     moved = zip(problem.params, problem.grads, _moved(problem, step), strict=True)
     params = [p if g is None else q for p, g, q in moved]
     new = new._replace(prev_flat_step=problem.where_active(step, new.prev_flat_step))
     fields = [field.to(before.dtype) for field, before in zip(new, old, strict=True)]
-    return _tree.unflatten(params, problem.spec), LBFGSState(*fields)
+    return params, LBFGSState(*fields)
 
 
 def _moved(problem: _Problem, step: Tensor) -> list[Tensor]:
     """The leaves of the params, each with its piece of the step added."""
     moved: list[Tensor] = []
-    pieces = torch.split(step, [real(p).numel() for p in problem.params])
+    pieces = step.split_with_sizes([real(p).numel() for p in problem.params])
     for p, piece in zip(problem.params, pieces, strict=True):
         x = real(p)
         x = (x.to(step.dtype) + piece.view(x.shape)).to(x.dtype)
