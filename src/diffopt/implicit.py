@@ -158,7 +158,8 @@ def implicit_root(
     mode solves (d_x residual)^T u = v with `solver`, from matrix-vector products, and returns
     -(d_args residual)^T u for the args. It is differentiable to any order, in reverse and forward
     mode, under autograd and torch.func transforms in any nesting. Memory does not grow with the
-    number of steps that `solve` takes.
+    number of steps that `solve` takes; outside transforms the graph of one residual is kept until
+    the first backward pass.
 
     Args:
         residual: `residual(x, *args)`, a tree like x that is zero at a solution. It is

@@ -211,6 +211,8 @@ def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Te
     An unbatched output has a single cotangent, which the rule that torch.vmap derives for an
     autograd.Function would count once per example.
     """
+    if not _modes.transformed():
+        return list(outputs)
     representatives = {frozenset(_modes.batches(x)): x for x in inputs}
     result = list(outputs)
     for levels, x in representatives.items():

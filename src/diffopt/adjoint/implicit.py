@@ -32,7 +32,8 @@ class Implicit(ImplicitDerivative, Adjoint):
     With g(x, args) the gradient of the loss with respect to params, g(x, args) = 0 gives
     dx = -(d_x g)^-1 (d_args g) dargs: a linear system with the Hessian, of which `solver` needs
     only products with vectors. The loop builds no graph, so memory does not depend on the number of
-    steps, and it may stop early (`tol=`).
+    steps, and it may stop early (`tol=`). The graph of one gradient is kept, from the end of the
+    loop to the first backward pass.
 
     There are derivatives of any order, in reverse and forward mode, with respect to the loss's
     arguments and the batches. The minimum does not depend on the initial params nor on the learning
