@@ -63,8 +63,9 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Page | Non
 
 
 def pytest_collection_finish() -> None:
-    """Leave modules and tests out of collections, which some tests make, from now on."""
+    """Leave modules and tests out of collections of garbage, and let these be rarer."""
     gc.freeze()
+    gc.set_threshold(10_000)  # traces of torch.compile keep many objects
 
 
 @pytest.fixture

@@ -138,7 +138,14 @@ def muon_row(hparams, precision=None, **flags):
 
 # bfloat16 is too coarse for these, and with nine tenths of some numbers the iteration diverges.
 # `precision` has another state for half precision, with masters, than for float32.
+# Where only numbers differ from those of another row, the same is compiled.
 SKIPPED = {
+    "sgd": {"compiled"},  # see sgd-momentum
+    "adam": {"compiled"},  # see adam-numbers
+    "adagrad": {"compiled"},  # see adagrad-numbers
+    "adadelta": {"compiled"},  # see adadelta-numbers
+    "radam-late": {"compiled"},  # see radam
+    "chain-global-norm-loose": {"compiled"},  # see chain-global-norm
     "precision": {"half_step", "half_long_run"},
     "hypergradient-tower": {"compiled", "half_long_run"},  # slow; constant gradients diverge
     "muon": {
