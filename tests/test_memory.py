@@ -38,7 +38,6 @@ class Census:
 
 @contextlib.contextmanager
 def no_garbage_collector():
-    gc.collect()
     gc.disable()
     try:
         yield
