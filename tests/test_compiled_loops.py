@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -468,17 +469,12 @@ def test_results_in_the_memory_of_a_cuda_graph_are_copied(traceless):
 
 
 def test_kernels_keep_no_tensor_alive(traceless):
-    import gc
-    import weakref
-
     def once():
         data = problem()
         by_autograd(meta_loss(diffopt.adam(), Unrolled(), traceless), *data)
         return [weakref.ref(x) for x in diffopt._tree.leaves(data)]
 
-    references = once()
-    gc.collect()
-    assert not any(reference() is not None for reference in references)
+    assert not any(reference() is not None for reference in once())
 
 
 # What torch.compile makes of them
