@@ -83,14 +83,15 @@ def leaf_by_leaf(
     rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, as_is: bool
 ) -> list[list[Any]]:
     """The new columns, out of place, tensor by tensor."""
+    return _columns([_new(rule, numbers, row, as_is=as_is) for row in _rows_of(columns)])
+
+
+def _new(rule: AnyRule, numbers: Numbers, row: Sequence[Any], *, as_is: bool) -> list[Any]:
+    """`apply(rule, numbers, row, widen=True)`, quickly where the rule sees tensors as they are."""
     if not as_is:
-        return _columns([apply(rule, numbers, row, widen=True) for row in _rows_of(columns)])
-    new: list[list[Any]] = []
-    for row in _rows_of(columns):
-        results = run(rule, numbers, row)
-        pairs = zip(results, written(row), strict=True)
-        new.append([x if _alike(x, old) else leave(x, old, row[0].dtype) for x, old in pairs])
-    return _columns(new)
+        return apply(rule, numbers, row, widen=True)
+    pairs = zip(run(rule, numbers, row), written(row), strict=True)
+    return [x if _alike(x, old) else leave(x, old) for x, old in pairs]
 
 
 def _columns(rows: list[list[Any]]) -> list[list[Any]]:
@@ -168,10 +169,12 @@ def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
 def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     """In place, tensor by tensor."""
     copy_: Any = torch.ops.aten.copy_.default
+    plain = bool(columns[0]) and as_is(columns)
     for row in _rows_of(columns):
         if row[0].is_cpu:  # otherwise Tensor.copy_, which is faster, asks for a device that fake
             copy_ = Tensor.copy_  # tensors need not have
-        for old, new in zip(written(row), apply(rule, numbers, row), strict=True):
+        stepped = _new(rule, numbers, row, as_is=True) if plain else apply(rule, numbers, row)
+        for old, new in zip(written(row), stepped, strict=True):
             if isinstance(old, Tensor) and new is not old:
                 copy_(old, new)
 
