@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import itertools
 import pickle
 from typing import NamedTuple
 
@@ -214,6 +215,7 @@ def test_views_that_share_no_element_are_updated(split):
         (lambda p, g: g.update(b=p["a"].T), r"grads\['b'\] and params\['a'\] share memory"),
         (lambda p, g: g.update(a=p["a"].T), r"grads\['a'\] and params\['a'\] share memory"),
         (lambda p, g: g.update(lr=p["b"][0, 0]), r"hparams.lr and params\['b'\] share memory"),
+        (lambda p, g: g.update(lr=p["a"]), r"hparams.lr and params\['a'\] share memory"),
     ],
 )
 def test_what_is_read_shares_no_memory_with_what_is_written(name, change, message):
@@ -228,6 +230,55 @@ def test_what_is_read_shares_no_memory_with_what_is_written(name, change, messag
     assert state.step == 0
 
 
+T = diffopt.transforms
+ALIASED = [
+    diffopt.sgd(),
+    diffopt.adam(),
+    diffopt.nadam(),
+    diffopt.lbfgs(),
+    T.chain(T.clip_by_global_norm(), diffopt.sgd()),
+    T.partition({"x": diffopt.sgd(), "y": diffopt.adam()}, {"a": "x", "b": "y"}),
+    T.ema(diffopt.sgd()),
+    T.ema(T.accumulate(diffopt.adam(), 1)),
+    T.hypergradient(diffopt.sgd()),
+    T.flatten(diffopt.adam()),
+]
+
+
+def clones(tree):
+    return pytree.tree_map_only(torch.Tensor, torch.clone, tree)
+
+
+@pytest.mark.parametrize("given", ["hparams", "grads"])
+@pytest.mark.parametrize("opt", ALIASED, ids=repr)
+def test_what_is_read_may_be_anything_that_is_written_or_is_refused(opt, given):
+    generator = torch.Generator().manual_seed(0)
+    params = {k: torch.rand(2, 2, generator=generator, dtype=torch.float64) for k in "ab"}
+    old = params, opt.update(params, params, opt.init(params), opt.hparams())[1]
+    read, spec = pytree.tree_flatten(opt.hparams() if given == "hparams" else params)
+    for i, k in itertools.product(range(len(pytree.tree_leaves(old))), range(len(read))):
+        params, state = clones(old)
+        written = pytree.tree_leaves((params, state))[i]
+        if given == "hparams":
+            written = written.reshape(-1)[:1].reshape(())
+        elif written.shape != (2, 2):
+            continue
+
+        def arguments(value, k=k):
+            leaves = [*clones(read[:k]), value, *clones(read[k + 1 :])]
+            tree = pytree.tree_unflatten(leaves, spec)
+            return (clones(old[0]), tree) if given == "hparams" else (tree, opt.hparams())
+
+        grads, hp = arguments(written.clone())
+        expected = opt.update(params, grads, state, hp)
+        grads, hp = arguments(written)
+        try:
+            opt.update_(params, grads, state, hp)
+        except ValueError:
+            expected = old
+        torch.testing.assert_close((params, state), expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adafactor", "muon"])
 def test_gradients_may_share_memory_among_them_and_be_their_own_parameters(name):
     opt = getattr(diffopt, name)()
@@ -237,6 +288,18 @@ def test_gradients_may_share_memory_among_them_and_be_their_own_parameters(name)
     expected = opt.update(params, grads, state, hp)[0]
     opt.update_(params, grads, state, hp)
     torch.testing.assert_close(params, expected)
+
+
+@pytest.mark.parametrize("leaf", ["a", "b"])
+@pytest.mark.parametrize("field", ["lr", "weight_decay", "beta2"])
+def test_a_buffer_is_no_hyperparameter(field, leaf):
+    opt, params = diffopt.adam(), {k: torch.ones(2) for k in "ab"}
+    state = opt.init(params)
+    hp = opt.hparams(**{field: state.exp_avg[leaf]})
+    message = rf"hparams.{field} and state.exp_avg\['{leaf}'\] share memory"
+    with pytest.raises(ValueError, match=message):
+        opt.update_(params, clones(params), state, hp)
+    assert state.step == 0
 
 
 def test_buffers_that_share_memory_are_refused():

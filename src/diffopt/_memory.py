@@ -22,13 +22,16 @@ LOCKED = "is an inference tensor, which can only be written to inside torch.infe
 
 
 def check_apart(
-    path: Callable[[int], str], tensors: Sequence[Tensor], read: Sequence[Any] = ()
+    path: Callable[[int], str],
+    tensors: Sequence[Tensor],
+    read: Sequence[Any] = (),
+    paired: int = 0,
 ) -> None:
     """Raise if writing to one of the tensors changes another one, or one of those in `read`.
 
     `path(i)` is the name of the tensor with index i, counted as in `overlap`.
     """
-    pair = overlap(tensors, read)
+    pair = overlap(tensors, read, paired)
     if pair is None:
         return
     first, second = map(path, pair)
@@ -46,11 +49,13 @@ def order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
 
 
-def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, int] | None:
+def overlap(
+    tensors: Sequence[Tensor], read: Sequence[Any] = (), paired: int = 0
+) -> tuple[int, int] | None:
     """The indices of two tensors that share an element, or twice that of one that overlaps itself.
 
     Those in `read`, whose indices go on from those of `tensors`, may share elements with one
-    another, and the i-th may be the same view as `tensors[i]`.
+    another, and of the first `paired` each may be the very view that has its place in `tensors`.
 
     Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """
@@ -73,7 +78,7 @@ def overlap(tensors: Sequence[Tensor], read: Sequence[Any] = ()) -> tuple[int, i
         for before in order[: k + 1].tolist():
             i, j = sorted((known[before], this))
             x, y = every[i], every[j]
-            if i < n and _meet(x, y) and not (j == i + n and x.is_set_to(y)):
+            if i < n and _meet(x, y) and not (j == i + n < n + paired and x.is_set_to(y)):
                 return i, j
     return None
 

@@ -242,7 +242,8 @@ def writable(
                 raise ValueError(f"{path(k)} {_memory.LOCKED}: clone it")
     for name, column in () if coarse else columns.items():
         _precise(column, columns["params"], tree, name)
-    _memory.check_apart(path, tensors, [x for *_, column in read for x in column])
+    reads = [x for *_, column in read for x in column]
+    _memory.check_apart(path, tensors, reads, len(grads))
 
 
 def _precise(buffers: list[Tensor], params: list[Tensor], tree: Tree, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _memory, _modes, _tree
 from diffopt._arguments import check_function
 from diffopt._modes import exact
 from diffopt._rule import checks, hyper
@@ -277,6 +278,24 @@ def gather(params: Tree, grads: Tree, *, writable: bool = False, sparse: bool = 
     if writable:
         checks.writable({"params": tensors}, params)
     return Leaves(spec, tensors, gradients)
+
+
+def check_apart(written: dict[str, Tree], read: dict[str, Tree], paired: int = 0) -> None:
+    """Raise if one of the trees that are written shares memory with another or with those read.
+
+    Of the leaves that are read, each of the first `paired` may be the one written in its place.
+    """
+    if _modes.transformed():
+        return
+
+    def path(k: int) -> str:
+        trees = (written | read).items()
+        return [path for name, tree in trees for path in _tree.paths(tree, name)][k]
+
+    own, others = (
+        [*itertools.chain(*map(_tree.leaves, side.values()))] for side in (written, read)
+    )
+    _memory.check_apart(path, own, others, paired)
 
 
 def matched(grads: Tree, params: Tree) -> Leaves:

@@ -15,7 +15,7 @@ from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Write
-from diffopt.transforms._base import Leaves, Tensors, Wrapper, gather, near, wide
+from diffopt.transforms._base import Leaves, Tensors, Wrapper, check_apart, gather, near, wide
 from diffopt.transforms._records import check_tuple
 
 
@@ -107,6 +107,7 @@ class EMA(Wrapper[EMAState]):
     ) -> Write:
         leaves, old, records = self._gather(params, grads, state, hparams)
         checks.writable({"params": leaves.params, "state.average": old}, params, state.step)
+        check_apart({"params": params, "state": state}, {"hparams[0]": hparams[0]})
         update_ = self.optimizer.prepare_(params, grads, state.inner, hparams[1])
 
         def write() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _memory, _modes, _torch, _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._arguments import did_you_mean
 from diffopt._diff import functions
 from diffopt._modes import exact_dtype, real
@@ -21,7 +20,7 @@ from diffopt._rule.rule import is_ours
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, Write, check_optimizer, copy_, overwriting
 from diffopt.rules.adagrad import adagrad
-from diffopt.transforms._base import Leaves, Tensors, Wrapper, gather, wide
+from diffopt.transforms._base import Leaves, Tensors, Wrapper, check_apart, gather, wide
 from diffopt.transforms._records import InOrder, check_record, check_tuple
 from diffopt.transforms.chain import Chain
 from diffopt.transforms.maximize import Maximize
@@ -209,7 +208,10 @@ class Hypergradient(Wrapper[HypergradientState]):
         offsets, outer = self._learned(leaves, old, state, hparams)
         written = {f"state.derivatives[{name!r}]": column for name, column in old.items()}
         checks.writable({"params": leaves.params, **written}, params)
-        _check_apart(state, {"grads": grads, "hparams": hparams})
+        own = {"state.derivatives": state.derivatives}  # which are written first
+        fields = ("offsets", "outer", "inner")
+        used = {f"state.{name}": getattr(state, name) for name in fields}
+        check_apart(own, used | {"grads": grads, "hparams": hparams})
         pairs = overwriting(
             {"state.offsets": state.offsets, "state.outer": state.outer},
             {"state.offsets": offsets, "state.outer": outer},
@@ -269,22 +271,6 @@ class Hypergradient(Wrapper[HypergradientState]):
 
 
 hypergradient = Hypergradient
-
-
-def _check_apart(state: HypergradientState, read: dict[str, Tree]) -> None:
-    """Raise if the derivatives, which are written first, share memory with what is used later."""
-    own = {"state.derivatives": state.derivatives}
-    fields = ("offsets", "outer", "inner")
-    others = {f"state.{name}": getattr(state, name) for name in fields} | read
-    n = len(_tree.leaves(own))
-
-    def path(k: int) -> str:
-        trees, k = (own, k) if k < n else (others, k - 2 * n)
-        return [path for name, tree in trees.items() for path in _tree.paths(tree, name)][k]
-
-    # With None in front of them, none of the others is taken for a gradient that is its own param.
-    rest = itertools.chain([None] * n, *map(_tree.leaves, others.values()))
-    _memory.check_apart(path, _tree.leaves(own), [*rest])
 
 
 def _directions(optimizer: Optimizer[Any, Any]) -> set[bool]:

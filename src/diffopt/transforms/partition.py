@@ -15,6 +15,7 @@ from diffopt.transforms._base import (
     Leaves,
     Transformation,
     Wrapper,
+    check_apart,
     gather,
     matched,
 )
@@ -94,6 +95,8 @@ class Partition(Value, Optimizer[Parts, Parts]):
     def prepare_(self, params: Tree, grads: Tree, state: Parts, hparams: Parts) -> Write:
         leaves = gather(params, grads, writable=True, sparse=True)
         parts = self._parts(leaves, params, state, hparams)
+        read = {"grads": grads, "hparams": hparams}  # by one part, where another may have written
+        check_apart({"params": params, "state": state}, read, len(leaves.params))
         updates = [self.optimizers[name].prepare_(*args) for name, (_, args) in parts.items()]
 
         def write() -> None:
