@@ -510,6 +510,33 @@ def test_gradients_of_another_dtype_than_their_parameters(name, late):
 # State
 
 
+RATES = {
+    "a parameter": lambda params: params[0],
+    "the data of one": lambda params: params[0].data.squeeze(),
+    "a view of one": lambda params: params[1].detach()[0, 0],
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("flags", [{}, {"foreach": False}], ids=str)
+@every_class
+def test_a_rate_that_the_step_writes_is_read_before(name, flags, rate):
+    sides = [parameters((1, 1), (2, 2), (3, 3), dtype=torch.float64) for _ in range(2)]
+    both: list = []
+    for params in sides:
+        for p in params[:2]:
+            p.data.fill_(0.1)
+        given = [{"params": params[:2]}, {"params": params[2:]}]
+        both.append(make(optim, name, given, lr=RATES[rate](params).squeeze(), **flags))
+    for t in range(2):
+        number = RATES[rate](sides[1]).item()
+        for group in both[1].param_groups:
+            group["lr"] = number
+        for params, optimizer in zip(sides, both, strict=True):
+            step(optimizer, params, t)
+    close(*sides, rtol=1e-2 if name == "Muon" else 1e-6, atol=1e-7)
+
+
 def offload(optimizer):
     for row in optimizer.state.values():
         for value in row.values():

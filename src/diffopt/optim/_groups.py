@@ -15,7 +15,7 @@ from typing import Any, SupportsFloat, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._arguments import too_large
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
@@ -40,6 +40,8 @@ def name_of(group: Group, i: int, j: int) -> str:
 def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     """The hyperparameters of a group in the order of the rule's record.
 
+    Tensors that the step may write, such as views of parameters, are copied.
+
     Raises:
         TypeError: one of them is not a number.
     """
@@ -47,8 +49,18 @@ def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     for field in hyper.FIELDS[opt.hparams]:
         value = group[field.name] if field.name in group else _option(group, field.name)
         known = type(value) is float or (field.name == "eps1" and value is None)
-        values.append(value if known else plain_number(value, field.name))
+        values.append(value if known else _apart(plain_number(value, field.name)))
     return values
+
+
+def _apart(value: Any) -> Any:
+    """A copy of a tensor; on a device, where that is a launch, only of a view or a parameter."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu" or _modes.compiling():
+        return value.clone()
+    lone = _torch.base(value) is None and not isinstance(value, torch.nn.Parameter)
+    return value if lone else value.clone()
 
 
 def _option(group: Mapping[str, Any], name: str) -> Any:
