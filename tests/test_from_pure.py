@@ -281,6 +281,48 @@ def test_labels_refer_to_names():
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
+FROM_PURE = {
+    "leafwise": (diffopt.adam(), ["lr", "betas"]),
+    "lbfgs": (diffopt.lbfgs(), ["lr"]),
+    "chain": (chain(clip_by_global_norm(), diffopt.adam()), ["lr", "max_norm", "betas"]),
+    "parts": (partition({"x": diffopt.adam(), "y": diffopt.sgd()}, ["x", "y"]), ["x.lr", "betas"]),
+}
+OUT_OF_RANGE = [
+    ("lr", -1.0, ValueError, "lr is -"),
+    ("lr", float("nan"), ValueError, "lr is nan, but must be >= 0"),
+    ("lr", "0.1", TypeError, "is '0.1' of type str, but must be a number"),
+    ("x.lr", -1.0, ValueError, "lr is -1.0, but must be >= 0"),
+    ("max_norm", -1.0, ValueError, "hparams.max_norm is -1.0, but must be >= 0"),
+    ("betas", (0.9, 1.5), ValueError, "hparams.beta2 is 1.5, but must be >= 0 and < 1"),
+    ("betas", (1, 0.9), ValueError, "hparams.beta1 is 1, but must be >= 0 and < 1"),
+]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("case", "key", "value", "error", "message"),
+    [(case, *row) for case in FROM_PURE for row in OUT_OF_RANGE if row[0] in FROM_PURE[case][1]],
+)
+def test_a_number_set_later_must_be_in_its_range(case, key, value, error, message, first):
+    params = make_params()[:2]
+    numbers = {"max_norm": 1.0} if case == "chain" else {}
+    optimizer = optim.from_pure(FROM_PURE[case][0], params, **numbers)
+    group = optimizer.param_groups[0]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    if not first:
+        optimizer.step()
+    old, group[key] = group[key], value
+    before = copy.deepcopy([params, optimizer.state_dict()["state"]])
+    for _ in range(2):
+        with pytest.raises(error, match=rf"param_groups\[0\].*{message}"):
+            optimizer.step()
+    torch.testing.assert_close([params, optimizer.state_dict()["state"]], before)
+    group[key] = old
+    optimizer.step()
+    assert not any(map(torch.equal, params, before[0]))
+
+
 def test_unknown_hyperparameters_and_ranges_raise():
     params = make_params()
     with pytest.raises(TypeError, match="learning_rate"):

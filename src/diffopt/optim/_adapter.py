@@ -37,6 +37,8 @@ class RuleOptimizer(Checkpoints):
     integer_steps: ClassVar[bool] = False
     foreach_unrolls: ClassVar[bool] = False
     """Whether torch accepts foreach=True together with differentiable=True."""
+    strict: ClassVar[bool] = False
+    """Whether numbers set later must be in their ranges, too."""
     refusal: ClassVar[type[Exception]] = RuntimeError
     """What a parameter that the rule refuses raises."""
     make: ClassVar[Callable[..., Leafwise[Any, Any]]]

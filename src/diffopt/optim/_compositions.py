@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor
 from diffopt import _memory, _torch, _tree
 from diffopt._tree import Tree
 from diffopt.optim._checkpoints import Checkpoints, check_scalar
-from diffopt.optim._groups import Group, check_length, check_number, name_of, records, short_names
+from diffopt.optim._groups import (
+    Group,
+    check_length,
+    check_number,
+    checked,
+    name_of,
+    records,
+    short_names,
+)
 from diffopt.optimizer import Optimizer, Write
 
 Rows = list[dict[str, Any]]
@@ -36,6 +45,7 @@ class TreeOptimizer(Checkpoints):
     ) -> None:
         self.optimizer, self.template, self.structure = optimizer, template, structure
         self._layouts: dict[int, Layout] = {}
+        self._in_range: dict[int, list[Any]] = {}
         super().__init__(params, hparams)
 
     @_torch.disable_dynamo
@@ -44,31 +54,36 @@ class TreeOptimizer(Checkpoints):
         loss = self._loss(closure)
         self.check_numbers()
         with torch.no_grad():
-            groups = range(len(self.param_groups))
-            updates = list(map(self._prepared, groups))  # all checks come before any change
+            groups = [*enumerate(map(self.record_of, range(len(self.param_groups))))]
+            updates = [*starmap(self._prepared, groups)]  # all checks come before any change
             # Groups that share memory are prepared anew, each after the step of those before it.
-            for update_ in updates if self._apart() else map(self._prepared, groups):
+            for update_ in updates if self._apart() else starmap(self._prepared, groups):
                 update_()
         return loss
 
-    def _prepared(self, i: int) -> Write:
-        return self.optimizer.prepare_(*self._arguments(i))
+    def _prepared(self, i: int, record: Any) -> Write:
+        grads = self.tree(i, [param.grad for param in self.param_groups[i]["params"]])
+        return self.optimizer.prepare_(self.params_of(i), grads, self.state_of(i), record)
 
     def _apart(self) -> bool:
         """Whether no two parameters share memory."""
         params = [param for group in self.param_groups for param in group["params"]]
         return len(self.param_groups) == 1 or _memory.overlap(params) is None
 
-    def _arguments(self, i: int) -> tuple[Any, ...]:
-        grads = self.tree(i, [param.grad for param in self.param_groups[i]["params"]])
-        return self.params_of(i), grads, self.state_of(i), self.record_of(i)
-
     def params_of(self, i: int) -> Tree:
         return self.tree(i, self.param_groups[i]["params"])
 
     def record_of(self, i: int) -> Any:
-        """The hyperparameters of a group."""
-        return records(self.template, self.param_groups[i])
+        """The hyperparameters of a group; raises for a number out of its range."""
+        record = records(self.template, self.param_groups[i])
+        numbers = [None if isinstance(x, Tensor) else x for x in _tree.leaves(record)]
+        if numbers != self._in_range.get(i):
+            try:
+                checked(record)
+            except ValueError as error:
+                raise ValueError(f"param_groups[{i}]: {error}") from None
+            self._in_range[i] = numbers
+        return record
 
     def state_of(self, i: int) -> Any:
         """The state of a group, assembled from the states of its parameters."""
@@ -132,7 +147,7 @@ class TreeOptimizer(Checkpoints):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._layouts = {}
+        self._layouts, self._in_range = {}, {}
 
 
 class Layout(NamedTuple):

@@ -164,7 +164,7 @@ def options(maker: Callable[..., Any], given: dict[str, Any]) -> tuple[Any, dict
         check_length(betas, len(_BETAS), "betas")
         given |= zip(_BETAS, betas, strict=True)
     template = _made(maker, given)
-    template = _checked(records(template, _numbers(template) | given))
+    template = checked(records(template, _numbers(template) | given))
     numbers = _numbers(template)
     if numbers.keys() >= set(_BETAS):
         numbers["betas"] = tuple(numbers.pop(name) for name in _BETAS)
@@ -210,7 +210,7 @@ def overridden(record: Any, given: Mapping[str, Any], owners: Sequence[Sequence[
         raise TypeError(
             f"override has {min(unknown)!r}, but the hyperparameters are {', '.join(known)}"
         )
-    return _checked(records(record, known | values))
+    return checked(records(record, known | values))
 
 
 def _of_groups(values: Sequence[Any], owners: Sequence[Sequence[str]]) -> Any:
@@ -221,7 +221,7 @@ def _of_groups(values: Sequence[Any], owners: Sequence[Sequence[str]]) -> Any:
     return {name: value for value, names in pairs for name in names}
 
 
-def _checked(template: Any) -> Any:
+def checked(template: Any) -> Any:
     """The records, made anew: their numbers are in range."""
     return _tree.map(lambda x: type(x)(**vars(x)), template, is_leaf=hyper.is_record)
 

@@ -47,6 +47,7 @@ class Options:
         self.opt: Leafwise[Any, Any] = optimizer.rule(group)
         self.values = values_of(self.opt, group)
         self.flags = tuple(map(group.get, _FLAGS))
+        self.strict = optimizer.strict
         given = _given(group)
         own = optimizer.rule.__module__.startswith("diffopt.")  # a user's may look at anything
         self.constant = own and all(map(_constant, given.values()))
@@ -57,6 +58,7 @@ class Options:
         """Raise for a number out of its range with which no step can be computed.
 
         As in torch, others are taken: schedules may leave the ranges that constructors check.
+        Classes that torch does not have are strict: they take none.
         """
         if self._in_range(self.values, itertools.repeat(self)):
             return
@@ -64,15 +66,19 @@ class Options:
         defaults = [getattr(record(), field.name) for field in hyper.FIELDS[record]]
         pairs = zip(defaults, self.values, strict=True)
         numbers = [default if isinstance(x, Tensor) else x for default, x in pairs]
-        with contextlib.suppress(Exception):  # such as division by zero
-            hparams = hyper.assemble(record, numbers)
-            scalars = [self.opt.scalars(t, hparams) for t in (1.0, 10.0)]  # RAdam: without, with v
-            if all(map(_computed, _tree.leaves(scalars))):
-                return
+        if not self.strict and self._computable(hyper.assemble(record, numbers)):
+            return
         try:
             record(**{f.name: x for f, x in zip(hyper.FIELDS[record], numbers, strict=True)})
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+
+    def _computable(self, hparams: Any) -> bool:
+        """Whether steps with these numbers, which are out of their ranges, can be computed."""
+        with contextlib.suppress(Exception):  # such as division by zero
+            scalars = [self.opt.scalars(t, hparams) for t in (1.0, 10.0)]  # RAdam: without, with v
+            return all(map(_computed, _tree.leaves(scalars)))
+        return False
 
     def current(self, group: Group) -> Options | None:
         """What the group says now, if it says the same but for floats in their ranges."""

@@ -21,6 +21,7 @@ _WAYS: dict[str, Any] = {"foreach": None, "capturable": False, "differentiable":
 class OwnInit(RuleOptimizer):
     """A class whose initial state is that of the rule's `init`."""
 
+    strict = True
     refusal = ValueError
 
     def new_buffers(

@@ -70,7 +70,7 @@ def from_pure(
 
     Raises:
         TypeError: a hyperparameter is unknown; the message lists the known ones.
-        ValueError: a number is out of range.
+        ValueError: a number is out of range; also raised by `step`, which then changes nothing.
 
     Examples:
         >>> import torch, diffopt
