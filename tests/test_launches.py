@@ -112,6 +112,28 @@ def test_counts_that_differ_are_kept_apart_without_reading_them():
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
 
 
+COUNTED = [(n, f) for n, f in ASKED if f.get("capturable") or (f.get("fused") and n != "SGD")]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize(("name", "flags"), [*COUNTED, ("ASGD", {})])
+def test_counts_written_through_data_are_used_without_waiting(name, flags, replaced):
+    mine = params([(3,)] * 4)
+    theirs = [Parameter(p.detach().inner.clone()) for p in mine]
+    optimizers = getattr(torch.optim, name)(theirs), getattr(optim, name)(mine, **flags)
+    for optimizer in optimizers:
+        stepped(optimizer, 3)
+        for i, p in enumerate(optimizer.param_groups[0]["params"][:2]):
+            for count in (x for x in optimizer.state[p].values() if x.dim() == 0):
+                if replaced and isinstance(count, Cuda):  # the memory, as after offloading
+                    count.inner = count.inner.clone()
+                count.data.mul_(i + 2)
+        assert stepped(optimizer, 3, lambda i, t: i == t)[1] == 0 or optimizer is optimizers[0]
+    found = [[p.detach().inner, *(x.inner for x in optimizer.state[p].values())] for p in mine]
+    right = [[p.detach(), *optimizers[0].state[p].values()] for p in theirs]
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
 def test_a_loaded_optimizer_waits_once_and_is_captured_whole():
     begun = optim.Adam(params(), fused=True, capturable=True)
     stepped(begun, 2)

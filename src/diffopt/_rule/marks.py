@@ -2,8 +2,9 @@
 
 The tensors are those that are `_modes.versioned`. A value is a pair: None, or an object that stands
 for an unknown number, and what is added to it. It is right while nobody but this package writes to
-the tensor, which its version tells, and while no graph is replayed that was captured before;
-therefore what a graph counts is unknown, and equals only what it counts together.
+the tensor, which its version tells (not of writes through `.data`), and while no graph is replayed
+that was captured before; therefore what a graph counts is unknown, and equals only what it counts
+together.
 """
 
 from __future__ import annotations

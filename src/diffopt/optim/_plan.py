@@ -9,7 +9,8 @@ so a step that makes a new plan gives the same bits. A plan that is kept
   rule and the missing gradients are the same, every parameter, gradient and tensor of the state has
   the type, dtype, device, layout, shape and strides that it had, all but the gradients have the
   address that they had, and the step counts that were equal, and only those, are equal. Tensors of
-  the state that no user has read or put in are not checked: nobody else can change them.
+  the state that no user has read or put in are not checked: nobody else can change them. If one
+  has, counts on a device are used one by one: what `.data` writes there cannot be seen.
 
 Anything that cannot be checked this way is planned anew at every step: subclasses of tensors,
 sparse gradients, rows that are not ours, the first step of a momentum, steps that are recorded or
@@ -191,12 +192,19 @@ class Bucket:
             for name in ("grad_scale", "found_inf")
             if (scale := getattr(optimizer, name, None)) is not None
         }
-        way = self.way
+        way, apart = self.way, self._unsure(optimizer)
         if way == "native":
-            if self._native_step_(columns, amp):
+            if self._native_step_(columns, amp, apart=apart):
                 return
             way = ways.choose(self.rule, self.key.kind, self.values, "unfused")
-        self._rule_step_(way, columns, amp)
+        self._rule_step_(way, columns, amp, apart=apart)
+
+    def _unsure(self, optimizer: Any) -> bool:
+        """Whether counts on a device may differ: a write through `.data` leaves no trace there."""
+        if type(optimizer.state) is State and not optimizer.state.plans.lent:
+            return False
+        counts = [x for x in self.scalars.values() if isinstance(x, Counts)]
+        return any(x.marks and len(x.tensors) > 1 for x in counts)
 
     def _read(self, options: Options) -> None:
         """Take the numbers of a group, and choose how to step with them."""
@@ -211,7 +219,7 @@ class Bucket:
         columns: list[Any] = [self._walk(params), self._walk(grads)]
         for name in self.fields:
             if name in self.scalars:
-                columns.append(Shared(self.scalars[name].first.clone()))
+                columns.append(Shared(self.scalars[name].at(0).clone()))
             else:
                 columns.append(self._walk(self.buffers[name]) if name else ())
         return columns
@@ -241,18 +249,16 @@ class Bucket:
             lr = lr.to(self.key.device, torch.float32)
         return [lr, *rest], self.wanted
 
-    def _native_step_(self, columns: list[Any], amp: dict[str, Tensor]) -> bool:
+    def _native_step_(self, columns: list[Any], amp: dict[str, Tensor], *, apart: bool) -> bool:
         """By torch's fused kernel; False where that computes something else."""
         counts = self.scalars.get("step")
         steps: list[Tensor] = []
         first: bool | None = self.key.fresh
         if counts:
-            count = counts.first  # it is that of this step when the kernel runs
-            t = _modes.number_of(count)
-            if count.dtype != torch.float32 or count.device != self.key.device:
-                count = running.scalar_on(t + 1, torch.float32, self.key.device)
+            n = len(columns[0])
+            t = _modes.number_of(counts.at(0))
             # One tensor many times takes a kernel a fifth less time than as many tensors.
-            steps = [count] * len(columns[0])
+            steps = [*map(self._for_kernel, range(n))] if apart else [self._for_kernel(0)] * n
             first = None if isinstance(t, Tensor) else t == 0
             if first is not False and running.initial_of(self.rule, self.numbers):
                 first = False  # the state is past its initial values
@@ -269,6 +275,13 @@ class Bucket:
             self._uncount(amp["found_inf"])
         return done
 
+    def _for_kernel(self, i: int) -> Tensor:
+        """A count, which is that of this step when the kernel runs."""
+        count = self.scalars["step"].at(i)
+        if count.dtype == torch.float32 and count.device == self.key.device:
+            return count
+        return running.scalar_on(_modes.number_of(count) + 1, torch.float32, self.key.device)
+
     def _uncount(self, found_inf: Tensor) -> None:
         """Do not count a step that the kernel has skipped."""
         if "step" in self.scalars:
@@ -281,19 +294,17 @@ class Bucket:
         for row in self.rows if self.key.fresh else ():
             row.clear()
 
-    def _rule_step_(self, way: ways.Way, columns: list[Any], amp: dict[str, Tensor]) -> None:
+    def _rule_step_(
+        self, way: ways.Way, columns: list[Any], amp: dict[str, Tensor], *, apart: bool
+    ) -> None:
         """Step by the rule. Where it writes parameter by parameter, it counts in the same way."""
         if "found_inf" in amp and amp["found_inf"].item():
             self._forget()
             return
         if "grad_scale" in amp:  # which native kernels take themselves
             columns[1] = [grad / amp["grad_scale"] for grad in columns[1]]
-        t: Any = 1.0 if self.key.fresh else 2.0
-        if "step" in self.scalars:
-            t = _modes.number_of(self.scalars["step"].first) + 1
-        placed = running.on_device(self.values, self.key.device)
-        numbers = running.numbers_of(self.rule, t, placed)
-        if way in _JOINT and self._crossed(columns):
+        numbers = self._numbers(0)
+        if way in _JOINT and (apart or self._crossed(columns)):
             way = "leaf"
         if way in ways.PIECEWISE:
             self.layout = ways.PIECEWISE[way](self.rule, numbers, columns, self.layout)
@@ -303,9 +314,26 @@ class Bucket:
             self._count(columns)
             return
         for i in range(len(columns[0])):
+            if apart:
+                numbers = self._numbers(i)
+                self._enter(columns, i)
             row = [[c[i]] if isinstance(c, list) else c for c in columns]
             ways.RUN[way](self.rule, numbers, row)
             self._count(columns, i)
+
+    def _numbers(self, i: int) -> running.Numbers:
+        """What the rule sees besides columns, by the count of one parameter."""
+        t: Any = 1.0 if self.key.fresh else 2.0
+        if "step" in self.scalars:
+            t = _modes.number_of(self.scalars["step"].at(i)) + 1
+        placed = running.on_device(self.values, self.key.device)
+        return running.numbers_of(self.rule, t, placed)
+
+    def _enter(self, columns: Sequence[Any], i: int) -> None:
+        """Take the numbers of one parameter's state."""
+        for name, column in zip(self.fields, columns[2:], strict=True):
+            if isinstance(column, Shared):
+                column.value = column.new = self.scalars[name].at(i).clone()
 
     def _crossed(self, columns: list[Any]) -> bool:
         """Whether a gradient lies where the step writes, maybe that of a parameter before it."""

@@ -182,11 +182,10 @@ class Counts:
         self.marks = marks.of(tensors) if known else []
         self.vector = None if self.marks else _vector(tensors)
 
-    @property
-    def first(self) -> Tensor:
-        """The value that all have."""
-        first = self.tensors[0]
-        return first if first.dim() == 0 else first.reshape(())
+    def at(self, i: int) -> Tensor:
+        """The value of one: on a device it may differ if a user has written through `.data`."""
+        count = self.tensors[i]
+        return count if count.dim() == 0 else count.reshape(())
 
     @property
     def value(self) -> Any:
@@ -228,7 +227,7 @@ class Counts:
         """Set all, or one."""
         written = self._written(i)
         if self.marks:
-            value = running.scalar_on(value, self.first.dtype, self.first.device)
+            value = running.scalar_on(value, self.tensors[0].dtype, self.tensors[0].device)
             _torch.foreach_copy_(written, [value.expand_as(x) for x in written])
             self._mark(None, i)
             return
@@ -256,9 +255,8 @@ class Integers:
     def __init__(self, rows: list[dict[str, Any]], name: str) -> None:
         self.rows, self.name = rows, name
 
-    @property
-    def first(self) -> int:
-        return self.rows[0][self.name]
+    def at(self, i: int) -> int:
+        return self.rows[i][self.name]
 
     def add_(self, number: Any, i: int | None = None) -> None:
         """Count, for all or for one."""

@@ -42,7 +42,8 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
     (1e-10).
 
     `init` does not know the hyperparameters, so `state.sum` starts at 0 and the first step adds
-    `initial_accumulator_value`, for all tensors; from then on it equals torch's.
+    `initial_accumulator_value`, for all tensors, also those whose first gradient comes later; from
+    then on it equals torch's. t counts the steps of the whole tree.
 
     Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
 

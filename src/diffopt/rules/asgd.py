@@ -46,7 +46,9 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
     The average a is `state.ax`; until step `t0` it is the iterate itself. As in torch, the rate e
     and the weight m of a step, `state.eta` and `state.mu`, are computed from the hyperparameters of
     the step before. Each is one number for each tensor, or has the shape of a hyperparameter that
-    is larger, and starts at 0; the first step sets them to `lr` and 1, for all tensors.
+    is larger, and starts at 0; the first step sets them to `lr` and 1, for all tensors. Where the
+    first gradient of one comes later, torch.optim.ASGD takes the `lr` of that step, and counts t
+    from there.
 
     Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
 

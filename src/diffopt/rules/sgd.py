@@ -46,7 +46,9 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-3),
     `momentum` >= 0 (0), `dampening` (0), `weight_decay` >= 0 (0). If `momentum` is the number 0,
     dampening has no effect, as in torch; if it is a tensor, the formula holds at 0 too. t counts
-    the steps of the whole tree: for a tensor whose first gradient comes later, b starts at 0.
+    the steps of the whole tree, since the state has one count: a tensor whose first gradient comes
+    later starts with b = 0, so that this gradient is dampened, unlike in `torch.optim.SGD` and
+    `diffopt.optim.SGD`, which begin with it.
 
     Its first step is differentiable, unlike that of torch.optim.SGD, whose first buffer is a
     detached gradient.
