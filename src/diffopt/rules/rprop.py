@@ -47,8 +47,8 @@ class Rprop(Leafwise[RpropState, RpropHParams]):
 
     The derivative of a step with respect to the gradient is 0, and that with respect to `lr` comes
     from the first step size only. `init` does not know the hyperparameters: `state.step_size`
-    starts at 0, and the first step sets it to `lr`, for all tensors. Where the first gradient of one
-    comes later, torch.optim.Rprop takes the `lr` of that step.
+    starts at 0, and the first step sets it to `lr`, for all tensors. Where the first gradient of
+    one comes later, torch.optim.Rprop takes the `lr` of that step.
 
     Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
 
