@@ -510,6 +510,25 @@ def test_gradients_of_another_dtype_than_their_parameters(name, late):
 # State
 
 
+@pytest.mark.parametrize("view", ["conj", "neg"])
+@every_way
+@elementwise
+def test_parameters_that_are_conjugated_or_negated_views(name, flags, view):
+    def params():
+        generator = torch.Generator().manual_seed(0)
+        data = [torch.randn(n, 2, generator=generator, dtype=torch.complex128) for n in (1, 2, 3)]
+        return [Parameter(x.conj() if view == "conj" else x.conj().imag) for x in data]
+
+    sides = params(), [Parameter(p.detach().resolve_conj().resolve_neg()) for p in params()]
+    optimizers = [make(optim, name, side, **flags) for side in sides]
+    for t in range(3):
+        for side, optimizer in zip(sides, optimizers, strict=True):
+            step(optimizer, side, t)
+    torch.testing.assert_close(
+        [p.detach().resolve_conj().resolve_neg() for p in sides[0]], [p.detach() for p in sides[1]]
+    )
+
+
 RATES = {
     "a parameter": lambda params: params[0],
     "the data of one": lambda params: params[0].data.squeeze(),

@@ -47,9 +47,9 @@ def foreach(
 
 def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     """In place, in memory of limited size."""
-    tensors = itertools.chain(*(c for c in written(columns) if isinstance(c, list)))
-    if columns[0][0].is_complex() and any(map(Tensor.is_conj, tensors)):
-        leaf_(rule, numbers, columns)  # their memory cannot be seen as real numbers
+    tensors = [*itertools.chain(*(c for c in written(columns) if isinstance(c, list)))]
+    if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors)):
+        leaf_(rule, numbers, columns)  # foreach kernels do not write to such views
         return
     program, lists = _noted(rule, numbers, columns, into=True)
     for batch in _batches(program, lists, widest(columns)):

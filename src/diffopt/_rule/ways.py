@@ -32,7 +32,8 @@ class Kind(NamedTuple):
         device: the type of device, such as "cpu".
         dtype: the dtype of the params.
         uniform: whether gradients and buffers have the same dtype.
-        layout: "regular": contiguous tensors; "strided": ordinary tensors that are not contiguous;
+        layout: "regular": contiguous tensors; "strided": ordinary tensors that are not contiguous,
+            or are conjugated as views;
             "foreign": tensor subclasses, or tensors seen by a transform or a mode; "sparse": the
             gradients are sparse.
     """
@@ -65,7 +66,9 @@ def _layout(lists: list[list[Tensor]]) -> Layout:
         return "sparse"
     if _modes.observed() or not all(map(_modes.all_ordinary, lists)):
         return "foreign"
-    return "regular" if all(map(Tensor.is_contiguous, itertools.chain(*lists))) else "strided"
+    lazy = lists[0][0].is_complex() and any(map(Tensor.is_conj, itertools.chain(*lists)))
+    contiguous = all(map(Tensor.is_contiguous, itertools.chain(*lists)))
+    return "regular" if contiguous and not lazy else "strided"
 
 
 class _Asked(NamedTuple):
