@@ -242,23 +242,86 @@ def test_a_loss_with_random_numbers_draws_those_of_the_eager_loop(adjoint, trace
     same(found, gradient(False))
 
 
-@pytest.mark.parametrize("run", [1, 2, 3], ids=["step", "derivative", "sample"])
-@pytest.mark.parametrize("spoil", [torch.zeros_like, lambda x: x * 1.01, lambda x: x / 0])
-def test_a_kernel_that_computes_wrong_values_is_not_used(run, spoil, traceless):
-    def spoiled(results):
-        if backend.runs < run or (run > 1) != (results[0] == ()):
-            return results
-        return diffopt._tree.map_tensors(spoil, results)
+def _of_the_gradient(change):
+    """A change of a result's gradient, but not of its values."""
 
-    backend = traceless["backend"] = Spoiled(spoiled)
+    def spoil(x):
+        if x.requires_grad:
+            x.register_hook(change)
+        return x
+
+    return spoil
+
+
+SPOILS = [torch.zeros_like, lambda x: x * 1.01, lambda x: x / 0]
+
+
+@pytest.mark.parametrize("spoil", [*SPOILS, *map(_of_the_gradient, SPOILS), torch.detach])
+def test_a_kernel_that_computes_wrong_values_is_not_used(spoil, traceless):
+    backend = traceless["backend"] = Spoiled(
+        lambda results: diffopt._tree.map_tensors(spoil, results)
+    )
     outer = meta_loss(diffopt.adam(), Unrolled(), traceless)
     with pytest.warns(UserWarning, match="computes wrong values"):
         found = by_autograd(outer, *problem())
     same(found, by_autograd(meta_loss(diffopt.adam(), Unrolled(), False), *problem()))
     runs = backend.runs
-    if run == 1:
-        by_autograd(outer, *problem())
-        assert backend.runs == runs  # never again
+    by_autograd(outer, *problem())
+    assert backend.runs == runs  # never again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_a_half_of_a_graph_that_computes_wrong_values_is_not_used(half, monkeypatch):
+    def spoiled(outputs):
+        halves = split(outputs)
+        run = getattr(halves, half)
+
+        def wrong(inputs):
+            return [x * 1.01 if torch.is_tensor(x) else x for x in run(inputs)]
+
+        return halves._replace(**{half: wrong})
+
+    split = kernels._torch.halves
+    monkeypatch.setattr(kernels._torch, "halves", spoiled)
+    outer = meta_loss(diffopt.sgd(), Unrolled(), {"backend": "aot_eager"})
+    with pytest.warns(UserWarning, match="computes wrong values"):
+        found = by_autograd(outer, *problem())
+    same(found, by_autograd(meta_loss(diffopt.sgd(), Unrolled(), False), *problem()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [by_autograd, by_func, over_tasks, over_rates])
+def test_steps_are_differentiated_without_running_again(way, monkeypatch):
+    runs, run, pulled = [], kernels.Halved.run, kernels.Halved.pulled
+    monkeypatch.setattr(kernels.Halved, "run", lambda *args: runs.append("run") or run(*args))
+    monkeypatch.setattr(
+        kernels.Halved, "pulled", lambda *args: runs.append("pulled") or pulled(*args)
+    )
+    outer = meta_loss(diffopt.adam(), Unrolled(), {"backend": "aot_eager"}, steps=6)
+    for _ in range(2):  # the first time nobody knows which outputs have cotangents
+        way(outer, *problem())
+    runs.clear()
+    same(way(outer, *problem()), way(meta_loss(diffopt.adam(), Unrolled(), False, 6), *problem()))
+    assert runs == ["run"] * 5 + ["pulled"] * 5
+
+
+@pytest.mark.parametrize("modified", [False, True])
+def test_what_steps_have_kept_is_used_again_unless_it_has_been_written_to(modified, traceless):
+    lr, opt = torch.tensor(0.1).double().requires_grad_(), diffopt.adam()
+    params, _, *rest = problem()
+
+    def gradients(compile, modified):
+        sol = diffopt.minimize(
+            loss, params, *rest, optimizer=opt, hparams=opt.hparams(lr=lr), steps=3, compile=compile
+        )
+        total = sum(p.sum() for p in sol.params.values())
+        if modified:
+            with torch.no_grad():
+                diffopt._tree.map_tensors(lambda x: x.mul_(2), (sol.params, sol.state))
+        return [torch.autograd.grad(total, lr, retain_graph=True) for _ in range(3)]
+
+    same(gradients(traceless, modified), gradients(False, False))
 
 
 def test_results_are_no_longer_compared_where_two_threads_have_compared_them(
@@ -450,8 +513,7 @@ def test_compiling_is_logged_with_its_time(traceless, caplog):
     with caplog.at_level(logging.INFO, "diffopt"):
         by_autograd(meta_loss(diffopt.sgd(), Unrolled(), traceless), *problem())
     messages = [record.getMessage() for record in caplog.records]
-    assert messages[0] == "compiling the loss loss"
-    assert messages[2] == "compiling the vector-Jacobian product of the loss loss"
+    assert messages[0] == "compiling the loss loss and its derivative"
     assert all(message.startswith("compiled in ") for message in messages[1::2])
 
 
@@ -459,7 +521,8 @@ def test_results_in_the_memory_of_a_cuda_graph_are_copied(traceless):
     memory = []
 
     def replayed(results):  # overwrites what it returned the last time
-        diffopt._tree.map_tensors(lambda x: x.zero_(), memory)
+        with torch.no_grad():
+            diffopt._tree.map_tensors(lambda x: x.zero_(), memory)
         memory[:] = [results]
         return results
 
@@ -591,7 +654,7 @@ def test_steps_on_batches_with_gradients_are_run_together(calls):
         for _ in range(2):
             calls.clear()
             same(gradients({"backend": "eager"}, batches), right)
-        assert 2 <= len(calls) <= most
+        assert 1 <= len(calls) <= most
 
 
 @pytest.mark.slow
@@ -747,7 +810,7 @@ def test_batches_in_one_tensor_and_a_number_that_is_captured_share_a_kernel():
         )
         return torch.autograd.grad(sol.losses[-1] + sol.params["a"].sum(), rate)
 
-    for scale, graphs in ((1.0, 2), (1.0, 2), (2.0, 4)):
+    for scale, graphs in ((1.0, 2), (1.0, 2), (2.0, 3)):
         same(gradient({"backend": backend}, scale), gradient(False, scale))
         assert backend.graphs == graphs
 

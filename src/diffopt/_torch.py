@@ -10,7 +10,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import _C as _core, Tensor  # pyright: ignore[reportPrivateUsage]
@@ -123,6 +123,8 @@ saved_tensors_hooks_are_enabled: Callable[[], bool] = _C._autograd._saved_tensor
 """Whether autograd takes hooks on the tensors that it saves."""
 enable_saved_tensors_hooks: Callable[[], None] = _C._autograd._saved_tensors_hooks_enable
 """Undo what a transform that has failed may leave."""
+keeps_graph: Callable[[], bool] = _C._autograd._get_current_graph_task_keep_graph
+"""Whether the graph remains after the backward pass that is running."""
 next_node: Callable[[], int] = _C._autograd._get_sequence_nr
 """The number that the next node of autograd's graph in this thread gets."""
 
@@ -184,6 +186,54 @@ def compiler(backend: Any, mode: str | None, options: Any, dynamic: bool | None)
     if backend == "inductor":
         return _torch._TorchCompileInductorWrapper(mode, options, dynamic)
     return _torch._TorchCompileWrapper(backend, mode, options, dynamic)
+
+
+class Halves(NamedTuple):
+    """What torch.compile has made of a graph whose inputs require gradients.
+
+    Attributes:
+        forward: `[inputs] -> outputs and what backward needs`
+        backward: `[that, cotangents] -> gradients of the inputs`
+        outputs: the number of outputs.
+        tangents: the outputs whose cotangents it takes.
+    """
+
+    forward: Callable[[list[Tensor]], list[Any]]
+    backward: Callable[[list[Tensor]], list[Tensor | None]]
+    outputs: int
+    tangents: list[int]
+
+
+def halves(outputs: Sequence[Any]) -> Halves | None:
+    """The halves of the compiled graph with these outputs, if it has them and nothing else."""
+    function: Any = next((function_class(y.grad_fn) for y in outputs if y.requires_grad), None)
+    meta: Any = getattr(function, "metadata", None)
+    if meta is None or not getattr(function, "compiled_bw", None) or _C._is_any_autocast_enabled():
+        return None
+    forward, backward = function.compiled_fw, function.compiled_bw
+    boxed = hasattr(forward, "_boxed_call") and hasattr(backward, "_boxed_call")
+    others = (
+        function.num_symints_saved_for_bw,
+        function.maybe_subclass_metadata,
+        meta.num_mutated_inp_runtime_indices,
+        meta.num_outputs_aliased,
+        meta.num_intermediate_bases,
+        meta.is_rng_op_functionalized,
+        meta.tokens,
+        meta.bw_donated_idxs,
+    )
+    if not boxed or any(others) or len(meta.output_info) != len(outputs):
+        return None
+    tangents = [i for i, info in enumerate(meta.output_info) if info.requires_grad]
+    return Halves(forward, backward, len(outputs), tangents)
+
+
+def kept_buffers() -> AbstractContextManager[None]:
+    """What is compiled in this context can be differentiated with `retain_graph=True`."""
+    from torch._functorch import config
+
+    changed: Any = config
+    return changed.patch(donated_buffer=False)
 
 
 def graph_pass(function: Callable[[Any], None], name: str) -> Any:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
-from diffopt._diff.calls import Call, UnevenError
+from diffopt._diff.calls import UnevenError
 from diffopt._diff.kernels import UnfitError
-from diffopt._diff.series import Series, any_of
-from diffopt._diff.tasks import Program, Routine, Task, routine_of
+from diffopt._diff.series import Series
+from diffopt._diff.tasks import Joint, Program, Routine, Task, routine_of
 from diffopt._tree import Tree
 
 
@@ -28,7 +28,7 @@ class Compiler(Program):
         routine, tensors, _ = routine_of(self, task)
         try:
             _refuse_forward_mode()
-            results = Call(routine).applied(tensors)
+            results = _series(routine, [routine.element])(tensors)
         except Exception as error:
             found = function(*inputs)  # if the fault is the function's own, this raises it
             self.give_up(error)
@@ -52,12 +52,14 @@ class Compiler(Program):
         if not all(element.like(routine.element) for _, element in pairs):
             return eagerly()
         more = [x for tensors, _ in pairs for x in tensors]
-        routine.needed[routine.split :] = any_of([*map(_modes.needs_gradient, more)], len(xs))
-        keep = torch.is_grad_enabled() and any(routine.needed)
-        series = Series(routine, elements=tuple(element for _, element in pairs), keep=keep)
+        each = routine.count - routine.split
+        routine.needed[routine.split :] = [
+            any(map(_modes.needs_gradient, more[i::each])) for i in range(each)
+        ]
+        series = _series(routine, [element for _, element in pairs])
         try:
             _refuse_forward_mode()
-            results = series.applied([*tensors[: routine.split], *more])
+            results = series([*tensors[: routine.split], *more])
         except UnevenError:
             return eagerly()
         except Exception as error:
@@ -94,6 +96,12 @@ class Compiler(Program):
             return None
 
 
+def _series(routine: Routine, elements: Sequence[Joint]) -> Series:
+    """The steps, one for each element."""
+    keep = torch.is_grad_enabled() and any(routine.needed)
+    return Series(routine, tuple(elements), keep)
+
+
 def _refuse_forward_mode() -> None:
     if _modes.forward_differentiated():
         raise UnfitError("only ForwardMode() compiles derivatives in forward mode")
@@ -127,12 +135,13 @@ def _pushed(
         else None
         for i, x in enumerate(tensors)
     ]
-    call = Call(routine).followed("jvp", tuple(row is not None for row in rows))
+    pushed = tuple(row is not None for row in rows)
     moved = [row.to(x.dtype) for x, row in zip(tensors, rows, strict=True) if row is not None]
-    results = call.applied([*tensors, *moved])
-    depends = routine.facts.depends
+    series = Series(routine, (routine.element,), operators=(("jvp", (pushed,)),))
+    results = series([*tensors, *moved])
+    depends = routine.facts.seen.depends
     count, tangents = len(depends), iter(results[len(depends) :])
-    moving = routine.moving([id(x) in along for x in tensors])
+    moving = routine.moving(depends, [id(x) in along for x in tensors])
     found = [next(tangents) if _modes.has_derivative(y) else None for y in results[:count]]
     pairs = zip(found, depends, strict=True)
     return routine.facts.join(results)[0], [t if on & moving else None for t, on in pairs]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -42,19 +43,6 @@ def _batched(function: Map, dims: Sequence[int | None]) -> Map:
     return lambda *xs: list(torch.vmap(named, tuple(dims))(*xs))
 
 
-def _pulled_back(function: Map, needed: Sequence[bool], given: Sequence[bool]) -> Map:
-    """`(inputs, cotangents) -> gradients` of the inputs needed, from cotangents of some outputs."""
-
-    def pullback(*xs: Tensor) -> list[Tensor]:
-        inputs, rest = xs[: len(needed)], iter(xs[len(needed) :])
-        cotangents = [next(rest) if there else None for there in given]
-        grads = functions.vjp(function, inputs, needed, cotangents)
-        pairs = zip(inputs, grads, needed, strict=True)
-        return [torch.zeros_like(x) if g is None else g for x, g, need in pairs if need]
-
-    return pullback
-
-
 def _pushed_forward(function: Map, moved: Sequence[bool]) -> Map:
     """`(inputs, directions) -> outputs and tangents`, those of the floating-point outputs.
 
@@ -87,7 +75,6 @@ def _pushed_forward(function: Map, moved: Sequence[bool]) -> Map:
 
 _OPERATORS: dict[str, Callable[..., Map]] = {
     "vmap": _batched,
-    "vjp": _pulled_back,
     "jvp": _pushed_forward,
 }
 
@@ -118,27 +105,34 @@ class Variant:
         self.pure = not _torch.traced_side_effects()
 
 
-class Wires(NamedTuple):
-    """A variant, to run on more tensors like those before, without torch.compile's checks.
+class Asked(NamedTuple):
+    """A vector-Jacobian product of a step, the same for all steps of a loop.
 
     Attributes:
-        run: what runs its graph.
-        takes: the places of its inputs among the tensors, followed by those that it captures.
-        gives: the places of the results among its outputs, followed by what `takes` is about.
-        captured: the tensors that it captures.
-        replays: whether the results must be copied.
+        wanted: the inputs whose gradients it returns.
+        there: the results whose cotangents it takes.
     """
 
-    run: Callable[..., Any]
-    takes: list[int]
-    gives: list[int]
-    captured: list[Tensor]
-    replays: bool
+    wanted: tuple[bool, ...]
+    there: tuple[bool, ...]
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        pool = [*(x if x.dim() else x.reshape(1) for x in tensors), *self.captured]
-        found = [*self.run(*[pool[i] for i in self.takes]), *pool]
-        return [found[i].clone() if self.replays else found[i] for i in self.gives]
+    def pulled(self, function: Map, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients, of a function as it is, from its inputs and the cotangents."""
+        inputs, cotangents = tensors[: len(self.wanted)], iter(tensors[len(self.wanted) :])
+        given = [next(cotangents) if there else None for there in self.there]
+        grads = functions.vjp(function, inputs, self.wanted, given)
+        triples = zip(inputs, grads, self.wanted, strict=True)
+        return [torch.zeros_like(x) if g is None else g for x, g, want in triples if want]
+
+
+class Pull(Protocol):
+    """The gradients; `retain` if it is called again."""
+
+    def __call__(self, cotangents: Sequence[Tensor], retain: bool, /) -> list[Tensor]: ...
+
+
+Again: TypeAlias = Callable[[Sequence[Tensor]], tuple[list[Tensor], "Pull | None"]]
+"""Runs a graph on more tensors like those before, without torch.compile's checks."""
 
 
 class Run(NamedTuple):
@@ -149,14 +143,99 @@ class Run(NamedTuple):
         join: makes a pair of them: the results of the function, and their derivatives.
         variant: the graph that ran.
         captured: the tensors that it captures.
-        wires: how to run it again; None if that is not possible without torch.compile's checks.
+        pull: its vector-Jacobian product, if that was asked for.
+        given: its inputs, with at least one dimension.
+        read: the inputs of the graph.
+        outputs: the outputs of the graph.
     """
 
     results: list[Tensor]
     join: Callable[..., Tree]
     variant: Variant
     captured: list[Tensor]
-    wires: Wires | None
+    pull: Pull | None
+    given: Sequence[Tensor]
+    read: Sequence[Any]
+    outputs: Any
+
+
+class Wires(NamedTuple):
+    """How the inputs and outputs of a graph are connected.
+
+    Attributes:
+        takes: the places of its inputs among those of the kernel, followed by what it captures.
+        gives: the places of the results among its outputs, followed by what `takes` is about.
+        captured: the tensors that it captures.
+    """
+
+    takes: list[int]
+    gives: list[int]
+    captured: list[Tensor]
+
+    @staticmethod
+    def of(run: Run) -> Wires | None:
+        """None if not all are tensors, or the graph is not all there is."""
+        if not (run.variant.pure and isinstance(run.outputs, (tuple, list))):
+            return None
+        given = [*run.given, *run.captured]
+        sources = {id(x): i for i, x in enumerate(given)}
+        sinks = {id(y): i for i, y in enumerate([*cast(Sequence[Any], run.outputs), *given])}
+        takes = [sources.get(id(x), -1) for x in run.read]
+        gives = [sinks.get(id(y), -1) for y in run.results]
+        if len(sources) < len(given) or -1 in (*takes, *gives):
+            return None
+        return Wires(takes, gives, run.captured)
+
+    def run(self, graph: Callable[..., Any], given: Sequence[Tensor]) -> list[Tensor]:
+        """The results."""
+        pool = [*given, *self.captured]
+        found = [*graph(*[pool[i] for i in self.takes]), *pool]
+        return [found[i] for i in self.gives]
+
+
+class Halved(NamedTuple):
+    """A graph whose derivative has been compiled with it, without autograd in between.
+
+    Attributes:
+        halves: see `_torch.Halves`.
+        cotangents: which of the cotangents its second half takes.
+        grads: the places of the gradients asked for among those that it computes.
+    """
+
+    wires: Wires
+    halves: _torch.Halves
+    cotangents: list[int]
+    grads: list[int]
+
+    @staticmethod
+    def of(run: Run, wires: Wires, asked: Asked) -> Halved | None:
+        """None if torch has not compiled it in halves, or results are inputs or come twice."""
+        halves = _torch.halves(run.outputs)
+        sinks = [sink for sink, there in zip(wires.gives, asked.there, strict=True) if there]
+        wanted = [i for i, want in enumerate(asked.wanted) if want]
+        if halves is None or len({*sinks}) < len(sinks) or not {*halves.tangents} <= {*sinks}:
+            return None
+        if not {*wanted} <= {*wires.takes} or max(sinks, default=0) >= len(run.outputs):
+            return None
+        places = [wires.takes.index(i) for i in wanted]
+        return Halved(wires, halves, [*map(sinks.index, halves.tangents)], places)
+
+    def run(self, given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The results, and what the second half needs."""
+        saved: list[Tensor] = []
+
+        def forward(*inputs: Tensor) -> list[Tensor]:
+            found = self.halves.forward([*inputs])
+            saved[:] = found[self.halves.outputs :]
+            return found[: self.halves.outputs]
+
+        return self.wires.run(forward, given), saved
+
+    def pulled(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients."""
+        given = [cotangents[i].contiguous() for i in self.cotangents]
+        found = self.halves.backward([*saved, *given])
+        return [found[i] for i in self.grads]
 
 
 class _Running(threading.local):
@@ -181,7 +260,8 @@ class _Backend:
         self.replays = bool(asked) or options.get("mode") in ("reduce-overhead", "max-autotune")
 
     def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
-        variant = Variant(self.compile(graph, inputs))
+        with _torch.kept_buffers():  # a derivative may be asked for more than once
+            variant = Variant(self.compile(graph, inputs))
 
         def noticed(*tensors: Any) -> Any:
             outputs = variant.run(*tensors)
@@ -204,6 +284,7 @@ class Kernel:
         scalars: which of the tensors are scalars.
         what: what it computes, in messages.
         backend: what compiles it.
+        asked: the vector-Jacobian product that is computed, too.
 
     Attributes:
         failure: why it must not be used.
@@ -215,18 +296,19 @@ class Kernel:
         scalars: Sequence[bool],
         what: str,
         backend: _Backend,
+        asked: Asked | None,
     ) -> None:
         def kernel(function: Callable[..., Tree], inputs: Tree, extra: list[Tensor]) -> Tree:
             tensors, join = _tree.split(inputs)
             flat = functions.Flat(lambda inputs: function(*inputs), join)
             pairs = zip([*tensors, *extra], scalars, strict=True)
             results = composed(flat, operators)(*(x.reshape(()) if s else x for x, s in pairs))
-            if pulled:
-                return (), results
+            if asked is not None:
+                results = [y if i in followed else y.detach() for i, y in enumerate(results)]
             count = flat.count
             return flat.join(results[:count]), results[count:]
 
-        pulled = any(name == "vjp" for name, _ in operators)
+        followed = [i for i, there in enumerate(asked.there) if there] if asked else []
 
         # Another name for each: torch.compile takes sizes for variable that differ between calls of
         # code with the same one.
@@ -234,8 +316,17 @@ class Kernel:
         self.compiled = torch.compile(
             function, backend=backend, fullgraph=True, dynamic=backend.dynamic
         )
-        self.replays = backend.replays
+        self.scalars, self.asked, self.replays = scalars, asked, backend.replays
         self.what, self.failure, self.ran = what, "", False
+
+    def vectors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Its inputs: not views, whose bases torch.compile would watch."""
+        vectors = [x if x.dim() else x.reshape(1).detach() for x in tensors]
+        if self.asked is None:
+            return vectors
+        wanted = itertools.chain(self.asked.wanted, itertools.repeat(False))
+        pairs = zip(vectors, wanted)  # noqa: B905
+        return [x.detach().requires_grad_() if want else x for x, want in pairs]
 
     def __call__(self, function: Callable[..., Tree], inputs: Tree, extra: list[Tensor]) -> Run:
         if self.failure:
@@ -258,30 +349,65 @@ class Kernel:
         known = {*map(id, given)}
         captured = [x for x in read if isinstance(x, Tensor) and id(x) not in known]
         results, join = _tree.split(tree)
-        wires = self._wires(variant, [*given, *captured], len(captured), read, results, outputs)
-        if self.replays:
-            results = [*map(Tensor.clone, results)]
-        return Run(results, join, variant, captured, wires)
+        run = Run(results, join, variant, captured, None, given, read, outputs)
+        results = [*map(Tensor.clone, results)] if self.replays else results
+        return run._replace(results=results, pull=self._pull(given, results))
 
-    def _wires(
-        self,
-        variant: Variant,
-        given: Sequence[Tensor],
-        captured: int,
-        read: Sequence[Any],
-        results: Sequence[Tensor],
-        outputs: Any,
-    ) -> Wires | None:
-        """How the graph's inputs and outputs are connected, if they are tensors and it is all."""
-        if not (variant.pure and isinstance(outputs, (tuple, list))):
+    def _pull(self, given: Sequence[Tensor], results: Sequence[Tensor]) -> Pull | None:
+        """The vector-Jacobian product of a run with autograd's graph, if it has one."""
+        asked = self.asked
+        if asked is None:
             return None
-        sources = {id(x): i for i, x in enumerate(given)}
-        sinks = {id(y): i for i, y in enumerate([*cast(Sequence[Any], outputs), *given])}
-        takes = [sources.get(id(x), -1) for x in read]
-        gives = [sinks.get(id(y), -1) for y in results]
-        if len(sources) < len(given) or -1 in (*takes, *gives):
+
+        def pull(cotangents: Sequence[Tensor], retain: bool) -> list[Tensor]:
+            ys = [y for y, there in zip(results, asked.there, strict=True) if there]
+            pairs = [(y, c) for y, c in zip(ys, cotangents, strict=True) if y.requires_grad]
+            xs = [x for x in given if x.requires_grad]
+            if not pairs:
+                return self._grads([None] * len(xs), given)
+            ys, vectors = zip(*pairs, strict=True)
+            return self._grads(
+                torch.autograd.grad(ys, xs, vectors, retain_graph=retain, allow_unused=True), given
+            )
+
+        return pull
+
+    def _grads(self, grads: Sequence[Tensor | None], given: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients as they are asked for: of scalars, and zeros instead of None."""
+        assert self.asked is not None
+        triples = zip(given, self.scalars, self.asked.wanted, strict=False)
+        wanted = [(x, scalar) for x, scalar, want in triples if want]
+        pairs = zip(grads, wanted, strict=True)
+        full = [(x.new_zeros(x.shape) if g is None else g, s) for g, (x, s) in pairs]
+        return [g.reshape(()) if scalar else g for g, scalar in full]
+
+    def again(self, run: Run) -> Again | None:
+        """How to run the graph again without torch.compile's checks; None if that can't be done."""
+        wires = Wires.of(run)
+        if wires is None:
             return None
-        return Wires(variant.run, takes, gives, [*given[len(given) - captured :]], self.replays)
+        halved = None
+        if self.asked is not None and not self.replays:
+            halved = Halved.of(run, wires, self.asked)
+        if halved is None:
+            return functools.partial(self._again, wires, run.variant.run)
+        return functools.partial(self._in_halves, halved)
+
+    def _again(
+        self, wires: Wires, graph: Callable[..., Any], tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Pull | None]:
+        given = self.vectors(tensors)
+        with torch.set_grad_enabled(self.asked is not None):
+            results = wires.run(graph, given)
+            results = [*map(Tensor.clone, results)] if self.replays else results
+        return results, self._pull(given, results)
+
+    def _in_halves(
+        self, halved: Halved, tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Pull | None]:
+        given = [x if x.dim() else x.reshape(1) for x in tensors]
+        results, saved = halved.run(given)
+        return results, lambda cotangents, _: self._grads(halved.pulled(saved, cotangents), given)
 
     def unfit(self, reason: str) -> UnfitError:
         """The kernel is not used again; the error to raise."""

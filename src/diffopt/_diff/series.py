@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt import _torch
-from diffopt._diff.calls import Call, Pulled, compact, distinct
-from diffopt._diff.kernels import Operator, Wires
-from diffopt._diff.tasks import Joint
+from diffopt._diff.applied import Applied
+from diffopt._diff.calls import Call, compact
+from diffopt._diff.kernels import Again, Asked, Operator, Pull, composed, kept
+from diffopt._diff.tasks import Joint, Routine
+
+
+class Kept(NamedTuple):
+    """What steps have computed, and kept for derivatives.
+
+    Attributes:
+        operators: those of the series.
+        outputs: the outputs of a step whose cotangents are taken; None if there is no derivative.
+        results: the results; only their memory is shared with others.
+        versions: how often that has been written to.
+        pulls: the vector-Jacobian products of the steps.
+    """
+
+    operators: tuple[Operator, ...]
+    outputs: frozenset[int] | None
+    results: list[Tensor]
+    versions: list[int]
+    pulls: list[Pull]
+
+    def serves(self, pullback: Pullback) -> bool:
+        """Whether a derivative can be computed from it."""
+        same = self.operators == pullback.series.operators and self.outputs == pullback.outputs
+        return same and [*map(_torch.version, self.results)] == self.versions
 
 
 @dataclass(frozen=True, eq=False)
-class Series(Call):
+class Series(Applied):
     """Steps one after another: `(carry, fixed inputs, xs of all steps) -> (carry, outputs of all)`.
 
-    Its vector-Jacobian product also takes the carries in between, after the cotangents.
-
     Attributes:
-        routine: a step.
+        step: one of them, the first.
         elements: how each step joins its x.
-        keep: whether the carries in between are kept for derivatives.
+        keep: whether it keeps what derivatives need.
+        operators: what is made of it: see `kernels`.
+        kept: what the last run has kept.
     """
 
-    elements: tuple[Joint, ...] = ()
+    step: Routine
+    elements: tuple[Joint, ...]
     keep: bool = False
+    operators: tuple[Operator, ...] = ()
+    kept: list[Kept] = field(default_factory=list[Kept])
+
+    @property
+    def routine(self) -> Routine:
+        return self.step
 
     @property
     def each(self) -> int:
@@ -38,133 +70,220 @@ class Series(Call):
 
     @property
     def count(self) -> int:
+        """How many inputs it has; a Jacobian-vector product has more."""
         return self.routine.split + self.each * len(self.elements)
 
     @property
     def outputs(self) -> int:
         """How many results a step has besides the carry."""
-        return len(self.routine.facts.depends) - self.steady
+        return max(0, len(self.routine.facts.seen.depends) - self.routine.steady)
+
+    def over(self, dims: Sequence[int | None]) -> Series:
+        return replace(self, operators=(*self.operators, ("vmap", (tuple(dims),))))
+
+    def spread(self, own: Sequence[bool]) -> list[int]:
+        """The carry, what needs a gradient, and the xs of all steps if one is."""
+        routine, split, each = self.routine, self.routine.split, self.each
+        some = [any(own[split + i : self.count : each]) for i in range(each)]
+        needed = [*routine.needed[:split], *routine.needed[split:] * len(self.elements)]
+        return [
+            i
+            for i in range(self.count)
+            if not own[i]
+            and (i < routine.steady or needed[i] or (i >= split and some[(i - split) % each]))
+        ]
 
     @property
-    def function(self) -> Any:
-        return self._eagerly
+    def pushed(self) -> bool:
+        """Whether it is a Jacobian-vector product."""
+        return any(name == "jvp" for name, _ in self.operators)
+
+    def differentiable(self) -> list[bool]:
+        if self.pushed:
+            return []
+        carries, steady = self.routine.differentiable(), self.routine.steady
+        return [*carries[:steady], *carries[steady:] * len(self.elements)]
+
+    def eager(self, *tensors: Tensor) -> list[Tensor]:
+        return composed(self._eagerly, self.operators)(*tensors)
 
     def _eagerly(self, *tensors: Tensor) -> list[Tensor]:
         carry, fixed, xs = self._parts(tensors)
         outputs: list[Tensor] = []
         for element, x in zip(self.elements, xs, strict=True):
             results = self.routine.at(element).function(*carry, *fixed, *x)
-            carry = results[: self.steady]
-            outputs += results[self.steady :]
+            carry = results[: self.routine.steady]
+            outputs += results[self.routine.steady :]
         return [*carry, *outputs]
 
     def _parts(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         """The first carry, what is the same for all steps, and their xs."""
-        split = self.routine.split
+        steady, split = self.routine.steady, self.routine.split
         xs = _chunks(tensors[split : self.count], self.each, len(self.elements))
-        return [*tensors[: self.steady]], [*tensors[self.steady : split]], xs
+        return [*tensors[:steady]], [*tensors[steady:split]], xs
 
-    def differentiable(self) -> list[bool]:
-        carries = self.routine.differentiable()
-        return [*carries[: self.steady], *carries[self.steady :] * len(self.elements)]
+    def run(self, given: Sequence[Tensor]) -> list[Tensor]:
+        inputs = compact(given)
+        kept = self.computed(inputs, self._usual() if self.keep else None)
+        self.kept[:] = [kept] if self.keep else []
+        return _distinct(kept.results, inputs)
 
-    def batched_anyway(self, own: Sequence[bool]) -> list[int]:
-        """Also the xs of all steps, if one is."""
-        split, each = self.routine.split, self.each
-        some = [any(own[split + i : self.count : each]) for i in range(each)]
-        xs = [i for i in range(split, self.count) if some[(i - split) % each] and not own[i]]
-        return [*super().batched_anyway(own), *xs]
-
-    def run(self, given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        step = _Repeated(Call(self.routine, self._of_a_step()))
-        if self.pulled:
-            return distinct(self._backward(step, given), given), []
-        results, path = self._forward(step, compact(given))
-        # Autograd marks the carries in between as constants, which no result may be.
-        return distinct(results, [*given, *path]), path
+    def computed(self, tensors: list[Tensor], outputs: frozenset[int] | None) -> Kept:
+        """The results, and what derivatives need that take the cotangents of these outputs."""
+        call = Call(self.routine, self._of_a_step(), outputs)
+        late = outputs is not None and self.routine.program.backend.replays
+        step, derived = _Repeated(replace(call, outputs=None) if late else call), _Repeated(call)
+        carry, fixed, xs = self._parts(tensors)
+        results, pulls = list[Tensor](), list[Pull]()
+        for element, x in zip(self.elements, xs, strict=True):
+            given = [*carry, *fixed, *x, *tensors[self.count :]]
+            found, pull = step(element, given)
+            pull = functools.partial(_pulled_late, derived, element, given) if late else pull
+            carry = found[: self.routine.steady]
+            results += found[self.routine.steady :]
+            pulls += [] if pull is None else [pull]
+        results = [*carry, *results]
+        versions = [*map(_torch.version, results)]
+        return Kept(self.operators, outputs, results, versions, pulls)
 
     def _of_a_step(self) -> tuple[Operator, ...]:
         """The operators that make the same of a step."""
-        split, inputs, more = self.routine.split, self.routine.count, 0
-        found: list[Operator] = []
-        for name, arguments in self.operators:
-            if name == "vjp":
-                wanted, there = arguments
-                more = sum(there[: self.steady + self.outputs])
-                arguments = wanted[:inputs], there[: self.steady + self.outputs]
-            else:
-                (dims,) = arguments
-                arguments = ((*dims[: split + self.each], *(0,) * more),)
-            found.append((name, arguments))
-        return tuple(found)
-
-    def _forward(
-        self, step: _Repeated, tensors: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The results, and the carries in between."""
-        carry, fixed, xs = self._parts(tensors)
-        outputs, path = list[Tensor](), list[Tensor]()
-        for t, (element, x) in enumerate(zip(self.elements, xs, strict=True)):
-            if self.keep and t > 0:
-                path += carry
-            results = step(element, [*carry, *fixed, *x])
-            carry = results[: self.steady]
-            outputs += results[self.steady :]
-        return [*carry, *outputs], path
-
-    def _backward(self, step: _Repeated, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients, from the results' cotangents and the carries in between."""
-        carry, fixed, xs = self._parts(compact(tensors[: self.count]))
-        wanted, there = next(a for name, a in step.call.operators if name == "vjp")
-        places = [i for i, want in enumerate(wanted) if want]
-        through = [i for i, takes in enumerate(there[: self.steady]) if takes]
-        each, rest = sum(there[self.steady :]), iter(tensors[self.count :])
-        carried = [*itertools.islice(rest, len(through))]
-        given = [[*itertools.islice(rest, each)] for _ in self.elements]
-        starts = [carry, *_chunks([*rest], self.steady, len(self.elements) - 1)]
-        zeros = {i: torch.zeros_like(carry[i]) for i in through if not wanted[i]}
-        totals, grads = dict[int, Tensor](), dict[int, Tensor]()
-        of_xs: list[list[Tensor]] = []
-        steps = zip(self.elements, starts, xs, given, strict=True)
-        for element, start, x, cotangents in reversed([*steps]):
-            grads = dict(
-                zip(places, step(element, [*start, *fixed, *x, *carried, *cotangents]), strict=True)
-            )
-            carried = [grads[i] if wanted[i] else zeros[i] for i in through]
-            for i in places:
-                if self.steady <= i < self.routine.split:
-                    totals[i] = totals[i] + grads[i] if i in totals else grads[i]
-            of_xs.append([grads[i] for i in places if i >= self.routine.split])
-        first = [g for i, g in grads.items() if i < self.steady]
-        return [*first, *totals.values(), *itertools.chain(*reversed(of_xs))]
-
-    def _asked(self, needed: Sequence[bool], present: Sequence[bool]) -> Pulled:
-        """The same for every step: what is needed or present in some step is so in all."""
-        split, steady, steps = self.routine.split, self.steady, len(self.elements)
-        wanted, there = Pulled.of(
-            self.routine,
-            [*needed[:split], *any_of(needed[split:], steps)],
-            [*present[:steady], *any_of(present[steady:], steps)],
+        count = self.routine.count
+        return tuple(
+            (name, (arguments[0][:count],)) if name == "vmap" else (name, arguments)
+            for name, arguments in self.operators
         )
-        return Pulled(
-            (*wanted[:split], *wanted[split:] * steps), (*there[:steady], *there[steady:] * steps)
-        )
+
+    def pulled(
+        self, inputs: list[Tensor], needed: Sequence[bool], given: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        if self.pushed:
+            return super().pulled(inputs, needed, given)
+        pullback = Pullback.of(self, given)
+        self._known()[:] = [pullback.outputs]
+        pairs = [*zip(given, pullback.whole.there, strict=True)]
+        if not any(x is not None and there for x, there in pairs):
+            return [None] * len(inputs)
+        cotangents = [
+            self._zeros(o, inputs, given) if x is None else x
+            for o, (x, there) in enumerate(pairs)
+            if there
+        ]
+        grads = iter(pullback([*inputs, *cotangents]))
+        found = [next(grads) if want else None for want in pullback.whole.wanted]
+        return [g if need else None for g, need in zip(found, needed, strict=True)]
+
+    def _usual(self) -> frozenset[int] | None:
+        """The outputs of a step whose cotangents the last derivative took; None to wait and see.
+
+        The first time none, since most loops are for their last carry, if there is one.
+        """
+        known = self._known()
+        return known[0] if known else frozenset() if self.routine.steady else None
+
+    def _known(self) -> list[frozenset[int]]:
+        return kept(("outputs", self.routine.key), list)
 
     def _zeros(self, o: int, inputs: Sequence[Tensor], given: Sequence[Tensor | None]) -> Tensor:
-        if o < self.steady:
-            return super()._zeros(o, inputs, given)
-        same = given[self.steady + (o - self.steady) % self.outputs :: self.outputs]
+        """The cotangent of a result without one."""
+        steady = self.routine.steady
+        if o < steady:
+            return torch.zeros_like(inputs[o])
+        same = given[steady + (o - steady) % self.outputs :: self.outputs]
         return torch.zeros_like(next(x for x in same if x is not None))
+
+
+@dataclass(frozen=True, eq=False)
+class Pullback(Applied):
+    """The vector-Jacobian product of a series: `(inputs, cotangents) -> gradients`.
+
+    Attributes:
+        series: the series.
+        outputs: the outputs of a step whose cotangents it takes.
+        step: what is asked for of each step.
+        whole: what is asked for of the series.
+    """
+
+    series: Series
+    outputs: frozenset[int]
+    step: Asked
+    whole: Asked
+
+    @staticmethod
+    def of(series: Series, given: Sequence[Tensor | None]) -> Pullback:
+        """For the cotangents given."""
+        routine, steps = series.routine, len(series.elements)
+        steady, split = routine.steady, routine.split
+        rest = given[steady:]
+        outputs = frozenset(
+            steady + i
+            for i in range(series.outputs)
+            if any(x is not None for x in rest[i :: series.outputs])
+        )
+        wanted, there = step = routine.asked(routine.facts.seen, outputs)
+        whole = Asked(
+            (*wanted[:split], *wanted[split:] * steps), (*there[:steady], *there[steady:] * steps)
+        )
+        return Pullback(series, frozenset(o for o in outputs if there[o]), step, whole)
+
+    @property
+    def routine(self) -> Routine:
+        return self.series.routine
+
+    def over(self, dims: Sequence[int | None]) -> Pullback:
+        return replace(self, series=self.series.over(dims[: self.series.count]))
+
+    def spread(self, own: Sequence[bool]) -> list[int]:
+        """Also all cotangents."""
+        count = self.series.count
+        cotangents = [i for i in range(count, len(own)) if not own[i]]
+        return [*self.series.spread(own[:count]), *cotangents]
+
+    def eager(self, *tensors: Tensor) -> list[Tensor]:
+        return self.whole.pulled(self.series.eager, tensors)
+
+    def run(self, given: Sequence[Tensor]) -> list[Tensor]:
+        tensors, series = compact(given), self.series
+        count, retain = series.count, _torch.keeps_graph()
+        found = series.kept.pop() if series.kept else None
+        if found is None or not found.serves(self):
+            found = series.computed(tensors[:count], self.outputs)
+        series.kept[:] = [found] if retain else []
+        pulls = [*found.pulls] if retain else found.pulls
+        return _distinct(self._steps(pulls, tensors[:count], tensors[count:], retain), tensors)
+
+    def _steps(
+        self, pulls: list[Pull], inputs: list[Tensor], cotangents: list[Tensor], retain: bool
+    ) -> list[Tensor]:
+        """The gradients, from the derivatives of the steps, which are used up."""
+        (wanted, there), steady, split = self.step, self.routine.steady, self.routine.split
+        places = [i for i, want in enumerate(wanted) if want]
+        through = [o for o, takes in enumerate(there[:steady]) if takes]
+        zeros = {i: torch.zeros_like(inputs[i]) for i in through if not wanted[i]}
+        carried, of_steps = cotangents[: len(through)], cotangents[len(through) :]
+        totals, grads, of_xs = dict[int, Tensor](), dict[int, Tensor](), list[list[Tensor]]()
+        for given in reversed(_chunks(of_steps, sum(there[steady:]), len(pulls))):
+            grads = dict(zip(places, pulls.pop()([*carried, *given], retain), strict=True))
+            carried = [grads[i] if wanted[i] else zeros[i] for i in through]
+            for i in places:
+                if steady <= i < split:
+                    totals[i] = totals[i] + grads[i] if i in totals else grads[i]
+            of_xs.append([grads[i] for i in places if i >= split])
+        first = [g for i, g in grads.items() if i < steady]
+        return [*first, *totals.values(), *itertools.chain(*reversed(of_xs))]
 
 
 def _chunks(tensors: Sequence[Tensor], size: int, count: int) -> list[list[Tensor]]:
     return [[*tensors[i * size : (i + 1) * size]] for i in range(count)]
 
 
-def any_of(flags: Sequence[bool], steps: int) -> list[bool]:
-    """Of flags for each step, those that hold in some step."""
-    each = len(flags) // steps
-    return [any(flags[i::each]) for i in range(each)]
+def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The results as an autograd.Function requires them: without a graph, and distinct tensors."""
+    seen, found = {*map(id, inputs)}, list[Tensor]()
+    for y in results:
+        found.append(y.detach().clone() if id(y) in seen else y.detach())
+        seen.add(id(y))
+    return found
 
 
 class _Repeated:
@@ -176,18 +295,25 @@ class _Repeated:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.wires: Wires | None = None
+        self.again: Again | None = None
         self.guards: Any = None
 
-    def __call__(self, element: Joint, tensors: list[Tensor]) -> list[Tensor]:
-        if self.wires is not None:
-            if self.guards.hold(tensors):
-                return self.wires(tensors)
-            tensors = compact(tensors)
-            if self.guards.hold(tensors):
-                return self.wires(tensors)
+    def __call__(self, element: Joint, tensors: list[Tensor]) -> tuple[list[Tensor], Pull | None]:
+        if self.again is not None and self.guards.hold(tensors):
+            return self.again(tensors)
         tensors = compact(tensors)
+        if self.again is not None and self.guards.hold(tensors):
+            return self.again(tensors)
         call = replace(self.call, routine=self.call.routine.at(element))
-        results, self.wires = call.computed(tensors)
+        results, pull, self.again = call(tensors)
         self.guards = _torch.TensorGuards(tensors)
-        return results
+        return results, pull
+
+
+def _pulled_late(
+    step: _Repeated, element: Joint, given: list[Tensor], cotangents: Sequence[Tensor], _: bool
+) -> list[Tensor]:
+    """The gradients of a step that is run again, since other steps overwrite what it keeps."""
+    pull = step(element, given)[1]
+    assert pull is not None
+    return pull(cotangents, False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._compiler import brief, warn_once
 from diffopt._diff import functions
-from diffopt._diff.kernels import UnfitError, backend
+from diffopt._diff.kernels import Asked, UnfitError, backend
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
 
@@ -170,12 +170,23 @@ class Numbering:
         return torch.full((), number, dtype=dtype, device=self.device)
 
 
-class Facts:
-    """What runs of a function have shown.
+class Seen(NamedTuple):
+    """What a run of a function as it is, with its graph, has shown.
 
     Attributes:
         used: see `Used`.
         depends: for each result, the places of the inputs on which it depends.
+    """
+
+    used: Used
+    depends: list[set[int]]
+
+
+class Facts:
+    """What runs of a function have shown.
+
+    Attributes:
+        seen: see `Seen`.
         join: makes a tree of the results.
         form: that tree without its tensors; None before a run.
         captured: what compiled code captures.
@@ -183,8 +194,7 @@ class Facts:
 
     def __init__(self, name: str) -> None:
         self.form: Joint | None = None
-        self.used: Used = ()
-        self.depends: list[set[int]] = []
+        self.seen = Seen((), [])
         self.join: Callable[..., Tree] = lambda results: results
         self.captured = Captured(name)
 
@@ -233,21 +243,30 @@ class Routine:
         """The same for another last input, with the same facts."""
         return replace(self, element=element)
 
-    def moving(self, needed: Sequence[bool]) -> set[int]:
+    def moving(self, depends: Sequence[set[int]], needed: Sequence[bool]) -> set[int]:
         """The inputs that depend on those needed in some step, if the results replace the first."""
         moving = {i for i, need in enumerate(needed) if need}
         while True:
-            found = self.facts.depends[: self.steady]
+            found = depends[: self.steady]
             more = {i for i, on in enumerate(found) if on & moving} - moving
             if not more:
                 return moving
             moving |= more
 
-    def differentiable(self, needed: Sequence[bool] = ()) -> list[bool]:
+    def differentiable(self) -> list[bool]:
         """For each result whether it depends, in some step, on the inputs needed."""
-        pairs = zip(self.needed, needed or self.needed, strict=True)
-        moving = self.moving([a or b for a, b in pairs])
-        return [bool(on & moving) for on in self.facts.depends]
+        depends = self.facts.seen.depends
+        moving = self.moving(depends, self.needed)
+        return [bool(on & moving) for on in depends]
+
+    def asked(self, seen: Seen, outputs: frozenset[int]) -> Asked:
+        """Gradients of all inputs needed, from cotangents of the carry and of these results."""
+        depends, moving = seen.depends, self.moving(seen.depends, self.needed)
+        there = tuple(
+            bool(on & moving) and (o < self.steady or o in outputs) for o, on in enumerate(depends)
+        )
+        reached = set[int]().union(*(on for on, t in zip(depends, there, strict=True) if t))
+        return Asked(tuple(i in moving and i in reached for i in range(self.count)), there)
 
     def finished(self, results: Sequence[Tensor], carries: Sequence[bool]) -> Tree:
         """The results as a tree, without derivatives where they carry none."""
