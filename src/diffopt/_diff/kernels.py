@@ -135,30 +135,6 @@ Again: TypeAlias = Callable[[Sequence[Tensor]], tuple[list[Tensor], "Pull | None
 """Runs a graph on more tensors like those before, without torch.compile's checks."""
 
 
-class Run(NamedTuple):
-    """What a kernel returns.
-
-    Attributes:
-        results: the tensors that were computed.
-        join: makes a pair of them: the results of the function, and their derivatives.
-        variant: the graph that ran.
-        captured: the tensors that it captures.
-        pull: its vector-Jacobian product, if that was asked for.
-        given: its inputs, with at least one dimension.
-        read: the inputs of the graph.
-        outputs: the outputs of the graph.
-    """
-
-    results: list[Tensor]
-    join: Callable[..., Tree]
-    variant: Variant
-    captured: list[Tensor]
-    pull: Pull | None
-    given: Sequence[Tensor]
-    read: Sequence[Any]
-    outputs: Any
-
-
 class Wires(NamedTuple):
     """How the inputs and outputs of a graph are connected.
 
@@ -173,24 +149,50 @@ class Wires(NamedTuple):
     captured: list[Tensor]
 
     @staticmethod
-    def of(run: Run) -> Wires | None:
-        """None if not all are tensors, or the graph is not all there is."""
-        if not (run.variant.pure and isinstance(run.outputs, (tuple, list))):
+    def of(
+        given: Sequence[Tensor],
+        captured: list[Tensor],
+        read: Sequence[Any],
+        outputs: Sequence[Any],
+        results: Sequence[Tensor],
+    ) -> Wires | None:
+        """From tensors of a run; None if some are not known."""
+        pool = [*given, *captured]
+        sources = {id(x): i for i, x in enumerate(pool)}
+        sinks = {id(y): i for i, y in enumerate([*outputs, *pool])}
+        takes = [sources.get(id(x), -1) for x in read]
+        gives = [sinks.get(id(y), -1) for y in results]
+        if len(sources) < len(pool) or -1 in (*takes, *gives):
             return None
-        given = [*run.given, *run.captured]
-        sources = {id(x): i for i, x in enumerate(given)}
-        sinks = {id(y): i for i, y in enumerate([*cast(Sequence[Any], run.outputs), *given])}
-        takes = [sources.get(id(x), -1) for x in run.read]
-        gives = [sinks.get(id(y), -1) for y in run.results]
-        if len(sources) < len(given) or -1 in (*takes, *gives):
-            return None
-        return Wires(takes, gives, run.captured)
+        return Wires(takes, gives, captured)
 
     def run(self, graph: Callable[..., Any], given: Sequence[Tensor]) -> list[Tensor]:
         """The results."""
         pool = [*given, *self.captured]
         found = [*graph(*[pool[i] for i in self.takes]), *pool]
         return [found[i] for i in self.gives]
+
+
+class Run(NamedTuple):
+    """What a kernel returns.
+
+    Attributes:
+        results: the tensors that were computed.
+        join: makes a pair of them: the results of the function, and their derivatives.
+        variant: the graph that ran.
+        captured: the tensors that it captures.
+        pull: its vector-Jacobian product, if that was asked for.
+        outputs: the outputs of the graph.
+        wires: how they are connected; None if that is not known, or the graph is not all there is.
+    """
+
+    results: list[Tensor]
+    join: Callable[..., Tree]
+    variant: Variant
+    captured: list[Tensor]
+    pull: Pull | None
+    outputs: Sequence[Any]
+    wires: Wires | None
 
 
 class Halved(NamedTuple):
@@ -208,14 +210,14 @@ class Halved(NamedTuple):
     grads: list[int]
 
     @staticmethod
-    def of(run: Run, wires: Wires, asked: Asked) -> Halved | None:
+    def of(wires: Wires, outputs: Sequence[Any], asked: Asked) -> Halved | None:
         """None if torch has not compiled it in halves, or results are inputs or come twice."""
-        halves = _torch.halves(run.outputs)
+        halves = _torch.halves(outputs)
         sinks = [sink for sink, there in zip(wires.gives, asked.there, strict=True) if there]
         wanted = [i for i, want in enumerate(asked.wanted) if want]
         if halves is None or len({*sinks}) < len(sinks) or not {*halves.tangents} <= {*sinks}:
             return None
-        if not {*wanted} <= {*wires.takes} or max(sinks, default=0) >= len(run.outputs):
+        if not {*wanted} <= {*wires.takes} or max(sinks, default=0) >= len(outputs):
             return None
         places = [wires.takes.index(i) for i in wanted]
         return Halved(wires, halves, [*map(sinks.index, halves.tangents)], places)
@@ -349,9 +351,11 @@ class Kernel:
         known = {*map(id, given)}
         captured = [x for x in read if isinstance(x, Tensor) and id(x) not in known]
         results, join = _tree.split(tree)
-        run = Run(results, join, variant, captured, None, given, read, outputs)
+        wires = None
+        if variant.pure and isinstance(outputs, (tuple, list)):
+            wires = Wires.of(given, captured, read, cast(Sequence[Any], outputs), results)
         results = [*map(Tensor.clone, results)] if self.replays else results
-        return run._replace(results=results, pull=self._pull(given, results))
+        return Run(results, join, variant, captured, self._pull(given, results), outputs, wires)
 
     def _pull(self, given: Sequence[Tensor], results: Sequence[Tensor]) -> Pull | None:
         """The vector-Jacobian product of a run with autograd's graph, if it has one."""
@@ -383,15 +387,13 @@ class Kernel:
 
     def again(self, run: Run) -> Again | None:
         """How to run the graph again without torch.compile's checks; None if that can't be done."""
-        wires = Wires.of(run)
-        if wires is None:
+        if run.wires is None:
             return None
-        halved = None
         if self.asked is not None and not self.replays:
-            halved = Halved.of(run, wires, self.asked)
-        if halved is None:
-            return functools.partial(self._again, wires, run.variant.run)
-        return functools.partial(self._in_halves, halved)
+            halved = Halved.of(run.wires, run.outputs, self.asked)
+            if halved is not None:
+                return functools.partial(self._in_halves, halved)
+        return functools.partial(self._again, run.wires, run.variant.run)
 
     def _again(
         self, wires: Wires, graph: Callable[..., Any], tensors: Sequence[Tensor]

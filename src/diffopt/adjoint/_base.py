@@ -161,7 +161,7 @@ class GradientStep:
 
 
 def is_compiled(step: Step) -> bool:
-    """Whether it runs compiled, as far as is known: then its graph holds little but its inputs."""
+    """Whether it runs compiled, as far as is known: then its graph holds little but the carry."""
     compiler = step.compiler if isinstance(step, (GradientStep, CompiledStep)) else None
     return compiler is not None and not compiler.gave_up
 
