@@ -54,13 +54,17 @@ def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
 
 
 def _apart(value: Any) -> Any:
-    """A copy of a tensor; on a device, where that is a launch, only of a view or a parameter."""
+    """A copy of a tensor; on a device, where that is a launch, only of a view or a parameter.
+
+    Differentiable steps have derivatives with respect to the tensor.
+    """
     if not isinstance(value, Tensor):
         return value
-    if value.device.type == "cpu" or _modes.compiling():
-        return value.clone()
     lone = _torch.base(value) is None and not isinstance(value, torch.nn.Parameter)
-    return value if lone else value.clone()
+    if lone and value.device.type != "cpu" and not _modes.compiling():
+        return value
+    with torch.enable_grad():
+        return value.clone()
 
 
 def _option(group: Mapping[str, Any], name: str) -> Any:
