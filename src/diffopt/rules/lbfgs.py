@@ -379,7 +379,9 @@ def _direction(problem: _Problem, old: LBFGSState) -> tuple[Tensor, LBFGSState]:
     kept = y.dot(s) > LEAST_CURVATURE
     if not _modes.differentiated([problem.grad, *old]):  # else all of `old` belongs to the graph
         kept = number_of(kept)
-    if kept is not False:
+    if kept is False:
+        ys, steps, ro, H_diag = (field.clone() for field in (ys, steps, ro, H_diag))
+    else:
         rho, scale = curvature(*(ops.where(kept, y.dot(x), 1) for x in (s, y)))
         ys, steps, ro = (
             ops.where(kept, torch.cat([rows[1:], row.unsqueeze(0)]), rows)
