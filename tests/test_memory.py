@@ -79,8 +79,8 @@ def test_no_reference_cycles_under_func_transforms():
 
 
 def test_an_unrolled_loop_keeps_every_step():
-    loss = Census()
-    sol = solve(loss, steps=20)
+    loss, lr = Census(), torch.tensor(0.01, requires_grad=True)
+    sol = solve(loss, lr=lr, steps=20)
     assert loss.most >= 20  # what the next tests count is there to be counted
     del sol
 

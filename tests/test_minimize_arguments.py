@@ -70,3 +70,48 @@ def test_mistakes_are_refused_by_name_before_anything_runs(arguments, error, mes
     }  # fmt: skip
     with pytest.raises(error, match=message):
         diffopt.minimize(arguments.pop("loss"), arguments.pop("params"), **arguments)
+
+
+NET = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: minimize_with(lr=0.1),
+            r"minimize\(\) .* lr: .* hparams=optimizer.hparams\(lr=0.1\)",
+        ),
+        (lambda: minimize_with(lr=WEIGHT, beta1=0.5), r"hparams\(lr=\.\.\., beta1=0.5\)"),
+        (lambda: minimize_with(step=3), "did you mean 'steps'"),
+        (lambda: minimize_with(epochs=3), "no argument epochs, only loss, params"),
+        (lambda: diffopt.minimize(torch.sum, PARAMS, lr=0.1), r"optimizer.hparams\(lr=0.1\)"),
+        (
+            lambda: diffopt.innerloop(NET, OPT, lr=0.1),
+            r"innerloop\(\) .* hparams=optimizer.hparams",
+        ),
+        (lambda: diffopt.innerloop(NET, torch.optim.SGD([WEIGHT]), lr=1), r"override=dict\(lr=1\)"),
+        (lambda: diffopt.innerloop(NET, OPT, copy_initial_weights=True), "only model, optimizer"),
+        (lambda: diffopt.adjoint.unroll(torch.add, PARAMS, lenght=3), "did you mean 'length'"),
+        (
+            lambda: diffopt.adjoint.unroll(torch.add, PARAMS, steps=3),
+            "only step, carry, args, length",
+        ),
+        (
+            lambda: diffopt.adjoint.smooth(torch.sum, n=3),
+            r"smooth\(\) .* n, only function, samples",
+        ),
+        (
+            lambda: diffopt.implicit_root(torch.sin, torch.sin, tol=0),
+            "no argument tol, only residual",
+        ),
+        (lambda: diffopt.nn.functionalize(NET, buffers=True), "no argument buffers, only module"),
+    ],
+)
+def test_a_keyword_that_a_function_lacks_is_explained(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def minimize_with(**keywords):
+    return diffopt.minimize(torch.sum, PARAMS, optimizer=OPT, hparams=OPT.hparams(), **keywords)

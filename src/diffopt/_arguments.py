@@ -34,6 +34,42 @@ def explains_calls(make: Callable[P, R]) -> Callable[P, R]:
     return made
 
 
+def explains_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, which explains keywords that it does not have: hyperparameters, or misspelt."""
+    names = [*inspect.signature(function).parameters]
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(_wrong_keywords(function, names, args, kwargs))
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _wrong_keywords(
+    function: Callable[..., Any], names: list[str], args: Any, kwargs: dict[str, Any]
+) -> str:
+    others = {name: kwargs.pop(name) for name in [*kwargs] if name not in names}
+    given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    optimizer, takes = given.get("optimizer"), "hparams" in names
+    instead = f": hyperparameters go to hparams=optimizer.hparams({_shown(others)})"
+    if "override" in names and others.keys() <= getattr(optimizer, "defaults", {}).keys():
+        instead = f": hyperparameters go to override=dict({_shown(others)})"
+    elif not hasattr(optimizer, "hparams") or _fault(lambda: optimizer, (), {}, others) is not None:
+        missing = [name for name in names if name not in given]
+        unknown = instead if takes and optimizer is None else f", only {', '.join(names)}"
+        instead = did_you_mean(missing, *others) or unknown
+    return f"{function.__name__}() has no argument {', '.join(others)}{instead}"
+
+
+def _shown(others: dict[str, Any]) -> str:
+    """The keywords of a call, with their values if these are numbers."""
+    numbers = {name: x if isinstance(x, (int, float)) else "..." for name, x in others.items()}
+    return ", ".join(f"{name}={x}" for name, x in numbers.items())
+
+
 def _explanation(
     make: Callable[..., Any], names: list[str], most: float, args: Any, kwargs: dict[str, Any]
 ) -> str:
@@ -48,10 +84,7 @@ def _explanation(
     known = {name: kwargs[name] for name in kwargs if name in names}
     fault = _fault(maker, args, known, others)
     if fault is None:
-        given = ", ".join(
-            f"{name}={x if isinstance(x, (int, float)) else '...'}" for name, x in others.items()
-        )
-        return f"{', '.join(others)}: hyperparameters go to {call}.hparams({given})"
+        return f"{', '.join(others)}: hyperparameters go to {call}.hparams({_shown(others)})"
     only = f", only {', '.join(sorted(names))}" if names else ""
     hint = did_you_mean(names, *others) or fault
     return f"{call} has no argument {', '.join(others)}{only}{hint}"

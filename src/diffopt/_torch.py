@@ -96,12 +96,14 @@ def forward_level() -> int:
 # Dispatch.
 dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
 """The number of modes, such as FakeTensorMode, that see every operation."""
-DispatchKeySet: Any = _C.DispatchKeySet
-"""A set of dispatch keys, for `without_dispatch_keys`."""
-dispatch_key: Callable[[str], Any] = _C._parse_dispatch_key
-"""The dispatch key of a name."""
-without_dispatch_keys: Callable[[Any], AbstractContextManager[Any]] = _C._ExcludeDispatchKeyGuard
-"""A context in which operations skip these keys."""
+_dispatch_key: Callable[[str], Any] = _C._parse_dispatch_key
+
+
+def outside_gradient_batch() -> AbstractContextManager[Any]:
+    """A context in which `is_grads_batched` leaves random numbers and torch.vmap alone."""
+    return _C._ExcludeDispatchKeyGuard(_C.DispatchKeySet(_dispatch_key("VmapMode")))
+
+
 below_autograd: Callable[[], AbstractContextManager[Any]] = _C._AutoDispatchBelowAutograd
 """A context in which operations skip autograd: a tenth of the time for many small tensors."""
 
@@ -145,6 +147,24 @@ weight_norm: Callable[..., Tensor] = _torch._weight_norm
 
 node_number: Callable[[Any], int] = operator.methodcaller("_sequence_nr")
 """The number of a node of autograd's graph: later ones of a thread have higher ones."""
+
+
+def gradient_batch() -> int:
+    """The level at which `torch.autograd.grad` batches its gradients (`is_grads_batched`), or 0."""
+    level = _C._vmapmode_increment_nesting() - 1
+    _C._vmapmode_decrement_nesting()
+    return level
+
+
+def in_gradient_batch(tensor: Tensor) -> bool:
+    """Whether a tensor is batched by `is_grads_batched`, in a way of its own."""
+    return _C._dispatch_keys(tensor).has(_dispatch_key("Batched"))
+
+
+all_gradients: Callable[[Tensor, int, int, int], Tensor] = _torch._remove_batch_dim
+"""All samples of such a tensor: `(tensor, level, batch size, dimension)`."""
+gradients_batched: Callable[[Tensor, int, int], Tensor] = _torch._add_batch_dim
+"""The inverse: `(tensor, dimension, level)`."""
 
 
 def is_node_type(kind: type, name: str) -> bool:

@@ -22,6 +22,7 @@ from diffopt._arguments import (
     check_integer,
     check_number,
     check_result,
+    explains_keywords,
 )
 from diffopt._diff.isolation import isolated, refuse_captured
 from diffopt._diff.unmodified import Captured
@@ -139,6 +140,7 @@ class ImplicitDerivative:
             )
 
 
+@explains_keywords
 def implicit_root(
     residual: Callable[..., Tree],
     solve: Callable[..., Any],
@@ -220,6 +222,7 @@ def implicit_root(
     return _differentiable(residual, solve, derivative, symmetric, has_aux, sequential)
 
 
+@explains_keywords
 def implicit_fixed_point(
     step: Callable[..., Tree],
     solve: Callable[..., Any] | None = None,
@@ -311,6 +314,7 @@ def _differentiable(
     return solution
 
 
+@explains_keywords
 def fixed_point_iteration(
     step: Callable[..., Tree],
     *,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffopt import _modes, _replica, _torch, _tree
-from diffopt._arguments import check_bool, check_function
+from diffopt._arguments import check_bool, check_function, explains_keywords
 from diffopt._diff import functions, repairs
 from diffopt._diff.lacking import Explained
 from diffopt.nn import Functional, functionalize
@@ -29,6 +29,7 @@ Gradients: TypeAlias = dict[str, Tensor | None]
 """By the name of the parameter; None where the loss does not depend on it."""
 
 
+@explains_keywords
 @contextlib.contextmanager
 def innerloop(
     model: M,

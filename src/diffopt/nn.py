@@ -14,6 +14,7 @@ from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsa
 from torch.nn.parameter import is_lazy
 
 from diffopt import _modes, _replica, _torch, _tree
+from diffopt._arguments import explains_keywords
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 """Tensors of a module by name."""
@@ -56,6 +57,7 @@ class Functional(NamedTuple):
         return f"Functional({self.apply}, params={[*self.params]}, buffers={[*self.buffers]})"
 
 
+@explains_keywords
 def functionalize(module: nn.Module) -> Functional:
     """Turn a module into a pure function.
 

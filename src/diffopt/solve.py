@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
-from diffopt._arguments import check_bool, check_function, check_integer, check_result, too_large
+from diffopt._arguments import (
+    check_bool,
+    check_function,
+    check_integer,
+    check_result,
+    explains_keywords,
+    too_large,
+)
 from diffopt._diff.functions import AmbientState
 from diffopt._diff.unmodified import Captured
 from diffopt._rule import checks, hyper
@@ -46,6 +53,7 @@ class Solution(NamedTuple):
     steps: Tensor
 
 
+@explains_keywords
 def minimize(
     loss: Callable[..., Any],
     params: Tree,

@@ -109,6 +109,8 @@ class Applied(ABC):
             try:
                 if _modes.forward_differentiated():
                     raise UnfitError("a derivative of its derivative is not compiled")
+                if _torch.gradient_batch():
+                    raise UnfitError("gradients in a batch (is_grads_batched) are not compiled")
                 return self.pulled(inputs, needed, given)
             except Exception as error:
                 program.warn(error)

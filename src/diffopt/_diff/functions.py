@@ -205,6 +205,20 @@ class Evaluated:
         return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
 
+def over_batch(pull: Callable[[Tensor], Sequence[Tensor]], cotangent: Tensor) -> Sequence[Tensor]:
+    """`pull(cotangent)`, by torch.vmap for the cotangents of `torch.autograd.grad` in a batch.
+
+    Tensors in such a batch (`is_grads_batched`) can be neither detached nor read.
+    """
+    level = _torch.gradient_batch()
+    if not level or not _torch.in_gradient_batch(cotangent):
+        return pull(cotangent)
+    cotangents = _torch.all_gradients(cotangent, level, 1, 0)
+    with _torch.outside_gradient_batch():
+        results = torch.vmap(pull, randomness="same")(cotangents)
+    return [_torch.gradients_batched(x, 0, level) for x in results]
+
+
 def batched_like(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a function, batched if an input is.
 

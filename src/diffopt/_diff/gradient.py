@@ -106,10 +106,16 @@ def leaf_gradients(
 ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
     """What `value_and_grad` returns, for the leaves of params of this structure.
 
-    By autograd: faster in eager mode than torch.func, and with far less memory in long loops.
+    By autograd: faster in eager mode than torch.func, and with far less memory in long loops. The
+    results have a graph only if something beside the loss needs their gradient.
     """
-    recording = torch.is_grad_enabled()
-    with contextlib.nullcontext() if recording else torch.enable_grad():
+    recording, forward = torch.is_grad_enabled(), _modes.forward_differentiated()
+    with contextlib.ExitStack() as stack:
+        if not recording:
+            stack.enter_context(torch.enable_grad())
+        needed = create_graph and recording
+        unknown = needed and not any(leaf.requires_grad for leaf in leaves)
+        own = stack.enter_context(functions.noticed()) if unknown else {}
         # Aliases, so that the gradient is partial: not through params that depend on one another,
         # nor through arguments of the loss that depend on params.
         aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
@@ -123,6 +129,9 @@ def leaf_gradients(
                 )
             raise ValueError(_INDEPENDENT)
         repairs.mend_graph(value, first)
+        if unknown:
+            needed = any(id(leaf) not in own for leaf in graph_leaves((value, aux)))
+        create_graph = needed or (create_graph and forward)
         if _modes.ordinary(value):
             one = torch.ones_like(value)
             found = _torch.gradient(
@@ -132,7 +141,10 @@ def leaf_gradients(
             found = torch.autograd.grad(
                 value, aliases, create_graph=create_graph, allow_unused=True
             )
-    if not create_graph:
+    if create_graph and not needed:  # there are tangents, which `detach` would drop
+        with torch.no_grad():
+            value, aux, found = _tree.map_tensors(Tensor.clone, (value, aux, found))
+    elif not needed:
         value, aux = _tree.detach((value, aux))
     return value, aux, _dependent(found)
 
@@ -166,8 +178,9 @@ def _forward_over_reverse(
     ) -> Sequence[Tensor | None]:
         with ambient.restored():
             # Reverse mode through torch's forward derivatives is wrong for some operations (2.13:
-            # layer_norm, batch_norm) and raises for others (log_softmax).
-            if torch.is_grad_enabled():
+            # layer_norm, batch_norm) and raises for others (log_softmax). Nor can torch compute in
+            # forward mode where it batches gradients.
+            if torch.is_grad_enabled() or _torch.gradient_batch():
                 return functions.vjp(results, xs, needed, cotangents)
             parts = len(cotangents) - sum(used)
             given = iter(cotangents[parts:])

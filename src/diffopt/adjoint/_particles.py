@@ -106,8 +106,7 @@ class Normal:
 @contextlib.contextmanager
 def _outside_vmap() -> Generator[None]:
     """Outside every vmap, even that of is_grads_batched, so that random numbers can be drawn."""
-    keys = _torch.DispatchKeySet(_torch.dispatch_key("VmapMode"))
-    with _torch.outside_transforms(), _torch.without_dispatch_keys(keys):
+    with _torch.outside_transforms(), _torch.outside_gradient_batch():
         yield
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._arguments import check_function, check_result
+from diffopt._arguments import check_function, check_result, explains_keywords
 from diffopt._diff.compiled import CompiledStep
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step, check_adjoint, compiler_of
 from diffopt.adjoint.unrolled import Unrolled
 
 
+@explains_keywords
 def unroll(
     step: Callable[[Tree, Tree, Any], tuple[Tree, Any]],
     carry: Tree,

@@ -13,6 +13,7 @@ import torch
 
 from diffopt import _modes, _tree
 from diffopt._arguments import check_choice, check_integer
+from diffopt._diff import functions
 from diffopt._diff.captured import (
     refuse_closed_over,
     refuse_other,
@@ -111,7 +112,8 @@ class Checkpointed(Adjoint):
         if not xs:
             return carry, []
         captured = Captured("the loss or step", step)
-        results = refuse_closed_over(captured.name, step, carry, args, xs[0], captured=captured)
+        first = _with_graph(step) if isinstance(step, GradientStep) else step
+        results = refuse_closed_over(captured.name, first, carry, args, xs[0], captured=captured)
         if isinstance(step, GradientStep):
             # Compiled, it copies params that it leaves alone.
             varies = varying(replace(step, compiler=None), carry, args, xs, results)
@@ -192,6 +194,18 @@ class _Loop:
         if torch.is_grad_enabled() and not any(x.requires_grad for x in constants):
             refuse_varying(ends, self.varies)
         return carry, outputs
+
+
+def _with_graph(step: GradientStep) -> Step:
+    """The step, with the graph that it has where its params need a gradient."""
+
+    def run(carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
+        params, *rest = carry
+        if not _modes.transformed():
+            params = _tree.map(lambda p: functions.alias(p, attached=False), params)
+        return step((params, *rest), args, x)
+
+    return run
 
 
 def _ratio(step: Step, carry: Tree, kept: int) -> float:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt._arguments import check_function
+from diffopt._arguments import check_function, explains_keywords
 from diffopt._tree import Tree
 from diffopt.adjoint._particles import START
 from diffopt.adjoint.persistent_evolution import PersistentEvolution, mean_loss
 
 
+@explains_keywords
 def smooth(
     function: Callable[[Tree], Any],
     *,

@@ -174,13 +174,16 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         equation, (x, *inputs) = ctx.equation, map(_torch.unwrap_if_dead, ctx.saved_tensors)
         needed = _differentiable(inputs, ctx.needs_input_grad[2:])
+
+        def pull(grad: Tensor) -> Sequence[Tensor]:
+            start = equation.method.start
+            x0 = start((grad, x, *inputs)) if start else None
+            u = solve(equation.method, equation.jacobian.T, grad, x0, x, *inputs).value
+            return _pullback(equation, x, inputs, needed)(-u)
+
         results: list[Tensor | None] = [None] * len(inputs)
         if needed:
-            system, start = (grads[0], x, *inputs), equation.method.start
-            x0 = start(system) if start else None
-            u = solve(equation.method, equation.jacobian.T, grads[0], x0, x, *inputs).value
-            for i, grad in zip(needed, _pullback(equation, x, inputs, needed)(-u), strict=True):
-                results[i] = grad
+            results = functions.replaced(results, needed, functions.over_batch(pull, grads[0]))
             if functions.constant():
                 equation.residual.kept = None
         return (None, None, *results)
