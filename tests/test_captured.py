@@ -1,7 +1,10 @@
 """Constants that a function captures, modified between its run and the backward pass."""
 
+import collections
+import types
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -269,3 +272,110 @@ def test_a_module_may_count_its_own_calls():
             return super().forward(x)
 
     assert of_module(Counting(), CALLS["functional_call"])()
+
+
+class Settings:
+    rate = 2.0  # read through an object, too
+
+    def __init__(self):
+        self.scale = 2.0
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self):
+        self.scale = 2.0
+
+
+class Derived:
+    def __init__(self):
+        self._scale = 2.0
+
+    @property
+    def scale(self):
+        return self._scale
+
+
+def entries(kind, number=100):
+    values = [torch.tensor(float(i), dtype=F64) for i in range(number)]
+    return dict(enumerate(values)) if kind is dict else values
+
+
+def changes():
+    """Losses of w that read what is not an argument, and functions that change that."""
+    many, table, numbers = entries(list), entries(dict), [float(i) for i in range(100)]
+    yield "list", lambda w: w - many[80], lambda: many.__setitem__(80, many[3])
+    yield "dict", lambda w: w - table[80], lambda: table.__setitem__(80, many[3])
+    yield "numbers", lambda w: w - numbers[80], lambda: numbers.__setitem__(80, 3.0)
+    few, some, queue = [1.0], {1.0}, collections.deque([1.0])
+    yield "append", lambda w: w - sum(few), lambda: few.append(2.0)
+    yield "set", lambda w: w - sum(some), lambda: some.add(2.0)
+    yield "deque", lambda w: w - sum(queue), lambda: queue.append(2.0)
+    own, slots, derived, part = Settings(), Slotted(), Derived(), types.SimpleNamespace()
+    part.own = Settings()
+    yield "object", lambda w: w - own.scale, lambda: setattr(own, "scale", 3.0)
+    yield "slots", lambda w: w - slots.scale, lambda: setattr(slots, "scale", 3.0)
+    yield "property", lambda w: w - derived.scale, lambda: setattr(derived, "_scale", 3.0)
+    yield "nested", lambda w: w - part.own.scale, lambda: setattr(part.own, "scale", 3.0)
+    kind = type("Kind", (Settings,), {"rate": 2.0})
+    yield "class", lambda w: w - kind.rate, lambda: setattr(kind, "rate", 3.0)
+    kind2 = type("Kind", (Settings,), {"rate": 2.0})
+    made = kind2()
+    yield "its class", lambda w: w - made.rate, lambda: setattr(kind2, "rate", 3.0)
+    module = types.ModuleType("settings")
+    module.scale = 2.0
+    yield "module", lambda w: w - module.scale, lambda: setattr(module, "scale", 3.0)
+    net = torch.nn.Linear(1, 1).to(F64).requires_grad_(False)
+    weight = torch.nn.Parameter(torch.ones(1, 1, dtype=F64), requires_grad=False)
+    yield "parameter", lambda w: w - net.weight, lambda: setattr(net, "weight", weight)
+    tensor = torch.tensor(1.0, dtype=F64)
+    yield ".data", lambda w: w - tensor, lambda: setattr(tensor, "data", tensor + 1)
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in changes()])
+@pytest.mark.parametrize("how", [adjoint.Checkpointed(), adjoint.Implicit()], ids=["C", "I"])
+def test_what_is_read_beside_arguments_may_not_change(how, name):
+    read, change = {case: rest for case, *rest in changes()}[name]
+    x = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    y = loop(how, lambda w, x: ((1 + x) * w + read(w)).square().sum(), x, steps=60).sum()
+    before = torch.autograd.grad(y, x, retain_graph=True)
+    assert before[0].isfinite()
+    change()
+    with pytest.raises(RuntimeError, match="captures"):
+        torch.autograd.grad(y, x)
+
+
+def add_key(table, array):
+    table["b"] = 1.0
+
+
+def write_array(table, array):
+    array[...] = 2.0
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("change", [add_key, write_array])
+def test_a_step_that_has_another_loss_when_it_is_run_again_raises(change, levels):
+    table, array = {"a": 1.0}, np.array(1.0)
+    x = torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    def loss(w, x):
+        return (x * w - sum(table.values()) - torch.from_numpy(array)).square().sum()
+
+    y = loop(adjoint.Checkpointed(levels=levels), loss, x, steps=9).sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    change(table, array)
+    with pytest.raises(RuntimeError, match=r"step \d, run again"):
+        torch.autograd.grad(y, x)
+
+
+def test_a_list_that_the_loss_appends_to_may_grow():
+    history = [0.0] * 63
+
+    def loss(w, x):
+        history.append(0.0)
+        return (x * w - 1).square().sum()
+
+    x = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    torch.autograd.grad(loop(adjoint.Checkpointed(), loss, x).sum(), x)

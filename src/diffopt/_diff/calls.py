@@ -29,6 +29,7 @@ from diffopt._diff.kernels import (
     kept,
 )
 from diffopt._diff.tasks import Joint, Routine, Seen, Used
+from diffopt._diff.unmodified import stamp
 
 
 class UnevenError(UnfitError):
@@ -149,7 +150,7 @@ class Call:
             raise UnevenError("its steps depend on different tensors")
         facts.seen = run.variant.facts
         facts.join, facts.form = run.join, form
-        facts.captured.versions = [(weakref.ref(x), _torch.version(x)) for x in run.captured]
+        facts.captured.versions = [(weakref.ref(x), stamp(x)) for x in run.captured]
         self.routine.program.settle()
 
     def _look(self, tensors: Sequence[Tensor]) -> Seen:

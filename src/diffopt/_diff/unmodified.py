@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import dis
@@ -11,13 +12,16 @@ import itertools
 import types
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
 from diffopt._tree import Tree
+
+Stamp: TypeAlias = tuple[int, int | None]
+"""What changes with a tensor: see `stamp`."""
 
 
 class Captured:
@@ -37,7 +41,7 @@ class Captured:
 
     def __init__(self, name: str, *functions: Any) -> None:
         self.name, self.functions, self.kept = name, functions, 0
-        self.versions: list[tuple[weakref.ref[Tensor], int]] = []  # keeps no tensor alive
+        self.versions: list[tuple[weakref.ref[Tensor], Stamp]] = []  # keeps no tensor alive
         self.names: set[str] = set()
         self.values: dict[_Path, Callable[[], Any]] = {}
         if not _modes.compiling():
@@ -56,9 +60,9 @@ class Captured:
         self.settle()
         self.kept = reads.kept()
         self.versions = [
-            (reference, version)
-            for reference, version in reads.versions
-            if (x := reference()) is not None and _torch.version(x) == version
+            (reference, then)
+            for reference, then in reads.versions
+            if (x := reference()) is not None and stamp(x) == then
         ]
 
     def settle(self) -> None:
@@ -79,14 +83,16 @@ class Captured:
         Raises:
             RuntimeError: as torch does for tensors that autograd has saved.
         """
-        for reference, version in self.versions:
+        for reference, then in self.versions:
             x = reference()
-            if x is not None and _torch.version(x) != version:
+            if x is not None and stamp(x) != then:
+                version = stamp(x)[0]
+                how = f"in place since (its version is {version}, but was {then[0]})"
                 raise RuntimeError(
                     f"{self.name} captures a tensor of shape {tuple(x.shape)} and {x.dtype} that "
-                    f"has been modified in place since (its version is {_torch.version(x)}, but "
-                    f"was {version}), so the derivative cannot be recomputed: modify it after the "
-                    "backward pass, or let the function capture a clone"
+                    f"has been modified {'through .data since' if version == then[0] else how}, so "
+                    "the derivative cannot be recomputed: modify it after the backward pass, or "
+                    "let the function capture a clone"
                 )
         for path in self._replaced()[:1]:
             if path[-1] == "training":
@@ -109,7 +115,7 @@ class _Reads(_torch.DispatchMode):
         super().__init__()
         inner = (list(_modes.levels(x))[-1] for x in _tree.split(arguments)[0])
         self.known = {None, *map(_memory, inner)}
-        self.versions: list[tuple[weakref.ref[Tensor], int]] = []
+        self.versions: list[tuple[weakref.ref[Tensor], Stamp]] = []
         self.given = {*self.known}
         self.made = set[weakref.ref[torch.UntypedStorage]]()
 
@@ -123,7 +129,7 @@ class _Reads(_torch.DispatchMode):
             if memory not in self.known:
                 self.known.add(memory)
                 self.given.add(memory)
-                self.versions.append((weakref.ref(x), _torch.version(x)))
+                self.versions.append((weakref.ref(x), stamp(x)))
         results = func(*args, **(kwargs or {}))
         for x in _tensors(results):
             memory = _memory(x)
@@ -146,6 +152,11 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def stamp(x: Tensor) -> Stamp:
+    """The number of writes to a tensor, and its memory, which `x.data = y` replaces."""
+    return _torch.version(x), _memory(x)
+
+
 def _memory(x: Tensor) -> int | None:
     """What tensors that share memory have in common; None where there is nothing to modify."""
     if x.is_inference():
@@ -161,9 +172,9 @@ def _memory(x: Tensor) -> int | None:
 # What a function will find under the names in it
 
 _Path = tuple[Any, ...]
-_MOST = 64  # entries of a container that are looked at
+_MANY = 64  # entries of a container that are looked at one by one
+_CONTAINERS = (tuple, list, dict, set, frozenset, collections.deque)
 _CONSTANTS = (bool, int, float, complex, str, bytes, types.CodeType)
-_PLAIN = {*_CONSTANTS, type(None), torch.Tensor, torch.nn.Parameter}  # these have no parts
 
 
 def _held(x: Any) -> Callable[[], Any]:
@@ -175,7 +186,27 @@ def _held(x: Any) -> Callable[[], Any]:
 
 
 def _same(x: Any, y: Any) -> bool:
+    if isinstance(x, _Entries):
+        return x.equals(y)
     return x is y or (type(x) is type(y) and isinstance(x, _CONSTANTS) and x == y)
+
+
+class _Entries:
+    """Entries of a container that have no parts, of which there may be very many."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, entries: Iterable[Any]) -> None:
+        # There is one weak reference to each tensor.
+        self.held = [weakref.ref(x) if isinstance(x, Tensor) else x for x in entries]
+
+    def equals(self, other: object) -> bool:
+        """Whether the others begin with these: more may have been added."""
+        theirs = other.held if isinstance(other, _Entries) else []
+        return len(theirs) >= len(self.held) and all(map(_same, self.held, theirs))
+
+
+_PLAIN = {*_CONSTANTS, type(None), Tensor, torch.nn.Parameter, _Entries}  # these have no parts
 
 
 def _bound(whole: Any, names: set[str]) -> dict[_Path, Any]:
@@ -189,12 +220,12 @@ def _bound(whole: Any, names: set[str]) -> dict[_Path, Any]:
 def _names_read(whole: Any) -> set[str]:
     """The names of attributes (and more) that the user's functions in a value read."""
     functions, classes = list[types.FunctionType](), set[Any]()
-    for _, value, parts in _walked(whole, None):
+    for _, value, _ in _walked(whole, None):
         if isinstance(value, types.MethodType):
             classes.add(type(value.__self__))
         elif isinstance(value, types.FunctionType):
             functions += [] if _library(value) else [value]
-        elif parts is not None:
+        else:
             classes.add(type(value))
     names = {"__call__"}
     functions += _methods(classes, names)
@@ -238,32 +269,55 @@ def _parts(value: Any, names: set[str] | None) -> Iterator[tuple[Any, Any]] | No
         return iter([("function", value.__func__), *owner])
     if isinstance(value, functools.partial):
         return iter(enumerate((cast(Any, value.func), *value.args, value.keywords)))
-    if isinstance(value, (tuple, list)):
-        return itertools.islice(enumerate(cast(Any, value)), _MOST)
-    if isinstance(value, dict):
-        return itertools.islice(cast(Any, value).items(), _MOST)
+    if isinstance(value, _CONTAINERS):
+        return _entries(cast(Any, value))
     if isinstance(value, torch.nn.Module):
         return None if names is None else _settings(value, names)
-    called = callable(value) and not _library(type(value))
-    attributes = _attributes(value, names) if called or dataclasses.is_dataclass(value) else []
+    attributes = _attributes(value, names)
     return iter(attributes) if attributes else None
 
 
+def _entries(container: Any) -> Iterator[tuple[Any, Any]]:
+    """The entries of a container, and how many there are if it has no keys."""
+    if isinstance(container, dict):
+        pairs = [*cast(Any, container).items()]
+    else:
+        pairs = [*enumerate(container)]
+        yield "len()", len(pairs)
+    rest = [entry for _, entry in pairs[_MANY:]]
+    if rest and {*map(type, rest)} <= _PLAIN:
+        yield f"[{_MANY}:]", _Entries(rest)
+        pairs = pairs[:_MANY]
+    yield from pairs
+
+
 def _attributes(value: Any, names: set[str] | None) -> list[tuple[str, Any]]:
-    """Those of an object that are read; none of a class or a module."""
+    """Those of an object that are read; of a class or a module, the constants among them."""
     if isinstance(value, (type, types.ModuleType)):
-        return []
-    attributes = getattr(value, "__dict__", {}).items()
-    whole = names is None or _library(type(value))
-    return [(name, x) for name, x in attributes if whole or name in names]
+        known = {} if names is None or _library(value) else vars(value)
+        return [(name, known[name]) for name in names or () if _constant(known.get(name))]
+    kind = type(value)
+    if names is None or _library(kind):
+        whole = dataclasses.is_dataclass(value) or (callable(value) and not _library(kind))
+        return [*getattr(value, "__dict__", {}).items()] if whole else []
+    slots = (name for k in kind.__mro__ for name in getattr(k, "__slots__", ()) if name in names)
+    own = {name: getattr(value, name, None) for name in slots} | getattr(value, "__dict__", {})
+    read = [(name, x) for name, x in own.items() if name in names]
+    return [*read, *((x, y) for k in kind.__mro__ for x, y in _attributes(k, names))]
+
+
+def _constant(value: Any) -> bool:
+    return isinstance(value, (*_CONSTANTS, Tensor))
 
 
 def _settings(module: torch.nn.Module, names: set[str]) -> Iterator[tuple[str, Any]]:
-    """The constants among the attributes of a module that are read, and its submodules."""
+    """The constants among the attributes of a module that are read, its tensors and submodules."""
     read = _read_by(type(module))
     for name, x in vars(module).items():
         if (name in read or name in names) and isinstance(x, _CONSTANTS):
             yield name, x
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
     yield from module.named_children()
 
 
@@ -280,7 +334,10 @@ def _read_by(kind: type) -> frozenset[str]:
 
 
 def _library(x: Any) -> bool:
-    return str(x.__module__).partition(".")[0] in ("torch", "diffopt")
+    return str(getattr(x, "__module__", None) or x.__name__).partition(".")[0] in (
+        "torch",
+        "diffopt",
+    )
 
 
 def _names_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

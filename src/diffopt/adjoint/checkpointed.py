@@ -6,10 +6,11 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._arguments import check_choice, check_integer
@@ -158,6 +159,7 @@ class _Loop:
         varies: which tensors of a carry depend on what may be differentiated.
         captured: what the step captures.
         offloaded: whether what autograd saves is offloaded, which the graph of a step is not.
+        losses: the first loss of each run, by the number of its step.
     """
 
     step: Step
@@ -167,8 +169,9 @@ class _Loop:
     varies: list[bool]
     captured: Captured
     offloaded: bool
+    losses: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
-    def by_pieces(self, level: int, inputs: Tree) -> tuple[Tree, list[Any]]:
+    def by_pieces(self, level: int, inputs: Tree, first: int = 0) -> tuple[Tree, list[Any]]:
         """The steps in pieces, each cut again at levels above 1; at level 0 one by one."""
         carry, args, xs = inputs
         size = -(-len(xs) // self.pieces) if level else 1
@@ -177,11 +180,12 @@ class _Loop:
             piece = xs[start : start + size]
             single = len(piece) == 1 or (level == 1 and self.whole)
             run = self.run if single else functools.partial(self.by_pieces, level - 1)
+            run = functools.partial(run, first=first + start)
             carry, some = recomputed(run, (carry, args, piece), varies=self.varies)
             outputs.extend(some)
         return carry, outputs
 
-    def run(self, inputs: Tree) -> tuple[Tree, list[Any]]:
+    def run(self, inputs: Tree, first: int) -> tuple[Tree, list[Any]]:
         """The steps one after another; raises if a derivative would be lost."""
         self.captured.check()
         steps = functools.partial(one_by_one, self.step)
@@ -189,11 +193,27 @@ class _Loop:
         eager = steps if self.frugal else watched("the loss or step", steps)
         with staying() if self.offloaded else contextlib.nullcontext():
             carry, outputs = taken(self.step, *inputs, eager=eager)
+        if isinstance(self.step, GradientStep):
+            self._compare(first, _modes.concrete(outputs[0][0]))
         starts, ends = (_tree.split(tree)[0] for tree in (inputs[0], carry))
         constants = [x for x, v in zip(starts, self.varies, strict=True) if not v]
         if torch.is_grad_enabled() and not any(x.requires_grad for x in constants):
             refuse_varying(ends, self.varies)
         return carry, outputs
+
+    def _compare(self, first: int, loss: Tensor | None) -> None:
+        """Raise if a step that is run again has another loss, beyond rounding."""
+        before = None if loss is None else self.losses.setdefault(first, loss)
+        if loss is None or before is None or before.shape != loss.shape or before.equal(loss):
+            return
+        rounding = torch.finfo(loss.dtype).eps ** 0.5
+        size = max(x.abs().nan_to_num(0.0, 0.0, 0.0).max() for x in self.losses.values())
+        if not loss.allclose(before, rounding, rounding * float(size), equal_nan=True):
+            raise RuntimeError(
+                f"step {first}, run again for its derivative, has another loss: what the loss "
+                "reads beside its arguments, or an argument through .data or numpy, has been "
+                "modified since: modify it after the backward pass"
+            )
 
 
 def _with_graph(step: GradientStep) -> Step:
