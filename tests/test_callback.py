@@ -187,3 +187,49 @@ def test_a_callback_cannot_change_what_steps_capture_that_are_taken_again(in_pla
     assert len(run(None).losses) == 3
     with pytest.raises(RuntimeError, match="since"):
         run(Checkpointed())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compile": {"backend": "eager"}}], ids=["eager", "compiled"]
+)
+@pytest.mark.parametrize("how", [Unrolled(), FirstOrder(), None])
+def test_a_loop_with_a_tolerance_and_a_callback_runs_once(how, options):
+    read, seen = [], []
+
+    def batches():
+        for t in range(20):
+            read.append(t)
+            yield torch.ones(())
+
+    opt, lr = diffopt.sgd(), torch.tensor(0.5, requires_grad=True)
+    sol = diffopt.minimize(
+        lambda w, target: 0.5 * (w - target) ** 2, torch.zeros(()), batches=batches(), tol=0.1,
+        optimizer=opt, hparams=opt.hparams(lr=lr), adjoint=how,
+        callback=lambda t, loss, params, state: seen.append(params.item()), **options,
+    )  # fmt: skip
+    assert seen == [0.5, 0.75, 0.875, 0.9375]
+    assert read == [0, 1, 2, 3, 4]  # the fifth gradient is within the tolerance
+    assert sol.steps == len(sol.losses) == 4
+    if how is not None:
+        torch.testing.assert_close(torch.autograd.grad(sol.params, lr)[0], EXACT[type(how)])
+
+
+EXACT = {Unrolled: torch.tensor(0.5), FirstOrder: torch.tensor(1.875)}
+"""d(1 - (1 - lr)^4)/d lr, and the sum of the gradients, which are constants."""
+
+
+@pytest.mark.parametrize("how", [Unrolled(), Implicit(), None])
+def test_a_loss_is_called_once_for_each_step_of_a_loop_with_a_tolerance(how):
+    calls = []
+
+    def loss(w):
+        calls.append(1)
+        return 0.5 * (w - 1) ** 2
+
+    opt = diffopt.sgd()
+    with torch.no_grad():
+        diffopt.minimize(
+            loss, torch.zeros(()), optimizer=opt, hparams=opt.hparams(lr=0.5), steps=20, tol=0.1,
+            adjoint=how,
+        )  # fmt: skip
+    assert len(calls) == 5

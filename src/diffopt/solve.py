@@ -98,7 +98,8 @@ def minimize(
         has_aux: whether the loss also returns an auxiliary output.
         tol: stop as soon as the 2-norm of the gradient of all params is at most this. Under vmap
             each example stops by itself; under torch.compile, which cannot stop early, the
-            remaining steps change nothing.
+            remaining steps change nothing. `Unrolled`, `FirstOrder`, `Implicit` and None run the
+            loop once; other adjoints look for its end first, by a run without a graph.
         adjoint: how the result is differentiated, see `diffopt.adjoint`. None builds no graph, for
             evaluation: memory does not grow with the number of steps.
         callback: `callback(step, loss, params, state)` is called after each step 0, 1, ... with the
@@ -181,10 +182,10 @@ def minimize(
     taken = None
     watch = None if callback is None else _Watch(callback)
     once = _runs_once(adjoint)
-    ends = watch is None and compiler is None and (once or type(adjoint) is Implicit)
+    ends = once or (type(adjoint) is Implicit and watch is None)
     if (tol is not None and not _modes.compiling() and not ends) or (watch and not once):
-        xs, taken = _until_done(step, carry, arguments, xs, None if once else watch)
-    if watch and once and taken != 0:
+        xs, taken = _until_done(step, carry, arguments, xs, watch)
+    if watch and once:
         step = _WatchedStep(**vars(step), watch=watch)
         xs = watch.until_stopped(xs)
     carry, outputs = adjoint.run(step, carry, arguments, xs)
@@ -261,7 +262,8 @@ class _WatchedStep(GradientStep):
 
     def __call__(self, carry: Tree, args: Tree, x: Any) -> tuple[Tree, Any]:
         carry, output = super().__call__(carry, args, x)
-        self.watch(carry, output)
+        if not all_done(output):
+            self.watch(carry, output)
         return carry, output
 
 

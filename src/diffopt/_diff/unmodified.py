@@ -37,11 +37,13 @@ class Captured:
 
     Attributes:
         kept: the bytes that the run has left in memory, in results and their graph; 0 if unknown.
+        settled: whether it has been run, so that it is known what it replaces itself.
     """
 
     def __init__(self, name: str, *functions: Any) -> None:
         self.name, self.functions, self.kept = name, functions, 0
         self.versions: list[tuple[weakref.ref[Tensor], Stamp]] = []  # keeps no tensor alive
+        self.settled = False
         self.names: set[str] = set()
         self.values: dict[_Path, Callable[[], Any]] = {}
         if not _modes.compiling():
@@ -67,7 +69,7 @@ class Captured:
 
     def settle(self) -> None:
         """After a run of the function: what that has replaced itself is not among the constants."""
-        replaced = self._replaced()
+        replaced, self.settled = self._replaced(), True
         self.values = {key: held for key, held in self.values.items() if key not in replaced}
 
     def _replaced(self) -> list[_Path]:
@@ -94,7 +96,7 @@ class Captured:
                     "the derivative cannot be recomputed: modify it after the backward pass, or "
                     "let the function capture a clone"
                 )
-        for path in self._replaced()[:1]:
+        for path in self._replaced()[:1] if self.settled else ():
             if path[-1] == "training":
                 raise RuntimeError(
                     f"{self.name} captures {'.'.join(map(str, path[1:]))}, which train() or eval() "

@@ -45,7 +45,7 @@ class Steps:
         before = self._settled()
         self._carry, output = self._step(before, self._args, x)
         if isinstance(self._step, GradientStep) and self._step.tol is not None:
-            self.ended = all_done(output) if _modes.observed() else self._carry is before
+            self.ended = all_done(output)
             self._carry = before if self.ended else self._carry
         return output
 
@@ -112,14 +112,16 @@ def taken(
 ) -> tuple[Tree, list[Any]]:
     """The last carry and the outputs of the steps.
 
-    Compiled steps are run together if nothing else runs in between: neither a callback nor the code
-    of an iterator. Others are run by `eager`, which is `one_by_one` of the step by default.
+    Compiled steps are run together if nothing else runs in between: no callback, no code of an
+    iterator, no look at a tolerance. Others are run by `eager`, which is `one_by_one` of the step
+    by default.
     """
     eager = functools.partial(eager or functools.partial(one_by_one, step), carry, args, xs)
     kinds = GradientStep, CompiledStep
     if not isinstance(step, kinds) or type(step) not in kinds:  # a subclass has code of its own
         return eager()
-    if step.compiler is None or not isinstance(xs, list) or len(xs) < 2:
+    ends = isinstance(step, GradientStep) and step.tol is not None
+    if step.compiler is None or not isinstance(xs, list) or len(xs) < 2 or ends:
         return eager()
     return step.compiler.loop(step.task(carry, args, xs[0]), step.elements(carry, xs), eager)
 
