@@ -89,12 +89,16 @@ class Captured:
             x = reference()
             if x is not None and stamp(x) != then:
                 version = stamp(x)[0]
-                how = f"in place since (its version is {version}, but was {then[0]})"
+                how = (
+                    "has been modified through .data since"
+                    if version == then[0]
+                    else "has been modified in place since "
+                    f"(its version is {version}, but was {then[0]})"
+                )
                 raise RuntimeError(
                     f"{self.name} captures a tensor of shape {tuple(x.shape)} and {x.dtype} that "
-                    f"has been modified {'through .data since' if version == then[0] else how}, so "
-                    "the derivative cannot be recomputed: modify it after the backward pass, or "
-                    "let the function capture a clone"
+                    f"{how}, so the derivative cannot be recomputed: modify it after the backward "
+                    "pass, or let the function capture a clone"
                 )
         for path in self._replaced()[:1] if self.settled else ():
             if path[-1] == "training":
