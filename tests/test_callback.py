@@ -233,3 +233,13 @@ def test_a_loss_is_called_once_for_each_step_of_a_loop_with_a_tolerance(how):
             adjoint=how,
         )  # fmt: skip
     assert len(calls) == 5
+
+
+def test_tensors_without_values_have_no_step_that_is_known_to_be_the_last():
+    seen = []
+    sol = diffopt.minimize(
+        loss, torch.ones(2, device="meta"), TARGET.to("meta"), optimizer=OPT, steps=3, tol=0.1,
+        hparams=OPT.hparams(lr=0.1), callback=lambda t, *_: seen.append(t),
+    )  # fmt: skip
+    assert seen == [0, 1, 2]
+    assert sol.params.is_meta

@@ -164,8 +164,8 @@ def all_samples(tensor: Tensor) -> Tensor:
 
 
 def concrete(tensor: Tensor | None) -> Tensor | None:
-    """`all_samples` as a constant whose values can be read; None if a trace has no values."""
-    if tensor is None or compiling() or intercepted():
+    """`all_samples` as a constant whose values can be read; None if there are no values."""
+    if tensor is None or tensor.is_meta or compiling() or intercepted():
         return None
     return all_samples(tensor).detach()
 
