@@ -177,7 +177,8 @@ def count(tree: Tree) -> int:
 
 def is_leaf(node: Tree) -> bool:
     """Whether `node` is not a container."""
-    return pytree.tree_is_leaf(node)
+    known = isinstance(node, Tensor) or type(node) in (int, float)
+    return known or pytree.tree_is_leaf(node)
 
 
 def paths(tree: Tree, name: str) -> list[str]:

@@ -154,7 +154,7 @@ def minimize(
     if callback is not None and _modes.compiling():
         raise RuntimeError("torch.compile cannot call a callback after each step: pass None")
     _check_loss(loss, has_aux, buffers)
-    params, args, buffers = (_tree.plain(tree) for tree in (params, args, buffers))
+    params, args, buffers = _tree.plain((params, args, buffers))
     _check_params(params)
     check_hparams(hparams, optimizer.hparams)
     if state is not None:
@@ -269,7 +269,9 @@ class _WatchedStep(GradientStep):
 
 def _steps(outputs: list[Any]) -> Tensor:
     done = [done for _, _, done in outputs if done is not None]
-    return (~torch.stack(done)).sum() if done else torch.tensor(len(outputs))
+    return (
+        (~torch.stack(done)).sum() if done else torch.scalar_tensor(len(outputs), dtype=torch.long)
+    )
 
 
 def _check_loop(steps: Any, batches: Any, tol: Any) -> None:
@@ -314,7 +316,7 @@ def _check_loss(loss: Any, has_aux: Any, buffers: Any) -> None:
 
 
 def _check_params(params: Tree) -> None:
-    leaves = _tree.leaves(params)
+    leaves = _tree.flatten(params)[0]
     if not leaves:
         raise ValueError(f"params is {params!r}, which holds no tensor")
     checks.params(leaves, params, _fault)

@@ -151,7 +151,7 @@ def leaf_gradients(
 
 def _dependent(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The gradients; raises if all are None."""
-    if all(grad is None for grad in grads):
+    if grads[0] is None and all(grad is None for grad in grads):
         raise ValueError(_INDEPENDENT)
     return grads
 

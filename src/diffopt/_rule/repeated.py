@@ -45,7 +45,8 @@ class Repeated:
         self.rule, self.spec, self.params = work.rule, work.spec, work.params
         self._buffers = [() if unused(column[0]) else column for column in work.buffers]
         self._count = count
-        self._t = _modes.number_of(_modes.exact(count))
+        t = _modes.number_of(count)
+        self._t = _modes.exact(t) if isinstance(t, Tensor) else float(t)
         self._ours = is_ours(self.rule)
         # A rule of a user's may return tensors of other kinds.
         self._kinds = None if self._ours else self._found_kinds()

@@ -28,6 +28,7 @@ AS_IS = (torch.float32, torch.float64)
 
 _AS_IS = {*AS_IS}
 _DTYPE = operator.attrgetter("dtype")
+_FORM = operator.attrgetter("dtype", "shape")  # in C: a step reads many
 
 _WIDE = (torch.float64, torch.complex128)
 _MOVING = ("weight_decay", "momentum")  # these move a parameter whose gradient is zero
@@ -83,15 +84,14 @@ def leaf_by_leaf(
     rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, as_is: bool
 ) -> list[list[Any]]:
     """The new columns, out of place, tensor by tensor."""
-    return _columns([_new(rule, numbers, row, as_is=as_is) for row in _rows_of(columns)])
-
-
-def _new(rule: AnyRule, numbers: Numbers, row: Sequence[Any], *, as_is: bool) -> list[Any]:
-    """`apply(rule, numbers, row, widen=True)`, quickly where the rule sees tensors as they are."""
     if not as_is:
-        return apply(rule, numbers, row, widen=True)
-    pairs = zip(run(rule, numbers, row), written(row), strict=True)
-    return [x if _alike(x, old) else leave(x, old) for x, old in pairs]
+        return _columns([apply(rule, numbers, row, widen=True) for row in _rows_of(columns)])
+    new = _columns([run(rule, numbers, row) for row in _rows_of(columns)])
+    wide = columns[0][0].dtype
+    return [
+        x if _alike(x, old) else [leave(*pair, wide) for pair in zip(x, old, strict=True)]
+        for x, old in zip(new, written(columns), strict=True)
+    ]
 
 
 def _columns(rows: list[list[Any]]) -> list[list[Any]]:
@@ -114,11 +114,9 @@ def as_is(columns: Sequence[Any]) -> bool:
     return len(dtypes) == 1 and dtypes <= _AS_IS
 
 
-def _alike(new: Any, old: Any) -> bool:
-    """Whether a result has the shape and dtype that it must have."""
-    if isinstance(new, Tensor) and isinstance(old, Tensor):
-        return new.dtype == old.dtype and new.shape == old.shape
-    return False
+def _alike(new: list[Any], old: Any) -> bool:
+    """Whether results have the shapes and dtypes that they must have."""
+    return not isinstance(old, list) or [*map(_FORM, new)] == [*map(_FORM, old)]
 
 
 def apply(
@@ -173,10 +171,10 @@ def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     for row in _rows_of(columns):
         if row[0].is_cpu:  # otherwise Tensor.copy_, which is faster, asks for a device that fake
             copy_ = Tensor.copy_  # tensors need not have
-        stepped = _new(rule, numbers, row, as_is=True) if plain else apply(rule, numbers, row)
+        stepped = run(rule, numbers, row) if plain else apply(rule, numbers, row)
         for old, new in zip(written(row), stepped, strict=True):
             if isinstance(old, Tensor) and new is not old:
-                copy_(old, new)
+                copy_(old, leave(new, old) if plain and _FORM(new) != _FORM(old) else new)
 
 
 def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
