@@ -6,7 +6,6 @@ namesake in torch.optim. Ours is `step`, which runs a rule.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,20 +56,6 @@ class RuleOptimizer(Checkpoints):
         buffers = {k: torch.Size(v) for k, v in zip(names, shapes, strict=True) if k in used}
         scalars = dict.fromkeys(self.scalar_state, torch.Size())
         return scalars | buffers | scalars  # in this order
-
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What torch puts around every class's `step`, used only for hooks and profilers.
-
-        It takes as long as stepping some 50 small tensors.
-        """
-        hooked: Any = torch.optim.Optimizer.profile_hook_step(func)
-
-        @functools.wraps(func)
-        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return (hooked if _torch.watched(self) else func)(self, *args, **kwargs)
-
-        return step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import re
 from collections.abc import Callable, Iterable
 from itertools import starmap
@@ -29,6 +32,9 @@ Rows = list[dict[str, Any]]
 _COPIED = ("master",)
 """What begins as a copy of the parameter also where a checkpoint lacks it."""
 
+_NUMBERS = {float, int, bool, type(None)}
+"""The types of values that nobody can change."""
+
 
 class TreeOptimizer(Checkpoints):
     """A `torch.optim.Optimizer` that steps the params of a group as one tree."""
@@ -45,7 +51,7 @@ class TreeOptimizer(Checkpoints):
     ) -> None:
         self.optimizer, self.template, self.structure = optimizer, template, structure
         self._layouts: dict[int, Layout] = {}
-        self._in_range: dict[int, list[Any]] = {}
+        self._records: dict[int, tuple[list[Any], Any]] = {}
         super().__init__(params, hparams)
 
     @_torch.disable_dynamo
@@ -75,15 +81,28 @@ class TreeOptimizer(Checkpoints):
 
     def record_of(self, i: int) -> Any:
         """The hyperparameters of a group; raises for a number out of its range."""
-        record = records(self.template, self.param_groups[i])
-        numbers = [None if isinstance(x, Tensor) else x for x in _tree.leaves(record)]
-        if numbers != self._in_range.get(i):
-            try:
-                checked(record)
-            except ValueError as error:
-                raise ValueError(f"param_groups[{i}]: {error}") from None
-            self._in_range[i] = numbers
+        record = self._known(i)
+        if record is None:
+            record, given = records(self.template, self.param_groups[i]), self._given(i)
+            self._check_range(i, record)
+            pairs = (x if type(x) is tuple else (x,) for x in given)
+            if {*map(type, itertools.chain(*pairs))} <= _NUMBERS:
+                self._records[i] = given, record
         return record
+
+    def _known(self, i: int) -> Any:
+        """The record made and checked before, if the group still has the same numbers."""
+        given, record = self._records.get(i, ((), None))
+        return record if given and all(map(operator.is_, given, self._given(i))) else None
+
+    def _check_range(self, i: int, record: Any) -> None:
+        try:
+            checked(record)
+        except ValueError as error:
+            raise ValueError(f"param_groups[{i}]: {error}") from None
+
+    def _given(self, i: int) -> list[Any]:
+        return [*map(self.param_groups[i].get, ("lr", *self.defaults))]
 
     def state_of(self, i: int) -> Any:
         """The state of a group, assembled from the states of its parameters."""
@@ -95,7 +114,7 @@ class TreeOptimizer(Checkpoints):
             self._layouts[i] = layout
             rows = [new | old for new, old in zip(fresh, rows, strict=True)]
             self.state.update({p: row for p, row in zip(params, rows, strict=True) if row})
-        return layout.join(rows, self._names(i))
+        return layout.join(rows, functools.partial(self._names, i))
 
     def _names(self, i: int) -> list[str]:
         group = self.param_groups[i]
@@ -114,7 +133,7 @@ class TreeOptimizer(Checkpoints):
 
     def check_numbers(self) -> None:
         for i, group in enumerate(self.param_groups):
-            for key in self.defaults.keys() & group.keys():
+            for key in self.defaults.keys() & group.keys() if self._known(i) is None else ():
                 name, value = f"param_groups[{i}][{key!r}]", group[key]
                 if type(self.defaults[key]) is tuple:
                     check_length(value, 2, name)
@@ -139,7 +158,7 @@ class TreeOptimizer(Checkpoints):
             old = self.state.get(param, {})
             old = {k: x for k, x in row.items() if k.rpartition(".")[2] in _COPIED} | old
             self.state[param] = old | {k: _like(old, k, row[k], name) for k in row}
-        layout.join([self.state[param] for param in params], self._names(i))
+        layout.join([self.state[p] for p in params], functools.partial(self._names, i))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"optimizer": self.optimizer, "template": self.template, "structure": self.structure}
@@ -147,7 +166,7 @@ class TreeOptimizer(Checkpoints):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._layouts, self._in_range = {}, {}
+        self._layouts, self._records = {}, {}
 
 
 class Layout(NamedTuple):
@@ -171,8 +190,8 @@ class Layout(NamedTuple):
         """Whether the parameters have all parts of the state."""
         return all(own <= row.keys() for own, row in zip(self.owned, rows, strict=True))
 
-    def join(self, rows: Rows, names: list[str]) -> Any:
-        """The state, from the states of the parameters with these names."""
+    def join(self, rows: Rows, names: Callable[[], list[str]]) -> Any:
+        """The state, from the states of the parameters; `names` returns theirs."""
         nodes: list[Any] = []
         for name in self.names:
             if name in self.rest:
@@ -185,15 +204,16 @@ class Layout(NamedTuple):
                 nodes.append(_tree.unflatten(leaves, self.params))
         return _tree.unflatten(nodes, self.state)
 
-    def _one(self, name: str, rows: Rows, names: list[str]) -> Tensor:
+    def _one(self, name: str, rows: Rows, names: Callable[[], list[str]]) -> Tensor:
         """A tensor that parameters share; if each has its own, they must be equal."""
         first = rows[0][name]
-        for row, param, own in zip(rows, names, self.owned, strict=True):
+        for i, (row, own) in enumerate(zip(rows, self.owned, strict=True)):
             if name in own and row[name] is not first:
                 if not torch.equal(torch.as_tensor(row[name]), torch.as_tensor(first)):
+                    params = names()
                     raise ValueError(
-                        f"{name} of {param} is {row[name]}, but {name} of {names[0]} is {first}: "
-                        "it must be the same for all parameters of a group"
+                        f"{name} of {params[i]} is {row[name]}, but {name} of {params[0]} is "
+                        f"{first}: it must be the same for all parameters of a group"
                     )
                 row[name] = first
         return first
@@ -203,7 +223,8 @@ def _laid_out(state: Any, params: Tree) -> tuple[Layout, Rows]:
     """The layout of a state, and the states of the parameters."""
     tensors, spec = _tree.flatten(params)
     nodes, structure = _tree.flatten(state, lambda node: _tree.column(node, spec) is not None)
-    paths = _tree.paths(_tree.unflatten(range(len(nodes)), structure), "")
+    numbered = _tree.unflatten(range(len(nodes)), structure)
+    structure, paths = _tree.flatten(numbered)[1], _tree.paths(numbered, "")  # unflattened quickly
     names = short_names([re.findall(r"[^\[\]'.]+", path) or ["state"] for path in paths])
     rows: Rows = [{} for _ in tensors]
     shared, rest = set[str](), dict[str, Any]()

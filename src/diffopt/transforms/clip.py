@@ -63,13 +63,16 @@ class ClipByGlobalNorm(Stateless[MaxNorm]):
             return []
         norm = _global_norm(grads)
         made: dict[Any, Tensor] = {}
-        new: Tensors = []
+        factors: Tensors = []
         for grad, record in zip(grads, records, strict=True):
             key = id(record), mesh_of(grad)
             if key not in made:
                 made[key] = _coefficient(norm, record, grad)
-            new.append(grad * made[key])
-        return new
+            factors.append(made[key])
+        plain = len(made) == 1 and not factors[0].dim() and _modes.all_plain(grads)
+        if plain and not _modes.differentiated([*grads, factors[0]]):
+            return list(_torch.foreach["mul"][0](grads, factors[0]))
+        return [grad * factor for grad, factor in zip(grads, factors, strict=True)]
 
 
 clip_by_global_norm = ClipByGlobalNorm
