@@ -130,9 +130,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             if len(indices) == len(work.params):
                 new = results
                 continue
-            for column, result in zip(new, results, strict=True):
-                for i, tensor in zip(indices, result, strict=False):
-                    column[i] = tensor
+            parts.scatter(results, indices, new)
         step = step if state[0].dtype in WORKING_DTYPE else step.to(state[0].dtype)
         return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
 

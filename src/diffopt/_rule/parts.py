@@ -154,6 +154,13 @@ def _takes_rate(lr: Tensor, like: Tensor) -> bool:
     return on_device and lr.dim() == 0 and like.dtype != torch.float64
 
 
+def scatter(results: Sequence[Any], indices: Sequence[int], columns: Sequence[list[Any]]) -> None:
+    """Put the results for the leaves with these indices into columns of all leaves."""
+    for column, result in zip(columns, results, strict=True):
+        for i, tensor in zip(indices if column else (), result, strict=False):
+            column[i] = tensor
+
+
 def apart(new: list[Any], grads: Sequence[Any]) -> list[Any]:
     """New values, none of which is a gradient, which belongs to the caller."""
     return [x.clone() if x is g else x for x, g in zip(new, grads, strict=True)]

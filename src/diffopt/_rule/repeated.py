@@ -126,9 +126,7 @@ class Repeated:
         for group, places in self._groups:
             part = [column and [column[i] for i in group] for column in columns]
             results = run(self.rule, self._t, [leaves[k] for k in places], part)
-            for column, result in zip(new, results, strict=True):
-                for i, tensor in zip(group if column else (), result, strict=False):
-                    column[i] = tensor
+            parts.scatter(results, group, new)
         self._keep(new, columns[1])
 
     def _keep(self, new: list[Any], grads: Sequence[Any]) -> None:

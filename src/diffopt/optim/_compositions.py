@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _torch, _tree
+from diffopt._rule import hyper
 from diffopt._tree import Tree
 from diffopt.optim._checkpoints import Checkpoints, check_scalar
 from diffopt.optim._groups import (
@@ -32,8 +32,12 @@ Rows = list[dict[str, Any]]
 _COPIED = ("master",)
 """What begins as a copy of the parameter also where a checkpoint lacks it."""
 
-_NUMBERS = {float, int, bool, type(None)}
-"""The types of values that nobody can change."""
+
+def _fixed(value: Any) -> bool:
+    """Whether nobody can change it: numbers, and records and tuples of them."""
+    if type(value) is tuple or hyper.is_record(value):
+        return all(map(_fixed, value if isinstance(value, tuple) else vars(value).values()))
+    return type(value) in (float, int, bool, type(None))
 
 
 class TreeOptimizer(Checkpoints):
@@ -85,8 +89,7 @@ class TreeOptimizer(Checkpoints):
         if record is None:
             record, given = records(self.template, self.param_groups[i]), self._given(i)
             self._check_range(i, record)
-            pairs = (x if type(x) is tuple else (x,) for x in given)
-            if {*map(type, itertools.chain(*pairs))} <= _NUMBERS:
+            if _fixed(tuple(given)):
                 self._records[i] = given, record
         return record
 

@@ -13,7 +13,7 @@ from diffopt import _modes, _torch, _tree
 from diffopt._arguments import did_you_mean
 from diffopt._diff import functions
 from diffopt._modes import exact_dtype, real
-from diffopt._rule import checks, hyper
+from diffopt._rule import checks, hyper, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import is_ours
@@ -149,10 +149,9 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     @property
     def _outer(self) -> Optimizer[Any, Any]:
-        outer = self.outer
-        if outer is None:
-            outer = adagrad(maximize=True in _directions(self.optimizer))
-        return skip_nonfinite(outer)
+        if self.outer is None:
+            return _DEFAULTS[True in _directions(self.optimizer)]
+        return skip_nonfinite(self.outer)
 
     def current(self, state: HypergradientState, hparams: tuple[Any, Any]) -> Any:
         """The hyperparameters of the inner optimizer as this state has changed them."""
@@ -216,7 +215,7 @@ class Hypergradient(Wrapper[HypergradientState]):
             {"state.offsets": state.offsets, "state.outer": state.outer},
             {"state.offsets": offsets, "state.outer": outer},
         )
-        record = _moved(hparams[1], offsets)
+        record = _tree.map(ops.coefficient, _moved(hparams[1], offsets))
         update_ = self.optimizer.prepare_(params, grads, state.inner, record)
         moved = leaves.moved(leaves.params)
         columns = [leaves.moved(column) for column in old.values() if moved]
@@ -271,6 +270,9 @@ class Hypergradient(Wrapper[HypergradientState]):
 
 
 hypergradient = Hypergradient
+
+_DEFAULTS = [skip_nonfinite(adagrad(maximize=ascends)) for ascends in (False, True)]
+"""The outer optimizers of inner ones that descend, and of those that ascend."""
 
 
 def _directions(optimizer: Optimizer[Any, Any]) -> set[bool]:

@@ -51,6 +51,8 @@ class SkipNonfinite(Wrapper[Any]):
     def update(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> tuple[Tree, Any]:
         leaves = gather(params, grads)
         finite = _all_finite(leaves)
+        if _modes.number_of(finite) is True:
+            return self.optimizer.update(params, grads, state, hparams)
         grads = leaves.filled(_finite_only(finite, leaves.gradients()))
         new = self.optimizer.update(params, grads, state, hparams)
         return select(finite, new, (params, state))
