@@ -37,8 +37,10 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
         result = known[id(part)]
         vars(result).update(vars(part))
         _replace(part, result, copies)
-        for name in vars(part).keys() & _REGISTRIES:
-            vars(result)[name] = vars(result)[name].copy()
+        attributes = vars(result)
+        for name in _REGISTRIES & attributes.keys():
+            old = attributes[name]  # mostly empty, which takes longer to copy than to make
+            attributes[name] = old.copy() if old else type(old)()
     return known[id(parts[0])]
 
 
@@ -237,8 +239,12 @@ def _list(value: Any, new: list[Any], result: Any) -> Any:
 _ATOMS = {bool, int, float, complex, str, bytes, type(None)}
 _DICTS = {dict, OrderedDict}  # most attributes of a module are empty dicts for hooks
 _TABLES = _torch.MODULE_TABLES
-_REGISTRIES = {name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
-"""What a module keeps of its hooks and buffers, which it may write to when it is called."""
+_REGISTRIES = {
+    name
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, (dict, set)) and name not in _TABLES
+}
+"""What a module keeps of its hooks, which it may write to when it is called."""
 _SHARED = (Tensor, nn.Module, type, types.ModuleType)  # those that are not parts of the module
 _BUILTIN = (types.BuiltinMethodType, types.MethodWrapperType)
 _BEGUN: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
