@@ -151,4 +151,4 @@ class _Sqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (root,) = ctx.saved_tensors
-        return grads[0] / (2 * torch.where(root == 0, torch.inf, root))
+        return grads[0] / (2 * root.masked_fill(root == 0, torch.inf))
