@@ -891,3 +891,41 @@ def test_to_pure_keeps_the_history_of_a_rate():
     assert hparams.lr is not lr
     opt.update(params, [torch.ones(1)], state, hparams)[0][0].backward()
     assert lr.grad == -1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda group: group.update(lr=0.5),
+        lambda group: group.update(lr=torch.tensor(0.5)),
+        lambda group: group["lr"].update(w=0.5),
+        lambda group: group["lr"]["w"].fill_(0.5),
+    ],
+    ids=["number", "tensor", "in a tree", "in a tensor"],
+)
+def test_a_composition_sees_changed_numbers_after_steps_with_the_same(change):
+    p = torch.nn.Parameter(torch.ones(1))
+    opt = diffopt.transforms.chain(diffopt.transforms.clip_by_value(), diffopt.sgd())
+    rate = {"w": torch.tensor(0.25)}
+    optimizer = diffopt.optim.from_pure(opt, {"w": p}, lr=rate, clip_value=10.0)
+    for _ in range(3):
+        p.grad = torch.ones(1)
+        optimizer.step()
+    change(optimizer.param_groups[0])
+    before = p.item()
+    optimizer.step()
+    assert p.item() == before - 0.5
+
+
+def test_a_composition_checks_numbers_that_have_changed():
+    p = torch.nn.Parameter(torch.ones(1))
+    opt = diffopt.transforms.chain(diffopt.transforms.clip_by_value(), diffopt.sgd())
+    optimizer = diffopt.optim.from_pure(opt, [p], lr=0.5, clip_value=10.0)
+    p.grad = torch.ones(1)
+    for lr in (0.5, 0.5, 0.25):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    assert p.item() == -0.25
+    optimizer.param_groups[0]["lr"] = "fast"
+    with pytest.raises(TypeError, match="lr"):
+        optimizer.step()
