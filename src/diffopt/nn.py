@@ -13,8 +13,7 @@ from torch import Tensor, jit, nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parameter import is_lazy
 
-from diffopt import _modes, _replica, _torch, _tree
-from diffopt._arguments import explains_keywords
+from diffopt import _arguments, _modes, _replica, _torch, _tree
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 """Tensors of a module by name."""
@@ -57,7 +56,7 @@ class Functional(NamedTuple):
         return f"Functional({self.apply}, params={[*self.params]}, buffers={[*self.buffers]})"
 
 
-@explains_keywords
+@_arguments.explains_keywords
 def functionalize(module: nn.Module) -> Functional:
     """Turn a module into a pure function.
 

@@ -179,6 +179,7 @@ def _memory(x: Tensor) -> int | None:
 
 _Path = tuple[Any, ...]
 _MANY = 64  # entries of a container that are looked at one by one
+_ADDING = {"append", "appendleft", "extend", "insert", "add"}
 _CONTAINERS = (tuple, list, dict, set, frozenset, collections.deque)
 _CONSTANTS = (bool, int, float, complex, str, bytes, types.CodeType)
 
@@ -276,20 +277,21 @@ def _parts(value: Any, names: set[str] | None) -> Iterator[tuple[Any, Any]] | No
     if isinstance(value, functools.partial):
         return iter(enumerate((cast(Any, value.func), *value.args, value.keywords)))
     if isinstance(value, _CONTAINERS):
-        return _entries(cast(Any, value))
+        return _entries(cast(Any, value), names)
     if isinstance(value, torch.nn.Module):
         return None if names is None else _settings(value, names)
     attributes = _attributes(value, names)
     return iter(attributes) if attributes else None
 
 
-def _entries(container: Any) -> Iterator[tuple[Any, Any]]:
-    """The entries of a container, and how many there are if it has no keys."""
+def _entries(container: Any, names: set[str] | None) -> Iterator[tuple[Any, Any]]:
+    """The entries of a container; how many, if it has no keys and the user's functions add none."""
     if isinstance(container, dict):
         pairs = [*cast(Any, container).items()]
     else:
         pairs = [*enumerate(container)]
-        yield "len()", len(pairs)
+        if not names or names.isdisjoint(_ADDING):
+            yield "len()", len(pairs)
     rest = [entry for _, entry in pairs[_MANY:]]
     if rest and {*map(type, rest)} <= _PLAIN:
         yield f"[{_MANY}:]", _Entries(rest)

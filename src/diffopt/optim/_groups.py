@@ -60,8 +60,8 @@ def _apart(value: Any) -> Any:
     """
     if not isinstance(value, Tensor):
         return value
-    lone = _torch.base(value) is None and not isinstance(value, torch.nn.Parameter)
-    if lone and value.device.type != "cpu" and not _modes.compiling():
+    cheap = value.device.type == "cpu" or _modes.compiling()
+    if not (cheap or _torch.base(value) is not None or isinstance(value, torch.nn.Parameter)):
         return value
     with torch.enable_grad():
         return value.clone()
