@@ -214,6 +214,10 @@ def shard(x, mesh):
     return distribute_tensor(x, mesh, [Shard(0)])
 
 
+# In torch 2.11, `DTensor.full_tensor` has no second derivative.
+_DIFFERENTIATED_TWICE = torch.__version__ >= "2.13"
+
+
 def clipped(places, clip, mesh):
     """The gradients of a tree, some of them shards, and two derivatives."""
 
@@ -227,7 +231,8 @@ def clipped(places, clip, mesh):
         outer = sum(x.pow(3).sum() for x in full(new))
         first = torch.autograd.grad(outer, inputs, create_graph=True)
         total = sum(x.square().sum() for x in full(first))
-        return full((new, first, torch.autograd.grad(total, inputs)))
+        second = torch.autograd.grad(total, inputs) if _DIFFERENTIATED_TWICE else ()
+        return full((new, first, second))
 
     return run(lambda x, i: shard(x, mesh) if places[i] else x), run(lambda x, i: x)
 

@@ -271,7 +271,7 @@ class Hypergradient(Wrapper[HypergradientState]):
 
 hypergradient = Hypergradient
 
-_DEFAULTS = [skip_nonfinite(adagrad(maximize=ascends)) for ascends in (False, True)]
+_DEFAULTS = {up: skip_nonfinite(adagrad(maximize=up)) for up in (False, True)}
 """The outer optimizers of inner ones that descend, and of those that ascend."""
 
 
