@@ -140,6 +140,14 @@ class Choosy(Squashed):
         return (p - hp.lr * g if hp.lr > 0 else p), s
 
 
+class Guarded(Squashed):
+    """Divides by what depends on the dtype of the parameter and of a comparison."""
+
+    def rule(self, p, g, s, hp, c):
+        assert (g > 0).dtype == torch.bool
+        return p - hp.lr * g / (abs(g) + 1e4 * torch.finfo(p.dtype).eps), s
+
+
 def ways(opt):
     return [dataclasses.replace(opt, execution=way) for way in ("compiled", "leaf")]
 
@@ -353,6 +361,16 @@ def test_a_rule_of_ones_own_may_use_any_function_and_change_its_mind(graphs):
         found, expected = (run(way, [torch.ones(3)]) for way in (opt, leaf))
         torch.testing.assert_close(found, expected)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("way", ["compiled", "auto"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.half, torch.double)])
+def test_a_rule_may_ask_for_the_dtype(graphs, way, dtypes):
+    opt, leaf = dataclasses.replace(Guarded(), execution=way), ways(Guarded())[1]
+    params = [x for dtype in dtypes for x in draw(dtype, sizes=(40_000, 3))]
+    for found, expected in zip(run(opt, params)[0], run(leaf, params)[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(found.dtype).eps)
+    assert len(graphs) == (len(dtypes) if way == "compiled" else 0)
 
 
 def test_a_rule_that_asks_for_a_number_runs_without_a_kernel(uncompiled):

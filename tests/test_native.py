@@ -219,7 +219,7 @@ def test_every_elementwise_rule_is_recorded_as_a_program(monkeypatch, programs):
 
 
 def test_a_program_computes_what_is_wanted_and_a_value_wanted_twice_once():
-    tape = recording.Tape(3)
+    tape = recording.Tape(3, torch.float32)
     p, g, _ = tape.inputs
     new = 2 * p + g
     _ = (g * g).sqrt()
@@ -235,7 +235,7 @@ def test_a_program_computes_what_is_wanted_and_a_value_wanted_twice_once():
 
 def test_a_program_is_kept_while_only_numbers_change():
     def recorded(*numbers):
-        tape = recording.Tape(1)
+        tape = recording.Tape(1, torch.float32)
         out = tape.inputs[0]
         for number in numbers:
             out = torch.add(out * number, 1, alpha=number)
@@ -351,16 +351,16 @@ def test_symbols_compute_what_numbers_do_until_a_comparison_comes_out_differentl
 
 
 def test_a_sum_stops_the_recording_until_it_is_known():
-    tape = recording.Tape(1, whole=draw(5))
+    tape = recording.Tape(1, torch.float32, whole=draw(5))
     with pytest.raises(recording.Summed):
         (2 * tape.inputs[0]).sum()
-    tape = recording.Tape(1, whole=draw(5), sums=[3.0])
+    tape = recording.Tape(1, torch.float32, whole=draw(5), sums=[3.0])
     assert tape.inputs[0].sum() == 3
     assert (tape.inputs[0].numel(), tape.inputs[0].dim()) == (5, 1)
     with pytest.raises(recording.Summed):
         tape.inputs[0].sum()
     with pytest.raises(recording.Unrecordable):
-        recording.Tape(1).inputs[0].numel()
+        recording.Tape(1, torch.float32).inputs[0].numel()
 
 
 def test_a_step_between_two_counts_is_not_rounded():

@@ -100,32 +100,40 @@ class _Call:
     def __init__(self, rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
         self.rule, self.numbers, self.columns = rule, numbers, columns
         self.kernels: dict[Any, tuple[Kernel | None, list[Tensor]]] = {}  # by dtypes of the vectors
-        shared = [column for column in columns if isinstance(column, Shared)]
-        form, given = _inputs(rule, numbers)
-        record = _recording if is_ours(rule) else _recording.__wrapped__
-        self.recording = record(rule, form, tuple(map(_mark, columns)))
-        if self.recording:
-            cells = self.recording.sheet.cells([*given, *(x.value for x in shared)])
-            assert cells is not None  # nothing is known about unknown numbers
-            self.given = [cells[k] for k in self.recording.given]
-            for column, k in zip(shared, self.recording.shared, strict=True):
-                column.new = cells[k]
 
     def kernel(self, piece: Sequence[Tensor]) -> tuple[Kernel | None, list[Tensor]]:
         """The kernel for vectors like these, if there is one, and its numbers."""
         dtypes = tuple(x.dtype for x in piece)
         if dtypes not in self.kernels:
-            given = _tensors(self.given, widest(piece)) if self.recording else []
-            self.kernels[dtypes] = self._found([x.view(-1) for x in piece], given), given
+            self.kernels[dtypes] = self._made([x.view(-1) for x in piece], widest(piece))
         return self.kernels[dtypes]
 
-    def _found(self, piece: Sequence[Tensor], given: list[Tensor]) -> Kernel | None:
-        """The kernel, made if need be."""
-        if self.recording is None or any(x.dim() for x in given):
+    def _made(
+        self, piece: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[Kernel | None, list[Tensor]]:
+        """The same; also sets what the tensors share."""
+        shared = [column for column in self.columns if isinstance(column, Shared)]
+        form, given = _inputs(self.rule, self.numbers)
+        record = _recording if is_ours(self.rule) else _recording.__wrapped__
+        recorded = record(self.rule, form, tuple(map(_mark, self.columns)), dtype)
+        if recorded is None:
+            return None, []
+        cells = recorded.sheet.cells([*given, *(x.value for x in shared)])
+        assert cells is not None  # nothing is known about unknown numbers
+        for column, k in zip(shared, recorded.shared, strict=True):
+            column.new = cells[k]
+        tensors = _tensors([cells[k] for k in recorded.given], dtype)
+        return self._found(recorded.program, piece, tensors), tensors
+
+    def _found(
+        self, program: _Program, piece: Sequence[Tensor], given: list[Tensor]
+    ) -> Kernel | None:
+        """The kernel of a program, made if need be."""
+        if any(x.dim() for x in given):
             return None
         key = (
             self.rule,
-            self.recording.program,
+            program,
             tuple((x.dtype, x.device) for x in (*piece, *given)),
             # What torch.compile watches as well: it would compile the same kernel once more.
             torch.get_num_threads(),
@@ -139,7 +147,7 @@ class _Call:
             return None  # it takes a step before the capture
         with _LOCK:
             if key not in _KERNELS:
-                _KERNELS[key] = self._tried(self.recording.program, piece, given)
+                _KERNELS[key] = self._tried(program, piece, given)
         return _KERNELS[key]
 
     def update_(self, piece: Sequence[Tensor]) -> None:
@@ -244,14 +252,16 @@ class _Recording(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _recording(rule: AnyRule, form: _Form, marks: tuple[str, ...]) -> _Recording | None:
+def _recording(
+    rule: AnyRule, form: _Form, marks: tuple[str, ...], dtype: torch.dtype
+) -> _Recording | None:
     """The rule recorded for numbers of this form, whatever their values; None if impossible."""
     inputs = sum(isinstance(x, _Place) for x in form.leaves)
     sheet = Sheet([None] * (inputs + marks.count("shared")), Unknown)
     fields: Iterator[Any] = iter(sheet.inputs[inputs:])
     row = [Shared(next(fields)) if mark == "shared" else () for mark in marks]
     lists = [k for k, mark in enumerate(marks) if mark == "list"]
-    tape = recording.Tape(len(lists), known=lambda name: getattr(torch, name, None))
+    tape = recording.Tape(len(lists), dtype, known=lambda name: getattr(torch, name, None))
     try:
         outputs = tiles.recorded(rule, form.numbers(sheet.inputs), row, lists, tape)
         new = recording.indices([outputs[k] for k in lists])

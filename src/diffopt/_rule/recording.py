@@ -27,7 +27,7 @@ _OTHERS = ("pow", "square", "clamp", "maximum", "minimum", "where", "addcmul", "
 _FUNCTIONS = {name: getattr(torch, name) for name in (*_COMPARISONS, *_ARITHMETIC, *_OTHERS)}
 """Elementwise functions that can write to existing memory (`out=`)."""
 
-_OF_THE_WHOLE = ("dim", "dtype", "numel")
+_OF_THE_WHOLE = ("dim", "numel")
 
 _ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "negative": "neg"}
 
@@ -59,7 +59,8 @@ class Tape:
 
     Args:
         inputs: the number of tensors.
-        whole: the tensor whose shape and dtype the rule sees; None where it must not ask for them.
+        dtype: of the tensors.
+        whole: the tensor whose shape the rule sees; None where it must not ask for it.
         sums: what the calls of `sum()` return in order; any further call raises `Summed`.
         known: the function of a name, or None where there is none.
     """
@@ -67,11 +68,12 @@ class Tape:
     def __init__(
         self,
         inputs: int,
+        dtype: torch.dtype,
         whole: Tensor | None = None,
         sums: Sequence[float] = (),
         known: Callable[[str], Any] = _FUNCTIONS.get,
     ) -> None:
-        self.size = inputs
+        self.size, self.dtype = inputs, dtype
         self.operations: list[Operation] = []
         self.constants: list[Any] = []
         self.whole, self.sums, self.known = whole, iter(sums), known
@@ -136,6 +138,11 @@ class Recorded:
             if type(x) is Recorded:
                 return x.record(function.__name__, *args, **(kwargs or {}))
         raise Unrecordable(function.__name__)  # they are in a list, as for stack and cat
+
+    @property
+    def dtype(self) -> torch.dtype:
+        k = self.index - self.tape.size
+        return torch.bool if k >= 0 and self.tape.operations[k].boolean else self.tape.dtype
 
     def sum(self) -> float:
         known = next(self.tape.sums, None)

@@ -259,7 +259,7 @@ def _up_to_a_sum(
     The terms go to an extra tensor behind the row; without an unknown sum the row is
     updated, and the last result is False.
     """
-    tape = recording.Tape(len(lists) + 1, row[0], sums)
+    tape = recording.Tape(len(lists) + 1, row[0].dtype, row[0], sums)
     try:
         outputs = recorded(rule, numbers, row, lists, tape)
     except recording.Summed as stop:
@@ -292,7 +292,7 @@ def _program(
 ) -> tuple[recording.Program, list[Any]]:
     """What updates a piece of each column, and its constants; sets what the tensors share."""
     lists = [k for k, column in enumerate(columns) if isinstance(column, list)]
-    tape = recording.Tape(len(lists))
+    tape = recording.Tape(len(lists), columns[0][0].dtype)
     outputs = recorded(rule, numbers, columns, lists, tape)
     program = tape.program([outputs[k] for k in lists])
     for column, value in zip(columns, outputs, strict=True):
@@ -321,7 +321,7 @@ def _kept(
     if not (is_ours(rule) and {*map(type, values)} <= {float, int} and not numbers.initial):
         return None
     shared = [column for column in columns if isinstance(column, Shared)]
-    last = _recordings(rule, (*map(type, columns),))
+    last = _recordings(rule, columns[0][0].dtype, (*map(type, columns),))
     inputs = [*values, *(column.value for column in shared)]
     kept = last[0] if last else None  # another thread may replace it
     cells = kept.sheet.cells(inputs) if kept else None
@@ -335,7 +335,7 @@ def _kept(
 
 
 @functools.lru_cache(maxsize=256)
-def _recordings(rule: AnyRule, kinds: tuple[type, ...]) -> list[_Recording]:
+def _recordings(rule: AnyRule, dtype: torch.dtype, kinds: tuple[type, ...]) -> list[_Recording]:
     """The last recording for columns of these kinds, if any, to be replaced by later ones."""
     return []
 
