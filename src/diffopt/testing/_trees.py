@@ -43,9 +43,12 @@ class Pair(NamedTuple):
     right: Tree
 
 
-def trees(case: Case) -> st.SearchStrategy[Tree]:
-    shapes, dtypes = st.sampled_from(case.shapes), st.sampled_from(case.dtypes)
-    tensors = st.builds(random_tensor, shapes, dtypes, st.integers(0, 9))
+@functools.cache  # making and checking a strategy takes longer than drawing ten trees from it
+def trees(
+    shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...]
+) -> st.SearchStrategy[Tree]:
+    choices = st.sampled_from(shapes), st.sampled_from(dtypes), st.integers(0, 9)
+    tensors = st.builds(random_tensor, *choices)
 
     def containers(children: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
         dicts = st.dictionaries(st.sampled_from("abc"), children, max_size=3)
@@ -59,7 +62,8 @@ def trees(case: Case) -> st.SearchStrategy[Tree]:
 @st.composite
 def points(draw: st.DrawFn, case: Case) -> Point:
     """The arguments of a second step; some gradients are None."""
-    return second_step(case, draw(trees(case)), lambda: draw(st.integers(0, 3)) == 3)
+    params = draw(trees(tuple(map(tuple, case.shapes)), tuple(case.dtypes)))
+    return second_step(case, params, lambda: draw(st.integers(0, 3)) == 3)
 
 
 def every_tensor(case: Case) -> Point:
