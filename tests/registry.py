@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 import diffopt
 from diffopt import transforms as t
-from diffopt.testing import Case
+from diffopt.testing import CHECKS, Case
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 RMSprop, Adagrad = torch.optim.RMSprop, torch.optim.Adagrad
@@ -136,16 +136,43 @@ def muon_row(hparams, precision=None, **flags):
     return Case(optimizer, hparams, reference, ((3, 2), (2, 4), (1, 1), (0, 3)), _REAL)
 
 
+ALL = frozenset(CHECKS)
+# Checks at tensors inside the ranges of hyperparameters, where only flags choose what is computed.
+INSIDE = frozenset(
+    {
+        "numbers",
+        "half_step",
+        "derivatives",
+        "derivatives_from_init",
+        "derivatives_per_weight",
+        "jvp",
+        "zero_gradient",
+        "vmap",
+        "compiled",
+    }
+)
+
+# Checks that show the same in another row,
+SHOWN = {
+    INSIDE: (
+        *("sgd", "adam", "adagrad", "adadelta", "radam-late"),  # since only numbers differ,
+        *("adamw", "rmsprop-momentum", "rmsprop-centered"),  # or other rows take each branch,
+        *("chain-alone", "accumulate-one"),
+    ),
+    frozenset({"compiled"}): (
+        *("radam-decoupled", "nadam-decoupled", "masked"),  # as do adamw-amsgrad, chain-masked,
+        *("adafactor", "muon-precise"),  # the other two of each,
+        *("ema", "freeze", "skip-nonfinite", "flatten"),  # and nested,
+        *("flatten-chain", "chain-global-norm", "chain-global-norm-loose"),
+    ),
+    # or since gradients are negated before a rule sees them, but for kernels that do so themselves.
+    ALL - {"parity", "in_place"}: ("adam-maximize",),
+    ALL - {"parity"}: ("rprop-maximize", "sparse-adam-masked-maximize"),
+}
+
 # bfloat16 is too coarse for these, and with nine tenths of some numbers the iteration diverges.
 # `precision` has another state for half precision, with masters, than for float32.
-# Where only numbers differ from those of another row, the same is compiled.
-SKIPPED = {
-    "sgd": {"compiled"},  # see sgd-momentum
-    "adam": {"compiled"},  # see adam-numbers
-    "adagrad": {"compiled"},  # see adagrad-numbers
-    "adadelta": {"compiled"},  # see adadelta-numbers
-    "radam-late": {"compiled"},  # see radam
-    "chain-global-norm-loose": {"compiled"},  # see chain-global-norm
+SKIPPED = {row: checks for checks, rows in SHOWN.items() for row in rows} | {
     "precision": {"half_step", "half_long_run"},
     "hypergradient-tower": {"compiled", "half_long_run"},  # slow; constant gradients diverge
     "muon": {
@@ -181,8 +208,8 @@ VARIANTS = {
     "radam",
     "radam-late",
     "nadam",
-    "rprop",
-    "sparse-adam-masked",
+    "rprop-maximize",
+    "sparse-adam-masked-maximize",
     "chain-alone",
     "chain-global-norm",
     "chain-global-norm-loose",
