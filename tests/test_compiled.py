@@ -28,6 +28,8 @@ NAMES = {  # each rule once: of rows that differ in hyperparameters the last
 }
 RULES = {name: rule for rule, name in NAMES.items()}
 ALGORITHMS = list({type(opt): name for name, opt in RULES.items()}.values())  # one rule of each
+# With the algorithms above, each operation that a flag chooses (decay in two ways, amsgrad, ...)
+OTHER_BRANCHES = ["sgd-no-momentum", "sgd-nesterov", "rmsprop-no-momentum"]
 CLASSES = ["Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex64]
 
@@ -214,7 +216,10 @@ def test_a_class_fused_computes_what_it_does_otherwise(name, dtype, uncompiled):
 @needs_compiler
 @pytest.mark.parametrize(
     ("rule", "dtype"),  # what is cast, and where, is the same for all rules
-    [*((r, torch.float32) for r in RULES), *((r, torch.bfloat16) for r in ALGORITHMS[::3])],
+    [
+        *((r, torch.float32) for r in [*ALGORITHMS, *OTHER_BRANCHES]),
+        *((r, torch.bfloat16) for r in ALGORITHMS[::3]),
+    ],
 )
 def test_what_is_compiled_computes_the_rule(rule, dtype):
     params = draw(dtype)
@@ -226,7 +231,7 @@ def test_what_is_compiled_computes_the_rule(rule, dtype):
 
 @pytest.mark.slow
 @needs_compiler
-@every_class
+@pytest.mark.parametrize("name", ["NAdam", "RMSprop"])  # kernels are those of the rules above
 def test_what_is_compiled_for_a_class_computes_its_step(name):
     cls, params = getattr(optim, name), draw(torch.float32)
     with warnings.catch_warnings():
