@@ -35,12 +35,12 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
     copies = _Copies(known, _Copies(known, None))
     for part in parts:
         result = known[id(part)]
-        vars(result).update(vars(part))
-        _replace(part, result, copies)
         attributes = vars(result)
-        for name in _REGISTRIES & attributes.keys():
-            old = attributes[name]  # mostly empty, which takes longer to copy than to make
-            attributes[name] = old.copy() if old else type(old)()
+        attributes.update(vars(part))
+        _replace(part, result, copies)
+        for name, kind in _REGISTRIES.items():
+            old = attributes.get(name)  # mostly empty, which takes longer to copy than to make
+            attributes[name] = old.copy() if old else kind()
     return known[id(parts[0])]
 
 
@@ -57,13 +57,14 @@ def replace_(parts: Iterable[nn.Module], tensors: Mapping[int, Tensor]) -> None:
 
 def _replace(part: nn.Module, result: nn.Module, copies: _Copies) -> None:
     """Set the attributes of a part in `result`, which has them already, with replacements."""
-    attributes = vars(result)
-    for name, value in vars(part).items():
+    attributes, known = vars(result), copies.known
+    for name, value in [*attributes.items()]:
         kind: type = type(value)
-        if kind not in _ATOMS and (kind not in _DICTS or value) and name not in _TABLES:
+        if kind not in _ATOMS and (kind not in _CONTAINERS or value) and name not in _TABLES:
             attributes[name] = _replaced(value, copies, part, name)
     for name in _TABLES:
-        attributes[name] = {k: copies.known.get(id(v), v) for k, v in attributes[name].items()}
+        table = attributes[name]
+        attributes[name] = {k: known.get(id(v), v) for k, v in table.items()} if table else {}
     for slot, value in _slotted(part).items():
         slot.__set__(result, _replaced(value, copies, part, slot.__name__))
 
@@ -237,10 +238,10 @@ def _list(value: Any, new: list[Any], result: Any) -> Any:
 
 
 _ATOMS = {bool, int, float, complex, str, bytes, type(None)}
-_DICTS = {dict, OrderedDict}  # most attributes of a module are empty dicts for hooks
+_CONTAINERS = {dict, OrderedDict, set}  # most attributes of a module are empty ones for hooks
 _TABLES = _torch.MODULE_TABLES
 _REGISTRIES = {
-    name
+    name: type(value)
     for name, value in vars(nn.Module()).items()
     if isinstance(value, (dict, set)) and name not in _TABLES
 }

@@ -335,9 +335,13 @@ MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 """The attributes in which a module keeps its parameters, its buffers and its submodules."""
 
 
-@contextlib.contextmanager
-def parametrized_anew() -> Generator[None]:
+def parametrized_anew() -> AbstractContextManager[None]:
     """A context in which the cache of `torch.nn.utils.parametrize.cached` starts empty."""
+    return _empty_cache() if _parametrize._cache_enabled else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _empty_cache() -> Generator[None]:
     kept, _parametrize._cache = _parametrize._cache, {}
     try:
         yield

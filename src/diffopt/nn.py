@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 """Tensors of a module by name."""
 
 _MISSING = cast(Any, None)  # explained by the same error as an argument of another kind
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 class Functional(NamedTuple):
@@ -111,7 +113,8 @@ def functionalize(module: nn.Module) -> Functional:
     if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"module is {_tree.describe(module)}, not a torch.nn.Module")
     _refuse_kinds(module)
-    parameters, others = _places(_parts(module))
+    parts = _parts(module)
+    parameters, others = _places(parts)
     places = parameters | others
     canonical = {id(tensor): name for name, tensor in reversed(places.items())}
     own = {name: tensor for name, tensor in places.items() if canonical[id(tensor)] == name}
@@ -119,7 +122,8 @@ def functionalize(module: nn.Module) -> Functional:
     buffers = {k: t for k, t in own.items() if k not in params}
     names = {place: canonical[id(tensor)] for place, tensor in places.items()}
     frozen = frozenset(buffers.keys() & parameters.keys())
-    apply = _Apply(module, params, buffers, frozen, places, names)
+    held = [*parts.values()], _contents(parts.values())
+    apply = _Apply(module, params, buffers, frozen, places, names, *held)
     return Functional(apply, dict(params), dict(buffers))
 
 
@@ -133,6 +137,8 @@ class _Apply:
         frozen: the names of the buffers that are frozen parameters.
         places: its tensors by place; a tensor may have several.
         names: for every place, the name of its tensor above.
+        parts: the module and its submodules.
+        contents: what the tables of these hold.
     """
 
     module: nn.Module
@@ -141,6 +147,8 @@ class _Apply:
     frozen: frozenset[str]
     places: dict[str, Tensor]
     names: dict[str, str]
+    parts: list[nn.Module]
+    contents: list[Any]
 
     def __repr__(self) -> str:
         return type(self.module).__name__
@@ -165,10 +173,12 @@ class _Apply:
             tensors = {place: tensors[name] for place, name in self.names.items()}
             outputs = functional_call(self.module, tensors, inputs, kwargs, tie_weights=False)
             return outputs, {name: tensors[name] for name in self.buffers}
-        parts = _parts(self.module)
-        places = self._same_places(parts, buffers)
+        parts, places = self.parts, self.places
+        if not self._unchanged():
+            named = _parts(self.module)
+            parts, places = [*named.values()], self._same_places(named, buffers)
         given = {id(tensor): tensors[self.names[place]] for place, tensor in places.items()}
-        replica = _replica.replica([*parts.values()], given)
+        replica = _replica.replica(parts, given)
         # torch caches parametrized tensors under the id of the original module.
         with _traceable_attention(), _torch.parametrized_anew():
             outputs = replica(*inputs, **kwargs)
@@ -184,17 +194,21 @@ class _Apply:
                 f"{'parameters' if argument == 'params' else 'buffers'}"
                 f"{'' if own else ', of which it has none'}: call model({call}, *inputs)"
             )
-        for kind, names in (
-            ("lacks", own.keys() - given.keys()),
-            ("has unknown", given.keys() - own.keys()),
-        ):
-            if names:
-                raise ValueError(f"{argument} {kind} {sorted(names)}")
+        if given.keys() != own.keys():
+            missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+            fault = f"lacks {missing}" if missing else f"has unknown {unknown}"
+            raise ValueError(f"{argument} {fault}")
         for name, tensor in cast(Mapping[str, Any], given).items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{argument}[{name!r}] is {_tree.describe(tensor)}, not a tensor")
             if argument == "params" and (fault := _misfit(tensor, own[name])):
                 raise ValueError(f"{argument}[{name!r}] has {fault}")
+
+    def _unchanged(self) -> bool:
+        """Whether the module certainly holds what it held; a quick look."""
+        now = _contents(self.parts)
+        same = len(now) == len(self.contents) and all(map(operator.is_, now, self.contents))
+        return same and all(map(_REQUIRES_GRAD, self.params.values()))
 
     def _same_places(self, parts: Mapping[str, nn.Module], given: Tensors) -> dict[str, Tensor]:
         """Every place of the module that holds a tensor; raises if one has changed."""
@@ -226,7 +240,8 @@ def _misfit(tensor: Tensor, own: Tensor) -> str | None:
     """What a tensor has that no parameter like the module's own can have."""
     if tensor.shape != own.shape:
         return f"shape {tuple(tensor.shape)}, but the module's has {tuple(own.shape)}"
-    if tensor.is_floating_point() != own.is_floating_point() and not tensor.is_complex():
+    numeric = tensor.dtype == own.dtype or tensor.is_complex()
+    if not numeric and tensor.is_floating_point() != own.is_floating_point():
         return f"dtype {tensor.dtype}, but the module's parameter has {own.dtype}"
     if tensor.layout is not own.layout:
         return f"layout {tensor.layout}, but the module's parameter has {own.layout}"
@@ -260,6 +275,11 @@ def _places(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str
     return parameters, buffers
 
 
+def _contents(parts: Iterable[nn.Module]) -> list[Any]:
+    """The parameters, buffers and submodules of each part."""
+    return [x for part in parts for t in _torch.MODULE_TABLES for x in vars(part)[t].values()]
+
+
 def _refuse_kinds(module: nn.Module) -> None:
     # A package that is not imported has not sharded anything, and is slow to import.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
@@ -279,13 +299,14 @@ def _refuse_kinds(module: nn.Module) -> None:
                 raise ValueError(f"{path}.{own} is not initialized yet: run the module once first")
 
 
-@contextlib.contextmanager
-def _traceable_attention() -> Generator[None]:
+def _traceable_attention() -> contextlib.AbstractContextManager[None]:
     """Attention in operations that torch.func knows: an encoder's fast path in eval mode is not."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    if not (fast and _modes.transformed()):
-        yield
-        return
+    fast = _modes.transformed() and torch.backends.mha.get_fastpath_enabled()
+    return _without_fast_path() if fast else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Generator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
