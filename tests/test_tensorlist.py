@@ -179,3 +179,20 @@ def test_a_rule_that_returns_the_wrong_shape_is_refused_before_anything_has_chan
     params, grads = [torch.ones(2), torch.ones(3)], [torch.ones(2), torch.ones(3)]
     with pytest.raises(ValueError, match=r"returned shape \(4,\) for a tensor of shape \(2,\)"):
         opt.update_(params, grads, opt.init(params), opt.hparams())
+
+
+@pytest.mark.parametrize("values", [[4.0, 9.0], [4.0, 0.0], [0.0], [-1.0, 0.0, 4.0], []])
+def test_the_square_root_has_right_derivatives_of_any_order_with_none_at_zero(values):
+    x = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    known = x.detach()
+    expected = [known.sqrt(), 0.5 * known**-0.5, -0.25 * known**-1.5, 0.375 * known**-2.5]
+    derivative = ops.sqrt(x)
+    for order, right in enumerate(expected):
+        right = torch.where(known == 0, 0, right) if order else right
+        torch.testing.assert_close(derivative.detach(), right, equal_nan=True)
+        (derivative,) = torch.autograd.grad(derivative.sum(), x, create_graph=True)
+
+
+def test_where_all_is_positive_the_derivative_of_the_square_root_is_torchs_own():
+    root = ops.sqrt(torch.ones(2, requires_grad=True))
+    assert root.grad_fn.name() == "SqrtBackward0"
