@@ -158,3 +158,51 @@ def test_what_has_passed_is_not_kept_alive():
     seen = [weakref.ref(x) for x in (run.params[0], run.grads[0], run.field()[0])]
     del run
     assert not any(ref() is not None for ref in seen)
+
+
+@pytest.mark.parametrize("make", [diffopt.sgd, diffopt.adam])
+def test_the_graph_of_a_loop_has_no_more_nodes_than_that_of_the_steps_themselves(make):
+    """One alias for each of the initial params, which may depend on one another, and no more."""
+    opt, start = make(), torch.tensor([1.0, 2.0], requires_grad=True)
+    hp = opt.hparams(lr=0.1)
+
+    def nodes(result, name):
+        found, left = set(), [result.grad_fn]
+        while left:
+            node = left.pop()
+            if node is not None and node not in found:
+                found.add(node)
+                left += [child for child, _ in node.next_functions]
+        return sum(node.name() == name for node in found)
+
+    sol = diffopt.minimize(lambda w: (w**3).sum(), start, optimizer=opt, hparams=hp, steps=4)
+    assert nodes(sol.params, "ViewBackward0") == 1
+    assert nodes(sol.params, "SqrtBackward0") == (4 if make is diffopt.adam else 0)
+
+
+def test_gradients_are_partial_in_every_step_where_params_and_arguments_depend_on_each_other():
+    opt = diffopt.sgd()
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+    def loss(params, scale):
+        return (params["a"] ** 2 * params["b"] * scale).sum()
+
+    def outcome(start, loop):
+        params = {"a": start, "b": 2 * start}
+        if loop:
+            hp = opt.hparams(lr=lr)
+            arguments = loss, params, start**2
+            return diffopt.minimize(*arguments, optimizer=opt, hparams=hp, steps=3).params
+        for _ in range(3):
+            a, b = params["a"], params["b"]
+            scale = start**2
+            params = {"a": a - lr * 2 * a * b * scale, "b": b - lr * a**2 * scale}
+        return params
+
+    start = torch.tensor([0.7, -0.4], dtype=torch.float64, requires_grad=True)
+    found = []
+    for loop in (True, False):
+        end = outcome(start, loop)
+        first = torch.autograd.grad((end["a"] * end["b"]).sum(), (start, lr), create_graph=True)
+        found.append((*first, *torch.autograd.grad(first[0].sum() + first[1], (start, lr))))
+    torch.testing.assert_close(*found)

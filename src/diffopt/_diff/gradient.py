@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import re
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -22,6 +23,8 @@ from diffopt._tree import Tree
 
 HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
 """How the derivative of a gradient (a Hessian-vector product) is computed."""
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 Objective: TypeAlias = Callable[[Tree, Tree], tuple[Tensor, Any]]
 """`(params, inputs) -> (value, aux)`"""
@@ -103,24 +106,27 @@ def leaf_gradients(
     spec: _tree.Spec,
     inputs: Tree,
     create_graph: bool,
+    *,
+    apart: bool = False,
 ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
     """What `value_and_grad` returns, for the leaves of params of this structure.
 
     By autograd: faster in eager mode than torch.func, and with far less memory in long loops. The
-    results have a graph only if something beside the loss needs their gradient.
+    results have a graph only if something beside the loss needs their gradient. `apart` says that
+    no leaf, and none of the loss's inputs, depends on a leaf that requires a gradient.
     """
     recording, forward = torch.is_grad_enabled(), _modes.forward_differentiated()
-    with contextlib.ExitStack() as stack:
-        if not recording:
-            stack.enter_context(torch.enable_grad())
-        needed = create_graph and recording
-        unknown = needed and not any(leaf.requires_grad for leaf in leaves)
-        own = stack.enter_context(functions.noticed()) if unknown else {}
+    needed = create_graph and recording
+    unknown = needed and not any(map(_REQUIRES_GRAD, leaves))
+    enabled = contextlib.nullcontext() if recording else torch.enable_grad()
+    with enabled, functions.noticed() if unknown else contextlib.nullcontext({}) as own:
         # Aliases, so that the gradient is partial: not through params that depend on one another,
         # nor through arguments of the loss that depend on params.
-        aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
+        aliases = leaves
+        if not (apart and create_graph and all(map(_REQUIRES_GRAD, leaves))):
+            aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
         first = _torch.next_node()
-        with repairs.mended():
+        with repairs.mended() if forward else contextlib.nullcontext():
             value, aux = function(_tree.unflatten(aliases, spec), inputs)
         if not value.requires_grad:
             if torch.is_inference_mode_enabled():

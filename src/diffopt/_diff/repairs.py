@@ -44,15 +44,15 @@ def mend_graph(value: Tensor, first: int) -> None:
         ValueError: a reentrant checkpoint is among them: `torch.autograd.grad` does not run its
             backward pass, which would make its result a constant.
     """
-    nodes: list[Any] = [] if value.grad_fn is None else [value.grad_fn]
+    root: Any = value.grad_fn
+    number = _torch.node_number
+    nodes = [root] if root is not None and number(root) >= first else []
     seen = {None, *nodes}
     for node in nodes:  # which grows meanwhile
-        if _torch.node_number(node) < first:
-            continue
         if type(node) not in _RIGHT:
             _mend_node(node)
         for child, _ in node.next_functions:
-            if child not in seen:
+            if child not in seen and number(child) >= first:
                 seen.add(child)
                 nodes.append(child)
 

@@ -30,6 +30,7 @@ class Repeated:
     Attributes:
         params: the leaves of the params.
         spec: their structure.
+        apart: whether none of the params depends on another, nor anything else on any of them.
     """
 
     def __init__(self, work: Work, count: Tensor, hparams: Any) -> None:
@@ -48,6 +49,7 @@ class Repeated:
         t = _modes.number_of(count)
         self._t = _modes.exact(t) if isinstance(t, Tensor) else float(t)
         self._ours = is_ours(self.rule)
+        self.apart = False
         # A rule of a user's may return tensors of other kinds.
         self._kinds = None if self._ours else self._found_kinds()
         self._as_is = running.as_is([self.params, *self._buffers])
@@ -85,7 +87,13 @@ class Repeated:
             new = None if differentiated else self._batched(leaves, columns)
             if new is None:
                 numbers = self._numbers(hparams, leaves, columns)
-                new = running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is)
+                new = running.leaf_by_leaf(
+                    self.rule,
+                    numbers,
+                    columns,
+                    as_is=self._as_is,
+                    safe=self._ours and self._record is not None,
+                )
             self._keep(new, grads)
         return True
 
@@ -131,6 +139,7 @@ class Repeated:
 
     def _keep(self, new: list[Any], grads: Sequence[Any]) -> None:
         self.params, *buffers = (column and parts.apart(column, grads) for column in new)
+        self.apart = self._ours  # others may return a parameter as it is
         self._buffers = [() if not c or unused(c[0]) else c for c in buffers]
 
     def _differentiated(self, columns: list[Any], leaves: list[Any]) -> bool:

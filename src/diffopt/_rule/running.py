@@ -81,12 +81,17 @@ def initial_of(rule: AnyRule, values: Sequence[Any]) -> dict[str, Any]:
 
 
 def leaf_by_leaf(
-    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, as_is: bool
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, as_is: bool, safe: bool = False
 ) -> list[list[Any]]:
-    """The new columns, out of place, tensor by tensor."""
+    """The new columns, out of place, tensor by tensor.
+
+    `as_is` is what that function returns; `safe` says that all results have the right form.
+    """
     if not as_is:
         return _columns([apply(rule, numbers, row, widen=True) for row in _rows_of(columns)])
     new = _columns([run(rule, numbers, row) for row in _rows_of(columns)])
+    if safe:
+        return new
     wide = columns[0][0].dtype
     return [
         x if _alike(x, old) else [leave(*pair, wide) for pair in zip(x, old, strict=True)]

@@ -64,7 +64,7 @@ class Steps:
                 return self.take(x)
             self._carry = None, None, buffers
         updates = self._updates
-        value, buffers, aux, grads = _gradients(step, updates, (self._carry[2], inputs, batch))
+        value, (buffers, aux), grads = _gradients(step, updates, (self._carry[2], inputs, batch))
         done = None if step.tol is None else within(grads, step.tol)
         self.ended = done is not None and bool(done)
         if self.ended:
@@ -81,11 +81,11 @@ class Steps:
 def _gradients(step: GradientStep, updates: Repeated, inputs: Tree) -> tuple[Any, ...]:
     """The loss, its buffers and auxiliary outputs, and the gradients of the params' leaves."""
     create_graph = step.second_order and torch.is_grad_enabled()
+    leaves, spec = updates.params, updates.spec
     with Explained():
-        value, (buffers, aux), grads = leaf_gradients(
-            step.objective, updates.params, updates.spec, inputs, create_graph
+        results = leaf_gradients(
+            step.objective, leaves, spec, inputs, create_graph, apart=updates.apart
         )
-    results = value, buffers, aux, grads
     return results if step.second_order else _tree.detach(results)
 
 

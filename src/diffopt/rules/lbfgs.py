@@ -335,6 +335,8 @@ class _Repeated:
     See `diffopt._rule.repeated.Repeated`, which takes those of other rules.
     """
 
+    apart = False
+
     def __init__(self, problem: _Problem, state: LBFGSState, like: Tree) -> None:
         self.params, self.spec = problem.params, problem.spec
         self._state, self._like = state, like
