@@ -306,6 +306,28 @@ def test_steps_are_differentiated_without_running_again(way, monkeypatch):
     assert runs == ["run"] * 5 + ["pulled"] * 5
 
 
+@pytest.mark.slow
+def test_steps_keep_no_masks_for_their_derivative(monkeypatch):
+    kept, run = [], kernels.Halved.run
+
+    def noted(*args):
+        results, saved = run(*args)
+        kept.extend(saved)
+        return results, saved
+
+    def loss(w, x):
+        return ((x @ w).relu() @ w).relu().square().sum()
+
+    monkeypatch.setattr(kernels.Halved, "run", noted)
+    w, x = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4)
+    compile, opt = {"backend": "aot_eager_decomp_partition"}, diffopt.sgd()
+    hp = opt.hparams(lr=0.1)
+    sol = diffopt.minimize(loss, w, x, optimizer=opt, hparams=hp, steps=2, compile=compile)
+    sol.params.sum().backward()
+    assert kept
+    assert torch.bool not in [x.dtype for x in kept]
+
+
 @pytest.mark.parametrize("modified", [False, True])
 def test_what_steps_have_kept_is_used_again_unless_it_has_been_written_to(modified, traceless):
     lr, opt = torch.tensor(0.1).double().requires_grad_(), diffopt.adam()

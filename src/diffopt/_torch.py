@@ -248,12 +248,16 @@ def halves(outputs: Sequence[Any]) -> Halves | None:
     return Halves(forward, backward, len(outputs), tangents)
 
 
-def kept_buffers() -> AbstractContextManager[None]:
-    """What is compiled in this context can be differentiated with `retain_graph=True`."""
+def partitioned() -> AbstractContextManager[None]:
+    """How torch.compile divides a graph and its derivative in this context.
+
+    It can be differentiated with `retain_graph=True`. The backward pass computes masks again, such
+    as those of relu: inductor takes tens of times longer to store a mask on a CPU.
+    """
     from torch._functorch import config
 
     changed: Any = config
-    return changed.patch(donated_buffer=False)
+    return changed.patch(donated_buffer=False, ban_recompute_used_far_apart=False)
 
 
 def graph_pass(function: Callable[[Any], None], name: str) -> Any:

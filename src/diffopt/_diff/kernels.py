@@ -262,7 +262,7 @@ class _Backend:
         self.replays = bool(asked) or options.get("mode") in ("reduce-overhead", "max-autotune")
 
     def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
-        with _torch.kept_buffers():  # a derivative may be asked for more than once
+        with _torch.partitioned():  # a derivative may be asked for more than once
             variant = Variant(self.compile(graph, inputs))
 
         def noticed(*tensors: Any) -> Any:
