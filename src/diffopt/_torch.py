@@ -223,6 +223,11 @@ class Halves(NamedTuple):
     outputs: int
     tangents: list[int]
 
+    def run(self, inputs: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+        """The outputs, and what the second half needs."""
+        found = self.forward([*inputs])
+        return found[: self.outputs], found[self.outputs :]
+
 
 def halves(outputs: Sequence[Any]) -> Halves | None:
     """The halves of the compiled graph with these outputs, if it has them and nothing else."""

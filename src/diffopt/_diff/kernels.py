@@ -96,6 +96,7 @@ class Variant:
         tests: how many more of its results are compared.
         facts: what a run of the function as it is has shown.
         pure: whether all that torch.compile makes of the function is this graph.
+        halves: what it is divided in, without autograd in between, if that has been compared.
     """
 
     def __init__(self, run: Callable[..., Any]) -> None:
@@ -103,6 +104,19 @@ class Variant:
         self.tests: int | None = None
         self.facts: Any = None
         self.pure = not _torch.traced_side_effects()
+        self.halves: _torch.Halves | None = None
+
+    @property
+    def compared(self) -> bool:
+        """Whether no more results are compared."""
+        return self.tests is not None and self.tests <= 0
+
+    def __call__(self, tensors: Sequence[Any]) -> tuple[Any, list[Tensor] | None]:
+        """The outputs, and what the second half needs, if the first has run."""
+        if self.halves is None or not self.compared:
+            return self.run(*tensors), None
+        with torch.no_grad():
+            return self.halves.run(tensors)
 
 
 class Asked(NamedTuple):
@@ -210,14 +224,13 @@ class Halved(NamedTuple):
     grads: list[int]
 
     @staticmethod
-    def of(wires: Wires, outputs: Sequence[Any], asked: Asked) -> Halved | None:
-        """None if torch has not compiled it in halves, or results are inputs or come twice."""
-        halves = _torch.halves(outputs)
+    def of(wires: Wires, halves: _torch.Halves, asked: Asked) -> Halved | None:
+        """None if results are inputs or come twice."""
         sinks = [sink for sink, there in zip(wires.gives, asked.there, strict=True) if there]
         wanted = [i for i, want in enumerate(asked.wanted) if want]
-        if halves is None or len({*sinks}) < len(sinks) or not {*halves.tangents} <= {*sinks}:
+        if len({*sinks}) < len(sinks) or not {*halves.tangents} <= {*sinks}:
             return None
-        if not {*wanted} <= {*wires.takes} or max(sinks, default=0) >= len(outputs):
+        if not {*wanted} <= {*wires.takes} or max(sinks, default=0) >= halves.outputs:
             return None
         places = [wires.takes.index(i) for i in wanted]
         return Halved(wires, halves, [*map(sinks.index, halves.tangents)], places)
@@ -227,9 +240,8 @@ class Halved(NamedTuple):
         saved: list[Tensor] = []
 
         def forward(*inputs: Tensor) -> list[Tensor]:
-            found = self.halves.forward([*inputs])
-            saved[:] = found[self.halves.outputs :]
-            return found[: self.halves.outputs]
+            outputs, saved[:] = self.halves.run(inputs)
+            return outputs
 
         return self.wires.run(forward, given), saved
 
@@ -244,6 +256,7 @@ class _Running(threading.local):
     variant: Variant | None = None
     tensors: Sequence[Any] = ()
     outputs: Sequence[Any] = ()
+    saved: list[Tensor] | None = None
 
 
 _RUNNING = _Running()
@@ -266,7 +279,7 @@ class _Backend:
             variant = Variant(self.compile(graph, inputs))
 
         def noticed(*tensors: Any) -> Any:
-            outputs = variant.run(*tensors)
+            outputs, _RUNNING.saved = variant(tensors)
             _RUNNING.variant, _RUNNING.tensors, _RUNNING.outputs = variant, tensors, outputs
             return outputs
 
@@ -343,8 +356,8 @@ class Kernel:
                 _torch.enable_saved_tensors_hooks()
             raise self.unfit(f"torch.compile makes no kernel of it ({brief(error)})") from error
         finally:
-            read, outputs = _RUNNING.tensors, _RUNNING.outputs
-            _RUNNING.tensors = _RUNNING.outputs = ()
+            read, outputs, saved = _RUNNING.tensors, _RUNNING.outputs, _RUNNING.saved
+            _RUNNING.tensors, _RUNNING.outputs, _RUNNING.saved = (), (), None
         if variant is None:
             raise self.unfit("torch.compile has found nothing to compile, or is disabled")
         given = [*_tree.split(inputs)[0], *extra]
@@ -355,7 +368,22 @@ class Kernel:
         if variant.pure and isinstance(outputs, (tuple, list)):
             wires = Wires.of(given, captured, read, cast(Sequence[Any], outputs), results)
         results = [*map(Tensor.clone, results)] if self.replays else results
-        return Run(results, join, variant, captured, self._pull(given, results), outputs, wires)
+        run = Run(results, join, variant, captured, self._pull(given, results), outputs, wires)
+        if saved is None:
+            return run
+        halved = self._halved(run)
+        if halved is not None:
+            return run._replace(pull=self._pull_halved(halved, saved, given))
+        variant.halves = None
+        return self(function, inputs, extra)
+
+    def _halved(self, run: Run) -> Halved | None:
+        """The graph in halves, if it has them and they are compared with the rest."""
+        if run.wires is None or self.asked is None or self.replays:
+            return None
+        if not run.variant.compared:
+            run.variant.halves = _torch.halves(run.outputs)
+        return run.variant.halves and Halved.of(run.wires, run.variant.halves, self.asked)
 
     def _pull(self, given: Sequence[Tensor], results: Sequence[Tensor]) -> Pull | None:
         """The vector-Jacobian product of a run with autograd's graph, if it has one."""
@@ -389,10 +417,9 @@ class Kernel:
         """How to run the graph again without torch.compile's checks; None if that can't be done."""
         if run.wires is None:
             return None
-        if self.asked is not None and not self.replays:
-            halved = Halved.of(run.wires, run.outputs, self.asked)
-            if halved is not None:
-                return functools.partial(self._in_halves, halved)
+        halved = self._halved(run)
+        if halved is not None:
+            return functools.partial(self._in_halves, halved)
         return functools.partial(self._again, run.wires, run.variant.run)
 
     def _again(
@@ -409,7 +436,11 @@ class Kernel:
     ) -> tuple[list[Tensor], Pull | None]:
         given = [x if x.dim() else x.reshape(1) for x in tensors]
         results, saved = halved.run(given)
-        return results, lambda cotangents, _: self._grads(halved.pulled(saved, cotangents), given)
+        return results, self._pull_halved(halved, saved, given)
+
+    def _pull_halved(self, halved: Halved, saved: list[Tensor], given: Sequence[Tensor]) -> Pull:
+        """The vector-Jacobian product of a run in halves."""
+        return lambda cotangents, _: self._grads(halved.pulled(saved, cotangents), given)
 
     def unfit(self, reason: str) -> UnfitError:
         """The kernel is not used again; the error to raise."""
