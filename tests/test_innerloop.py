@@ -912,6 +912,8 @@ def test_a_step_has_no_adjoint_and_points_to_minimize():
             inner.step(loss_of(f), adjoint=diffopt.adjoint.Checkpointed())
         with pytest.raises(TypeError, match="no argument 'retain_graph'"):
             inner.step(loss_of(f), retain_graph=True)
+        with pytest.raises(TypeError, match="no argument 'grad_callback': set inner"):
+            inner.step(loss_of(f), grad_callback=dict)
 
 
 def test_there_are_no_steps_after_the_context():

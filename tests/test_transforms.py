@@ -485,15 +485,15 @@ sgd, adam = diffopt.sgd(), diffopt.adam()
     [
         (
             lambda: t.chain(t.add_decayed_weights(), sgd).hparams(weight_decay=0.1),
-            "the hyperparameter 'weight_decay' belongs to the parts 0 and 1: pass one record for",
+            "the hyperparameter 'weight_decay' belongs to the parts 0 and 1: name its part",
         ),
         (
             lambda: both(sgd, adam).hparams(lr=0.1),
-            r"'lr' belongs to the parts 0 and 1: pass .* hparams\(\{label: record, \.\.\.\}\)",
+            r"'lr' belongs to the parts 0 and 1: .* hparams\(\{label: record, \.\.\.\}\)",
         ),
         (
             lambda: t.chain(t.clip_by_value(), both(sgd, adam)).hparams(lr=0.1),
-            "the hyperparameter 'lr' belongs to the parts 0 and 1: pass one record for",
+            "the hyperparameter 'lr' belongs to the parts 0 and 1: name its part",
         ),
         (
             lambda: t.chain(t.clip_by_norm(), diffopt.sgd(momentum=False)).hparams(lrr=0.1),
@@ -1513,7 +1513,22 @@ def test_wrappers_of_ones_own_are_values_and_check_what_they_wrap():
         Halved(3)
 
 
+def test_a_keyword_may_name_its_part():
+    opt = t.chain(t.clip_by_norm(), both(sgd, adam))
+    clip, last = t.clip_by_norm().hparams(max_norm=2.0), {0: {"momentum": 0.5}, 1: {"lr": 0.1}}
+    records = {0: sgd.hparams(lr=0.3, **last[0]), 1: adam.hparams(**last[1])}
+    for prefix in ("", "1."):
+        named = {f"{prefix}0.lr": 0.3, f"{prefix}1.lr": 0.1}
+        made = opt.hparams(max_norm=2.0, momentum=0.5, **named)
+        assert str(made) == str(opt.hparams(clip, records))
+    decays = t.chain(t.add_decayed_weights(), sgd).hparams(**{"1.weight_decay": 0.1})
+    assert (decays[0].weight_decay, decays[1].weight_decay) == (0.01, 0.1)
+    with pytest.raises(TypeError, match="MomentumHParams has no hyperparameter 'beta1'"):
+        both(sgd, adam).hparams(**{"0.beta1": 0.1})
+
+
 def test_a_keyword_that_two_wrappers_might_take_is_refused():
     opt = t.partition({k: Function(diffopt.sgd()) for k in "ab"}, {"w": "a", "v": "b"})
     with pytest.raises(TypeError, match="'lr' belongs to the parts 'a' and 'b'"):
         opt.hparams(lr=0.1)
+    assert opt.hparams(**{"b.lr": 0.1})["b"].lr == 0.1

@@ -396,7 +396,7 @@ def test_a_rule_of_matrices_is_only_shown_matrices():
         (
             lambda: diffopt.adam(amsgard=True),
             TypeError,
-            "no argument amsgard, only amsgrad, execution, maximize: did you mean 'amsgrad'?",
+            "no argument amsgard, only maximize, execution, amsgrad: did you mean 'amsgrad'?",
         ),
         (lambda: Lion(lr=-1), TypeError, r"go to Lion\(\).hparams\(lr=-1\)"),
         (

@@ -79,13 +79,15 @@ def _explanation(
         maker, args, names, most = type(args[0]), args[1:], names[1:], most - 1
     call = f"{_public_name(maker)}({'...' if most else ''})"
     if len(args) > most:
-        return f"{call} takes {most or 'no'} positional arguments{_instead(maker, call, most)}"
+        plural = "" if most == 1 else "s"
+        keywords = _instead(maker, call, most) or _keywords(names[int(most) :])
+        return f"{call} takes {most or 'no'} positional argument{plural}{keywords}"
     others = {name: kwargs[name] for name in kwargs if name not in names}
     known = {name: kwargs[name] for name in kwargs if name in names}
     fault = _fault(maker, args, known, others)
     if fault is None:
         return f"{', '.join(others)}: hyperparameters go to {call}.hparams({_shown(others)})"
-    only = f", only {', '.join(sorted(names))}" if names else ""
+    only = f", only {', '.join(names)}" if names else ""
     hint = did_you_mean(names, *others) or fault
     return f"{call} has no argument {', '.join(others)}{only}{hint}"
 
@@ -101,6 +103,10 @@ def _public_name(maker: Any) -> str:
     module = vars(sys.modules[maker.__module__])
     names = [name for name, value in module.items() if value is maker]
     return names[-1] if names else maker.__name__
+
+
+def _keywords(names: list[str]) -> str:
+    return f"; {', '.join(names)}: by keyword" if names else ""
 
 
 def _instead(maker: Any, call: str, most: float) -> str:

@@ -35,7 +35,7 @@ def innerloop(
     model: M,
     optimizer: Optimizer[Any, Any] | torch.optim.Optimizer,
     *,
-    hparams: Any = None,
+    hparams: Any | Callable[[int], Any] = None,
     state: Any = None,
     override: Mapping[str, Any] | None = None,
     first_order: bool = False,
@@ -189,7 +189,7 @@ class InnerLoop:
         self,
         loss: Tensor,
         *,
-        hparams: Any = None,
+        hparams: Any | Callable[[int], Any] = None,
         override: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
@@ -200,7 +200,7 @@ class InnerLoop:
                 its forward passes.
             hparams: hyperparameters of this step alone.
             override: hyperparameters to replace in this step, besides those given to `innerloop`.
-            **others: there are none.
+            **others: refused, with what to do instead.
 
         Raises:
             TypeError: `loss` is not a tensor, or `grad_callback` does not return a dict.
@@ -444,7 +444,10 @@ def _refuse_keywords(others: dict[str, Any]) -> None:
             "diffopt.nn.functionalize(model)"
         )
     if others:
-        raise TypeError(f"step() has no argument {min(others)!r}, only loss, hparams and override")
+        name = min(others)
+        settable = name in ("first_order", "grad_callback")
+        instead = f": set inner.{name}" if settable else ", only loss, hparams and override"
+        raise TypeError(f"step() has no argument {name!r}{instead}")
 
 
 def _check_loss(loss: Any) -> None:

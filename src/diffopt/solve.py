@@ -59,7 +59,7 @@ def minimize(
     params: Tree,
     *args: Any,
     optimizer: Optimizer[Any, Any],
-    hparams: Any,
+    hparams: Any | Callable[[int], Any],
     steps: int | None = None,
     batches: Iterable[Any] | None = None,
     state: Any = None,

@@ -50,6 +50,7 @@ def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
 
 solution = diffopt.minimize(loss, params, torch.ones(3), optimizer=opt, hparams=hparams, steps=3)
 assert_type(solution, diffopt.Solution)
+diffopt.minimize(loss, params, optimizer=opt, hparams=lambda t: opt.hparams(lr=0.1**t), steps=3)
 assert_type(solution.losses, Tensor)
 assert_type(solution.steps, Tensor)
 

@@ -23,8 +23,9 @@ class _Records(Value):
     """How records are passed, for error messages."""
 
     def names(self) -> list[str]:
-        """The keywords that any part accepts."""
-        return [name for maker in self.parts.values() for name in _names(maker)]
+        """The keywords that any part accepts, each also with the name of its part: "body.lr"."""
+        names = [(key, name) for key, maker in self.parts.items() for name in _names(maker)]
+        return [name for _, name in names] + [f"{key}.{name}" for key, name in names]
 
     def made(self, records: Mapping[Hashable, Any], numbers: dict[str, Any]) -> dict[Hashable, Any]:
         """One record for each part."""
@@ -41,15 +42,17 @@ class _Records(Value):
         return {key: records[key] for key in self.parts}
 
     def _routed(self, numbers: dict[str, Any]) -> dict[Hashable, Any]:
-        """Pass every keyword to the one part whose record has that field."""
+        """Pass every keyword to the one part whose record has that field, or that it names."""
         fields = {key: _names(maker) for key, maker in self.parts.items()}
         chosen: dict[Hashable, dict[str, Any]] = {key: {} for key in fields}
         for name, value in numbers.items():
             owners = [key for key, known in fields.items() if name in known]
+            owners = owners or [key for key in fields if name.startswith(f"{key}.")]
             owners = owners or [key for key, maker in self.parts.items() if _takes_any(maker)]
             if len(owners) != 1:
                 raise TypeError(_unclear(name, owners, fields, self.call))
-            chosen[owners[0]][name] = value
+            (key,) = owners
+            chosen[key][name if name in fields[key] else name.removeprefix(f"{key}.")] = value
         return {key: maker(**chosen[key]) for key, maker in self.parts.items()}
 
 
@@ -118,10 +121,12 @@ def _unclear(
     records = f"pass one record for each part, {call}, each created by the part's own hparams(...)"
     if owners:
         parts = " and ".join(repr(key) for key in owners)
-        return f"the hyperparameter {name!r} belongs to the parts {parts}: {records}"
+        one = f"name its part, as in hparams(**{{'{owners[0]}.{name}': ...}}), or {records}"
+        return f"the hyperparameter {name!r} belongs to the parts {parts}: {one}"
     if name in fields:
         return f"{name!r} is a part, not a hyperparameter: {records}"
     if pair := hyper.instead_of_pair(name, [f for names in fields.values() for f in names]):
         return f"no part has a hyperparameter {name!r}: {pair}"
-    known = "; ".join(f"of part {key!r}: {', '.join(f)}" for key, f in fields.items() if f)
+    plain = {key: [n for n in names if "." not in n] for key, names in fields.items()}
+    known = "; ".join(f"of part {key!r}: {', '.join(f)}" for key, f in plain.items() if f)
     return f"no part has a hyperparameter {name!r}. The hyperparameters are, {known}"

@@ -23,8 +23,9 @@ def chain(*parts: Transformation[Any, Any] | Optimizer[Any, Any]) -> Chain:
         p  <- optimizer(p, g_n)
 
     Hyperparameters: a tuple of the parts' records. Keywords are routed to their part,
-    `hparams(max_norm=1.0, lr=0.1)`; if several parts have a field of that name, pass all records,
-    in order: `hparams(record, record)`.
+    `hparams(max_norm=1.0, lr=0.1)`; if several parts have a field of that name, write the number of
+    the part before it, `hparams(**{"0.weight_decay": 0.1, "1.weight_decay": 0.2})`, or pass all
+    records, in order: `hparams(record, record)`.
 
     Args:
         *parts: gradient transformations, such as `clip_by_global_norm()`, followed by an optimizer.

@@ -30,8 +30,9 @@ class Partition(Value, Optimizer[Parts, Parts]):
     """Update every tensor with the optimizer that its label names.
 
     Hyperparameters: a dict with the record of each label's optimizer. Keywords go to the one
-    optimizer that accepts them; if several do, pass records: `hparams({"body": record, "head":
-    record})`. Fields are Python numbers, tensors or prefix trees of *all* params.
+    optimizer that accepts them; if several do, write the label before the name, as in
+    `hparams(**{"body.lr": 0.1, "head.lr": 0.2})`, or pass records: `hparams({"body": record,
+    "head": record})`. Fields are Python numbers, tensors or prefix trees of *all* params.
 
     The state is a dict with the state for each label: trees like params with `[]` where a tensor
     has another label.
@@ -48,13 +49,12 @@ class Partition(Value, Optimizer[Parts, Parts]):
 
     Examples:
         >>> import torch, diffopt
-        >>> sgd, adam = diffopt.sgd(), diffopt.adam()
         >>> opt = diffopt.transforms.partition(
-        ...     {"fast": adam, "slow": sgd}, {"body": "slow", "head": "fast"}
+        ...     {"fast": diffopt.adam(), "slow": diffopt.sgd()}, {"body": "slow", "head": "fast"}
         ... )
         >>> params = {"body": [torch.zeros(2), torch.zeros(1)], "head": torch.zeros(1)}
         >>> grads = {"body": [torch.ones(2), torch.ones(1)], "head": torch.ones(1)}
-        >>> hp = opt.hparams({"fast": adam.hparams(lr=0.5), "slow": sgd.hparams(lr=0.1)})
+        >>> hp = opt.hparams(**{"fast.lr": 0.5, "slow.lr": 0.1})
         >>> opt.update(params, grads, opt.init(params), hp)[0]
         {'body': [tensor([-0.1000, -0.1000]), tensor([-0.1000])], 'head': tensor([-0.5000])}
     """
