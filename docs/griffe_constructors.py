@@ -20,10 +20,7 @@ class Constructors(griffe.Extension):
                 _construct(member)
             named = isinstance(member, griffe.Attribute) and mod.members.get(str(member.value))
             if isinstance(named, griffe.Class):
-                other = griffe.Attribute(
-                    named.name, docstring=griffe.Docstring(f"Another name of `{name}`.")
-                )
-                mod.set_member(other.name, other)
+                mod.del_member(named.name)
                 named.name = name
                 mod.set_member(name, named)
 

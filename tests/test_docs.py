@@ -36,11 +36,16 @@ def site(tmp_path_factory):
 
 
 def public(module):
-    """The names of a module that are this package's, submodules apart, and their entries."""
-    for name, value in vars(importlib.import_module(module)).items():
+    """The names of a module that are this package's, submodules apart, and their entries.
+
+    An entry under another name, such as `cosine` for `Cosine`, will do.
+    """
+    members = vars(importlib.import_module(module))
+    for name, value in members.items():
         home = str(getattr(value, "__module__", ""))
         if home.startswith("diffopt") and not name.startswith("_"):
-            yield name, {f"{place}.{name}" for place in (module, home, "diffopt")}
+            same = [other for other in members if members[other] is value]
+            yield name, {f"{place}.{n}" for place in (module, home, "diffopt") for n in same}
 
 
 class Page(HTMLParser):
