@@ -115,6 +115,21 @@ def _arrives(path, reference, pages):
     return target.exists() and (known is None or unquote(anchor) in known.anchors)
 
 
+def test_no_text_of_a_docstring_is_taken_for_a_tag(site):
+    tags = {True: set(), False: {"b", "blockquote", "h4", "small"}}
+    for path in site.rglob("*.html"):
+        tags[path.parent.name == "api"] |= {*re.findall(r"<(\w+)", path.read_text("utf-8"))}
+    assert tags[True] - tags[False] == set()
+
+
+def test_what_is_returned_has_a_type_and_not_the_beginning_of_a_sentence(site):
+    returned = re.compile(r'(?:Returns|Yields):</span>.*?field-body">(.*?)–', re.DOTALL)
+    text = "".join(path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html"))
+    types = [re.sub(r"<[^>]*>|\s+", " ", found).strip() for found in returned.findall(text)]
+    assert len(types) > 20
+    assert [kind for kind in types if re.search("[a-z] [a-z]", kind)] == []
+
+
 def test_formulas_are_rendered(site):
     texts = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
     assert texts[site / "formulas.html"].count('display="block"') > 12

@@ -46,7 +46,7 @@ def unroll(
             then tensors in the step.
 
     Returns:
-        The last carry, and the outputs of all steps: stacked along a leading time dimension if
+        The last carry, and the outputs of all steps, stacked along a leading time dimension if
         `step` returns trees of tensors, otherwise as a list.
 
     Raises:

@@ -38,8 +38,8 @@ from diffopt.adjoint.unrolled import Unrolled
 class Evolution(Adjoint):
     """Evolution strategies: the derivative is estimated from loops with perturbed inputs.
 
-    With theta all inputs of the loop that need a gradient, and f(theta) = <cotangents, outputs of
-    the loop>, the vector-Jacobian product is the antithetic estimate
+    With theta all inputs of the loop that need a gradient, and f(theta) the inner product of the
+    cotangents and the outputs, the vector-Jacobian product is the antithetic estimate
 
         1/(2 N sigma) sum_i eps_i (f(theta + sigma eps_i) - f(theta - sigma eps_i))
 

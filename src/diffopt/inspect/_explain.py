@@ -100,7 +100,7 @@ def explain(
             is reported.
 
     Returns:
-        An `Explanation`: print it, or use its `rows`.
+        An `Explanation`, to print or to read by its `rows`.
 
     Raises:
         ValueError: `meta_grads` does not match `inputs` in structure or shapes.

@@ -187,7 +187,7 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
             `{"lr": lr, "params": params}`.
 
     Returns:
-        A `Graph`: `print` it, `plot()` it, or pass its `dot` to Graphviz. `merged()` has fewer
+        A `Graph` to print, to `plot()`, or to pass to Graphviz as `dot`. `merged()` has fewer
         boxes if there are many steps.
 
     Raises:

@@ -112,10 +112,10 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
             `hparams` are dicts by name, as those of `diffopt.nn.functionalize(module)`.
 
     Returns:
-        A named tuple of copies: `optimizer`, the pure one; `params` of all groups, a dict if the
-        optimizer was given names, otherwise a list; `state`; and `hparams`, where a value that
-        differs between groups is a tree like params. So an inner loop can start in the middle of
-        training. Hyperparameters that are tensors keep their history.
+        A named tuple of copies. `optimizer` is the pure one; `params` are those of all groups, a
+        dict if the optimizer was given names, otherwise a list; in `hparams` a value that differs
+        between groups is a tree like params. So an inner loop can start in the middle of training.
+        Hyperparameters that are tensors keep their history.
 
     Raises:
         TypeError: the class is not supported, or `module` is not a module.
