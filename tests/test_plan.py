@@ -223,7 +223,7 @@ def test_a_plan_is_kept_while_nothing_changes_and_no_longer(name):
     (plan,) = optimizer.state.plans
     step(optimizer, params)
     assert optimizer.state.plans == [plan]
-    params[0].data = params[0].data.clone()
+    params[1].data = params[1].data.t()
     step(optimizer, params)
     assert optimizer.state.plans != [plan]
 
@@ -309,6 +309,36 @@ def test_parameters_over_one_memory_are_stepped_one_after_the_other(name, flags,
         for t in range(3):
             step(optimizer, params, t)
     close(*runs, rtol=1e-5, atol=1e-6)
+
+
+LATER = {
+    "one memory": lambda p, q: setattr(q, "data", p.data),
+    "a gradient in it": lambda p, q: setattr(q, "grad", p.data.view_as(p)),
+    "apart, then one memory": lambda p, q: (
+        setattr(p, "data", p.data.clone()),
+        setattr(q, "data", p.data),
+    ),
+}
+
+
+CASES = [(how, late) for how in LATER for late in (False, True)]
+CASES.remove(("a gradient in it", True))  # parameters with other counts are stepped first
+
+
+@pytest.mark.parametrize(("how", "late"), CASES)
+@elementwise
+def test_parameters_may_come_to_share_memory(name, how, late):
+    """Also where counts differ, and where a float32 rate keeps float64 from torch's kernels."""
+    runs = [parameters(*[(3, 3)] * 3, dtype=torch.float64) for _ in BOTH]
+    for library, params in zip(BOTH, runs, strict=True):
+        optimizer = make(library, name, params)
+        for t in range(3):
+            step(optimizer, [p for p in params if t or not late or p is not params[1]], t)
+        LATER[how](*params[1:])
+        for rate in (0.01, 0.01, torch.tensor(0.01), torch.tensor(0.01)):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+    close(*runs, rtol=1e-6, atol=1e-8)
 
 
 @every_way
@@ -427,7 +457,7 @@ def test_a_change_of_one_of_many_like_parameters_is_noticed(what, i):
     """They are compared in chunks, all by the same guard."""
     runs = [parameters(*[(2, 2)] * 250) for _ in BOTH]
     for library, params in zip(BOTH, runs, strict=True):
-        optimizer = make(library, "Adam", params)
+        optimizer = make(library, "Adamax" if what == "memory" else "Adam", params)
         for t in range(3):
             step(optimizer, params, t)
         before = [*getattr(optimizer.state, "plans", ())]

@@ -8,7 +8,9 @@ so a step that makes a new plan gives the same bits. A plan that is kept
 - is checked before each step, and used only if the parameters are the same objects, the flags, the
   rule and the missing gradients are the same, every parameter, gradient and tensor of the state has
   the type, dtype, device, layout, shape and strides that it had, all but the gradients have the
-  address that they had, and the step counts that were equal, and only those, are equal. Tensors of
+  address that they had, and the step counts that were equal, and only those, are equal. If a
+  native kernel of a CPU steps all parameters of the group, they may move: it takes one after the
+  other, so that it makes no difference which of them share memory. Tensors of
   the state that no user has read or put in are not checked: nobody else can change them. If one
   has, counts on a device are used one by one: what `.data` writes there cannot be seen.
 
@@ -90,7 +92,7 @@ class Plan:
             and self.inference == torch.is_inference_mode_enabled()
             and not _modes.observed()
             and all(
-                bucket.holds(*bucket.of(params, grads), lent=optimizer.state.plans.lent)
+                bucket.holds(*bucket.of(params, grads), options, lent=optimizer.state.plans.lent)
                 for bucket in self.buckets
             )
             and (len(self.buckets) == 1 or self._apart())
@@ -131,6 +133,7 @@ class Bucket:
         self.rule, self.key, self.indices = opt, key, indices
         self.options: Options | None = None
         self.way: ways.Way = "leaf"
+        self.in_turn = False  # whether the last step took all of the group one after the other
         self.wanted: ways.Wanted = _wanted(group)
         self.differentiable = bool(group.get("differentiable"))
         plain = key.kind.layout in ("regular", "strided") and not self.differentiable
@@ -164,9 +167,12 @@ class Bucket:
         self.given, self.own = Prints(params, grads), Prints(self.kept, ())
         self.addresses = addresses_of(self.counted)
 
-    def holds(self, params: list[Tensor], grads: list[Any], *, lent: bool) -> bool:
+    def holds(
+        self, params: list[Tensor], grads: list[Any], options: Options, *, lent: bool
+    ) -> bool:
         """Whether all tensors are as they were."""
-        return self.given.fit(params, grads) and (not lent or self._kept_hold())
+        moved = self.in_turn and self._chosen(options)
+        return self.given.fit(params, grads, moved=moved) and (not lent or self._kept_hold())
 
     def _kept_hold(self) -> bool:
         """Whether those of the state are."""
@@ -193,8 +199,10 @@ class Bucket:
             if (scale := getattr(optimizer, name, None)) is not None
         }
         way, apart = self.way, self._unsure(optimizer)
+        self.in_turn = False
         if way == "native":
             if self._native_step_(columns, amp, apart=apart):
+                self.in_turn = not self.indices and self.key.device.type == "cpu"
                 return
             way = ways.choose(self.rule, self.key.kind, self.values, "unfused")
         self._rule_step_(way, columns, amp, apart=apart)
@@ -208,12 +216,16 @@ class Bucket:
 
     def _read(self, options: Options) -> None:
         """Take the numbers of a group, and choose how to step with them."""
-        before, self.options = self.options, options
+        chosen, self.options = self._chosen(options), options
         self.values = self.numbers = filled(options.values, self.key.dtype)
-        if before and before.constant and options.constant:  # the way is chosen already
+        if chosen:
             return
         self.numbers, wanted = self._for_kernels(self.values)
         self.way = ways.choose(self.rule, self.key.kind, [0.0, *self.numbers[1:]], wanted)
+
+    def _chosen(self, options: Options) -> bool:
+        """Whether the way of the step before is that for these numbers, too."""
+        return options.constant and self.options is not None and self.options.constant
 
     def _columns(self, params: list[Tensor], grads: list[Tensor]) -> list[Any]:
         columns: list[Any] = [self._walk(params), self._walk(grads)]
