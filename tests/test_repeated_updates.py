@@ -44,6 +44,8 @@ CHANGES = {
     "rates of the parts": lambda r: setattr(r, "hparams", r.opt.hparams(lr=[0.1] * 9 + [0.2])),
     "a missing gradient": lambda r: r.grads.__setitem__(3, None),
     "a gradient of another shape": lambda r: r.grads.__setitem__(3, torch.zeros(3, 2)),
+    "a gradient that requires one": lambda r: r.grads[3].requires_grad_(),
+    "a gradient that is a list": lambda r: r.grads.__setitem__(3, [r.grads[3]]),
     "a gradient of another dtype": lambda r: r.grads.__setitem__(3, torch.zeros(2, 3).double()),
     "gradients of other strides": lambda r: r.grads.__setitem__(3, torch.ones(3, 2).t()),
     "a gradient that is not a tensor": lambda r: r.grads.__setitem__(3, 1.0),
@@ -57,6 +59,8 @@ CHANGES = {
     "a parameter elsewhere": lambda r: data(r, 3, torch.ones(2, 3)),
     "a parameter in another": lambda r: data(r, 3, r.params[2].data),
     "a parameter twice": lambda r: r.params.__setitem__(3, r.params[2]),
+    "parameters that require gradients": lambda r: [p.requires_grad_() for p in r.params],
+    "other objects": lambda r: setattr(r, "params", [p.detach() for p in r.params]),
     "a parameter that is expanded": lambda r: data(r, 3, torch.ones(3).expand(2, 3)),
     "a buffer in a parameter": lambda r: r.field().__setitem__(3, r.params[2]),
     "a buffer of another dtype": lambda r: r.field().__setitem__(3, torch.ones(2, 3).bfloat16()),
@@ -100,6 +104,28 @@ def test_what_has_passed_the_checks_is_checked_again_where_it_has_changed(name, 
         assert ends[0] == ends[1]
     else:
         torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_a_parameter_at_two_distant_paths_is_refused():
+    params, grads = ([torch.ones(2) for _ in range(250)] for _ in range(2))
+    opt = diffopt.sgd()
+    state, hparams = opt.init(params), opt.hparams(lr=0.1)
+    for _ in range(3):
+        opt.update_(params, grads, state, hparams)
+    params[200] = params[50]
+    with pytest.raises(ValueError, match=r"params\[200\] and params\[50\] are the same tensor"):
+        opt.update_(params, grads, state, hparams)
+
+
+def test_a_gradient_that_requires_one_is_taken_only_where_none_is_recorded():
+    run = Run("adam")
+    for grad in run.grads:
+        grad.requires_grad_()
+    for _ in range(3):
+        with torch.no_grad():
+            run.step()
+        with pytest.raises(ValueError, match=r"grads\[0\] requires a gradient"):
+            run.step()
 
 
 def replaced(tensors):

@@ -47,6 +47,16 @@ def flatten(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> tuple[
     return values, spec
 
 
+def leaves_as(tree: Tree, spec: Spec) -> list[Any] | None:
+    """The leaves of a tree of a structure that `flatten` returned of late; None of other trees.
+
+    Faster than `flatten`, as it takes any object for a leaf: for callers that know their types.
+    """
+    node, values = _NODES.get(id(spec)), list[Any]()
+    fits = node is not None and node.spec is spec and _collect(tree, node, values, trusted=True)
+    return values if fits else None
+
+
 def unflatten(values: Iterable[Any], spec: Spec) -> Tree:
     """The tree of structure `spec` that holds `values`."""
     node = None if _modes.compiling() else _NODES.get(id(spec))
@@ -107,12 +117,16 @@ def _node(spec: Spec) -> _Node | None:
     return _Node(spec, kind, spec.context, cast(Any, children), flat)
 
 
-def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
-    """Add the leaves to the values, if the tree has this structure."""
+def _collect(tree: Tree, node: _Node, values: list[Any], *, trusted: bool = False) -> bool:
+    """Add the leaves to the values, if the tree has this structure.
+
+    `trusted`: whatever stands in the place of a leaf is one.
+    """
     _, kind, context, children, flat = node
     if kind is None:
         values.append(tree)
-        return isinstance(tree, Tensor) or type(tree) in _LEAVES or pytree.tree_is_leaf(tree)
+        known = trusted or isinstance(tree, Tensor) or type(tree) in _LEAVES
+        return known or pytree.tree_is_leaf(tree)
     if type(tree) is not (context if kind is pytree.namedtuple else kind):
         return False
     mine: Any = tree
@@ -124,13 +138,14 @@ def _collect(tree: Tree, node: _Node, values: list[Any]) -> bool:
         mine = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)[0]
     if len(mine) != len(children):
         return False
-    if flat and _LEAVES.issuperset(builtins.map(type, mine)):  # all in C: there may be thousands
+    # All in C: there may be thousands.
+    if flat and (trusted or _LEAVES.issuperset(builtins.map(type, mine))):
         values += mine
         return True
     for child, structure in zip(mine, children):  # noqa: B905 (`strict` is slower)
         if structure is _LEAF and isinstance(child, Tensor):
             values.append(child)
-        elif not _collect(child, structure, values):
+        elif not _collect(child, structure, values, trusted=trusted):
             return False
     return True
 

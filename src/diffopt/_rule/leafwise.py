@@ -140,6 +140,14 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         work = gather(self, params, params, state, hparams)  # gradients are like params
         return Repeated.of(work, state[0], hparams)
 
+    def update_(self, params: Tree, grads: Tree, state: S, hparams: H) -> None:
+        work = prints.as_before(self, params, grads, state, hparams)
+        if work is None:
+            super().update_(params, grads, state, hparams)
+            return
+        with torch.no_grad():
+            write_(work, state[0], functools.partial(_part_, work))
+
     def prepare_(self, params: Tree, grads: Tree, state: S, hparams: H) -> Write:
         work = prints.as_before(self, params, grads, state, hparams)
         if work is None:

@@ -52,27 +52,31 @@ def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
 class Passed:
     """What the tensors of an update in place were that passed all checks: as they are, they pass.
 
-    The checks look at nothing but types, dtypes, devices, shapes, strides and addresses, and at
-    whether all params are different objects.
+    The checks look at nothing but types, dtypes, devices, shapes, strides, addresses and whether
+    gradients require one, and at whether all params are different objects: they are if they have
+    different addresses.
     """
 
     def __init__(self, params: list[Tensor], others: list[Tensor], grads: list[Tensor]) -> None:
         self._sizes = len(others), len(grads)
-        self._given, self._others = Prints(params, grads), Prints(others, ())
+        with torch.enable_grad():  # where guards look at requires_grad
+            self._given, self._others = Prints(params, grads), Prints(others, ())
         self._extent = _memory.Extent([*params, *others], grads)
 
-    def by(self, params: list[Tensor], others: list[Tensor], grads: list[Any]) -> bool:
-        """Whether these have passed, if their params have the ids of those before."""
-        return (
-            self._sizes == (len(others), len(grads))
-            and self._given.fit(params, grads)
-            and self._others.fit(others, ())
-            and not self._extent.meets(grads)
-        )
+    def by(self, params: list[Tensor], others: list[Any], grads: list[Any]) -> bool:
+        """Whether these, as many params as before, have passed."""
+        with torch.enable_grad():
+            return (
+                self._sizes == (len(others), len(grads))
+                and self._given.fit(params, grads)
+                and self._others.fit(others, ())
+                and not self._extent.meets(grads)
+            )
 
 
 _PASSED: dict[Any, tuple[Passed, ways.Alike | None] | None] = {}
-"""By rule and ids of params, what has passed all checks, and what all tensors have in common.
+"""By rule, the number of params and the first one, what has passed all checks, and what all tensors
+have in common.
 
 None after the first time.
 """
@@ -83,7 +87,10 @@ _REMEMBERED = 8
 def as_before(
     rule: Rule[Any, Any], params: Tree, grads: Tree, state: Any, hparams: Any
 ) -> Work | None:
-    """What `gather` returns, if tensors like these have passed all checks before."""
+    """What `gather` returns, if tensors like these have passed all checks before.
+
+    Then none of the gradients and hyperparameters requires a gradient.
+    """
     made = type(state) is rule.State and type(hparams) is rule.hparams
     if _modes.observed() or not (made and _PASSED):
         return None
@@ -93,11 +100,13 @@ def as_before(
         return None
     passed, alike = known
     used = [field for field in state[1:] if not unused(field)]
-    (gradients, *columns), specs = zip(*map(_tree.flatten, (grads, *used)), strict=True)
+    found: list[Any] = [_tree.leaves_as(tree, spec) for tree in (grads, *used)]
+    if None in found:
+        return None
+    gradients, *columns = found
     numbers = hyper.broadcast(hparams, spec, params)
     if not (
-        all(structure is spec for structure in specs)
-        and all(len(n.values) == 1 and type(n.values[0]) in (float, int) for n in numbers)
+        all(len(n.values) == 1 and type(n.values[0]) in (float, int) for n in numbers)
         and passed.by(tensors, [*itertools.chain(*columns), state[0]], gradients)
     ):
         return None
@@ -111,6 +120,10 @@ def remember(work: Work, others: list[Tensor]) -> None:
     if _modes.observed() or len(work.params) < checks.MANY or not is_ours(work.rule):
         return
     if not _modes.all_ordinary([*work.params, *others, *work.grads]):
+        return
+    grads: list[Any] = work.grads
+    apart = len({*addresses_of(work.params)}) == len(work.params)
+    if not apart or any(map(_modes.needs_gradient, grads)):
         return
     key = _key(work.rule, work.params, (unused(column[0]) for column in work.buffers))
     _PASSED[key] = _passed(work, others) if key in _PASSED else None
@@ -129,4 +142,5 @@ def _passed(work: Work, others: list[Tensor]) -> tuple[Passed, ways.Alike | None
 
 
 def _key(rule: Rule[Any, Any], params: list[Any], absent: Iterable[bool]) -> tuple[Any, ...]:
-    return (rule, torch.is_inference_mode_enabled(), *absent, *map(id, params))
+    first = id(params[0]) if params else None
+    return rule, torch.is_inference_mode_enabled(), *absent, len(params), first
