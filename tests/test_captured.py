@@ -1,6 +1,8 @@
 """Constants that a function captures, modified between its run and the backward pass."""
 
+import array
 import collections
+import functools
 import types
 import weakref
 
@@ -333,6 +335,67 @@ def changes():
     yield ".data", lambda w: w - tensor, lambda: setattr(tensor, "data", tensor + 1)
 
 
+class Configured(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rates, self.table, self.array = [2.0], {"rate": 2.0}, np.array([2.0])
+
+    def forward(self, w):
+        rate = self.rates[0] * self.table["rate"] * float(self.array[0])
+        return w - rate - sum(self.buffers())
+
+
+def constant(w, rate=(2.0,), **more):
+    return w - rate[0] - more.get("shift", 0.0) - getattr(constant, "shift", 0.0)
+
+
+def changes_within():
+    """More of them, that change what is inside of what is captured."""
+    values, numbers = np.ones(2), array.array("d", [1.0])
+    yield "numpy", lambda w: w - values[1], lambda: values.__imul__(2)
+    strided = np.ones((4, 4))[:, ::2]
+    yield "strided", lambda w: w - strided[1, 1], lambda: strided.__setitem__((1, 1), 2.0)
+    pair = [np.ones(1), np.zeros(1)]
+    yield "numpy in a list", lambda w: w - pair[0][0], lambda: pair[0].__imul__(2)
+    large = np.ones(3 << 20)
+    yield "large", lambda w: w - large[7], lambda: large.__imul__(2)
+    yield "array", lambda w: w - numbers[0], lambda: numbers.__setitem__(0, 2.0)
+    memory = bytearray([1, 2])
+    yield "bytearray", lambda w: w - memory[0], lambda: memory.__setitem__(0, 2)
+    table, counts = {"a": 1.0}, collections.Counter(a=1)
+    yield "key", lambda w: w - sum(table.values()), lambda: table.update(b=1.0)
+    yield "missing key", lambda w: w - counts["b"], lambda: counts.update(b=1)
+    own, kind = Settings(), Settings()
+    yield "attribute", lambda w: w - getattr(own, "shift", 0), lambda: setattr(own, "shift", 1.0)
+    kind.table = {"a": 1.0}
+    yield "its dict", lambda w: w - len(kind.table), lambda: kind.table.update(b=1.0)
+    for name in ("rates", "table", "array"):
+        net, key = Configured(), "rate" if name == "table" else 0
+        yield f"module's {name}", net, functools.partial(getattr(net, name).__setitem__, key, 3.0)
+    buffered = Configured()
+    yield "buffer", buffered, lambda: buffered.register_buffer("new", torch.ones((), dtype=F64))
+    part = functools.partial(constant)
+    yield "keyword", part, lambda: part.keywords.update(shift=1.0)
+    yield "default", constant, lambda: setattr(constant, "__defaults__", ((3.0,),))
+    yield "function", constant, lambda: setattr(constant, "shift", 1.0)
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in changes_within()])
+def test_what_is_inside_of_what_is_read_may_not_change(name, monkeypatch):
+    monkeypatch.setattr(constant, "__defaults__", ((2.0,),))
+    monkeypatch.setattr(constant, "shift", 0.0, raising=False)
+    monkeypatch.delattr(constant, "shift")
+    read, change = {case: rest for case, *rest in changes_within()}[name]
+    x = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    solve = implicit_root(lambda w, x: x * read(w), lambda init, x: init)
+    y = solve(torch.ones(1, dtype=F64), x).sum()
+    before = torch.autograd.grad(y, x, retain_graph=True)
+    assert before[0].isfinite()
+    change()
+    with pytest.raises(RuntimeError, match="captures"):
+        torch.autograd.grad(y, x)
+
+
 @pytest.mark.parametrize("name", [name for name, *_ in changes()])
 @pytest.mark.parametrize("how", [adjoint.Checkpointed(), adjoint.Implicit()], ids=["C", "I"])
 def test_what_is_read_beside_arguments_may_not_change(how, name):
@@ -346,8 +409,8 @@ def test_what_is_read_beside_arguments_may_not_change(how, name):
         torch.autograd.grad(y, x)
 
 
-def add_key(table, array):
-    table["b"] = 1.0
+def add_attribute(table, array):
+    table.b = 1.0
 
 
 def write_array(table, array):
@@ -355,13 +418,14 @@ def write_array(table, array):
 
 
 @pytest.mark.parametrize("levels", [1, 2])
-@pytest.mark.parametrize("change", [add_key, write_array])
+@pytest.mark.parametrize("change", [add_attribute, write_array])
 def test_a_step_that_has_another_loss_when_it_is_run_again_raises(change, levels):
-    table, array = {"a": 1.0}, np.array(1.0)
+    table, array = types.SimpleNamespace(a=1.0), np.array(1.0)
+    shared = torch.from_numpy(array)
     x = torch.tensor(0.5, dtype=F64, requires_grad=True)
 
     def loss(w, x):
-        return (x * w - sum(table.values()) - torch.from_numpy(array)).square().sum()
+        return (x * w - sum(vars(table).values()) - shared).square().sum()
 
     y = loop(adjoint.Checkpointed(levels=levels), loss, x, steps=9).sum()
     torch.autograd.grad(y, x, retain_graph=True)

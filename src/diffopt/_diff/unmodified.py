@@ -11,6 +11,7 @@ import inspect
 import itertools
 import types
 import weakref
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeAlias, cast
 
@@ -179,7 +180,10 @@ def _memory(x: Tensor) -> int | None:
 
 _Path = tuple[Any, ...]
 _MANY = 64  # entries of a container that are looked at one by one
+_MUCH = 1 << 24  # bytes of memory that are all compared; of more, as many
+_STORED = "[]="  # among the names in code that stores an item
 _ADDING = {"append", "appendleft", "extend", "insert", "add"}
+_ADDING_KEYS = {"update", "setdefault", _STORED}
 _CONTAINERS = (tuple, list, dict, set, frozenset, collections.deque)
 _CONSTANTS = (bool, int, float, complex, str, bytes, types.CodeType)
 
@@ -221,7 +225,23 @@ def _bound(whole: Any, names: set[str]) -> dict[_Path, Any]:
 
     Of the attributes of a user's objects only those with these names are among it.
     """
-    return {path: value for path, value, parts in _walked(whole, names) if parts is None}
+    leaves = ((path, value) for path, value, parts in _walked(whole, names) if parts is None)
+    return {path: value if type(value) in _PLAIN else _contents(value) for path, value in leaves}
+
+
+def _contents(value: Any) -> Any:
+    """The value; a checksum of memory that can be written to, such as that of a numpy array."""
+    try:
+        memory = memoryview(value)
+        if memory.nbytes > _MUCH:
+            sample: Any = memory.tobytes() if not memory.c_contiguous else memory.cast("B")
+            sample = sample[:: -(-memory.nbytes // _MUCH)]
+        else:
+            sample = memory
+        checksum = zlib.crc32(sample if sample.c_contiguous else sample.tobytes())
+    except (TypeError, ValueError, BufferError, NotImplementedError):
+        return value  # it has no such memory, or does not show it
+    return f"{memory.format} {memory.shape} {checksum}"
 
 
 def _names_read(whole: Any) -> set[str]:
@@ -234,7 +254,7 @@ def _names_read(whole: Any) -> set[str]:
             functions += [] if _library(value) else [value]
         else:
             classes.add(type(value))
-    names = {"__call__"}
+    names = {"__call__", "forward"}
     functions += _methods(classes, names)
     while functions:
         more = _names_of(functions.pop().__code__) - names
@@ -247,7 +267,7 @@ def _methods(classes: Iterable[type], names: Iterable[str]) -> list[types.Functi
     """The methods and properties of the user's classes with these names."""
     found = [getattr(kind, name, None) for kind in classes for name in names if not _library(kind)]
     found = [x.fget if isinstance(x, property) else x for x in found]
-    return [x for x in found if isinstance(x, types.FunctionType)]
+    return [x for x in found if isinstance(x, types.FunctionType) and not _library(x)]
 
 
 def _walked(
@@ -285,13 +305,11 @@ def _parts(value: Any, names: set[str] | None) -> Iterator[tuple[Any, Any]] | No
 
 
 def _entries(container: Any, names: set[str] | None) -> Iterator[tuple[Any, Any]]:
-    """The entries of a container; how many, if it has no keys and the user's functions add none."""
-    if isinstance(container, dict):
-        pairs = [*cast(Any, container).items()]
-    else:
-        pairs = [*enumerate(container)]
-        if not names or names.isdisjoint(_ADDING):
-            yield "len()", len(pairs)
+    """The entries of a container, and how many there are, if the user's functions add none."""
+    keyed = isinstance(container, dict)
+    pairs = [*cast(Any, container).items()] if keyed else [*enumerate(container)]
+    if not names or names.isdisjoint(_ADDING_KEYS if keyed else _ADDING):
+        yield "len()", len(pairs)
     rest = [entry for _, entry in pairs[_MANY:]]
     if rest and {*map(type, rest)} <= _PLAIN:
         yield f"[{_MANY}:]", _Entries(rest)
@@ -311,7 +329,13 @@ def _attributes(value: Any, names: set[str] | None) -> list[tuple[str, Any]]:
     slots = (name for k in kind.__mro__ for name in getattr(k, "__slots__", ()) if name in names)
     own = {name: getattr(value, name, None) for name in slots} | getattr(value, "__dict__", {})
     read = [(name, x) for name, x in own.items() if name in names]
+    read += [("__dict__", _listed(value, read))] if hasattr(value, "__dict__") else []
     return [*read, *((x, y) for k in kind.__mro__ for x, y in _attributes(k, names))]
+
+
+def _listed(value: Any, attributes: Iterable[tuple[str, Any]]) -> str:
+    """The kind of an object and the names of its attributes: there may be others later."""
+    return f"{type(value).__qualname__}: {', '.join(sorted(name for name, _ in attributes))}"
 
 
 def _constant(value: Any) -> bool:
@@ -319,14 +343,22 @@ def _constant(value: Any) -> bool:
 
 
 def _settings(module: torch.nn.Module, names: set[str]) -> Iterator[tuple[str, Any]]:
-    """The constants among the attributes of a module that are read, its tensors and submodules."""
-    read = _read_by(type(module))
-    for name, x in vars(module).items():
-        if (name in read or name in names) and isinstance(x, _CONSTANTS):
-            yield name, x
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
-    yield from module.named_children()
+    """What a module has of its own: attributes that are read, its tensors and submodules.
+
+    Of the attributes those that are constants, containers, or other memory.
+    """
+    read = _read_by(type(module)) | names
+    own = ((name, x) for name, x in vars(module).items() if name in read - _REGISTRIES)
+    kinds = *_CONSTANTS, *_CONTAINERS
+    parts = [(name, x) for name, x in own if isinstance(x, kinds) or _contents(x) is not x]
+    parts += module.named_parameters(recurse=False)
+    parts += module.named_buffers(recurse=False)
+    parts += module.named_children()
+    yield "__dict__", _listed(module, parts)
+    yield from parts
+
+
+_REGISTRIES = vars(torch.nn.Module()).keys() - {"training"}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -356,6 +388,7 @@ def _names_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     if not _library(function):
         known = function.__globals__
         yield from ((name, known[name]) for name in _globals_in(function.__code__) if name in known)
+        yield "__dict__", function.__dict__
     yield "code", function.__code__
     if function.__defaults__ or function.__kwdefaults__:
         yield "defaults", (function.__defaults__, function.__kwdefaults__)
@@ -363,9 +396,15 @@ def _names_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 @functools.lru_cache(maxsize=1024)
 def _names_of(code: types.CodeType) -> frozenset[str]:
-    """The names of attributes and global variables in code, also in functions that it defines."""
+    """The names of attributes and global variables in code, also in functions that it defines.
+
+    Strings may be such names, too: those of `getattr`.
+    """
     inner = (x for x in code.co_consts if isinstance(x, types.CodeType))
-    return frozenset(code.co_names).union(*map(_names_of, inner))
+    strings = (x for x in code.co_consts if isinstance(x, str) and x.isidentifier())
+    stores = any(i.opname == "STORE_SUBSCR" for i in dis.get_instructions(code))
+    names = {*code.co_names, *strings, *([_STORED] if stores else ())}
+    return frozenset(names).union(*map(_names_of, inner))
 
 
 @functools.lru_cache(maxsize=1024)
