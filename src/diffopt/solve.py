@@ -105,14 +105,14 @@ def minimize(
         callback: `callback(step, loss, params, state)` is called after each step 0, 1, ... with the
             loss before the step and the params and state after it, detached; under torch.vmap with
             those of all examples, batch dimensions first. What it returns is ignored; if it raises
-            StopIteration, that step is the last. `Unrolled`, `FirstOrder` and None run the loop
-            once, as the calls come; every other adjoint, which may run steps again, runs it after
-            the calls, which come from a run without a graph.
+            StopIteration, that step is the last. `Unrolled`, `FirstOrder` and None call it as the
+            loop runs; other adjoints, which may run steps again, call it in a run without a graph
+            before their own.
         compile: whether torch.compile compiles the step and its derivative, each once: for any
             number of steps, and any learning rate and data of these shapes. A mapping holds its
             arguments `backend`, `mode`, `options` or `dynamic`. The first results are compared with
-            those of the step as it is; a step that cannot be compiled, or is compiled wrongly, runs
-            as it is, with a warning that says why. So do second derivatives of the result, steps
+            those of the eager step; a step that cannot be compiled, or is compiled wrongly, runs
+            eagerly, with a warning that says why. So do second derivatives of the result, steps
             that draw random numbers, and steps whose loss closes over a tensor that requires a
             gradient or is batched: pass it as an argument.
 

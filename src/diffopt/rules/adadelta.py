@@ -41,7 +41,7 @@ class Adadelta(Leafwise[AdadeltaState, AdadeltaHParams]):
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1), `rho` in
     [0, 1] (0.9), `eps` >= 0 (1e-6), `weight_decay` >= 0 (0).
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Examples:
         >>> import torch, diffopt

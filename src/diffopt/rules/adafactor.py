@@ -67,7 +67,7 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
     the derivative is that of one of them; which one depends on rounding at the first step of a
     vector with d = 1, where RMS(u_t) is 1.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Args:
         eps1: make eps1 a hyperparameter. False takes the machine epsilon of the parameter's dtype

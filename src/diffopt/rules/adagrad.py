@@ -45,7 +45,7 @@ class Adagrad(Leafwise[AdagradState, AdagradHParams]):
     `initial_accumulator_value`, for all tensors, also those whose first gradient comes later; from
     then on it equals torch's. t counts the steps of the whole tree.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Examples:
         >>> import torch, diffopt

@@ -55,7 +55,7 @@ class Adam(Leafwise[AdamState, AdamHParams]):
     Where a gradient has always been zero, derivatives are finite: those of the problem without that
     coordinate.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Args:
         amsgrad: divide by the square root of the largest v so far (AMSGrad).
@@ -122,7 +122,7 @@ class AdamW(Adam):
     The parameter is first scaled, p <- p * (1 - lr * weight_decay), and then takes the step of
     `adam` with g_t = grad_t. `weight_decay` is 1e-2 by default.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Args:
         amsgrad: divide by the square root of the largest v so far (AMSGrad).

@@ -43,7 +43,7 @@ class Adamax(Leafwise[AdamaxState, AdamaxHParams]):
 
     Where the two sides of the maximum are equal, each gets half of the derivative.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Examples:
         >>> import torch, diffopt

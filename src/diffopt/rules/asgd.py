@@ -50,7 +50,7 @@ class ASGD(Leafwise[ASGDState, ASGDHParams]):
     first gradient of one comes later, torch.optim.ASGD takes the `lr` of that step, and counts t
     from there.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Examples:
         >>> import torch, diffopt

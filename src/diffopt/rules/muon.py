@@ -63,7 +63,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     Its parameters must be matrices; give others to another optimizer. At a zero gradient the
     derivative is that of X_0 = N / eps.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Args:
         nesterov: use Nesterov's momentum.

@@ -51,7 +51,7 @@ class NAdam(Leafwise[NAdamState, NAdamHParams]):
     `momentum_decay` that is larger; it starts at 0, and the first step sets it to 1 for all
     tensors.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Args:
         decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of

@@ -46,7 +46,7 @@ class RAdam(Leafwise[RAdamState, RAdamHParams]):
 
     As a function of `beta2` it jumps where r_t crosses 5, and has no derivative there.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Args:
         decoupled_weight_decay: scale the parameter, p <- p * (1 - lr * weight_decay), instead of

@@ -50,7 +50,7 @@ class RMSprop(Leafwise[RMSpropState, RMSpropHParams]):
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2),
     `alpha` >= 0 (0.99), `eps` >= 0 (1e-8), `weight_decay` >= 0 (0), `momentum` >= 0 (0).
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Args:
         centered: subtract the square of the average gradient, an estimate of the variance.

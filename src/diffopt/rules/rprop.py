@@ -50,7 +50,7 @@ class Rprop(Leafwise[RpropState, RpropHParams]):
     starts at 0, and the first step sets it to `lr`, for all tensors. Where the first gradient of
     one comes later, torch.optim.Rprop takes the `lr` of that step.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Examples:
         >>> import torch, diffopt

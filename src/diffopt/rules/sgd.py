@@ -53,7 +53,7 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
     Its first step is differentiable, unlike that of torch.optim.SGD, whose first buffer is a
     detached gradient.
 
-    Like every `diffopt.rules.Leafwise` it takes `maximize`, to ascend, and `execution`.
+    `maximize` (to ascend) and `execution` are flags of every `diffopt.rules.Leafwise`.
 
     Args:
         nesterov: use Nesterov's momentum.

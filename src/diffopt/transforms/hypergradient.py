@@ -67,8 +67,8 @@ class Hypergradient(Wrapper[HypergradientState]):
         h_t  = h exp(x_t),   or, in [0, 1],   h_t / (1 - h_t) = h / (1 - h) exp(x_t)
         p_{t+1}, s_{t+1} = optimizer(p_t, g_t, s_t, h_t)
 
-    x_0 = 0, so that h, the hyperparameters that are passed, are what is begun with; they may still
-    follow a schedule. No step of `outer` makes a rate negative. The first step has d = 0. If d is
+    x_0 = 0: the run begins with the hyperparameters h that are passed, which may still follow a
+    schedule. No step of `outer` makes a rate negative. The first step has d = 0. If d is
     not finite, `outer` takes no step: an optimizer may skip such gradients, or clip them. A tensor
     without a gradient keeps the derivative of its own last step, and counts again when it has one.
 
