@@ -115,3 +115,28 @@ def test_a_keyword_that_a_function_lacks_is_explained(call, message):
 
 def minimize_with(**keywords):
     return diffopt.minimize(torch.sum, PARAMS, optimizer=OPT, hparams=OPT.hparams(), **keywords)
+
+
+@pytest.mark.parametrize(
+    ("opt", "other"),
+    [
+        (diffopt.adam(), diffopt.adamw()),
+        (diffopt.sgd(momentum=False), diffopt.sgd()),
+        (diffopt.rmsprop(momentum=False), diffopt.rmsprop()),
+        (diffopt.adafactor(), diffopt.adafactor(eps1=True)),
+    ],
+    ids=["adam", "sgd", "rmsprop", "adafactor"],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_record_of_a_related_optimizer_is_refused_before_any_step(opt, other, swapped):
+    opt, other = (other, opt) if swapped else (opt, other)
+    p, wrong = torch.ones(2, 2), other.hparams()
+    with pytest.raises(TypeError, match="hparams has type"):
+        opt.update(p, p, opt.init(p), wrong)
+    with pytest.raises(TypeError, match="hparams has type"):
+        opt.update_(p, torch.ones(2, 2), opt.init(p), wrong)
+    with pytest.raises(TypeError, match="not a record of this optimizer"):
+        diffopt.minimize(lambda p: p.sum(), p, optimizer=opt, hparams=wrong, steps=1)
+    with pytest.raises(TypeError, match="not a record of this optimizer"):
+        diffopt.innerloop(torch.nn.Linear(2, 2), opt, hparams=wrong).__enter__()
+    assert p.eq(1).all()

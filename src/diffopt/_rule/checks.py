@@ -59,8 +59,8 @@ def _not_a_tensor(leaf: Any, path: str) -> str:
 
 
 def instance(value: object, kind: type, name: str, maker: str) -> None:
-    """Raise unless it is an instance of this class, which `maker` returns."""
-    if not isinstance(value, kind):
+    """Raise unless it is of this class, which `maker` returns, and not of a subclass."""
+    if type(value) is not kind:
         found = type(value).__name__
         raise TypeError(
             f"{name} has type {found}, but must have type {kind.__name__}: create it with {maker}"

@@ -230,7 +230,7 @@ def check_record_class(kind: Any) -> None:
 
 def made_by(record: Any, maker: Any) -> bool:
     """Whether an optimizer's `hparams` may have made it: only a class of records can tell."""
-    return isinstance(record, maker) if is_record_class(maker) else record is not None
+    return type(record) is maker if is_record_class(maker) else record is not None
 
 
 class Covered(NamedTuple):
