@@ -10,7 +10,7 @@ import itertools
 import operator
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -37,10 +37,10 @@ def replica(parts: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> nn.Mod
         result = known[id(part)]
         attributes = vars(result)
         attributes.update(vars(part))
-        _replace(part, result, copies)
         for name, kind in _REGISTRIES.items():
             old = attributes.get(name)  # mostly empty, which takes longer to copy than to make
             attributes[name] = old.copy() if old else kind()
+        _replace(part, result, copies)
     return known[id(parts[0])]
 
 
@@ -57,11 +57,12 @@ def replace_(parts: Iterable[nn.Module], tensors: Mapping[int, Tensor]) -> None:
 
 def _replace(part: nn.Module, result: nn.Module, copies: _Copies) -> None:
     """Set the attributes of a part in `result`, which has them already, with replacements."""
-    attributes, known = vars(result), copies.known
-    for name, value in [*attributes.items()]:
-        kind: type = type(value)
-        if kind not in _ATOMS and (kind not in _CONTAINERS or value) and name not in _TABLES:
-            attributes[name] = _replaced(value, copies, part, name)
+    own, attributes, known = vars(part), vars(result), copies.known
+    followed = [name for name in own if name not in _COMMON and type(own[name]) not in _ATOMS]
+    for name in [*followed, *filter(own.get, _REGISTRIES)]:
+        new = _replaced(own[name], copies, part, name)
+        if new is not own[name]:
+            attributes[name] = new
     for name in _TABLES:
         table = attributes[name]
         attributes[name] = {k: known.get(id(v), v) for k, v in table.items()} if table else {}
@@ -238,7 +239,6 @@ def _list(value: Any, new: list[Any], result: Any) -> Any:
 
 
 _ATOMS = {bool, int, float, complex, str, bytes, type(None)}
-_CONTAINERS = {dict, OrderedDict, set}  # most attributes of a module are empty ones for hooks
 _TABLES = _torch.MODULE_TABLES
 _REGISTRIES = {
     name: type(value)
@@ -246,6 +246,7 @@ _REGISTRIES = {
     if isinstance(value, (dict, set)) and name not in _TABLES
 }
 """What a module keeps of its hooks, which it may write to when it is called."""
+_COMMON = {*_REGISTRIES, *_TABLES, "training"}
 _SHARED = (Tensor, nn.Module, type, types.ModuleType)  # those that are not parts of the module
 _BUILTIN = (types.BuiltinMethodType, types.MethodWrapperType)
 _BEGUN: tuple[tuple[Any, Callable[[Any], Any]], ...] = (

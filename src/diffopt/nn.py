@@ -21,6 +21,7 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 
 _MISSING = cast(Any, None)  # explained by the same error as an argument of another kind
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
+_TABLES = operator.itemgetter(*_torch.MODULE_TABLES)
 
 
 class Functional(NamedTuple):
@@ -277,7 +278,7 @@ def _places(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str
 
 def _contents(parts: Iterable[nn.Module]) -> list[Any]:
     """The parameters, buffers and submodules of each part."""
-    return [x for part in parts for t in _torch.MODULE_TABLES for x in vars(part)[t].values()]
+    return [x for part in parts for table in _TABLES(vars(part)) for x in table.values()]
 
 
 def _refuse_kinds(module: nn.Module) -> None:

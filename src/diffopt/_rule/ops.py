@@ -30,6 +30,8 @@ def is_zero(coefficient: Any) -> bool:
 
 
 def _is(coefficient: Any, number: int) -> bool:
+    if type(coefficient) is float:  # most are
+        return coefficient == number
     known = isinstance(coefficient, (int, float, Symbol)) and not isinstance(coefficient, Unknown)
     return known and coefficient == number
 
@@ -48,10 +50,20 @@ def coefficient(x: Any) -> Any:
     return _modes.number_of(_modes.exact(x))
 
 
+def copy(x: Leaf) -> Leaf:
+    """A new tensor with the same values, and a derivative."""
+    return x.clone() if isinstance(x, Tensor) else 1 * x
+
+
+def _varies(coefficient: Any) -> bool:
+    """Whether plain arithmetic is needed."""
+    return type(coefficient) is not float and isinstance(coefficient, _TENSORS)
+
+
 def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * y`."""
     coefficient = _modes.number_of(coefficient)
-    if isinstance(coefficient, _TENSORS):
+    if _varies(coefficient):
         return x + y * coefficient
     return torch.add(x, y, alpha=coefficient)
 
@@ -65,8 +77,8 @@ def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
     """`x + weight * (y - x)`."""
     weight = _modes.number_of(weight)
     if _is(weight, 1):
-        return y if isinstance(y, Recorded) else y * 1  # a new tensor
-    if isinstance(weight, _TENSORS):
+        return y if isinstance(y, Recorded) else copy(y)
+    if _varies(weight):
         return x + weight * (y - x)
     return torch.lerp(x, y, weight)
 
@@ -74,7 +86,7 @@ def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
 def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a * b`."""
     coefficient = _modes.number_of(coefficient)
-    if isinstance(coefficient, _TENSORS):
+    if _varies(coefficient):
         return x + a * coefficient * b
     return torch.addcmul(x, a, b, value=coefficient)
 
@@ -84,7 +96,7 @@ def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     coefficient = _modes.number_of(coefficient)
     if isinstance(coefficient, Tensor) and any(isinstance(v, TensorList) for v in (x, a, b)):
         b, coefficient = b / coefficient, 1  # in place, where b is not needed again
-    if isinstance(coefficient, _TENSORS):
+    if _varies(coefficient):
         return x + a * coefficient / b
     return torch.addcdiv(x, a, b, value=coefficient)
 
