@@ -154,6 +154,15 @@ def around_both(outer, params, lr, x, y, decay):
     return torch.func.grad(total, argnums=(0, 1, 2, 3))(params, rates, tasks, decay)
 
 
+def between_tasks(outer, params, lr, x, y, decay):
+    def total(params, lr, decay):
+        tasks = torch.stack([x, x + 1.0])
+        return torch.vmap(outer, (None, None, 0, None, None))(params, lr, tasks, y, decay).sum()
+
+    grad = torch.func.grad(total, argnums=(0, 1, 2))
+    return torch.vmap(grad, (None, 0, None))(params, torch.stack([lr, 2 * lr]), decay)
+
+
 def same(found, right):
     """Whether trees of float64 tensors are the same up to rounding, None for None."""
     pairs = zip(diffopt._tree.leaves(found), diffopt._tree.leaves(right), strict=True)
@@ -163,6 +172,10 @@ def same(found, right):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+TRANSFORMS = [
+    *(torch.func.hessian, torch.func.jacrev, torch.func.jacfwd),
+    lambda outer: torch.func.functionalize(torch.func.grad(outer)),
+]
 PLAIN = diffopt.sgd(momentum=False)  # what takes the least time to trace
 WAYS = [by_autograd, by_func, over_tasks, over_rates, around_tasks, around_both]
 ADJOINTS = [Unrolled(), Checkpointed(), Truncated(2), FirstOrder(), OneStep(), ForwardMode()]
@@ -200,7 +213,14 @@ def test_second_derivatives_are_right_and_a_warning_says_that_they_are_eager(adj
     same(found, gradient_norm(False))
 
 
-@pytest.mark.parametrize("transform", [torch.func.hessian, torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.parametrize("way", [around_both, between_tasks])
+def test_batches_and_gradients_nest_in_any_order(way, traceless):
+    right = way(meta_loss(PLAIN, Unrolled(), False), *problem())
+    same(way(meta_loss(PLAIN, Unrolled(), traceless), *problem()), right)
+    assert traceless["backend"].runs
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["hessian", "jacrev", "jacfwd", "functional"])
 def test_other_transforms_are_right(transform, traceless):
     def derivative(compile):
         params, _, *rest = problem()

@@ -18,10 +18,15 @@ from torch._C._dynamo import (  # pyright: ignore[reportPrivateUsage]
     eval_frame as _eval_frame,
     guards as _guards,
 )
+from torch._functorch.autograd_function import enable_single_level_autograd_function as in_one_level
 from torch._functorch.pyfunctorch import (
+    coerce_cinterpreter,
     temporarily_clear_interpreter_stack as outside_transforms,
 )
 from torch.autograd import forward_ad
+from torch.autograd.function import (
+    _SingleLevelFunction as SingleLevelFunction,  # pyright: ignore[reportPrivateUsage]
+)
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import (
     _global_optimizer_post_hooks,  # pyright: ignore[reportPrivateUsage]
@@ -34,6 +39,8 @@ from torch.utils._python_dispatch import (  # pyright: ignore[reportPrivateUsage
 
 __all__ = [
     "DispatchMode",  # the base class of modes that see every operation
+    "SingleLevelFunction",  # the base of autograd.Function, for one level of derivatives
+    "in_one_level",  # a context in which that is applied while transforms are active
     "outside_transforms",  # run code as if no transform of torch.func were active
     "pytree",  # the registry of containers, and traversal of trees
 ]
@@ -73,10 +80,20 @@ unwrap_if_dead: Callable[[Tensor], Tensor] = _functorch.unwrap_if_dead
 """The tensor without the wrapper of a transform that has ended."""
 
 
-def only_vmap() -> bool:
-    """Whether no transform but vmap is active."""
-    levels = interpreter_stack() or []
-    return all(level.key() == TransformType.Vmap for level in levels)
+unwrap_batched: Callable[[Tensor, int], tuple[Tensor, int | None]] = _functorch._unwrap_batched
+"""The tensor inside the wrapper of a level of vmap, and its batch dimension, if it has those."""
+wrap_for_grad: Callable[[Tensor, int], Tensor] = _functorch._wrap_for_grad
+"""The inverse of `unwrap_for_grad`."""
+
+
+def innermost_level() -> Any:
+    """The innermost transform as `torch.autograd.Function` sees it; None if none is active."""
+    return coerce_cinterpreter(innermost_transform()) if interpreter_stack() else None
+
+
+def lifted(level: Any) -> Callable[[Tensor], Tensor]:
+    """What wraps a tensor in a level of grad, unless it is."""
+    return level._cptr.lift
 
 
 # Forward mode.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from diffopt import _modes, _torch
 from diffopt._diff import functions
 from diffopt._diff.kernels import UnfitError
 from diffopt._diff.tasks import Routine
-
-Self = TypeVar("Self", bound="Applied")  # typing.Self is in Python 3.11
 
 
 class Applied(ABC):
@@ -34,7 +32,7 @@ class Applied(ABC):
         """The same function as it is."""
 
     @abstractmethod
-    def over(self: Self, dims: Sequence[int | None]) -> Self:
+    def over(self, dims: Sequence[int | None]) -> Applied:
         """The same for a batch, which is in front in the inputs that have one."""
 
     @abstractmethod
@@ -51,50 +49,30 @@ class Applied(ABC):
         """The compiled vector-Jacobian product; raises where there is none."""
         raise UnfitError("a derivative of its derivative is not compiled")
 
-    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The results, with derivatives and batches."""
-        if not _torch.only_vmap():
-            return _Transformed.apply(self, *tensors)  # pyright: ignore[reportReturnType]
-        function, tensors, batches = self._over_batches(tensors)
-        with _torch.outside_transforms():
-            results: Any = _Plain.apply(function, *tensors)
-            for level in batches:
-                results = [_torch.add_batch_dim(y, 0, level) for y in results]
-        return tuple(results)
+        level = _torch.innermost_level()
+        if level is None:
+            return _apply(self, level, *tensors)
+        if level.key() == _torch.TransformType.Vmap:
+            return self._over_batch(level, tensors)
+        if level.key() != _torch.TransformType.Grad:
+            raise UnfitError(f"the transform {level.key().name} is not compiled")
+        with _torch.in_one_level():
+            return _apply(self, level, *map(_torch.lifted(level), tensors))
 
-    def _over_batches(
-        self: Self, tensors: Sequence[Tensor]
-    ) -> tuple[Self, list[Tensor], list[int]]:
-        """The same for all samples of torch.vmap at once, its tensors, and torch.vmap's levels."""
-        sizes = {
-            _torch.level_of(x): _torch.unwrapped(x).shape[_torch.batch_dim(x)]
-            for tensor in tensors
-            for x in _modes.levels(tensor)
-            if _torch.is_batched(x)
-        }
-        if not sizes:
-            return self, [*tensors], []
-        own, levels, function = [*map(_modes.batches, tensors)], sorted(sizes), self
-        samples = [*map(_modes.all_samples, tensors)]
-        for place, level in enumerate(levels):
-            for i in self.spread([level in batches for batches in own]):
-                x = samples[i].unsqueeze(place)
-                samples[i] = x.expand(*x.shape[:place], sizes[level], *x.shape[place + 1 :])
-                own[i].add(level)
-        for level in reversed(levels):
-            function = function.over([0 if level in batches else None for batches in own])
-        return function, samples, levels
-
-    def batched(
-        self: Self, size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
-    ) -> tuple[Self, list[Tensor]]:
-        """The same for a batch, and its tensors with the batch in front."""
-        pairs = zip(tensors, dims, strict=True)
-        moved = [x if dim is None else x.movedim(dim, 0) for x, dim in pairs]
-        own = [None if dim is None else 0 for dim in dims]
-        for i in self.spread([dim is not None for dim in dims]):
-            moved[i], own[i] = moved[i].expand(size, *moved[i].shape), 0
-        return self.over(own), moved
+    def _over_batch(self, level: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The results of all samples of a level of torch.vmap at once."""
+        pairs = [_torch.unwrap_batched(x, level.level()) for x in tensors]
+        with level.lower():
+            samples = [x if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+            dims = [None if dim is None else 0 for _, dim in pairs]
+            if not any(dim == 0 for dim in dims):
+                return self(samples)
+            for i in self.spread([dim == 0 for dim in dims]):
+                samples[i], dims[i] = samples[i].expand(level.batch_size(), *samples[i].shape), 0
+            results = self.over(dims)(samples)
+        return [_torch.add_batch_dim(y, 0, level.level()) for y in results]
 
     def pullback(
         self, inputs: list[Tensor], needed: Sequence[bool], given: Sequence[Tensor | None]
@@ -117,50 +95,37 @@ class Applied(ABC):
                 return functions.vjp(self.eager, inputs, needed, given)
 
 
-def _keep(
-    ctx: Any, function: Applied, tensors: Sequence[Tensor], results: Sequence[Tensor]
-) -> None:
-    """What the derivative needs."""
-    ctx.function = function
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-    carries = function.differentiable() or [True] * len(results)
-    pairs = zip(results, carries, strict=True)
-    ctx.mark_non_differentiable(*(y for y, carry in pairs if not carry))
+class _Differentiated(_torch.SingleLevelFunction):
+    """One level of derivatives: autograd's, or one of torch.func.
 
-
-def _pulled_back(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    # Tensors saved in a torch.func transform that has ended still have its wrapper.
-    inputs = [_torch.unwrap_if_dead(x) for x in ctx.saved_tensors]
-    return None, *ctx.function.pullback(inputs, ctx.needs_input_grad[1:], cotangents)
-
-
-class _Plain(torch.autograd.Function):
-    """For autograd alone: in the form for transforms, torch takes longer."""
+    As torch.autograd.Function, which spends more than a step on the trees that it may be given.
+    """
 
     @staticmethod
-    def forward(ctx: Any, function: Applied, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results = function.run(tensors)
-        _keep(ctx, function, tensors, results)
+    def forward(ctx: Any, function: Applied, level: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = function.run(tensors) if level is None else _below(level, function, tensors)
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        carries = function.differentiable() or [True] * len(results)
+        pairs = zip(results, carries, strict=True)
+        ctx.mark_non_differentiable(*(y for y, carry in pairs if not carry))
         return tuple(results)
 
-    backward = staticmethod(_pulled_back)
-
-
-class _Transformed(torch.autograd.Function):
     @staticmethod
-    def forward(function: Applied, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(function.run(tensors))
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Tensors saved in a torch.func transform that has ended still have its wrapper.
+        inputs = [_torch.unwrap_if_dead(x) for x in ctx.saved_tensors]
+        return None, None, *ctx.function.pullback(inputs, ctx.needs_input_grad[2:], cotangents)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        function, *tensors = inputs
-        _keep(ctx, function, tensors, output)
 
-    backward = staticmethod(_pulled_back)
+_apply: Any = _Differentiated.apply  # pyright: ignore[reportAttributeAccessIssue] (written in C++)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
-        function, tensors = inputs[0].batched(info.batch_size, in_dims[1:], inputs[1:])
-        results: Any = _Transformed.apply(function, *tensors)
-        return results, (0,) * len(results)
+
+def _below(level: Any, function: Applied, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The results, with the derivatives and batches of the levels below."""
+    number = level.level()
+    inner = [_torch.unwrap_for_grad(x, number) for x in tensors]
+    with torch.enable_grad(), _torch.forward_enabled(True), level.lower():
+        results = function(inner)
+    return [_torch.wrap_for_grad(y, number) for y in results]
