@@ -89,8 +89,11 @@ def backend_of(options: Mapping[str, Any]) -> Any:
     if backend == "inductor":
         # Otherwise inductor (torch 2.13) computes wrong gradients of a step with a convolution,
         # relu and max_pool2d whose inputs require a gradient.
+        given.setdefault("layout_optimization", False)
+        # Of a step on small tensors, they take a tenth; what is given is checked before.
+        given.setdefault("size_asserts", False)
         scalars = _torch.graph_pass(_compute_scalars_once, "diffopt: scalars once, 2")
-        given = {"layout_optimization": False, "post_grad_custom_post_pass": scalars, **given}
+        given.setdefault("post_grad_custom_post_pass", scalars)
     return _torch.compiler(backend, options.get("mode"), given, options.get("dynamic"))
 
 

@@ -243,17 +243,18 @@ class Pullback(Applied):
         return self.whole.pulled(self.series.eager, tensors)
 
     def run(self, given: Sequence[Tensor]) -> list[Tensor]:
-        tensors, series = compact(given), self.series
-        count, retain = series.count, _torch.keeps_graph()
+        series, retain = self.series, _torch.keeps_graph()
+        inputs, cotangents = given[: series.count], compact(given[series.count :])
         found = series.kept.pop() if series.kept else None
         if found is None or not found.serves(self):
-            found = series.computed(tensors[:count], self.outputs)
+            found = series.computed(compact(inputs), self.outputs)
         series.kept[:] = [found] if retain else []
         pulls = [*found.pulls] if retain else found.pulls
-        return _distinct(self._steps(pulls, tensors[:count], tensors[count:], retain), tensors)
+        grads = self._steps(pulls, inputs, cotangents, retain)
+        return _distinct(grads, [*inputs, *cotangents])
 
     def _steps(
-        self, pulls: list[Pull], inputs: list[Tensor], cotangents: list[Tensor], retain: bool
+        self, pulls: list[Pull], inputs: Sequence[Tensor], cotangents: list[Tensor], retain: bool
     ) -> list[Tensor]:
         """The gradients, from the derivatives of the steps, which are used up."""
         (wanted, there), steady, split = self.step, self.routine.steady, self.routine.split
