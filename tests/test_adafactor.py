@@ -10,7 +10,7 @@ import torch
 import diffopt
 from diffopt import optim
 from diffopt._rule import tiles
-from diffopt.rules import hparams, leafwise, number
+from diffopt.rules import hparams, leafwise, number, ops
 
 F64 = torch.float64
 NUMBERS = {"lr": 0.1, "beta2_decay": -0.6, "eps1": 0.3, "eps2": 0.2, "d": 1.2, "weight_decay": 0.05}
@@ -339,13 +339,14 @@ class Rate:
     ("change", "by_pieces"),
     [
         (lambda p, g: g / (p * p).sum() + (p - p.sum()).sum(), True),
+        (lambda p, g: g / ops.norm(p), True),
         (lambda p, g: g.flip(0), False),
         (lambda p, g: g * torch.arange(30.0, dtype=F64), False),
         (lambda p, g: g * p.shape[0], False),
         (lambda p, g: g / (p.sum() * g).sum(0, keepdim=True), False),
         (lambda p, g: torch.ones(30, dtype=F64), False),
     ],
-    ids=["sums", "order", "a constant for each", "shape", "another sum", "no operation"],
+    ids=["sums", "a norm", "order", "a constant for each", "shape", "another sum", "no operation"],
 )
 def test_pieces_are_for_rules_of_elementwise_operations_and_sums(change, by_pieces, pieced):
     def rule(p, g, s, hp, _):

@@ -89,8 +89,8 @@ def leafwise(
         refuse: `(param) -> reason or None`: see `Leafwise.refuse`.
         stackable: for rules that are not elementwise: whether tensors of one shape may be updated
             as one batch, by `torch.vmap` of the rule, and big ones in pieces if the rule uses
-            nothing but elementwise operations and `ops.total`. Both change the order in which sums
-            are rounded.
+            nothing but elementwise operations, `ops.total` and `ops.norm`. Both change the order in
+            which sums are rounded.
         per_hyperparameter: the fields of the state that have the shape of hyperparameters: see
             `Leafwise.per_hyperparameter`; `init` makes them as 0-d tensors.
         execution: how it runs, see `Leafwise`.

@@ -122,6 +122,14 @@ def total(x: Any) -> Any:
     return _modes.number_of(result) if type(result) is Tensor else result  # not for DTensor
 
 
+def norm(x: Any) -> Any:
+    """The square root of the sum of squares, with derivative 0 at 0; a number where `total` is."""
+    if isinstance(x, Tensor) and _modes.ordinary(x) and not _modes.differentiated([x]):
+        result = torch.linalg.vector_norm(x)  # one kernel instead of three
+        return result.item() if x.is_cpu and not _modes.intercepted() else result
+    return sqrt(total(x * x))
+
+
 def at_least(x: Any, least: Any) -> Any:
     """`x`, but no less than `least`; both may be numbers."""
     if isinstance(x, Tensor) and not (isinstance(least, Tensor) or _modes.differentiable()):

@@ -171,15 +171,17 @@ def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
 
 def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     """In place, tensor by tensor."""
+    if not columns[0]:
+        return
+    plain = as_is(columns)
     copy_: Any = torch.ops.aten.copy_.default
-    plain = bool(columns[0]) and as_is(columns)
+    if columns[0][0].is_cpu:  # otherwise Tensor.copy_, which is faster, asks for a device that fake
+        copy_ = Tensor.copy_  # tensors need not have
     for row in _rows_of(columns):
-        if row[0].is_cpu:  # otherwise Tensor.copy_, which is faster, asks for a device that fake
-            copy_ = Tensor.copy_  # tensors need not have
         stepped = run(rule, numbers, row) if plain else apply(rule, numbers, row)
         for old, new in zip(written(row), stepped, strict=True):
             if isinstance(old, Tensor) and new is not old:
-                copy_(old, leave(new, old) if plain and _FORM(new) != _FORM(old) else new)
+                copy_(old, leave(new, old) if plain and new.shape != old.shape else new)
 
 
 def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:

@@ -145,4 +145,4 @@ def _mean(x: Tensor, dim: int) -> Tensor:
 
 
 def _rms(x: Tensor) -> Any:
-    return ops.sqrt(ops.total(x * x) / max(x.numel(), 1))
+    return ops.norm(x) / max(x.numel(), 1) ** 0.5
