@@ -163,6 +163,23 @@ def test_repeated_updates_equal_those_of_the_rule(name, kind):
     torch.testing.assert_close((run.params, run.state), (twin.params, twin.state))
 
 
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd"])
+def test_buffers_of_many_small_tensors_lie_side_by_side(name):
+    params = [torch.ones(2, 3, dtype=torch.bfloat16) for _ in range(20)]
+    for column in filter(None, getattr(diffopt, name)().init(params)[1:]):
+        assert all(x.dtype == torch.float32 and not x.any() for x in column)
+        first, *rest = [x.data_ptr() for x in column]
+        assert rest == [first + 24 * k for k in range(1, 20)]
+
+
+def test_buffers_of_different_kinds_are_made_one_by_one():
+    kinds = [torch.ones(2, 3), torch.ones(2, 3).double(), torch.ones(3, 2).t()]
+    params = [x.clone() for x in kinds * 8]
+    state = diffopt.adam().init(params)
+    assert [x.stride() for x in state.exp_avg] == [p.stride() for p in params]
+    assert [x.dtype for x in state.exp_avg] == [p.dtype for p in params]
+
+
 def test_checks_are_not_repeated(monkeypatch):
     run = Run("adam")
     monkeypatch.setattr(leafwise, "gather", lambda *_: pytest.fail("all is checked again"))
