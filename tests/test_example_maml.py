@@ -1,11 +1,13 @@
 """The main example: its data, its command, and a kill in the middle of a run."""
 
 import importlib
+import io
 import json
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,14 +122,23 @@ def command(out: Path, *arguments: str) -> list[str]:
     return [sys.executable, str(FOLDER / "maml.py"), *SMALL, *files, *arguments]
 
 
-def complete(out: Path, *arguments: str) -> str:
-    done = subprocess.run(command(out, *arguments), capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+@pytest.fixture(scope="module")
+def complete(example, characters):
+    """Runs the example, whose rows have processes of their own; returns what it prints."""
+
+    def complete(out: Path, *arguments: str) -> str:
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+            patch.syspath_prepend(FOLDER)  # these processes import it, too
+            patch.setattr(example.glyphs, "load", lambda: characters)
+            patch.setattr(sys, "argv", command(out, *arguments)[1:])
+            example.maml.main()
+        return printed.getvalue()
+
+    return complete
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def unbroken(complete, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of a small run."""
     out = tmp_path_factory.mktemp("maml") / "unbroken"
     return out, complete(out)
@@ -142,12 +153,13 @@ def test_a_run_ends_with_a_table_figures_and_a_picture(unbroken):
     assert str(out / "maml.png") in printed.replace("\n", "")
 
 
-def test_a_killed_run_resumes_to_the_same_figures(unbroken, tmp_path):
+def test_a_killed_run_resumes_to_the_same_figures(complete, unbroken, tmp_path, capfd):
     out = tmp_path / "killed"
     kill_in_the_middle(out)
     saved = torch.load(out / "maml.pt", weights_only=True)
     assert saved["step"] < 40
     complete(out, "--resume")
+    assert capfd.readouterr().err == ""
     expected = unbroken[0].with_suffix(".json").read_bytes()
     assert out.with_suffix(".json").read_bytes() == expected
 

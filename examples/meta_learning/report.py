@@ -129,6 +129,6 @@ def shown_classes(labels: Tensor) -> int:
 
 
 def draw_image(axes: Axes, x: float, y: float, image: Tensor, answer: str, colour: str) -> None:
-    axes.imshow(image, cmap="gray", extent=(x, x + 0.7, y + 0.7, y))
+    axes.imshow(image.numpy(), cmap="gray", extent=(x, x + 0.7, y + 0.7, y))
     axes.add_patch(Rectangle((x, y), 0.7, 0.7, fill=False, edgecolor=colour, linewidth=2))
     axes.text(x + 0.75, y + 0.35, answer, color=colour, va="center")
