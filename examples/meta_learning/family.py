@@ -284,10 +284,10 @@ def study(options: Namespace) -> Study:
     return Study(rows, picture)
 
 
+SIZES = {
+    "meta_steps": Size("steps of the outer loop", 200, 2),
+    "eval_tasks": Size("held-out tasks behind each accuracy", 400, 4),
+}
+
 if __name__ == "__main__":
-    main(
-        study,
-        __doc__,
-        meta_steps=Size("steps of the outer loop", 200, 2),
-        eval_tasks=Size("held-out tasks behind each accuracy", 400, 4),
-    )
+    main(study, __doc__, **SIZES)
