@@ -82,40 +82,41 @@ def used_up(_: Any) -> Iterator[Any]:
     return generator
 
 
-def always(make: Callable[[Any], Any]) -> Callable[[Any], st.SearchStrategy[Any]]:
-    return lambda valid: st.builds(lambda: make(valid))
+def any_of(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Callable[[Any], Any]]:
+    return values.map(lambda value: lambda _: value)
 
 
-KINDS: dict[str, Callable[[Any], st.SearchStrategy[Any]]] = {
-    "none": always(lambda _: None),
-    "text": lambda _: st.text(min_size=1, max_size=5),
-    "bytes": lambda _: st.binary(max_size=5),
-    "bool": lambda _: st.booleans(),
-    "nan": always(lambda _: float("nan")),
-    "inf": always(lambda _: float("inf")),
-    "negative": lambda _: st.integers(-9, -1) | st.floats(-9, -0.01),
-    "fraction": lambda _: st.floats(0.01, 0.99),
-    "huge": always(lambda _: 10**400),
-    "complex": lambda _: st.complex_numbers(min_magnitude=0.1, max_magnitude=9),
-    "integers": always(lambda valid: torch.ones_like(like(valid), dtype=torch.int64)),
-    "bools": always(lambda valid: torch.ones_like(like(valid), dtype=torch.bool)),
-    "shape": always(other_shape),
-    "dtype": always(lambda valid: torch.ones_like(like(valid), dtype=torch.float64)),
-    "meta": always(lambda valid: torch.ones_like(like(valid), device="meta")),
-    "sparse": always(lambda valid: torch.ones_like(like(valid)).to_sparse()),
-    "class": lambda _: st.sampled_from([torch.nn.Linear, diffopt.Optimizer, torch.optim.SGD, dict]),
-    "torch optimizer": always(torch_optimizer),
-    "module": always(lambda _: torch.nn.TransformerEncoderLayer(4, 1)),
-    "function": always(lambda _: lambda: None),
-    "empty dict": always(lambda _: {}),
-    "empty list": always(lambda _: []),
-    "empty tuple": always(lambda _: ()),
-    "missing": always(lambda valid: dict(list(valid.items())[1:])),
-    "extra": always(lambda valid: {**valid, "extra": next(iter(valid.values()))}),
-    "renamed": always(lambda valid: {f"{key}_": value for key, value in valid.items()}),
-    "used up": always(used_up),
-    "object": always(lambda _: object()),
-    "misspelt": always(lambda valid: valid),
+# What makes a bad value of a valid one; strategies are made once, which takes longer than drawing.
+KINDS: dict[str, st.SearchStrategy[Callable[[Any], Any]]] = {
+    "none": st.just(lambda _: None),
+    "text": any_of(st.text(min_size=1, max_size=5)),
+    "bytes": any_of(st.binary(max_size=5)),
+    "bool": any_of(st.booleans()),
+    "nan": st.just(lambda _: float("nan")),
+    "inf": st.just(lambda _: float("inf")),
+    "negative": any_of(st.integers(-9, -1) | st.floats(-9, -0.01)),
+    "fraction": any_of(st.floats(0.01, 0.99)),
+    "huge": st.just(lambda _: 10**400),
+    "complex": any_of(st.complex_numbers(min_magnitude=0.1, max_magnitude=9)),
+    "integers": st.just(lambda valid: torch.ones_like(like(valid), dtype=torch.int64)),
+    "bools": st.just(lambda valid: torch.ones_like(like(valid), dtype=torch.bool)),
+    "shape": st.just(other_shape),
+    "dtype": st.just(lambda valid: torch.ones_like(like(valid), dtype=torch.float64)),
+    "meta": st.just(lambda valid: torch.ones_like(like(valid), device="meta")),
+    "sparse": st.just(lambda valid: torch.ones_like(like(valid)).to_sparse()),
+    "class": any_of(st.sampled_from([torch.nn.Linear, diffopt.Optimizer, torch.optim.SGD, dict])),
+    "torch optimizer": st.just(torch_optimizer),
+    "module": st.just(lambda _: torch.nn.TransformerEncoderLayer(4, 1)),
+    "function": st.just(lambda _: lambda: None),
+    "empty dict": st.just(lambda _: {}),
+    "empty list": st.just(lambda _: []),
+    "empty tuple": st.just(lambda _: ()),
+    "missing": st.just(lambda valid: dict(list(valid.items())[1:])),
+    "extra": st.just(lambda valid: {**valid, "extra": next(iter(valid.values()))}),
+    "renamed": st.just(lambda valid: {f"{key}_": value for key, value in valid.items()}),
+    "used up": st.just(used_up),
+    "object": st.just(lambda _: object()),
+    "misspelt": st.just(lambda valid: valid),
 }
 OF_DICTS = {"missing", "extra", "renamed"}
 
@@ -194,13 +195,13 @@ def judge(case: Case, draw: Callable[[st.SearchStrategy[Any]], Any]) -> Finding 
     if case.leaf is not None:
         names += re.findall(r"\w+", paths(place, case.argument)[case.leaf])[-1:]
         leaves, spec = pytree.tree_flatten(place)
-        leaves[case.leaf] = draw(KINDS[case.kind](leaves[case.leaf]))
+        leaves[case.leaf] = draw(KINDS[case.kind])(leaves[case.leaf])
         values[case.argument] = pytree.tree_unflatten(leaves, spec)
     elif case.kind == "misspelt":
         names += [f"{case.argument}s"]
         values[names[-1]] = values.pop(case.argument)
     else:
-        values[case.argument] = draw(KINDS[case.kind](place))
+        values[case.argument] = draw(KINDS[case.kind])(place)
     watched = call.watched, values, torch.get_rng_state()
     before = snapshot(watched)
     try:
