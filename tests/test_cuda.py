@@ -33,7 +33,7 @@ def stand_in(name, module):
 
 stand_in("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
 
-from torch.testing._internal.common_optimizers import optim_db  # noqa: E402
+from torch_optimizers import optim_db  # noqa: E402
 
 stand_in("hypothesis", mock.MagicMock())
 

@@ -18,11 +18,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 from diffopt import optim
 from diffopt.optim import _plan
 from registry import PAIRS, REGISTRY, skip_old_adagrad
+from torch_optimizers import OptimizerErrorEnum, optim_db
 
 BOTH = [optim, torch.optim]
 ROWS = {row.name: row for row in optim_db}
