@@ -1,6 +1,7 @@
 """Set-up for every test: pages as tests, and hypothesis without randomness."""
 
 import contextlib
+import functools
 import gc
 import io
 import os
@@ -68,6 +69,14 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000)  # traces of torch.compile keep many objects
 
 
+@functools.cache
+def _instructions() -> Any:
+    """torch's function, with a cache of any size."""
+    from torch._dynamo import bytecode_transformation
+
+    return functools.cache(bytecode_transformation._cached_cleaned_instructions.__wrapped__)
+
+
 @pytest.fixture
 def frugal(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the kit: leave out what torch does beside what is asserted, half of the time."""
@@ -75,5 +84,8 @@ def frugal(monkeypatch: pytest.MonkeyPatch) -> None:
     # in the graph, which no rule calls. test_compiles_for_real keeps both traces.
     tensorify = "torch.fx.passes._tensorify_python_scalars._is_tensorify_enabled"
     monkeypatch.setattr(tensorify, lambda: False, raising=False)
+    # torch keeps the instructions of the last 128 functions, fewer than it traces for some rows.
+    instructions = "torch._dynamo.bytecode_transformation._cached_cleaned_instructions"
+    monkeypatch.setattr(instructions, _instructions())
     # Anomaly mode formats the Python stack of every operation, for a warning beside its error.
     monkeypatch.setattr("torch.fx.traceback.format_stack", list)
