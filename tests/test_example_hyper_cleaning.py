@@ -3,7 +3,7 @@
 import functools
 import importlib
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,12 +37,12 @@ def data(example):
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def small_run(example, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("hyper_cleaning")
     files = ["--out", str(out), "--json", str(out / "figures.json")]
-    command = [sys.executable, str(FOLDER / "hyper_cleaning.py"), "--smoke", *files]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hyper_cleaning.py", "--smoke", *files])
+        runpy.run_path(str(FOLDER / "hyper_cleaning.py"), run_name="__main__")
     rows = json.loads((out / "figures.json").read_text())
     return SimpleNamespace(out=out, rows={row["trained on"]: row for row in rows})
 

@@ -47,7 +47,7 @@ def draw_curves(axes: Axes, rows: list[dict[str, Any]], course: list[dict[str, f
 def draw_suspects(axes: Axes, weights: Tensor, data: Data) -> None:
     for place, index in enumerate(weights.argsort()[: COLUMNS * ROWS].tolist()):
         y, x = divmod(place, COLUMNS)
-        axes.imshow(data.images[index], cmap="gray", extent=(x, x + 0.65, y + 0.65, y))
+        axes.imshow(data.images[index].numpy(), cmap="gray", extent=(x, x + 0.65, y + 0.65, y))
         colour = RED if data.wrong[index] else GREEN
         axes.text(x + 0.7, y + 0.33, str(int(data.train.y[index])), color=colour, va="center")
     axes.set(xlim=(0, COLUMNS), ylim=(ROWS, 0), aspect="equal")
