@@ -1118,6 +1118,7 @@ def test_every_differentiable_class_has_its_derivatives_checked():
 
 
 @pytest.mark.usefixtures("doubles")
+@pytest.mark.parametrize("plans", [True], indirect=True)  # values without plans are the same bits
 @pytest.mark.parametrize(("name", "numbers", "flags", "number"), DERIVATIVES)
 def test_derivatives_through_steps(name, numbers, flags, number):
     """First and second order, by finite differences."""
