@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import diffopt
 from diffopt import transforms
@@ -725,6 +726,88 @@ def test_what_parametrize_caches_is_dropped_by_a_step():
     with nn.utils.parametrize.cached():
         found = adapted(net, opt, hparams=opt.hparams(lr=0.1))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+class Recomputed(nn.Module):
+    """What it computes with `part`, a submodule, and a parameter of its own is checkpointed."""
+
+    def __init__(self, part, way):
+        super().__init__()
+        self.part, self.way = part, way
+        self.gate = nn.Parameter(torch.tensor([0.5, 2.0]))
+        self.head = nn.Linear(2, 1)
+
+    def hidden(self, x):
+        if self.way == "nested":
+            return checkpoint(self.part, x, use_reentrant=False).tanh() * self.gate
+        return self.part(x).tanh() * self.gate
+
+    def forward(self, x):
+        if self.way == "plain":
+            return self.head(self.hidden(x))
+        return self.head(checkpoint(self.hidden, x, use_reentrant=False))
+
+
+class Gated(nn.Module):
+    """A recurrent layer over one step."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRU(2, 2)
+
+    def forward(self, x):
+        return self.cell(x[None])[0][0]
+
+
+@pytest.mark.parametrize("way", ["checkpointed", "nested"])
+@pytest.mark.parametrize("part", [
+    lambda: nn.Linear(2, 2), lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+    lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), Gated,
+])  # fmt: skip
+def test_checkpoints_recompute_with_the_parameters_of_their_step(part, way):
+    def found(way):
+        torch.manual_seed(0)
+        net = Recomputed(part(), way).double()
+        early = []  # of a loss that no step minimizes
+
+        def loss(f):
+            early.append(loss_of(f, NEW_X, NEW_Y))
+            return loss_of(f)
+
+        opt = diffopt.adam()
+        value = adapted(net, opt, hparams=opt.hparams(lr=0.1), loss=loss)
+        return gradients(value + sum(early), net)
+
+    torch.testing.assert_close(found(way), found("plain"))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_parameters_that_are_replaced_in_the_copy_are_used(steps):
+    net, opt, other = mlp(), diffopt.sgd(), nn.Linear(3, 1).double()
+    with diffopt.innerloop(net, opt) as (fnet, inner):
+        for _ in range(steps):
+            inner.step(loss_of(fnet))
+        hidden = fnet[:2](X)
+        fnet[2].weight, fnet[2].bias = other.weight, other.bias
+        torch.testing.assert_close(fnet(X), other(hidden))
+        fnet[2].bias = None
+        torch.testing.assert_close(fnet(X), hidden @ other.weight.T)
+
+
+def test_a_loop_inside_a_backward_pass_moves_its_copy():
+    class Inside(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, cotangent):
+            with torch.enable_grad():
+                return adapted(mlp(), diffopt.sgd()).detach()
+
+    x = leaf(1.0)
+    Inside.apply(x).backward()
+    torch.testing.assert_close(x.grad, adapted(mlp(), diffopt.sgd()).detach())
 
 
 # Wrapped modules, and what torch cannot differentiate.

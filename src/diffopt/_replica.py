@@ -65,7 +65,11 @@ def _replace(part: nn.Module, result: nn.Module, copies: _Copies) -> None:
             attributes[name] = new
     for name in _TABLES:
         table = attributes[name]
-        attributes[name] = {k: known.get(id(v), v) for k, v in table.items()} if table else {}
+        new = {k: known.get(id(v), v) for k, v in table.items()} if table else {}
+        if result is part:
+            table.update(new)
+        else:
+            attributes[name] = new
     for slot, value in _slotted(part).items():
         slot.__set__(result, _replaced(value, copies, part, slot.__name__))
 

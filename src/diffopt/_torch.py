@@ -162,6 +162,8 @@ weight_norm: Callable[..., Tensor] = _torch._weight_norm
 """What `torch.nn.utils.weight_norm` and its parametrization call."""
 
 
+running_node: Callable[[], Any] = _C._current_autograd_node
+"""The node whose backward pass is running in this thread, or None."""
 node_number: Callable[[Any], int] = operator.methodcaller("_sequence_nr")
 """The number of a node of autograd's graph: later ones of a thread have higher ones."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import itertools
@@ -179,11 +180,13 @@ class InnerLoop:
         self.losses = []
         self._fmodel, self._module, self._source = fmodel, module, source
         self._override: dict[str, Any] = {}
-        self._params = [params]
+        self._params, self._firsts = [params], list[int]()
         self._used = set[str]()  # the parameters that have had a gradient
         self._record(None, override)  # raises for what is wrong with them
         self._override = _named_values(override)
-        self._first = _torch.next_node()
+        if track_graph:
+            _keep_past(fmodel, _Past(self._firsts, self._params))
+        self._firsts.append(_torch.next_node())
 
     def step(
         self,
@@ -292,7 +295,7 @@ class InnerLoop:
         self._check_same()
         second = self.track_graph and not self.first_order
         with Explained():
-            repairs.mend_graph(loss, self._first)
+            repairs.mend_graph(loss, self._firsts[-1])
             found: Any = torch.autograd.grad(
                 loss,
                 [*params.values()],
@@ -336,8 +339,59 @@ class InnerLoop:
         tensors |= {id(b): _fresh(b, self.track_graph) for b in self._fmodel.buffers()}
         _replica.replace_(self._fmodel.modules(), tensors)
         _torch.forget_parametrized()
-        self._params = [*(self._params if self.track_graph else ()), new]
-        self._first = _torch.next_node()
+        if not self.track_graph:
+            self._params.clear()
+        self._params.append(new)
+        self._firsts.append(_torch.next_node())
+
+
+class _Past(NamedTuple):
+    """What the parameters of a copy have been.
+
+    Attributes:
+        firsts: the numbers that autograd's nodes had reached before each step, and after the last.
+        params: the parameters by name at these times.
+    """
+
+    firsts: list[int]
+    params: list[dict[str, Tensor]]
+
+    def seen(self) -> dict[str, Tensor]:
+        """Those of the pass that a running backward pass is about; the last outside of it."""
+        node = _torch.running_node()
+        begun = 0 if node is None else bisect.bisect(self.firsts, _torch.node_number(node))
+        return self.params[begun - 1]
+
+
+class _Parameters(dict[str, Tensor]):
+    """Those of a part of a copy: what runs again in a backward pass sees them as they were.
+
+    `torch.utils.checkpoint` is an example. `names` holds their names in the whole copy.
+    """
+
+    def __init__(self, table: Any, names: dict[str, str], past: _Past) -> None:
+        super().__init__(table)
+        self._names, self._past = names, past
+
+    def __getitem__(self, key: str) -> Tensor:
+        seen = self._past.seen()
+        if key not in self._names or seen is self._past.params[-1]:
+            return super().__getitem__(key)  # which may have been replaced
+        return seen[self._names[key]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _keep_past(fmodel: nn.Module, past: _Past) -> None:
+    """Let the parts of a copy see their parameters as they were in what runs again."""
+    names = {id(tensor): name for name, tensor in past.params[0].items()}
+    parameters, *_ = _torch.MODULE_TABLES
+    for part in fmodel.modules():
+        table = vars(part)[parameters]
+        own = {key: names[id(p)] for key, p in table.items() if id(p) in names}
+        if own:
+            vars(part)[parameters] = _Parameters(table, own, past)
 
 
 def _check_modes() -> None:
