@@ -431,6 +431,23 @@ def test_without_a_graph_values_are_the_same_and_nothing_is_kept(ambient):
     assert [*inner.params()] == [*inner.params(5)] == [*dict(net.named_parameters())]
 
 
+@pytest.mark.parametrize("library", [torch.optim, diffopt.optim])
+def test_without_a_graph_layers_of_the_copy_may_be_frozen_for_some_steps(library):
+    net, trained = mlp(), mlp()
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    opt = torch.optim.SGD(trained.parameters(), **options)
+    given = library.SGD(net.parameters(), **options)
+    with diffopt.innerloop(net, given, track_graph=False) as (fnet, inner):
+        for frozen in (False, True, False):
+            for model in (fnet, trained):
+                model[0].requires_grad_(not frozen)
+            inner.step(loss_of(fnet))
+            opt.zero_grad()
+            loss_of(trained).backward()
+            opt.step()
+    torch.testing.assert_close(dict(fnet.named_parameters()), dict(trained.named_parameters()))
+
+
 def test_parameters_of_every_step_are_kept_and_differentiable():
     net, opt = mlp(), diffopt.sgd()
     with diffopt.innerloop(net, opt, hparams=opt.hparams(lr=0.1)) as (fnet, inner):

@@ -280,7 +280,8 @@ class InnerLoop:
         """The parameters that the optimizer has, in the order of its state; those not frozen."""
         every = dict(self._module.named_parameters()) | self._params[-1]
         owned = {name: every[name] for name in itertools.chain(*self._source.owners)}
-        return owned, {name: p for name, p in owned.items() if name in self._params[-1]}
+        moved = {k: p for k, p in owned.items() if k in self._params[-1] and p.requires_grad}
+        return owned, moved
 
     def _record(self, hparams: Any, override: Mapping[str, Any] | None) -> Any:
         """The hyperparameters of the next step."""
@@ -333,13 +334,16 @@ class InnerLoop:
 
     def _put(self, params: dict[str, Tensor]) -> None:
         """Make these the parameters of the copy, and its buffers new ones of the same values."""
-        new = {name: functions.alias(p, self.track_graph) for name, p in params.items()}
-        old = self._params[-1]
+        old, track = self._params[-1], self.track_graph
+        new = {
+            name: functions.alias(p, track) if old[name].requires_grad else p
+            for name, p in params.items()
+        }
         tensors = {id(old[name]): tensor for name, tensor in new.items()}
-        tensors |= {id(b): _fresh(b, self.track_graph) for b in self._fmodel.buffers()}
+        tensors |= {id(b): _fresh(b, track) for b in self._fmodel.buffers()}
         _replica.replace_(self._fmodel.modules(), tensors)
         _torch.forget_parametrized()
-        if not self.track_graph:
+        if not track:
             self._params.clear()
         self._params.append(new)
         self._firsts.append(_torch.next_node())
