@@ -1197,6 +1197,26 @@ def test_flattened_values_are_those_of_the_optimizer(row, missing):
     torch.testing.assert_close([mine[k] for k in names], [theirs[k] for k in names])
 
 
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(
+    "opt", [t.flatten(diffopt.sgd(momentum=True)), diffopt.lbfgs(history_size=2)], ids=repr
+)
+def test_complex_parameters_after_an_odd_number_of_reals_have_their_derivatives(opt, batched):
+    def outer(a, b, rate):
+        params = {"a": a, "b": b}
+        state, hp = opt.init(params), opt.hparams(lr=rate)
+        for _ in range(3):
+            grads = {"a": a + params["b"].abs().sum(), "b": params["b"] * params["a"]}
+            params, state = opt.update(params, grads, state, hp)
+        return params["b"].abs().square().sum() + params["a"]
+
+    def values(a, b, rate):
+        return torch.vmap(outer, (None, None, 0))(a, b, rate * torch.tensor([1.0, 2.0], dtype=F64))
+
+    start = draw(), draw(2, seed=1, dtype=torch.complex128), torch.tensor(0.1, dtype=F64)
+    check_derivatives(values if batched else outer, *start)
+
+
 def test_a_tensor_without_a_gradient_keeps_its_part_of_the_vectors():
     opt, params = t.flatten(adam), {"a": torch.zeros(2), "b": torch.zeros(3)}
     state, record = opt.init(params), opt.hparams(lr=0.1)

@@ -117,6 +117,16 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def reals(tensor: Tensor) -> Tensor:
+    """All entries as a real vector, complex ones as pairs.
+
+    Not by `view_as_real`, whose derivative (torch 2.11 to 2.15) raises for a cotangent that begins
+    at an odd offset in memory, as a piece of a vector may.
+    """
+    pairs = torch.stack((tensor.real, tensor.imag), -1) if tensor.is_complex() else tensor
+    return pairs.reshape(-1)
+
+
 def locked(tensor: Tensor) -> bool:
     """Whether it is an inference tensor, which can only be written to in inference mode."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._diff.gradient import value_and_grad
-from diffopt._modes import exact, exact_dtype, number_of, real
+from diffopt._modes import exact, exact_dtype, number_of, real, reals
 from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._tree import Tree
@@ -86,7 +86,7 @@ def first_length(grad: Tensor) -> Tensor:
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
     """All entries as one real vector."""
-    vectors = [real(tensor).reshape(-1) for tensor in tensors]
+    vectors = [*map(reals, tensors)]
     return torch.cat(vectors) if vectors else torch.empty(0)
 
 
@@ -433,7 +433,7 @@ def _moved(problem: _Problem, step: Tensor) -> list[Tensor]:
     for p, piece in zip(problem.params, pieces, strict=True):
         x = real(p)
         x = (x.to(step.dtype) + piece.view(x.shape)).to(x.dtype)
-        moved.append(torch.view_as_complex(x) if p.is_complex() else x)
+        moved.append(torch.complex(*x.unbind(-1)) if p.is_complex() else x)
     return moved
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._modes import has_derivative, real
+from diffopt._modes import has_derivative, real, reals
 from diffopt._rule import checks, hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import working_real
@@ -147,7 +147,7 @@ class _Layout(NamedTuple):
             for i, piece in zip(run, pieces, strict=True):
                 old = params[i]
                 piece = piece.reshape(real(old).shape)
-                new = torch.view_as_complex(piece) if old.is_complex() else piece
+                new = torch.complex(*piece.unbind(-1)) if old.is_complex() else piece
                 params[i] = new.to(old.dtype)
         return params
 
@@ -232,4 +232,4 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _ravel(tensors: Sequence[Any], group: list[int]) -> Tensor:
-    return torch.cat([real(wide(tensors[i])).reshape(-1) for i in group])
+    return torch.cat([reals(wide(tensors[i])) for i in group])
