@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 
 import diffopt
+from diffopt._diff import repairs
 from diffopt.adjoint import Checkpointed, ForwardMode, Unrolled
 
 PINNED = re.search(
@@ -78,6 +79,27 @@ def test_torch_leaves_forward_derivatives_on_in_no_grad():
     with forward_ad.dual_level(), torch.no_grad():
         dual = forward_ad.make_dual(torch.ones(()), torch.ones(()))
         assert forward_ad.unpack_dual(2 * dual).tangent is not None
+
+
+LOSSES = {
+    "mse_loss": F.mse_loss,
+    "mse_loss of sums": lambda x, y: F.mse_loss(input=x, target=y, reduction="sum"),
+    "mse_loss with weights": lambda x, y: F.mse_loss(x, y, weight=y.exp()),
+    "MSELoss": nn.MSELoss(),
+    "huber_loss": lambda x, y: F.huber_loss(x, y, delta=0.5),
+    "huber_loss with weights": lambda x, y: F.huber_loss(x, y, weight=y.exp()),
+    "HuberLoss": nn.HuberLoss("none", 0.5),
+    "soft_margin_loss": lambda x, y: F.soft_margin_loss(x, y.sign()),
+    "SoftMarginLoss": nn.SoftMarginLoss(reduction="sum"),
+}
+
+
+@still_wrong
+@pytest.mark.parametrize("name", ["mse_loss", "huber_loss", "soft_margin_loss"])
+def test_torch_lacks_forward_derivatives_of_the_gradients_of_losses(name):
+    x, y = randn(5), randn(5, seed=1)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"ZeroTensors|forward AD"):
+        torch.func.jvp(torch.func.grad(lambda x: LOSSES[name](x, y)), (x,), (x,))
 
 
 # Mended.
@@ -191,3 +213,67 @@ def test_weight_norm_is_mended_where_torch_compile_traces_the_whole_loop(net):
     compiled = torch.compile(gradient, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(params), gradient(params))
     torch.compiler.reset()
+
+
+START, X, Y = randn(3), randn(6, 3, seed=1), randn(6, seed=2)
+
+
+def fitted(loss, rate, adjoint, **options):
+    """A value that depends on the rate of some steps on a loss."""
+    opt = diffopt.sgd()
+    sol = diffopt.minimize(
+        lambda w: loss(X @ w, Y).sum(), START, optimizer=opt, hparams=opt.hparams(lr=rate),
+        steps=3, adjoint=adjoint, **options,
+    )  # fmt: skip
+    return sol.params.square().sum() + sol.losses.sum()
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [Checkpointed(hvp="forward-over-reverse"), ForwardMode()],
+    ids=["forward-over-reverse", "ForwardMode"],
+)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_have_forward_derivatives_of_their_gradients(name, adjoint):
+    def outcome(adjoint):
+        rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+        value = fitted(LOSSES[name], rate, adjoint)
+        return value, *torch.autograd.grad(value, rate)
+
+    torch.testing.assert_close(outcome(adjoint), outcome(Unrolled()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "MSELoss", "huber_loss", "soft_margin_loss"])
+def test_transforms_in_forward_mode_differentiate_loops_on_losses(name):
+    rates = torch.tensor([0.05, 0.1], dtype=torch.float64)
+
+    def outer(rate):
+        return fitted(LOSSES[name], rate, Unrolled())
+
+    found = torch.vmap(torch.func.jacfwd(outer))(rates)
+    torch.testing.assert_close(found, torch.stack([*map(torch.func.grad(outer), rates)]))
+    found = torch.func.hessian(outer)(rates[0])
+    torch.testing.assert_close(found, torch.func.grad(torch.func.grad(outer))(rates[0]))
+
+
+@pytest.mark.filterwarnings("error:.*torch.compile")
+def test_compiled_loops_on_the_squared_error_have_forward_derivatives():
+    rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    value = fitted(F.mse_loss, rate, ForwardMode(), compile={"backend": "eager"})
+    expected = torch.autograd.grad(fitted(F.mse_loss, rate, Unrolled()), rate)
+    torch.testing.assert_close(torch.autograd.grad(value, rate), expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_mended_losses_take_the_arguments_of_torchs(reduction):
+    x, y = randn(2, 3), randn(3, seed=1).sign().expand(2, 3)
+    legacy = {"none": (None, False), "mean": (True, None), "sum": (False, True)}[reduction]
+    for mine, torchs in repairs._FORWARD.items():
+        torch.testing.assert_close(
+            torchs(x, y, reduction=reduction), mine(x, y, reduction=reduction)
+        )
+        if mine is not F.huber_loss:
+            with warnings.catch_warnings(action="ignore"):
+                torch.testing.assert_close(torchs(x, y, *legacy), mine(x, y, *legacy))
+        with pytest.raises(ValueError, match="not a valid value for reduction"):
+            torchs(x, y, reduction="max")

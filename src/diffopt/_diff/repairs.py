@@ -26,12 +26,15 @@ def mended() -> contextlib.AbstractContextManager[Any]:
     """A context in which the active transforms differentiate a loss correctly.
 
     What plain autograd gets wrong is left to `mend_graph`, since torch.compile would trace a mode.
-    While it traces, it is told for good what weight normalization is; the other fixes need a mode.
+    While it traces, it is told for good what weight normalization and some losses are; the other
+    fixes need a mode.
     """
+    forward = _modes.forward_differentiated()
     if _modes.compiling():
         _torch.trace_as(_torch.weight_norm, _weight_norm)
+        for loss, same in _FORWARD.items() if forward else ():
+            _torch.trace_as(loss, same)
         return contextlib.nullcontext()
-    forward = _modes.forward_differentiated()
     if not (forward or _modes.transformed()):
         return contextlib.nullcontext()
     return _Mended(stops=forward)
@@ -78,10 +81,10 @@ class _Mended(TorchFunctionMode):
     """Replaces functions of torch; with `stops`, `torch.no_grad` stops forward derivatives too."""
 
     def __init__(self, *, stops: bool) -> None:
-        self.stops = stops
+        self.stops, self.replacements = stops, {**_REPLACEMENTS, **(_FORWARD if stops else {})}
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = (_REPLACEMENTS.get(func) or func)(*args, **(kwargs or {}))
+        result = (self.replacements.get(func) or func)(*args, **(kwargs or {}))
         if self.stops and func is _torch.set_grad_enabled and _by_the_loss():
             _torch.set_forward_enabled(args[0])
         return result
@@ -152,9 +155,67 @@ def _scaled_afterwards(norm: Callable[..., Tensor], *args: Any, **kwargs: Any) -
     return scaled.to(result.dtype)
 
 
+# In forward mode torch (2.11 to 2.15) has no derivative of the gradients of these losses; compiled
+# code that asks for that of the first one crashes.
+
+
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    losses = (input - target).square()
+    if weight is None:
+        return _reduced(losses, size_average, reduce, reduction)
+    return _reduced(losses * weight, size_average, reduce, reduction, weight.sum())
+
+
+def _huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    losses = delta * F.smooth_l1_loss(input, target, reduction="none", beta=delta)
+    return _reduced(losses if weight is None else losses * weight, reduction=reduction)
+
+
+def _soft_margin_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    margins = target * input
+    labels = torch.ones_like(margins)
+    losses = F.binary_cross_entropy_with_logits(margins, labels, reduction="none")
+    return _reduced(losses, *args, **kwargs)
+
+
+def _reduced(
+    losses: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    count: Tensor | None = None,
+) -> Tensor:
+    """As torch.nn.functional reduces losses, given its arguments."""
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if reduction == "mean":
+        return losses.mean() if count is None else losses.sum() / count
+    return losses.sum() if reduction == "sum" else losses
+
+
 _signature = functools.cache(inspect.signature)
 _NORMS = (F.layer_norm, F.batch_norm, F.instance_norm)
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     _torch.weight_norm: _weight_norm,
     **{norm: functools.partial(_scaled_afterwards, norm) for norm in _NORMS},
+}
+_FORWARD: dict[Any, Callable[..., Any]] = {
+    F.mse_loss: _mse_loss,
+    F.huber_loss: _huber_loss,
+    F.soft_margin_loss: _soft_margin_loss,
 }
