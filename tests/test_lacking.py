@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import diffopt
 from diffopt._diff.functions import AmbientState
@@ -151,3 +152,21 @@ def test_kernels_are_restored_and_left_as_they_were():
     assert before == (
         torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=["Unrolled", "Checkpointed"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.vmap])
+def test_checkpoints_under_transforms_raise_what_helps(transform, adjoint):
+    opt, start = diffopt.sgd(), torch.ones(2)
+
+    def loss(w):
+        return checkpoint(torch.sin, w, use_reentrant=False).sum()
+
+    def outer(rate):
+        hp = opt.hparams(lr=rate)
+        sol = diffopt.minimize(loss, start, optimizer=opt, hparams=hp, steps=2, adjoint=adjoint)
+        return sol.params.sum()
+
+    rate = torch.tensor([0.1]) if transform is torch.vmap else torch.tensor(0.1)
+    with pytest.raises(NotImplementedError, match=r"save memory with adjoint=Checkpointed\(\)"):
+        transform(outer)(rate)

@@ -20,6 +20,10 @@ _REMEDIES = {  # by names of operations, or of nodes in autograd's graph
         "put the module in training mode with train(), or disable the fast path with "
         "torch.backends.mha.set_fastpath_enabled(False)"
     ),
+    r"support saved tensor hooks": (
+        "transforms of torch.func do not differentiate torch.utils.checkpoint, nor other hooks on "
+        "saved tensors: compute the loss without, and save memory with adjoint=Checkpointed()"
+    ),
     r"mkldnn_rnn": "compute the loss under torch.backends.mkldnn.flags(enabled=False)",
     r"CompiledFunction": "compute the loss with the function or module that is not compiled",
     r"cudnn_rnn|cudnn RNN|CudnnRnn": (
