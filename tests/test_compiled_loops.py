@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import random
 import shutil
+import types
 import warnings
 import weakref
 
@@ -717,80 +719,105 @@ def test_finite_differences_of_compiled_loops(order):
         assert check(function, inputs)
 
 
-_LAST = torch.zeros(())
 _COUNT = 0
+EAGER = {"backend": "eager"}
 
 
 class _Remembering(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.calls = 0
 
     def forward(self, x):
-        self.last = x.detach()
-        return self.weight * x
+        self.calls += 1
+        return x
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["list", "dict", "global", "count", "module", "nonlocal"])
-def test_what_a_step_writes_elsewhere_is_written_in_every_step(kind):
+def writers():
+    """Losses that write to something else, and functions that say how often they have."""
+    history, log, net, count, states = [], {}, _Remembering(), 0, types.SimpleNamespace(n=0)
+    total, array = torch.zeros(()), np.zeros(1)
+
+    def local(value):
+        nonlocal count
+        count += 1
+
+    def shared(value):
+        global _COUNT
+        _COUNT += 1
+
+    def through_data(value):
+        total.data = total.data + 1
+
+    def in_array(value):
+        array[0] += 1
+
+    yield "list", lambda value: history.append(value.detach()), lambda: len(history)
+    yield "key", lambda value: log.update({len(log): value.detach()}), lambda: len(log)
+    yield "nonlocal", local, lambda: count
+    yield "global", shared, lambda: _COUNT
+    yield "attribute", lambda value: setattr(states, "n", states.n + 1), lambda: states.n
+    yield "module", net, lambda: net.calls
+    yield "tensor", lambda value: total.data.add_(1), lambda: int(total)
+    yield "data", through_data, lambda: int(total)
+    yield "numpy", in_array, lambda: int(array[0])
+    yield "printed", lambda value: print("step"), None
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in writers()])
+def test_what_a_step_writes_elsewhere_is_written_once_in_each_step(name, capsys):
     opt = PLAIN
+    note, count = {case: rest for case, *rest in writers()}[name]
+    count = count or (lambda: capsys.readouterr().out.count("step"))
 
-    def run(compile):
-        net, log, last = _Remembering(), {}, None
-        history = [torch.zeros(())] * 100
+    def noting(w):
+        value = (w**2).sum()
+        note(value)
+        return value
 
-        def noting(w):
-            nonlocal last
-            global _LAST, _COUNT
-            value = (w**2).sum()
-            if kind == "list":
-                history.append(value.detach())
-            elif kind == "dict":
-                log["last"] = value.detach()
-            elif kind == "global":
-                _LAST = value.detach()
-            elif kind == "count":
-                _COUNT += 1
-            elif kind == "module":
-                value = net(w).sum() ** 2
-            else:
-                last = value.detach()
-            return value
-
-        def written():
-            found = {
-                "list": lambda: history[-1],
-                "dict": lambda: log["last"],
-                "global": lambda: _LAST,
-                "module": lambda: net.last,
-                "nonlocal": lambda: last,
-                "count": lambda: torch.tensor(0),
-            }
-            return found[kind]()
-
-        seen = []
-        for _ in range(3):
-            before = _COUNT, len(history)
-            diffopt.minimize(
-                noting,
-                torch.ones(2),
-                optimizer=opt,
-                hparams=opt.hparams(lr=0.1),
-                steps=5,
-                compile=compile,
-            )
-            seen.append(written())
-        after = _COUNT, len(history)
-        return seen[-1], [b - a for a, b in zip(before, after, strict=True)]
-
+    counts = [count()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* runs without torch.compile")
-        with torch._dynamo.config.patch(recompile_limit=2):
-            found = run({"backend": "eager"})
-    right = run(False)
-    torch.testing.assert_close(found[0], right[0])
-    assert found[1] == right[1]
+        for steps in (1, 3, 2):
+            lr = torch.tensor(0.1, requires_grad=True)
+            hp = opt.hparams(lr=lr)
+            options = {"optimizer": opt, "hparams": hp, "steps": steps, "compile": EAGER}
+            sol = diffopt.minimize(noting, torch.ones(2), **options)
+            torch.autograd.grad(sol.losses.sum() + sol.params.sum(), lr)
+            counts.append(count())
+    gained = counts[1:] if name == "printed" else [b - a for a, b in itertools.pairwise(counts)]
+    assert gained == [1, 3, 2]
+
+
+def test_a_step_of_unroll_that_writes_to_a_tensor_is_not_compiled():
+    total = torch.zeros(())
+
+    def step(carry, args, t):
+        total.add_(1)
+        return carry * args, None
+
+    with pytest.warns(UserWarning, match="writes to something that exists"):
+        unroll(step, torch.ones(2), torch.tensor(0.5), 3, compile=EAGER)
+    assert total == 3
+
+
+def test_a_loss_that_keeps_what_it_makes_is_compiled():
+    backend = Counted()
+
+    def loss(w):
+        found = {}
+        found["sum"] = w.sum()
+        parts = [found["sum"]]
+        parts.append(w.square().sum())
+        parts[0] += 1
+        return parts[0] + parts[1]
+
+    hp = PLAIN.hparams(lr=0.1)
+    options = {"optimizer": PLAIN, "hparams": hp, "steps": 3}
+    sol = diffopt.minimize(loss, torch.ones(2), **options, compile={"backend": backend})
+    assert backend.graphs
+    right = diffopt.minimize(loss, torch.ones(2), **options)
+    torch.testing.assert_close(sol.params, right.params)
 
 
 def test_inductor_keeps_what_few_elements_of_a_large_result_depend_on():

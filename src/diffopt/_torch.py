@@ -298,21 +298,33 @@ def graph_pass(function: Callable[[Any], None], name: str) -> Any:
     return Pass()
 
 
-def traced_side_effects() -> bool:
-    """Whether what `torch.compile` is tracing changes what exists; True if it is not tracing."""
+def traced_side_effects(graph: Any) -> bool:
+    """Whether what `torch.compile` is tracing writes to what exists; False if it is not tracing."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         effects: Any = InstructionTranslator.current_tx().output.side_effects
     except AttributeError:
-        return True
+        return False
     existing = ("ValueMutationExisting", "AttributeMutationExisting")
-    found = (
+    changed = (
         x
         for x in effects.id_to_variable.values()
-        if type(x.mutation_type).__name__ in existing and effects.is_modified(x)
+        if type(x.mutation_type).__name__ in existing and effects.is_modified(x) and _changed(x)
     )
-    return bool(effects.tensor_hooks or effects.save_for_backward or any(True for _ in found))
+    inputs = (x.meta.get("example_value") for x in graph.graph.nodes if x.op == "placeholder")
+    written = any(isinstance(x, torch.Tensor) and version(x) for x in inputs)
+    return bool(
+        effects.tensor_hooks or effects.save_for_backward or written or any(True for _ in changed)
+    )
+
+
+def _changed(traced: Any) -> bool:
+    """Whether it is not a dict whose items have been put back, as `torch.func` does in modules."""
+    old = getattr(traced, "original_items", None)
+    if old is None or len(old) != len(traced.items):
+        return True
+    return any(traced.is_new_item(old.get(key.vt), x) for key, x in traced.items.items())
 
 
 # torch.optim.

@@ -24,6 +24,8 @@ from diffopt._diff.kernels import (
     Operator,
     Pull,
     Run,
+    TracedError,
+    Tracing,
     UnfitError,
     composed,
     kept,
@@ -71,6 +73,7 @@ class Call:
         """The results; the first ones are compared."""
         known: list[Seen] = kept(("seen", self.routine.key), list)
         if not known:
+            self._refuse_effects(tensors)
             known.append(self._look(tensors))
         while True:
             seen = known[0]
@@ -98,6 +101,18 @@ class Call:
             self._compare(kernel, run, tensors, seen.used)
         variant.tests -= 1  # another thread may count, too
         return variant.tests
+
+    def _refuse_effects(self, tensors: Sequence[Tensor]) -> None:
+        """Raise before the function has run once if it may write to something else, and does."""
+        program = self.routine.program
+        if program.captured and program.captured.writes:
+            scalars = [not x.dim() for x in tensors]
+            kernel = kept(
+                ("trace", self.routine.key, self.operators, tuple(scalars)),
+                lambda: Kernel(self.operators, scalars, program.name, Tracing(), None),
+            )
+            with contextlib.suppress(TracedError):
+                self._run(kernel, tensors, ())
 
     def _kernel(self, tensors: Sequence[Tensor], used: Used, asked: Asked | None) -> Kernel:
         program = self.routine.program

@@ -95,7 +95,6 @@ class Variant:
     Attributes:
         tests: how many more of its results are compared.
         facts: what a run of the function as it is has shown.
-        pure: whether all that torch.compile makes of the function is this graph.
         halves: what it is divided in, without autograd in between, if that has been compared.
     """
 
@@ -103,7 +102,6 @@ class Variant:
         self.run = run
         self.tests: int | None = None
         self.facts: Any = None
-        self.pure = not _torch.traced_side_effects()
         self.halves: _torch.Halves | None = None
 
     @property
@@ -197,7 +195,7 @@ class Run(NamedTuple):
         captured: the tensors that it captures.
         pull: its vector-Jacobian product, if that was asked for.
         outputs: the outputs of the graph.
-        wires: how they are connected; None if that is not known, or the graph is not all there is.
+        wires: how they are connected; None if that is not known.
     """
 
     results: list[Tensor]
@@ -262,6 +260,29 @@ class _Running(threading.local):
 _RUNNING = _Running()
 
 
+class TracedError(Exception):
+    """A function has been traced, and not run."""
+
+
+def refuse_effects(graph: Any) -> None:
+    """Raise if what is traced does more than compute this graph, as comparisons run it again."""
+    if _torch.traced_side_effects(graph):
+        raise UnfitError(
+            "it writes to something that exists, such as a list, an attribute or a variable of "
+            "another scope, which must happen once in each step"
+        )
+
+
+class Tracing:
+    """A backend of torch.compile that compiles nothing."""
+
+    dynamic, replays = None, False
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        refuse_effects(graph)
+        raise TracedError
+
+
 class _Backend:
     """A backend of torch.compile; it notices which graph runs, and on which tensors.
 
@@ -275,6 +296,7 @@ class _Backend:
         self.replays = bool(asked) or options.get("mode") in ("reduce-overhead", "max-autotune")
 
     def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        refuse_effects(graph)
         with _torch.partitioned():  # a derivative may be asked for more than once
             variant = Variant(self.compile(graph, inputs))
 
@@ -310,7 +332,7 @@ class Kernel:
         operators: Sequence[Operator],
         scalars: Sequence[bool],
         what: str,
-        backend: _Backend,
+        backend: _Backend | Tracing,
         asked: Asked | None,
     ) -> None:
         def kernel(function: Callable[..., Tree], inputs: Tree, extra: list[Tensor]) -> Tree:
@@ -354,6 +376,11 @@ class Kernel:
         except Exception as error:
             if hooked:  # torch leaves them disabled where it fails in a transform
                 _torch.enable_saved_tensors_hooks()
+            cause = getattr(error, "inner_exception", error)  # of an error in a backend
+            if isinstance(cause, TracedError):
+                raise cause from None
+            if isinstance(cause, UnfitError):
+                raise self.unfit(str(cause)) from None
             raise self.unfit(f"torch.compile makes no kernel of it ({brief(error)})") from error
         finally:
             read, outputs, saved = _RUNNING.tensors, _RUNNING.outputs, _RUNNING.saved
@@ -365,7 +392,7 @@ class Kernel:
         captured = [x for x in read if isinstance(x, Tensor) and id(x) not in known]
         results, join = _tree.split(tree)
         wires = None
-        if variant.pure and isinstance(outputs, (tuple, list)):
+        if isinstance(outputs, (tuple, list)):
             wires = Wires.of(given, captured, read, cast(Sequence[Any], outputs), results)
         results = [*map(Tensor.clone, results)] if self.replays else results
         run = Run(results, join, variant, captured, self._pull(given, results), outputs, wires)

@@ -291,7 +291,7 @@ class _Repeated:
     """Runs a call for one step after another, without torch.compile's checks where they hold.
 
     They do when a first run has shown the graph, and all tensors are like those of that run.
-    Nothing else changes in between: a graph with other effects is run with the checks.
+    Nothing else changes in between, since what has other effects is not compiled.
     """
 
     def __init__(self, call: Call) -> None:

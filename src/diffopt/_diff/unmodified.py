@@ -39,16 +39,18 @@ class Captured:
     Attributes:
         kept: the bytes that the run has left in memory, in results and their graph; 0 if unknown.
         settled: whether it has been run, so that it is known what it replaces itself.
+        writes: whether it may write to something that exists, by the names in its code.
     """
 
     def __init__(self, name: str, *functions: Any) -> None:
         self.name, self.functions, self.kept = name, functions, 0
         self.versions: list[tuple[weakref.ref[Tensor], Stamp]] = []  # keeps no tensor alive
-        self.settled = False
+        self.settled = self.writes = False
         self.names: set[str] = set()
         self.values: dict[_Path, Callable[[], Any]] = {}
         if not _modes.compiling():
             self.names = _names_read(functions)
+            self.writes = any(map(_writing, self.names))
             self.values = {k: _held(x) for k, x in _bound(functions, self.names).items()}
 
     @contextlib.contextmanager
@@ -182,8 +184,13 @@ _Path = tuple[Any, ...]
 _MANY = 64  # entries of a container that are looked at one by one
 _MUCH = 1 << 24  # bytes of memory that are all compared; of more, as many
 _STORED = "[]="  # among the names in code that stores an item
+_WRITTEN = "="  # in code that writes to an attribute, to a variable of another scope, or in place
 _ADDING = {"append", "appendleft", "extend", "insert", "add"}
 _ADDING_KEYS = {"update", "setdefault", _STORED}
+_WRITING = {
+    *(*_ADDING, *_ADDING_KEYS, _WRITTEN, "setattr", "delattr", "next", "print", "open", "clear"),
+    *("pop", "popleft", "popitem", "remove", "discard", "sort", "reverse", "rotate"),
+}
 _CONTAINERS = (tuple, list, dict, set, frozenset, collections.deque)
 _CONSTANTS = (bool, int, float, complex, str, bytes, types.CodeType)
 
@@ -246,15 +253,21 @@ def _contents(value: Any) -> Any:
 
 def _names_read(whole: Any) -> set[str]:
     """The names of attributes (and more) that the user's functions in a value read."""
-    functions, classes = list[types.FunctionType](), set[Any]()
+    functions, classes, names = list[types.FunctionType](), set[Any](), {"__call__", "forward"}
     for _, value, _ in _walked(whole, None):
         if isinstance(value, types.MethodType):
             classes.add(type(value.__self__))
         elif isinstance(value, types.FunctionType):
             functions += [] if _library(value) else [value]
+        elif isinstance(value, torch.nn.Module):
+            classes |= {type(x) for x in value.modules()}
+            names |= {
+                _WRITTEN for x in value.modules() if x.training and [*x.buffers(recurse=False)]
+            }
+        elif isinstance(value, types.BuiltinMethodType):
+            names.add(value.__name__)
         else:
-            classes.add(type(value))
-    names = {"__call__", "forward"}
+            classes.add(value if isinstance(value, types.ModuleType) else type(value))
     functions += _methods(classes, names)
     while functions:
         more = _names_of(functions.pop().__code__) - names
@@ -263,8 +276,8 @@ def _names_read(whole: Any) -> set[str]:
     return names
 
 
-def _methods(classes: Iterable[type], names: Iterable[str]) -> list[types.FunctionType]:
-    """The methods and properties of the user's classes with these names."""
+def _methods(classes: Iterable[Any], names: Iterable[str]) -> list[types.FunctionType]:
+    """The methods and properties of the user's classes or modules with these names."""
     found = [getattr(kind, name, None) for kind in classes for name in names if not _library(kind)]
     found = [x.fget if isinstance(x, property) else x for x in found]
     return [x for x in found if isinstance(x, types.FunctionType) and not _library(x)]
@@ -374,10 +387,8 @@ def _read_by(kind: type) -> frozenset[str]:
 
 
 def _library(x: Any) -> bool:
-    return str(getattr(x, "__module__", None) or x.__name__).partition(".")[0] in (
-        "torch",
-        "diffopt",
-    )
+    name = str(getattr(x, "__module__", None) or x.__name__).partition(".")[0]
+    return name in ("torch", "diffopt", "numpy", "math")
 
 
 def _names_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -402,9 +413,28 @@ def _names_of(code: types.CodeType) -> frozenset[str]:
     """
     inner = (x for x in code.co_consts if isinstance(x, types.CodeType))
     strings = (x for x in code.co_consts if isinstance(x, str) and x.isidentifier())
-    stores = any(i.opname == "STORE_SUBSCR" for i in dis.get_instructions(code))
-    names = {*code.co_names, *strings, *([_STORED] if stores else ())}
-    return frozenset(names).union(*map(_names_of, inner))
+    stores = {written for i in dis.get_instructions(code) if (written := _written(i, code))}
+    return frozenset(stores).union(code.co_names, strings, *map(_names_of, inner))
+
+
+def _written(instruction: dis.Instruction, code: types.CodeType) -> str | None:
+    """What stands among the names for an instruction that writes to more than a local variable."""
+    operation, _, kind = instruction.opname.partition("_")
+    if operation not in ("STORE", "DELETE"):
+        in_place = operation == "INPLACE" or instruction.argrepr in _IN_PLACE
+        return _WRITTEN if in_place else None
+    if kind in ("SUBSCR", "SLICE"):
+        return _STORED
+    elsewhere = kind in ("ATTR", "GLOBAL") or instruction.argval in code.co_freevars
+    return _WRITTEN if elsewhere else None
+
+
+def _writing(name: str) -> bool:
+    """Whether something of this name may write to what exists, as methods of tensors do."""
+    return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
+
+
+_IN_PLACE = {f"{x}=" for x in ("+", "-", "*", "/", "//", "%", "@", "**", "&", "|", "^", "<<", ">>")}
 
 
 @functools.lru_cache(maxsize=1024)
