@@ -820,6 +820,52 @@ def test_a_loss_that_keeps_what_it_makes_is_compiled():
     torch.testing.assert_close(sol.params, right.params)
 
 
+def requiring(compile, adjoint, names):
+    """For results of a loop whether they require grad, and for which inputs they have one."""
+    tensors = {name: torch.full((2,), 0.5).requires_grad_(name in names) for name in "uvwxab"}
+    lr = torch.tensor(0.1, requires_grad=names == "lr")
+    params = {name: tensors[name] for name in "uvw"}
+
+    def loss(p, a, b, x):  # w is not used
+        value = ((p["u"] - a * x) ** 2).sum() + ((p["v"] - 1) ** 2).sum()
+        return value, (p["u"].detach(), p["v"] * 2, b + 1)
+
+    sol = diffopt.minimize(
+        loss,
+        params,
+        tensors["a"],
+        tensors["b"],
+        optimizer=PLAIN,
+        hparams=PLAIN.hparams(lr=lr),
+        batches=[torch.ones(2), tensors["x"], torch.ones(2)],
+        adjoint=adjoint,
+        has_aux=True,
+        compile=compile,
+    )
+    inputs = [x for x in (*tensors.values(), lr) if x.requires_grad]
+    found = []
+    for y in (*sol.params.values(), *sol.losses.unbind(), *itertools.chain(*sol.aux)):
+        grads = [None] * len(inputs)
+        if y.requires_grad:
+            grads = torch.autograd.grad(
+                y.sum(), inputs, allow_unused=True, retain_graph=True, materialize_grads=False
+            )
+        found.append((y.requires_grad, [None if g is None else bool(g.any()) for g in grads]))
+    return found
+
+
+@pytest.mark.parametrize("names", ["u", "lr", "x", "ub"])
+@pytest.mark.parametrize(
+    "adjoint",
+    [Unrolled(), Truncated(2), FirstOrder(), Checkpointed(segments=3), ForwardMode()],
+    ids=lambda adjoint: type(adjoint).__name__,
+)
+def test_compiled_results_require_grad_and_have_gradients_where_others_do(
+    adjoint, names, traceless
+):
+    assert requiring(traceless, adjoint, names) == requiring(False, adjoint, names)
+
+
 def test_inductor_keeps_what_few_elements_of_a_large_result_depend_on():
     def scaled(x, t, w):
         power = 0.9**t

@@ -28,12 +28,13 @@ class Compiler(Program):
         routine, tensors, _ = routine_of(self, task)
         try:
             _refuse_forward_mode()
-            results = _series(routine, [routine.element])(tensors)
+            series = _series(routine, [routine.element], routine.needed)
+            results = series(tensors)
         except Exception as error:
             found = function(*inputs)  # if the fault is the function's own, this raises it
             self.give_up(error)
             return found
-        return routine.finished(results, routine.differentiable())
+        return routine.finished(zip(results, series.differentiable(), strict=True))
 
     def loop(
         self, task: Task, xs: Sequence[Any], eagerly: Callable[[], tuple[Tree, list[Any]]]
@@ -53,10 +54,10 @@ class Compiler(Program):
             return eagerly()
         more = [x for tensors, _ in pairs for x in tensors]
         each = routine.count - routine.split
-        routine.needed[routine.split :] = [
-            any(map(_modes.needs_gradient, more[i::each])) for i in range(each)
-        ]
-        series = _series(routine, [element for _, element in pairs])
+        needed = [*map(_modes.needs_gradient, more)]
+        routine.needed[routine.split :] = [any(needed[i::each]) for i in range(each)]
+        needed = [*routine.needed[: routine.split], *needed]
+        series = _series(routine, [element for _, element in pairs], needed)
         try:
             _refuse_forward_mode()
             results = series([*tensors[: routine.split], *more])
@@ -67,7 +68,7 @@ class Compiler(Program):
             found = eagerly()  # if the fault is the function's own, this raises it
             self.warn(error)
             return found
-        return _finished(routine, results, len(xs))
+        return _finished(series, results)
 
     def pushforward(
         self, task: Task, directions: Sequence[Tensor | None]
@@ -96,10 +97,10 @@ class Compiler(Program):
             return None
 
 
-def _series(routine: Routine, elements: Sequence[Joint]) -> Series:
+def _series(routine: Routine, elements: Sequence[Joint], needed: Sequence[bool]) -> Series:
     """The steps, one for each element."""
     keep = torch.is_grad_enabled() and any(routine.needed)
-    return Series(routine, tuple(elements), keep)
+    return Series(routine, tuple(elements), tuple(needed), keep)
 
 
 def _refuse_forward_mode() -> None:
@@ -107,14 +108,14 @@ def _refuse_forward_mode() -> None:
         raise UnfitError("only ForwardMode() compiles derivatives in forward mode")
 
 
-def _finished(routine: Routine, results: Sequence[Tensor], steps: int) -> tuple[Tree, list[Any]]:
+def _finished(series: Series, results: Sequence[Tensor]) -> tuple[Tree, list[Any]]:
     """The last carry and the outputs of all steps as trees."""
     last: Tree = None
-    carry, rest, outputs = results[: routine.steady], results[routine.steady :], list[Any]()
-    each, carries = len(rest) // steps, routine.differentiable()
-    for t in range(steps):
-        values = [*carry, *rest[t * each : (t + 1) * each]]
-        last, output = routine.finished(values, carries)
+    steady, each, outputs = series.routine.steady, series.outputs, list[Any]()
+    pairs = [*zip(results, series.differentiable(), strict=True)]
+    for t in range(len(series.elements)):
+        start = steady + t * each
+        last, output = series.routine.finished([*pairs[:steady], *pairs[start : start + each]])
         outputs.append(output)
     return last, outputs
 
@@ -137,11 +138,12 @@ def _pushed(
     ]
     pushed = tuple(row is not None for row in rows)
     moved = [row.to(x.dtype) for x, row in zip(tensors, rows, strict=True) if row is not None]
-    series = Series(routine, (routine.element,), operators=(("jvp", (pushed,)),))
+    needed = tuple(routine.needed)
+    series = Series(routine, (routine.element,), needed, operators=(("jvp", (pushed,)),))
     results = series([*tensors, *moved])
     depends = routine.facts.seen.depends
     count, tangents = len(depends), iter(results[len(depends) :])
-    moving = routine.moving(depends, [id(x) in along for x in tensors])
+    moving = {i for i, x in enumerate(tensors) if id(x) in along}
     found = [next(tangents) if _modes.has_derivative(y) else None for y in results[:count]]
     pairs = zip(found, depends, strict=True)
     return routine.facts.join(results)[0], [t if on & moving else None for t, on in pairs]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from diffopt._diff.applied import Applied
 from diffopt._diff.calls import Call, compact
 from diffopt._diff.kernels import Again, Asked, Operator, Pull, composed, kept
 from diffopt._diff.tasks import Joint, Routine
+
+T = TypeVar("T")
 
 
 class Kept(NamedTuple):
@@ -48,6 +51,7 @@ class Series(Applied):
     Attributes:
         step: one of them, the first.
         elements: how each step joins its x.
+        needed: which of its inputs need a gradient.
         keep: whether it keeps what derivatives need.
         operators: what is made of it: see `kernels`.
         kept: what the last run has kept.
@@ -55,6 +59,7 @@ class Series(Applied):
 
     step: Routine
     elements: tuple[Joint, ...]
+    needed: tuple[bool, ...]
     keep: bool = False
     operators: tuple[Operator, ...] = ()
     kept: list[Kept] = field(default_factory=list[Kept])
@@ -101,8 +106,17 @@ class Series(Applied):
     def differentiable(self) -> list[bool]:
         if self.pushed:
             return []
-        carries, steady = self.routine.differentiable(), self.routine.steady
-        return [*carries[:steady], *carries[steady:] * len(self.elements)]
+        steady, split = self.routine.steady, self.routine.split
+        carry, fixed = [*self.needed[:steady]], _chosen(self.needed[:split]) - {*range(steady)}
+        outputs, before = list[bool](), None
+        found = list[bool]()
+        for x in _chunks(self.needed[split:], self.each, len(self.elements)):
+            if (carry, x) != before:
+                before = carry, x
+                found = self.routine.carries(_chosen(carry) | fixed | _chosen(x, split))
+            carry = found[:steady]
+            outputs += found[steady:]
+        return [*carry, *outputs]
 
     def eager(self, *tensors: Tensor) -> list[Tensor]:
         return composed(self._eagerly, self.operators)(*tensors)
@@ -171,7 +185,22 @@ class Series(Applied):
         ]
         grads = iter(pullback([*inputs, *cotangents]))
         found = [next(grads) if want else None for want in pullback.whole.wanted]
-        return [g if need else None for g, need in zip(found, needed, strict=True)]
+        wanted = map(operator.and_, needed, self._reached([x is not None for x in given]))
+        return [g if want else None for g, want in zip(found, wanted, strict=True)]
+
+    def _reached(self, given: Sequence[bool]) -> list[bool]:
+        """Which inputs the results depend on that are given a cotangent."""
+        routine = self.routine
+        depends, steady, split = routine.facts.seen.depends, routine.steady, routine.split
+        carry, fixed, xs = _chosen(given[:steady]), set[int](), list[list[bool]]()
+        for outputs in reversed(_chunks(given[steady:], self.outputs, len(self.elements))):
+            results = carry | _chosen(outputs, steady)
+            reached = set[int]().union(*(depends[o] for o in results))
+            xs.append([split + i in reached for i in range(self.each)])
+            carry, fixed = {i for i in reached if i < steady}, fixed | reached
+        first = [i in carry for i in range(steady)]
+        rest = [i in fixed for i in range(steady, split)]
+        return [*first, *rest, *itertools.chain(*reversed(xs))]
 
     def _usual(self) -> frozenset[int] | None:
         """The outputs of a step whose cotangents the last derivative took; None to wait and see.
@@ -274,8 +303,13 @@ class Pullback(Applied):
         return [*first, *totals.values(), *itertools.chain(*reversed(of_xs))]
 
 
-def _chunks(tensors: Sequence[Tensor], size: int, count: int) -> list[list[Tensor]]:
-    return [[*tensors[i * size : (i + 1) * size]] for i in range(count)]
+def _chunks(values: Sequence[T], size: int, count: int) -> list[list[T]]:
+    return [[*values[i * size : (i + 1) * size]] for i in range(count)]
+
+
+def _chosen(flags: Sequence[bool], start: int = 0) -> set[int]:
+    """The numbers, from `start` on, of those that hold."""
+    return {i for i, flag in enumerate(flags, start) if flag}
 
 
 def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -31,6 +31,7 @@ class Task(NamedTuple):
         kind: what tells this function from others of the loop.
         integer: whether the last argument is the number of the step.
         buffers: how many of the carry's last tensors may be ones that must not need a gradient.
+        params: how many of its first the function takes a differentiable gradient for.
     """
 
     make: Callable[[Used], Callable[..., Tree]]
@@ -38,6 +39,7 @@ class Task(NamedTuple):
     kind: Any = None
     integer: bool = False
     buffers: int = 0
+    params: int = 0
 
 
 class Program:
@@ -214,6 +216,7 @@ class Routine:
         count: how many the inputs have.
         needed: which of them need a gradient.
         buffers: the places of those that may have to need none.
+        params: how many are params, see `Task`.
         tests: how many results of a kernel are compared.
     """
 
@@ -227,6 +230,7 @@ class Routine:
     count: int
     needed: list[bool]
     buffers: range
+    params: int
     tests: int
     facts: Facts
 
@@ -253,11 +257,19 @@ class Routine:
                 return moving
             moving |= more
 
-    def differentiable(self) -> list[bool]:
-        """For each result whether it depends, in some step, on the inputs needed."""
+    def carries(self, moving: set[int]) -> list[bool]:
+        """For each result whether it requires a gradient if these inputs do.
+
+        If the loss does, autograd takes gradients by aliases of all params, which require one.
+        """
         depends = self.facts.seen.depends
-        moving = self.moving(depends, self.needed)
-        return [bool(on & moving) for on in depends]
+        found = [bool(on & moving) for on in depends]
+        beside = [*found[self.buffers.start : self.buffers.stop], *found[self.steady :]]
+        if not any(beside) and moving.isdisjoint(range(self.params)):
+            return found
+        aliases = {*range(self.params)}
+        pairs = enumerate(zip(found, depends, strict=True))
+        return [carry or (on != {o} and bool(on & aliases)) for o, (carry, on) in pairs]
 
     def asked(self, seen: Seen, outputs: frozenset[int]) -> Asked:
         """Gradients of all inputs needed, from cotangents of the carry and of these results."""
@@ -268,9 +280,8 @@ class Routine:
         reached = set[int]().union(*(on for on, t in zip(depends, there, strict=True) if t))
         return Asked(tuple(i in moving and i in reached for i in range(self.count)), there)
 
-    def finished(self, results: Sequence[Tensor], carries: Sequence[bool]) -> Tree:
-        """The results as a tree, without derivatives where they carry none."""
-        pairs = zip(results, carries, strict=True)
+    def finished(self, pairs: Iterable[tuple[Tensor, bool]]) -> Tree:
+        """Results as a tree, without derivatives where they carry none."""
         return self.facts.join(
             y if carry or not _modes.needs_gradient(y) else y.detach() for y, carry in pairs
         )[0]
@@ -295,6 +306,7 @@ def routine_of(program: Program, task: Task) -> tuple[Routine, list[Tensor], Num
         len(tensors),
         [*map(_modes.needs_gradient, tensors)],
         range(steady - task.buffers, steady),
+        task.params,
         3 if task.integer else 1,  # powers of the step's number agree at 0
         Facts(program.name),
     )

@@ -151,8 +151,9 @@ class GradientStep:
         hparams = _exact(hparams, _tree.leaves(carry)[0])
         inputs = carry, (hparams, inputs), *self.elements(carry, [x])
         kind = self.second_order, self.tol is None
-        buffers = _tree.count(carry[2])
-        return Task(lambda used: replace(step, used=used), inputs, kind=kind, buffers=buffers)
+        params, _, buffers = map(_tree.count, carry)
+        make, params = lambda used: replace(step, used=used), params if self.second_order else 0
+        return Task(make, inputs, kind=kind, buffers=buffers, params=params)
 
     def elements(self, carry: Tree, xs: Iterable[Any]) -> list[Any]:
         """The last of the task's inputs, for each x."""
