@@ -634,3 +634,42 @@ def test_loops_in_threads_do_not_disturb_each_other(adjoint):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda rate: hypergradient(rate, adjoint), rates))
     torch.testing.assert_close(found, [hypergradient(rate, Unrolled()) for rate in rates])
+
+
+def hooked(w, a, hook):
+    inner = (w * a).sin()
+    if inner.requires_grad:
+        inner.register_hook(hook)
+    return (inner**2).sum()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    "how", [ForwardMode(), Checkpointed(hvp="forward-over-reverse"), "jvp"], ids=["F", "C", "jvp"]
+)
+def test_hooks_in_a_loss_that_change_gradients_are_refused_and_others_called(how, number):
+    opt, seen = diffopt.sgd(), []
+
+    def final(a, lr, hook, adjoint):
+        return diffopt.minimize(
+            lambda w, a: hooked(w, a, hook),
+            torch.full((2,), 0.3, dtype=torch.float64),
+            a,
+            optimizer=opt,
+            hparams=opt.hparams(lr=lr),
+            steps=2,
+            adjoint=adjoint,
+        ).params.sum()
+
+    def derivative(hook, adjoint):
+        a, lr = (torch.tensor(x, dtype=torch.float64) for x in (0.7, 0.1))
+        if adjoint == "jvp":
+            given = (a, lr)[:number]
+            run = lambda *xs: final(*xs, *(a, lr)[number:], hook, Unrolled())  # noqa: E731
+            return torch.func.jvp(run, given, tuple(map(torch.ones_like, given)))[1]
+        inputs = [x.requires_grad_() for x in (a, lr)[:number]]
+        return sum(torch.autograd.grad(final(a, lr, hook, adjoint), inputs))
+
+    torch.testing.assert_close(derivative(seen.append, how), derivative(seen.append, Unrolled()))
+    with pytest.raises(NotImplementedError, match="register_hook"):
+        derivative(lambda grad: 2 * grad, how)

@@ -78,16 +78,37 @@ def _mend_node(node: Any) -> None:
 
 
 class _Mended(TorchFunctionMode):
-    """Replaces functions of torch; with `stops`, `torch.no_grad` stops forward derivatives too."""
+    """Replaces functions of torch; with `stops`, `torch.no_grad` stops forward derivatives too.
+
+    Then hooks of tensors may only look at gradients: in reverse mode they act on second
+    derivatives, too, which in forward mode they do not.
+    """
 
     def __init__(self, *, stops: bool) -> None:
         self.stops, self.replacements = stops, {**_REPLACEMENTS, **(_FORWARD if stops else {})}
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.stops and func is Tensor.register_hook:
+            args = args[0], _looking(*args[1:], **(kwargs or {}))
+            kwargs = None
         result = (self.replacements.get(func) or func)(*args, **(kwargs or {}))
         if self.stops and func is _torch.set_grad_enabled and _by_the_loss():
             _torch.set_forward_enabled(args[0])
         return result
+
+
+def _looking(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+    """The hook, which raises if it changes the gradient."""
+
+    def looking(grad: Tensor) -> None:
+        if hook(grad) is not None:
+            raise NotImplementedError(
+                "a hook of a tensor in the loss (register_hook) changes its gradient, which has "
+                "no forward derivative: use Unrolled() or Checkpointed(), whose derivatives it "
+                "changes, too, or a torch.autograd.Function with a jvp in place of the hook"
+            )
+
+    return looking
 
 
 def _by_the_loss() -> bool:
