@@ -801,6 +801,30 @@ def test_a_step_of_unroll_that_writes_to_a_tensor_is_not_compiled():
     assert total == 3
 
 
+def test_steps_that_are_not_alike_write_once_each_too():
+    seen, calls = [], []
+
+    def step(carry, args, t):
+        seen.append(t)
+        wide = carry.dtype == torch.float64
+        return carry.double() * args, (t, {"wide": carry} if wide else carry)
+
+    def loss(w, x):
+        seen.append(x)
+        return (w * x).square().sum(), ({"wide": w} if len(x) > 1 else w)
+
+    hp, batches = PLAIN.hparams(lr=0.1), [torch.ones(1), torch.ones(2), torch.ones(2)]
+    options = {"optimizer": PLAIN, "hparams": hp, "batches": batches, "has_aux": True}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* runs without torch.compile")
+        unroll(step, torch.ones(2), torch.tensor(0.5), 4, compile=EAGER)
+        assert len(seen) == 4
+        callback = lambda t, *_: calls.append(t)  # noqa: E731
+        diffopt.minimize(loss, torch.ones(2), **options, compile=EAGER, callback=callback)
+    assert len(seen) == 7
+    assert calls == [0, 1, 2]
+
+
 def test_a_loss_that_keeps_what_it_makes_is_compiled():
     backend = Counted()
 
