@@ -21,7 +21,6 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 
 _MISSING = cast(Any, None)  # explained by the same error as an argument of another kind
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
-_TABLES = operator.itemgetter(*_torch.MODULE_TABLES)
 
 
 class Functional(NamedTuple):
@@ -113,8 +112,8 @@ def functionalize(module: nn.Module) -> Functional:
     """
     if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"module is {_tree.describe(module)}, not a torch.nn.Module")
-    _refuse_kinds(module)
     parts = _parts(module)
+    _refuse_kinds(parts)
     parameters, others = _places(parts)
     places = parameters | others
     canonical = {id(tensor): name for name, tensor in reversed(places.items())}
@@ -278,14 +277,14 @@ def _places(parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str
 
 def _contents(parts: Iterable[nn.Module]) -> list[Any]:
     """The parameters, buffers and submodules of each part."""
-    return [x for part in parts for table in _TABLES(vars(part)) for x in table.values()]
+    return [x for part in parts for t in _torch.MODULE_TABLES for x in vars(part)[t].values()]
 
 
-def _refuse_kinds(module: nn.Module) -> None:
+def _refuse_kinds(parts: Mapping[str, nn.Module]) -> None:
     # A package that is not imported has not sharded anything, and is slow to import.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
-    for name, part in _parts(module).items():
+    for name, part in parts.items():
         path = f"module.{name}" if name else "module"
         if isinstance(part, sharded):
             raise ValueError(
@@ -295,7 +294,7 @@ def _refuse_kinds(module: nn.Module) -> None:
             )
         if isinstance(part, jit.ScriptModule):
             raise TypeError(f"{path} is a torch.jit.ScriptModule, whose tensors cannot be replaced")
-        for own, tensor in part.named_parameters(recurse=False):
+        for own, tensor in vars(part)[_torch.MODULE_TABLES[0]].items():
             if is_lazy(tensor):
                 raise ValueError(f"{path}.{own} is not initialized yet: run the module once first")
 

@@ -20,6 +20,7 @@ from diffopt._tree import Tree
 _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _LAYOUT = operator.attrgetter("layout")
 _NUMBER = operator.attrgetter("dtype", "layout", "device")
+_FORM = operator.attrgetter("shape", "dtype", "layout", "device")
 MANY = 8  # tensors that are worth a guard
 
 
@@ -146,14 +147,18 @@ def like(leaves: list[Any]) -> Callable[[list[Any]], bool]:
     are not dense, nor where there are transforms, traces and subclasses.
     """
     sure = (
-        len(leaves) >= MANY
-        and not _modes.observed()
+        not _modes.observed()
         and _modes.all_ordinary(leaves)
         and {*map(_LAYOUT, leaves)} == {torch.strided}
         and all(x.is_floating_point or x.is_complex for x in {*map(_DTYPE, leaves)})
     )
-    guards = _torch.TensorGuards(leaves) if sure else None
-    return lambda others: bool(guards) and _modes.all_ordinary(others) and guards.hold(others)
+    if not sure:
+        return lambda others: False
+    if len(leaves) < MANY:
+        forms = [*map(_FORM, leaves)]
+        return lambda others: _modes.all_ordinary(others) and [*map(_FORM, others)] == forms
+    guards = _torch.TensorGuards(leaves)
+    return lambda others: _modes.all_ordinary(others) and guards.hold(others)
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -96,7 +96,7 @@ def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     coefficient = _modes.number_of(coefficient)
     if isinstance(coefficient, Tensor) and any(isinstance(v, TensorList) for v in (x, a, b)):
         b, coefficient = b / coefficient, 1  # in place, where b is not needed again
-    if _varies(coefficient):
+    if isinstance(coefficient, _TENSORS):
         return x + a * coefficient / b
     return torch.addcdiv(x, a, b, value=coefficient)
 
@@ -180,4 +180,4 @@ class _Sqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (root,) = ctx.saved_tensors
-        return grads[0] / (2 * root.masked_fill(root == 0, torch.inf))
+        return grads[0] / (2 * torch.threshold(root, 0, torch.inf))

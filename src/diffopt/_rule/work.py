@@ -57,7 +57,7 @@ class Work:
         return (
             len({*map(_KIND, self.params)}) == 1
             and not any(grad is None for grad in self.grads)
-            and all(len({*number.cover}) == 1 for number in self.numbers)
+            and all(len(n.values) == 1 or len({*n.cover}) == 1 for n in self.numbers)
         )
 
     def parts(self, t: Any, *, apart: bool) -> Iterator[tuple[list[int], list[Any]]]:
