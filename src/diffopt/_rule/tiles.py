@@ -162,9 +162,11 @@ def _reaches(first: Tensor, count: int) -> bool:
 
 def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
     """The values of small tensors of a CPU in one vector, which takes less time to walk."""
+    if len(tensors) < _FEW:
+        return tensors
     kinds = {(x.dtype, x.device.type, x.is_contiguous(), x.requires_grad) for x in tensors}
     lengths = list(map(Tensor.numel, tensors))
-    small = len(tensors) >= _FEW and sum(lengths) <= _SHORT * len(tensors)
+    small = sum(lengths) <= _SHORT * len(tensors)
     if len(kinds) > 1 or not small or {*kinds.pop()[1:]} != {"cpu", True, False}:
         return tensors
     with torch.no_grad():
