@@ -325,6 +325,20 @@ CASES = [(how, late) for how in LATER for late in (False, True)]
 CASES.remove(("a gradient in it", True))  # parameters with other counts are stepped first
 
 
+@pytest.mark.parametrize("remaining", [slice(0), slice(1), slice(1, 3)], ids=str)
+@pytest.mark.parametrize(("name", "flags"), [("SGD", {"momentum": 0}), ("Adam", {}), ("NAdam", {})])
+def test_the_parameters_of_a_group_may_change(name, flags, remaining):
+    runs = [parameters(*[(2, 2)] * 3) for _ in BOTH]
+    for library, params in zip(BOTH, runs, strict=True):
+        optimizer = make(library, name, params, **flags)
+        for t in range(3):
+            step(optimizer, params, t)
+        for group in (params[remaining], [*reversed(params)]):
+            optimizer.param_groups[0]["params"] = group
+            step(optimizer, params, 3)
+    close(*runs)
+
+
 @pytest.mark.parametrize(("how", "late"), CASES)
 @elementwise
 def test_parameters_may_come_to_share_memory(name, how, late):

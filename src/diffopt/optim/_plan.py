@@ -3,8 +3,8 @@
 A plan is only a cache: it depends on nothing but the group, the tensors and the state as they are,
 so a step that makes a new plan gives the same bits. A plan that is kept
 
-- holds no parameters, gradients or hyperparameters that are tensors, and only those tensors of the
-  state whose rows drop the plan before they change: what a user releases is freed at once;
+- holds no gradients or hyperparameters that are tensors, and only those parameters and tensors of
+  the state whose rows drop the plan before they change: what a user releases is freed at once;
 - is checked before each step, and used only if the parameters are the same objects, the flags, the
   rule and the missing gradients are the same, every parameter, gradient and tensor of the state has
   the type, dtype, device, layout, shape and strides that it had, all but the gradients have the
@@ -22,6 +22,7 @@ traced.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Plan:
 
     def __init__(self, optimizer: Any, group: Group, options: Options, grads: list[Any]) -> None:
         params, opt = group["params"], options.opt
-        self.options, self.ids = options, list(map(id, params))
+        self.options = options
         self.inference = torch.is_inference_mode_enabled()
         self.absent = _missing(grads)
         self.complete = not self.absent
@@ -56,6 +57,9 @@ class Plan:
         rows = {i: _row(optimizer, group, params[i]) for i in live}
         scalars = (row[name] for row in rows.values() for name in optimizer.scalar_state)
         marks.learn([*filter(_modes.versioned, scalars)])
+        # The state keeps those alive that have rows; to compare these takes half the time.
+        self.params = [*params] if all(map(rows.get, range(len(params)))) else []
+        self.ids = [] if self.params else list(map(id, params))
         entangled = set[int]() if group.get("differentiable") else _entangled(params, rows)
         members: dict[_Key, list[int]] = {}
         for i in live:
@@ -86,7 +90,7 @@ class Plan:
         before, self.options = self.options, options
         params = group["params"]
         return (
-            list(map(id, params)) == self.ids
+            self._is_of(params)
             and (self.complete or self.absent == _missing(grads))  # else a guard finds it
             and (before is options or (before.flags, before.opt) == (options.flags, options.opt))
             and self.inference == torch.is_inference_mode_enabled()
@@ -97,6 +101,12 @@ class Plan:
             )
             and (len(self.buckets) == 1 or self._apart())
         )
+
+    def _is_of(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters of the group, one by one."""
+        if self.ids:
+            return list(map(id, params)) == self.ids
+        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
     def _apart(self) -> bool:
         """Whether no two buckets have become one."""
