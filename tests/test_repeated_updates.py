@@ -106,6 +106,18 @@ def test_what_has_passed_the_checks_is_checked_again_where_it_has_changed(name, 
         torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_small_trees_are_remembered_too(n):
+    prints._PASSED.clear()
+    opt, params = diffopt.adam(), [torch.ones(2) for _ in range(n)]
+    state, hp = opt.init(params), opt.hparams(lr=0.1)
+    for _ in range(3):
+        opt.update_(params, [torch.ones(2) for _ in range(n)], state, hp)
+    assert any(prints._PASSED.values())
+    with pytest.raises(ValueError, match="shape"):
+        opt.update_(params, [torch.ones(3) for _ in range(n)], state, hp)
+
+
 def test_a_parameter_at_two_distant_paths_is_refused():
     params, grads = ([torch.ones(2) for _ in range(250)] for _ in range(2))
     opt = diffopt.sgd()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _modes, _torch, _tree
-from diffopt._rule import checks, hyper, ways
+from diffopt._rule import hyper, ways
 from diffopt._rule.rule import Rule, is_ours, unused
 from diffopt._rule.work import Work
 from diffopt._tree import Tree
@@ -117,7 +117,7 @@ def as_before(
 
 def remember(work: Work, others: list[Tensor]) -> None:
     """Remember what has passed all checks, from the second time that these params pass them."""
-    if _modes.observed() or len(work.params) < checks.MANY or not is_ours(work.rule):
+    if _modes.observed() or not work.params or not is_ours(work.rule):
         return
     if not _modes.all_ordinary([*work.params, *others, *work.grads]):
         return
