@@ -9,6 +9,7 @@ from torch import nn
 
 import diffopt
 from diffopt import transforms as t
+from diffopt._rule import prints
 
 F64 = torch.float64
 
@@ -260,12 +261,16 @@ def test_a_gradient_that_the_optimizer_skips_changes_no_rate(bad, learn, in_plac
     assert all(x.isfinite().all() for x in (params, *state.offsets.values()))
 
 
+@pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("shared", ["state.inner", "grads", "hparams"])
-def test_what_shares_memory_with_a_derivative_raises_before_anything_changes(shared):
+def test_what_shares_memory_with_a_derivative_raises_before_anything_changes(shared, steps):
     opt = t.hypergradient(diffopt.sgd())
     params = {"w": draw(3)}
     grads, state, hp = {"w": draw(3, seed=1)}, opt.init(params), opt.hparams(lr=0.1)
+    for _ in range(steps):  # which are remembered to have passed the checks
+        opt.update_(params, grads, state, hp)
     derivative = state.derivatives["lr"]["w"]
+    before = params["w"].clone(), derivative.clone()
     if shared == "grads":
         grads = {"w": derivative}
     elif shared == "hparams":
@@ -274,8 +279,43 @@ def test_what_shares_memory_with_a_derivative_raises_before_anything_changes(sha
         state = state._replace(inner=state.inner._replace(momentum_buffer={"w": derivative}))
     with pytest.raises(ValueError, match=rf"{shared}.* and state.derivatives.* share memory"):
         opt.update_(params, grads, state, hp)
-    assert torch.equal(params["w"], draw(3))
-    assert not derivative.any()
+    assert torch.equal(params["w"], before[0])
+    assert torch.equal(derivative, before[1])
+
+
+CHANGES = {
+    "another state of the outer optimizer": lambda s, hp: (s._replace(outer=s.inner), hp),
+    "an offset in a vector": lambda s, hp: (s._replace(offsets={"lr": torch.zeros(2)}), hp),
+    "a derivative of another shape": lambda s, hp: (s._replace(derivatives={"lr": draw(3)}), hp),
+    "another offset": lambda s, hp: (s._replace(offsets={"lr": torch.ones((), dtype=F64)}), hp),
+    "other numbers": lambda s, hp: (s, (hp[0], diffopt.sgd().hparams(lr=0.3))),
+    "a rate in a tensor": lambda s, hp: (s, (hp[0], diffopt.sgd().hparams(lr=torch.tensor(0.3)))),
+    "another record": lambda s, hp: (s, hp[1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_passed_the_checks_is_checked_again_where_it_has_changed(change):
+    opt = t.hypergradient(diffopt.sgd())
+    ends = []
+    for forgetful in (False, True):
+        params, hp = draw(2), opt.hparams(lr=0.1)
+        state = opt.init(params)
+        for _ in range(3):
+            opt.update_(params, slope(params), state, hp)
+        state, hp = CHANGES[change](state, hp)
+        if forgetful:
+            prints._PASSED.clear()
+        try:
+            opt.update_(params, slope(params), state, hp)
+        except Exception as error:
+            ends.append((type(error), str(error)))
+        else:
+            ends.append((params, state))
+    if isinstance(ends[0][0], type) or isinstance(ends[1][0], type):
+        assert ends[0] == ends[1]
+    else:
+        torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 def test_a_loop_is_differentiated_through_the_rates_it_learns():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,14 +74,38 @@ class Passed:
             )
 
 
-_PASSED: dict[Any, tuple[Passed, ways.Alike | None] | None] = {}
-"""By rule, the number of params and the first one, what has passed all checks, and what all tensors
-have in common.
+_PASSED: dict[Any, tuple[Passed, Any] | None] = {}
+"""By keys, the number of params and the first one, what has passed all checks, and what was found
+out about it.
 
 None after the first time.
 """
 
-_REMEMBERED = 8
+_REMEMBERED = 16
+
+
+def found(key: tuple[Any, ...], params: list[Any]) -> tuple[Passed, Any] | None:
+    """What may have passed with these params, and what was found out about it."""
+    return None if _modes.observed() or not _PASSED else _PASSED.get(_key(key, params))
+
+
+def keep(
+    key: tuple[Any, ...],
+    params: list[Tensor],
+    others: list[Tensor],
+    grads: list[Any],
+    facts: Callable[[], Any],
+) -> None:
+    """Remember what has passed all checks, from the second time that these params pass them."""
+    if _modes.observed() or not params or not _modes.all_ordinary([*params, *others, *grads]):
+        return
+    apart = len({*addresses_of(params)}) == len(params)
+    if not apart or any(map(_modes.needs_gradient, grads)):
+        return
+    key = _key(key, params)
+    _PASSED[key] = (Passed(params, others, grads), facts()) if key in _PASSED else None
+    for old in [*_PASSED][:-_REMEMBERED]:
+        _PASSED.pop(old, None)
 
 
 def as_before(
@@ -91,19 +115,18 @@ def as_before(
 
     Then none of the gradients and hyperparameters requires a gradient.
     """
-    made = type(state) is rule.State and type(hparams) is rule.hparams
-    if _modes.observed() or not (made and _PASSED):
+    if type(state) is not rule.State or type(hparams) is not rule.hparams:
         return None
     tensors, spec = _tree.flatten(params)
-    known = _PASSED.get(_key(rule, tensors, map(unused, state[1:])))
+    known = found((rule, *map(unused, state[1:])), tensors)
     if known is None:
         return None
     passed, alike = known
     used = [field for field in state[1:] if not unused(field)]
-    found: list[Any] = [_tree.leaves_as(tree, spec) for tree in (grads, *used)]
-    if None in found:
+    rows: list[Any] = [_tree.leaves_as(tree, spec) for tree in (grads, *used)]
+    if None in rows:
         return None
-    gradients, *columns = found
+    gradients, *columns = rows
     numbers = hyper.broadcast(hparams, spec, params)
     if not (
         all(len(n.values) == 1 and type(n.values[0]) in (float, int) for n in numbers)
@@ -116,31 +139,21 @@ def as_before(
 
 
 def remember(work: Work, others: list[Tensor]) -> None:
-    """Remember what has passed all checks, from the second time that these params pass them."""
-    if _modes.observed() or not work.params or not is_ours(work.rule):
-        return
-    if not _modes.all_ordinary([*work.params, *others, *work.grads]):
-        return
-    grads: list[Any] = work.grads
-    apart = len({*addresses_of(work.params)}) == len(work.params)
-    if not apart or any(map(_modes.needs_gradient, grads)):
-        return
-    key = _key(work.rule, work.params, (unused(column[0]) for column in work.buffers))
-    _PASSED[key] = _passed(work, others) if key in _PASSED else None
-    for old in [*_PASSED][:-_REMEMBERED]:
-        _PASSED.pop(old, None)
+    """Remember the arguments of an update for `as_before`."""
+    if work.params and is_ours(work.rule):
+        key = work.rule, *(unused(column[0]) for column in work.buffers)
+        keep(key, work.params, others, work.grads, lambda: _alike(work))
 
 
-def _passed(work: Work, others: list[Tensor]) -> tuple[Passed, ways.Alike | None]:
-    grads: list[Any] = work.grads
-    groups, alike = work.groups(), None
-    if len(groups) == 1:
-        numbers, columns = work.numbers_of_state(), work.columns(groups[0])
-        lists = [c for k, c in enumerate(columns) if k - 2 not in numbers]
-        alike = ways.Alike(ways.survey(lists))
-    return Passed(work.params, others, grads), alike
+def _alike(work: Work) -> ways.Alike | None:
+    """What all tensors have in common."""
+    groups = work.groups()
+    if len(groups) > 1:
+        return None
+    numbers, columns = work.numbers_of_state(), work.columns(groups[0])
+    return ways.Alike(ways.survey([c for k, c in enumerate(columns) if k - 2 not in numbers]))
 
 
-def _key(rule: Rule[Any, Any], params: list[Any], absent: Iterable[bool]) -> tuple[Any, ...]:
+def _key(key: tuple[Any, ...], params: list[Any]) -> tuple[Any, ...]:
     first = id(params[0]) if params else None
-    return rule, torch.is_inference_mode_enabled(), *absent, len(params), first
+    return (*key, torch.is_inference_mode_enabled(), len(params), first)

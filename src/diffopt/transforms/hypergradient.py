@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
@@ -13,12 +14,12 @@ from diffopt import _modes, _torch, _tree
 from diffopt._arguments import did_you_mean
 from diffopt._diff import functions
 from diffopt._modes import exact_dtype, real
-from diffopt._rule import checks, hyper, ops
+from diffopt._rule import checks, hyper, ops, prints
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import is_ours
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer, Write, check_optimizer, copy_, overwriting
+from diffopt.optimizer import Optimizer, Write, check_optimizer
 from diffopt.rules.adagrad import adagrad
 from diffopt.transforms._base import Leaves, Tensors, Wrapper, check_apart, gather, wide
 from diffopt.transforms._records import InOrder, check_record, check_tuple
@@ -151,7 +152,7 @@ class Hypergradient(Wrapper[HypergradientState]):
     def _outer(self) -> Optimizer[Any, Any]:
         if self.outer is None:
             return _DEFAULTS[True in _directions(self.optimizer)]
-        return skip_nonfinite(self.outer)
+        return self.outer
 
     def current(self, state: HypergradientState, hparams: tuple[Any, Any]) -> Any:
         """The hyperparameters of the inner optimizer as this state has changed them."""
@@ -200,36 +201,70 @@ class Hypergradient(Wrapper[HypergradientState]):
     def prepare_(
         self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
     ) -> Write:
-        leaves, old = self._gather(params, grads, state, hparams)
-        slow = not all(map(self._is_rate, self.learn)) or not _modes.all_plain(leaves.params)
-        if slow or any(wide(p) is not p for p in leaves.params):
-            return super().prepare_(params, grads, state, hparams)
-        offsets, outer = self._learned(leaves, old, state, hparams)
+        known = self._as_before(params, grads, state, hparams)
+        leaves, old = known or self._gather(params, grads, state, hparams)
+        if known is None:
+            slow = not all(map(self._is_rate, self.learn)) or not _modes.all_plain(leaves.params)
+            if slow or any(wide(p) is not p for p in leaves.params):
+                return super().prepare_(params, grads, state, hparams)
+            self._check_writable(leaves, old, params, grads, state, hparams)
+            self.optimizer.prepare_(params, grads, state.inner, _numbers(hparams[1], state))
+        moved = leaves.moved(leaves.params)
+        columns = [leaves.moved(column) for column in old.values() if moved]
+        learn_ = self._learning(leaves, old, state, hparams)
+
+        def write() -> None:
+            for column in columns:
+                for derivative, param in zip(column, moved, strict=True):
+                    torch.neg(param, out=derivative)
+            learn_()
+            record = _numbers(hparams[1], state)  # which cannot fail where another one has not
+            self.optimizer.prepare_(params, grads, state.inner, record)()
+            for column in columns:
+                _torch.foreach["add"][1](column, moved)
+
+        return write
+
+    def _as_before(
+        self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
+    ) -> tuple[Leaves, dict[str, Tensors]] | None:
+        """What `_gather` returns, if trees like these have passed all checks before."""
+        tensors, spec = _tree.flatten(params)
+        known = prints.found((self,), tensors)
+        if known is None:
+            return None
+        passed, kinds = known
+        trees = [*map(_tree.flatten, (grads, state, hparams))]
+        gradients, used, numbers = (values for values, _ in trees)
+        if not (
+            all(kind is structure for kind, (_, structure) in zip(kinds, trees, strict=True))
+            and all(type(x) in (float, int) for x in numbers)
+            and passed.by(tensors, used, gradients)
+        ):
+            return None
+        old = {name: _tree.flatten(tree)[0] for name, tree in state.derivatives.items()}
+        return Leaves(spec, tensors, gradients), old
+
+    def _check_writable(
+        self,
+        leaves: Leaves,
+        old: dict[str, Tensors],
+        params: Tree,
+        grads: Tree,
+        state: HypergradientState,
+        hparams: tuple[Any, Any],
+    ) -> None:
+        """Raise unless all that is written can be; remember that it can."""
         written = {f"state.derivatives[{name!r}]": column for name, column in old.items()}
         checks.writable({"params": leaves.params, **written}, params)
         own = {"state.derivatives": state.derivatives}  # which are written first
         fields = ("offsets", "outer", "inner")
         used = {f"state.{name}": getattr(state, name) for name in fields}
         check_apart(own, used | {"grads": grads, "hparams": hparams})
-        pairs = overwriting(
-            {"state.offsets": state.offsets, "state.outer": state.outer},
-            {"state.offsets": offsets, "state.outer": outer},
-        )
-        record = _tree.map(ops.coefficient, _moved(hparams[1], offsets))
-        update_ = self.optimizer.prepare_(params, grads, state.inner, record)
-        moved = leaves.moved(leaves.params)
-        columns = [leaves.moved(column) for column in old.values() if moved]
-
-        def write() -> None:
-            for column in columns:
-                for derivative, param in zip(column, moved, strict=True):
-                    torch.neg(param, out=derivative)
-            update_()
-            copy_(pairs)
-            for column in columns:
-                _torch.foreach["add"][1](column, moved)
-
-        return write
+        if all(_tree.flatten(tree)[1] is leaves.spec for tree in state.derivatives.values()):
+            kinds = [_tree.flatten(tree)[1] for tree in (grads, state, hparams)]
+            others = _tree.flatten(state)[0]
+            prints.keep((self,), leaves.params, others, leaves.grads, lambda: kinds)
 
     def _is_rate(self, name: str) -> bool:
         """Whether the derivative with respect to the logarithm is the step itself."""
@@ -261,17 +296,28 @@ class Hypergradient(Wrapper[HypergradientState]):
         self, leaves: Leaves, old: dict[str, Tensors], state: HypergradientState, hparams: Any
     ) -> tuple[dict[str, Tensor], Any]:
         """The offsets and the state of the outer optimizer after its step."""
-        grads = leaves.gradients()
-        products = {
-            name: _product(grads, leaves.moved(old[name]), offset) if grads else None
-            for name, offset in state.offsets.items()
-        }
-        return self._outer.update(state.offsets, products, state.outer, hparams[0].outer)
+        products = _products(leaves, old, state)
+        finite = _finite(products)
+        if finite is False:
+            return state.offsets, state.outer
+        outer = self._outer if finite else skip_nonfinite(self._outer)
+        return outer.update(state.offsets, products, state.outer, hparams[0].outer)
+
+    def _learning(
+        self, leaves: Leaves, old: dict[str, Tensors], state: HypergradientState, hparams: Any
+    ) -> Write:
+        """What does the same in place."""
+        products = _products(leaves, old, state)
+        finite = _finite(products)
+        arguments = state.offsets, products, state.outer, hparams[0].outer
+        if finite is None:  # only the device knows, and nobody waits for it
+            return Optimizer.prepare_(skip_nonfinite(self._outer), *arguments)
+        return self._outer.prepare_(*arguments) if finite else lambda: None
 
 
 hypergradient = Hypergradient
 
-_DEFAULTS = {up: skip_nonfinite(adagrad(maximize=up)) for up in (False, True)}
+_DEFAULTS = {up: adagrad(maximize=up) for up in (False, True)}
 """The outer optimizers of inner ones that descend, and of those that ascend."""
 
 
@@ -332,7 +378,8 @@ def _moved(hparams: Any, offsets: dict[str, Tensor]) -> Any:
         kind: type[Any] = type(record)
         return hyper.assemble(kind, [value(record, field) for field in hyper.FIELDS[kind]])
 
-    return _tree.map(moved, hparams, is_leaf=hyper.is_record)
+    single = hyper.is_record(hparams)
+    return moved(hparams) if single else _tree.map(moved, hparams, is_leaf=hyper.is_record)
 
 
 def _derivatives(
@@ -359,9 +406,33 @@ def _derivatives(
     return [z if d is None else d for d, z in zip(found, zeros, strict=True)]
 
 
+def _numbers(hparams: Any, state: HypergradientState) -> Any:
+    """The hyperparameters as they are now, as Python numbers where nobody waits for these."""
+    return _tree.map(ops.coefficient, _moved(hparams, state.offsets))
+
+
+def _products(
+    leaves: Leaves, old: dict[str, Tensors], state: HypergradientState
+) -> dict[str, Tensor | None]:
+    """The derivatives of the loss with respect to the offsets; None if there are no gradients."""
+    grads = leaves.gradients()
+    return {
+        name: _product(grads, leaves.moved(old[name]), offset) if grads else None
+        for name, offset in state.offsets.items()
+    }
+
+
+def _finite(products: dict[str, Tensor | None]) -> bool | None:
+    """Whether all are finite; None where that cannot be read at once."""
+    values = [_modes.number_of(d) for d in products.values() if d is not None]
+    known = all(isinstance(d, float) for d in values)
+    return all(map(math.isfinite, values)) if known else None
+
+
 def _product(grads: Tensors, derivatives: Tensors, like: Tensor) -> Tensor:
     """The scalar product of two lists of tensors."""
-    pairs = [
-        (real(g).reshape(-1), real(d).reshape(-1)) for g, d in zip(grads, derivatives, strict=True)
-    ]
-    return torch.stack([g.to(d.dtype).dot(d).to(like) for g, d in pairs]).sum()
+    pairs = zip(map(real, grads), map(real, derivatives), strict=True)
+    products = [g.to(d.dtype).flatten().dot(d.flatten()) for g, d in pairs]
+    if len({(d.dtype, d.device) for d in products}) > 1:
+        products = [d.to(like) for d in products]
+    return torch.stack(products).to(like).sum()
