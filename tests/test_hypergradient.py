@@ -196,6 +196,37 @@ def test_a_rate_recovers_that_is_100_times_off(make, rate):
     assert (slope(params) @ params) < 1e-3
 
 
+@pytest.mark.parametrize("factor", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize(("make", "rate"), [("sgd", 0.3), ("adam", 0.01)])
+@pytest.mark.parametrize("activation", ["Tanh", "ReLU"])
+def test_networks_are_trained_from_a_rate_that_is_100_times_off(activation, make, rate, factor):
+    torch.manual_seed(0)
+    act = getattr(nn, activation)
+    net = nn.Sequential(nn.Linear(8, 32), act(), nn.Linear(32, 32), act(), nn.Linear(32, 2))
+    x = draw(64, 8).float()
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    opt = t.hypergradient(getattr(diffopt, make)())
+    optimizer = diffopt.optim.from_pure(opt, net, lr=rate * factor)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+def test_the_first_step_takes_a_part_of_the_rate():
+    opt, p = t.hypergradient(diffopt.sgd(), learn=("lr", "momentum"), start=0.1), torch.ones(2)
+    hp, state = opt.hparams(lr=0.5, momentum=0.9), opt.init(p)
+    current = opt.current(state, hp)
+    torch.testing.assert_close(current.lr, torch.tensor(0.05, dtype=F64))
+    torch.testing.assert_close(current.momentum, torch.tensor(0.9, dtype=F64))
+    torch.testing.assert_close(opt.update(p, p, state, hp)[0], 0.95 * p)
+    for outer, start in ((None, 0.01), (diffopt.adam(), 1.0)):
+        offset = t.hypergradient(diffopt.sgd(), outer=outer).init(p).offsets["lr"]
+        assert offset == pytest.approx(math.log(start))
+
+
 def test_an_optimizer_that_ascends_learns_to_ascend():
     start = torch.tensor([1.0, -2.0], dtype=F64)
     down = t.hypergradient(diffopt.sgd())
@@ -427,6 +458,9 @@ def test_the_class_takes_the_pure_steps():
         ({"learn": ("rl",)}, ValueError, "'rl', which is not a hyperparameter"),
         ({"learn": ("dampening",)}, ValueError, "range is neither >= 0 nor"),
         ({"outer": 0.1}, TypeError, "outer is 0.1"),
+        ({"start": 0.0}, ValueError, "start is 0.0, but must be a number > 0"),
+        ({"start": math.inf}, ValueError, "start is inf, but must be a number > 0"),
+        ({"start": torch.ones(())}, ValueError, "start is a tensor"),
     ],
 )
 def test_wrong_arguments_raise(arguments, error, message):
