@@ -12,10 +12,10 @@ with Implicit Gradients", 2019. ANIL: Raghu et al., "Rapid Learning or Feature R
 Reptile: Nichol, Achiam and Schulman, "On First-Order Meta-Learning Algorithms", 2018. Meta-SGD: Li
 et al. 2017. MAML++: Antoniou, Edwards and Storkey, "How to Train Your MAML", 2019.
 
-Seed 0, torch 2.13.0, means over 400 tasks, with 95% intervals of 0.7 to 1.0 points: MAML 93.7% (100
-ms and 10.7 MB a meta-step), iMAML 92.9% (302 ms, 6.0 MB), first-order MAML 88.6% (57 ms, 3.7 MB),
-ANIL 94.7% (26 ms, 4.6 MB), Reptile 85.4% (74 ms, 7.9 MB), Meta-SGD 92.5% (93 ms, 12.6 MB), MAML++
-92.2% (140 ms, 26.0 MB).
+Seed 0, torch 2.13.0, means over 400 tasks, with 95% intervals of 0.7 to 1.0 points: MAML 93.7% (80
+ms and 10.7 MB a meta-step), iMAML 92.9% (246 ms, 6.0 MB), first-order MAML 88.6% (47 ms, 3.7 MB),
+ANIL 94.7% (19 ms, 4.6 MB), Reptile 85.4% (58 ms, 7.9 MB), Meta-SGD 92.5% (92 ms, 12.6 MB), MAML++
+92.2% (148 ms, 26.3 MB).
 """
 
 from __future__ import annotations
