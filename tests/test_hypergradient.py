@@ -315,7 +315,7 @@ def test_what_shares_memory_with_a_derivative_raises_before_anything_changes(sha
 
 
 CHANGES = {
-    "another state of the outer optimizer": lambda s, hp: (s._replace(outer=s.inner), hp),
+    "another outer state": lambda s, hp: (s._replace(outer=diffopt.sgd().init(draw(2))), hp),
     "an offset in a vector": lambda s, hp: (s._replace(offsets={"lr": torch.zeros(2)}), hp),
     "a derivative of another shape": lambda s, hp: (s._replace(derivatives={"lr": draw(3)}), hp),
     "another offset": lambda s, hp: (s._replace(offsets={"lr": torch.ones((), dtype=F64)}), hp),
