@@ -107,11 +107,11 @@ class Call:
         program = self.routine.program
         if program.captured and program.captured.writes:
             scalars = [not x.dim() for x in tensors]
-            kernel = kept(
-                ("trace", self.routine.key, self.operators, tuple(scalars)),
-                lambda: Kernel(self.operators, scalars, program.name, Tracing(), None),
-            )
             with contextlib.suppress(TracedError):
+                kernel = kept(
+                    ("trace", self.routine.key, self.operators, tuple(scalars)),
+                    lambda: Kernel(self.operators, scalars, program.name, Tracing(), None),
+                )
                 self._run(kernel, tensors, ())
 
     def _kernel(self, tensors: Sequence[Tensor], used: Used, asked: Asked | None) -> Kernel:
