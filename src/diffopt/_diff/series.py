@@ -107,9 +107,14 @@ class Series(Applied):
         if self.pushed:
             return []
         steady, split = self.routine.steady, self.routine.split
+        depends = self.routine.facts.seen.depends
         carry, fixed = [*self.needed[:steady]], _chosen(self.needed[:split]) - {*range(steady)}
         outputs, before = list[bool](), None
         found = list[bool]()
+        if len(self.elements) == 1:
+            # In a loop taken step by step, cotangents of other outputs would take another kernel.
+            moving = self.routine.moving(depends, self.needed)
+            carry = [i in moving for i in range(steady)]
         for x in _chunks(self.needed[split:], self.each, len(self.elements)):
             if (carry, x) != before:
                 before = carry, x
