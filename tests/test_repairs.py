@@ -277,3 +277,32 @@ def test_mended_losses_take_the_arguments_of_torchs(reduction):
                 torch.testing.assert_close(torchs(x, y, *legacy), mine(x, y, *legacy))
         with pytest.raises(ValueError, match="not a valid value for reduction"):
             torchs(x, y, reduction="max")
+
+
+def test_compiled_steps_under_vmap_differentiate_batch_norm_right_after_a_step_that_hides_it():
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 4),
+        torch.nn.BatchNorm1d(4, track_running_stats=False),
+        torch.nn.Linear(4, 2),
+    ).double()
+    torch.nn.init.zeros_(net[2].weight)  # so no wrong term counts in the first step
+    model, opt = diffopt.nn.functionalize(net), diffopt.sgd()
+    x = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.tensor([0, 1, 1, 0, 0, 1])
+
+    def loss(params, x):
+        return F.cross_entropy(model(params, {}, x)[0], y)
+
+    def meta_gradient(compile):
+        def adapted(x):
+            hp = opt.hparams(lr=0.1)
+            return loss(
+                diffopt.minimize(
+                    loss, model.params, x, optimizer=opt, hparams=hp, steps=3, compile=compile
+                ).params,
+                x + 0.1,
+            )
+
+        return torch.autograd.grad(torch.vmap(adapted)(x).sum(), [*net.parameters()])
+
+    torch.testing.assert_close(meta_gradient({"backend": "aot_eager"}), meta_gradient(False))

@@ -96,6 +96,11 @@ def lifted(level: Any) -> Callable[[Tensor], Tensor]:
     return level._cptr.lift
 
 
+def enters_vmap(function: Any) -> bool:
+    """Whether a function in a graph of torch.compile begins torch.vmap: which one varies."""
+    return getattr(function, "__name__", "") == "_vmap_increment_nesting"
+
+
 # Forward mode.
 forward_enabled: Callable[[bool], AbstractContextManager[Any]] = _forward_ad._set_fwd_grad_enabled
 """A context that enables or disables forward derivatives."""

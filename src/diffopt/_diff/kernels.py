@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffopt import _modes, _torch, _tree
 from diffopt._compiler import announced, backend_of, brief, with_own_code
-from diffopt._diff import functions
+from diffopt._diff import functions, repairs
 from diffopt._tree import Tree
 
 Map: TypeAlias = Callable[..., list[Tensor]]
@@ -297,6 +297,7 @@ class _Backend:
 
     def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         refuse_effects(graph)
+        repairs.mend_traced(graph)
         with _torch.partitioned():  # a derivative may be asked for more than once
             variant = Variant(self.compile(graph, inputs))
 

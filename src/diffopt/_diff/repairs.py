@@ -240,3 +240,27 @@ _FORWARD: dict[Any, Callable[..., Any]] = {
     F.huber_loss: _huber_loss,
     F.soft_margin_loss: _soft_margin_loss,
 }
+
+
+def _batch_norm(*args: Any, **kwargs: Any) -> Tensor:
+    return _scaled_afterwards(F.batch_norm, *args, **kwargs)
+
+
+def _instance_norm(*args: Any, **kwargs: Any) -> Tensor:
+    return _scaled_afterwards(F.instance_norm, *args, **kwargs)
+
+
+_TRACED = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
+"""What replaces functions in a graph, by names of this module: torch finds its own by theirs."""
+
+
+def mend_traced(graph: Any) -> None:
+    """Fix what torch.compile has traced through torch.vmap, where `mended` can be no mode.
+
+    It breaks layer_norm up into basic operations, whose derivatives are right.
+    """
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    if any(_torch.enters_vmap(node.target) for node in nodes):
+        for node in nodes:
+            node.target = _TRACED.get(node.target, node.target)
+        graph.recompile()
