@@ -279,3 +279,14 @@ def test_the_network_fits_glyphs_and_omniglot(example, pixels):
         torch.rand(5, 1, pixels, pixels), torch.arange(5), torch.rand(7, 1, pixels, pixels)
     )
     assert answers.shape == (7,)
+
+
+def test_compiled_steps_give_the_same_meta_gradient(example, characters):
+    maml, small = example.maml, options(queries=1)
+    learner = maml.Learner(maml.ROWS["maml"], small, characters.train.shape[-1])
+    tasks = maml.sample_tasks(characters.train, 2, small, 0)
+    found = []
+    for learner.compiled in (False, {"backend": "eager"}):
+        loss = maml.meta_loss(learner, tasks, maml.Unrolled())
+        found.append(torch.autograd.grad(loss, [*learner.network.parameters()]))
+    torch.testing.assert_close(*found)

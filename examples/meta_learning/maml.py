@@ -92,6 +92,8 @@ def sample_tasks(characters: np.ndarray, count: int, options: Namespace, *seed: 
 class Learner(nn.Module):
     """What tasks share: the initialisation and, one per tensor, logs of inner learning rates."""
 
+    compiled = False  # whether the steps of the inner loop are
+
     def __init__(self, row: Row, options: Namespace, pixels: int):
         super().__init__()
         self.row, self.steps = row, options.steps
@@ -122,6 +124,7 @@ class Learner(nn.Module):
             hparams=hparams,
             steps=self.steps,
             adjoint=adjoint,
+            compile=self.compiled,
         ).params
 
     def train_from_scratch(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -236,6 +239,7 @@ def make_row(name: str, options: Namespace, progress: Progress) -> None:
         return
     characters = Characters.saved(characters_path(options))
     learner = Learner(row, options, characters.train.shape[-1])
+    learner.compiled = options.compile
     if row.meta_gradient is not None:
         meta_train(learner, row.meta_gradient, characters, options, checkpoint, progress)
     units = checkpoint.values.get("step", 0)
