@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import operator
@@ -134,7 +135,7 @@ def together_(
         for x, whole in zip(lists, joined, strict=True)
     ]
     pairs = zip(flat, joined, strict=True)
-    tile = [x[0].as_strided((size,), (1,)) if whole else torch.cat(x) for x, whole in pairs]
+    tile = [_vector(x[0], size) if whole else torch.cat(x) for x, whole in pairs]
     update_(tile)
     for whole, old, new in zip(*map(written, (joined, flat, tile)), strict=True):
         if whole:  # the others may not share the version of the first
@@ -155,23 +156,38 @@ def _joined(tensors: Sequence[Tensor]) -> bool:
 
 
 def _reaches(first: Tensor, count: int) -> bool:
-    """Whether so many elements, from that of a tensor on, lie in its storage."""
+    """Whether so many elements, from that of a tensor on, lie in its storage, if they have to."""
     end = (first.storage_offset() + count) * first.element_size()
-    return end <= first.untyped_storage().nbytes()
+    return first.is_cpu or end <= first.untyped_storage().nbytes()
+
+
+def _vector(first: Tensor, count: int) -> Tensor:
+    """The memory of tensors that are joined, which on a CPU may have storages of their own."""
+    if not first.is_cpu:
+        return first.as_strided((count,), (1,))
+    memory = (ctypes.c_char * (count * first.element_size())).from_address(first.data_ptr())
+    return torch.frombuffer(memory, dtype=first.dtype)
 
 
 def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
-    """The values of small tensors of a CPU in one vector, which takes less time to walk."""
+    """The values of small tensors of a CPU in one vector, which takes less time to walk.
+
+    They are not views of it: each has a storage and a version of its own, as pickle and autograd
+    expect of tensors that have nothing to do with one another.
+    """
     if len(tensors) < _FEW:
         return tensors
     kinds = {(x.dtype, x.device.type, x.is_contiguous(), x.requires_grad) for x in tensors}
     lengths = list(map(Tensor.numel, tensors))
-    small = sum(lengths) <= _SHORT * len(tensors)
+    small = min(lengths) > 0 and sum(lengths) <= _SHORT * len(tensors)
     if len(kinds) > 1 or not small or {*kinds.pop()[1:]} != {"cpu", True, False}:
         return tensors
-    with torch.no_grad():
-        pieces = torch.cat([x.view(-1) for x in tensors]).split(lengths)
-    return [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+    ends = itertools.accumulate(n * tensors[0].element_size() for n in lengths)
+    *starts, size = itertools.chain([0], ends)
+    memory, dtype = bytearray(size), tensors[0].dtype
+    triples = zip(tensors, lengths, starts, strict=True)
+    vectors = [(x, torch.frombuffer(memory, dtype=dtype, count=n, offset=k)) for x, n, k in triples]
+    return [vector.resize_(x.shape).copy_(x) for x, vector in vectors]
 
 
 def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
