@@ -101,7 +101,8 @@ def _looking(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
     """The hook, which raises if it changes the gradient."""
 
     def looking(grad: Tensor) -> None:
-        if hook(grad) is not None:
+        new = hook(grad)
+        if new is not None and new is not grad:
             raise NotImplementedError(
                 "a hook of a tensor in the loss (register_hook) changes its gradient, which has "
                 "no forward derivative: use Unrolled() or Checkpointed(), whose derivatives it "
