@@ -91,11 +91,30 @@ def norm(vector: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vector)
 
 
-def anywhere(mask: Tensor) -> bool:
+def dot(x: Tensor, y: Tensor) -> Any:
+    """The dot product; a number where that needs no synchronization: then there is one sample."""
+    return _modes.number_of(x.dot(y))
+
+
+def length(vector: Tensor) -> Any:
+    """The 2-norm; a number where `dot` is."""
+    return _modes.number_of(norm(vector))
+
+
+def quotient(mask: Any, x: Any, y: Any) -> Any:
+    """The quotient x / y where the mask holds, else 0; of numbers or tensors."""
+    if isinstance(mask, bool):
+        return x / y if mask else 0.0
+    return torch.where(mask, x / y, 0.0)
+
+
+def anywhere(mask: Tensor | bool) -> bool:
     """Whether a constant boolean tensor is True for any sample."""
-    return bool(_modes.all_samples(mask).any())
+    return mask if isinstance(mask, bool) else bool(_modes.all_samples(mask).any())
 
 
-def greatest(constant: Tensor) -> Any:
+def greatest(constant: Tensor | float) -> Any:
     """The largest value of a constant 0-d tensor among all samples, as a number."""
+    if not isinstance(constant, Tensor):
+        return constant
     return _modes.all_samples(constant).max().item()

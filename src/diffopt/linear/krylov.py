@@ -5,15 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt._arguments import check_function, check_integer
+from diffopt._modes import number_of
+from diffopt._rule.ops import where
 from diffopt._tree import Tree
 from diffopt.linear._base import LinearSolver, LinearSystem, Run
-from diffopt.linear._vectors import anywhere, greatest, norm
+from diffopt.linear._vectors import anywhere, dot, greatest, length, norm, quotient
+
+# What there is one of for each sample, such as a dot product, is a number where there is only one
+# sample, on a CPU: arithmetic with numbers is much faster. Elsewhere it is a 0-d tensor.
 
 
 class Cycle(NamedTuple):
@@ -21,13 +26,13 @@ class Cycle(NamedTuple):
 
     Attributes:
         x: the new approximation.
-        steps: the number of iterations, a 0-d integer tensor.
+        steps: the number of iterations.
         hopeless: whether restarting cannot help.
     """
 
     x: Tensor
-    steps: Tensor
-    hopeless: Tensor
+    steps: Any
+    hopeless: Any = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,29 +61,33 @@ class Krylov(LinearSolver):
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
         x, limit = x0, self.max_steps
         limit = min(10 * x0.numel(), 1000) if limit is None else limit
-        size = norm(residual)
-        steps = torch.zeros((), dtype=torch.int64, device=x.device)
-        active = size > system.tolerance
-        hopeless = torch.zeros_like(active)
-        taken = 0
+        size, tolerance = length(residual), number_of(system.tolerance)
+        steps: Any = 0
+        hopeless: Any = False
+        active, taken = size > tolerance, 0
         while taken < limit and anywhere(active):
-            cycle = self._cycle(system, x, residual, active, limit - taken)
+            cycle = self._cycle(system, x, residual, active, tolerance, limit - taken)
             taken += max(1, greatest(cycle.steps))
-            finite = active & torch.isfinite(cycle.x).all()
-            x = torch.where(finite, cycle.x, x)
+            finite = active & number_of(torch.isfinite(cycle.x).all())
+            x = where(finite, cycle.x, x)
             steps, hopeless = steps + cycle.steps, hopeless | cycle.hopeless
             before, residual = size, system.residual(x)
-            size = norm(residual)
-            active = finite & ~cycle.hopeless & (size < before) & (size > system.tolerance)
-        return Run(x, steps, self._obstacle if anywhere(hopeless) else "", residual)
+            size = length(residual)
+            active = finite & (cycle.hopeless ^ True) & (size < before) & (size > tolerance)
+        obstacle = self._obstacle if anywhere(hopeless) else ""
+        steps = torch.as_tensor(steps, dtype=torch.int64, device=x.device)
+        return Run(x, steps, obstacle, residual)
 
     _obstacle = ""
 
     @abstractmethod
     def _cycle(
-        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Any, goal: Any, limit: int
     ) -> Cycle:
-        """At most `limit` iterations from x, for samples that are `active`; others keep their x."""
+        """At most `limit` iterations from x, for samples that are `active`; others keep their x.
+
+        A sample is done when its residual norm is at most its `goal`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,27 +123,28 @@ class ConjugateGradient(Krylov):
     )
 
     def _cycle(
-        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Any, goal: Any, limit: int
     ) -> Cycle:
         r, eps = residual, torch.finfo(x.dtype).eps
         z = p = system.precondition(r)
-        rho = r @ z
-        steps, hopeless = torch.zeros_like(active, dtype=torch.int64), torch.zeros_like(active)
+        rho = dot(r, z)
+        steps: Any = 0
+        hopeless: Any = False
         for _ in range(limit):
             q = system.matvec(p)
-            curvature = p @ q
-            positive = (curvature > eps * norm(p) * norm(q)) & (rho > 0)
-            hopeless = hopeless | (active & ~positive)
+            curvature = dot(p, q)
+            positive = (curvature > eps * length(p) * length(q)) & (rho > 0)
+            hopeless = hopeless | (active & (positive ^ True))
             active = active & positive
             steps = steps + active
-            alpha = torch.where(active, rho / curvature, 0.0)
+            alpha = quotient(active, rho, curvature)
             x, r = x + alpha * p, r - alpha * q
-            active = active & (norm(r) > system.tolerance)
+            active = active & (length(r) > goal)
             if not anywhere(active):
                 break
             z = system.precondition(r)
-            rho, before = torch.where(active, r @ z, rho), rho
-            p = torch.where(active, z + rho / before * p, p)
+            rho, before = where(active, dot(r, z), rho), rho
+            p = where(active, z + quotient(active, rho, before) * p, p)
         return Cycle(x, steps, hopeless)
 
 
@@ -166,28 +176,29 @@ class NormalCG(Krylov):
     """
 
     def _cycle(
-        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Any, goal: Any, limit: int
     ) -> Cycle:
         rmatvec, r = system.transposed(), residual
 
-        def gradient(r: Tensor) -> tuple[Tensor, Tensor]:
+        def gradient(r: Tensor) -> tuple[Tensor, Any]:
             s = system.adjoint_precondition(rmatvec(r))
-            return system.precondition(s), s @ s
+            return system.precondition(s), dot(s, s)
 
         p, rho = gradient(r)
-        steps = torch.zeros_like(active, dtype=torch.int64)
+        steps: Any = 0
         for _ in range(limit):
             q = system.matvec(p)
             steps = steps + active
-            alpha = torch.where(active & (rho > 0), rho / (q @ q), 0.0)
+            size = dot(q, q)
+            alpha = quotient(active & (rho > 0) & (size > 0), rho, size)
             x, r = x + alpha * p, r - alpha * q
-            active = active & (norm(r) > system.tolerance) & (rho > 0)
+            active = active & (length(r) > goal) & (rho > 0)
             if not anywhere(active):
                 break
             (z, new), before = gradient(r), rho
-            rho = torch.where(active, new, rho)
-            p = torch.where(active, z + rho / before * p, p)
-        return Cycle(x, steps, torch.zeros_like(active))
+            rho = where(active, new, rho)
+            p = where(active, z + quotient(active, rho, before) * p, p)
+        return Cycle(x, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,12 +234,12 @@ class GMRES(Krylov):
         check_integer(self.restart, "restart", 1)
 
     def _cycle(
-        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Any, goal: Any, limit: int
     ) -> Cycle:
         m, eps = min(self.restart, limit, x.numel()), torch.finfo(x.dtype).eps
         beta = norm(residual)
-        steps = torch.zeros_like(active, dtype=torch.int64)
-        basis = [residual * torch.where(active, 1 / beta, 0.0)]
+        steps: Any = 0
+        basis = [residual * where(active, 1 / beta, 0.0)]
         # The rows of the orthogonal factor of the Hessenberg matrix, one Givens rotation per step.
         rows = list(torch.eye(m + 1, dtype=x.dtype, device=x.device))
         triangle: list[Tensor] = []
@@ -256,7 +267,7 @@ class GMRES(Krylov):
             column = torch.where(unit, radius, torch.where(unit.cumsum(0) > 0, 0.0, column[:m]))
             triangle.append(torch.where(active, column, unit.to(x.dtype)))
             rhs.append(torch.where(active, beta * rows[j][0], 0.0))
-            active = active & (beta * rows[j + 1][0].abs() > system.tolerance)
+            active = active & (beta * rows[j + 1][0].abs() > goal)
             if not anywhere(active):
                 break
             basis.append(w * torch.where(active & (height > 0), 1 / height, 0.0))
@@ -265,7 +276,7 @@ class GMRES(Krylov):
         upper = torch.stack(triangle, 1)[:k].to(wide)
         y = torch.linalg.solve_triangular(upper, torch.stack(rhs)[:, None].to(wide), upper=True)
         change = system.precondition(y[:, 0].to(x.dtype) @ torch.stack(basis[:k]))
-        return Cycle(x + change, steps, torch.zeros_like(active))
+        return Cycle(x + change, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,26 +305,28 @@ class BiCGStab(Krylov):
     """
 
     def _cycle(
-        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Tensor, limit: int
+        self, system: LinearSystem, x: Tensor, residual: Tensor, active: Any, goal: Any, limit: int
     ) -> Cycle:
         shadow = r = p = residual
-        rho = shadow @ r
-        steps = torch.zeros_like(active, dtype=torch.int64)
+        rho = dot(shadow, r)
+        steps: Any = 0
         for _ in range(limit):
             y = system.precondition(p)
             v = system.matvec(y)
-            scale = shadow @ v
+            scale = dot(shadow, v)
             steps = steps + active
             active = active & (scale != 0) & (rho != 0)
-            alpha = torch.where(active, rho / scale, 0.0)
+            alpha = quotient(active, rho, scale)
             s = r - alpha * v
             z = system.precondition(s)
             t = system.matvec(z)
-            omega = torch.where(active & (t @ t > 0), (t @ s) / (t @ t), 0.0)
+            size = dot(t, t)
+            omega = quotient(active & (size > 0), dot(t, s), size)
             x, r = x + alpha * y + omega * z, s - omega * t
-            active = active & (norm(r) > system.tolerance) & (omega != 0)
+            active = active & (length(r) > goal) & (omega != 0)
             if not anywhere(active):
                 break
-            rho, before = torch.where(active, shadow @ r, rho), rho
-            p = torch.where(active, r + rho / before * alpha / omega * (p - omega * v), p)
-        return Cycle(x, steps, torch.zeros_like(active))
+            rho, before = where(active, dot(shadow, r), rho), rho
+            beta = quotient(active, rho, before) * quotient(active, alpha, omega)
+            p = where(active, r + beta * (p - omega * v), p)
+        return Cycle(x, steps)
