@@ -30,8 +30,7 @@ def flatten(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> tuple[
     """
     if is_leaf is not None or _modes.compiling():
         return pytree.tree_flatten(tree, is_leaf)
-    sized = isinstance(tree, (list, tuple, dict))
-    key = type(tree), len(cast(Any, tree)) if sized else 1
+    key = _key(tree)
     for known in _KNOWN.get(key, ()):
         values: list[Any] = []
         if _collect(tree, known, values):
@@ -45,6 +44,16 @@ def flatten(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> tuple[
         _KNOWN[key] = first, *rest[: _REMEMBERED - 1]
         _NODES[id(spec)] = node
     return values, spec
+
+
+def _key(tree: Tree) -> tuple[Any, ...]:
+    """What `_KNOWN` has few structures for: its type and length; if short, which parts are what."""
+    if not isinstance(tree, (list, tuple, dict)):
+        return (type(tree),)
+    parts = cast(Any, tree)
+    if len(parts) > 4 or isinstance(tree, dict):
+        return type(tree), len(parts)
+    return type(tree), *[type(x) if isinstance(x, (list, tuple, dict)) else None for x in parts]
 
 
 def leaves_as(tree: Tree, spec: Spec) -> list[Any] | None:
@@ -100,7 +109,7 @@ _LEAVES = {Tensor, nn.Parameter, int, float, bool, str, type(None)}  # that no r
 _SEQUENCES = (list, tuple, pytree.namedtuple)
 _LEAF = _Node(pytree.tree_structure(0), None, None, ())
 _REMEMBERED = 4
-_KNOWN: dict[tuple[type, int], tuple[_Node, ...]] = {}  # by type and length of the root
+_KNOWN: dict[tuple[Any, ...], tuple[_Node, ...]] = {}  # by the key of the root
 _NODES: dict[int, _Node] = {}  # those of `_KNOWN` by the id of their specs
 
 

@@ -97,6 +97,7 @@ class ImplicitDerivative:
         flat = Residual(of_vectors, captured)
 
         def transposed_at(*point: Tensor) -> Linear:
+            captured.check()
             pull = flat.pullback(point, [0])[1]
             return lambda u: pull(u)[0]
 

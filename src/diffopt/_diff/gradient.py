@@ -151,7 +151,7 @@ def leaf_gradients(
         with torch.no_grad():
             value, aux, found = _tree.map_tensors(Tensor.clone, (value, aux, found))
     elif not needed:
-        value, aux = _tree.detach((value, aux))
+        value, aux = value.detach(), _tree.detach(aux)
     return value, aux, _dependent(found)
 
 

@@ -60,7 +60,7 @@ def mend_graph(value: Tensor, first: int) -> None:
                 nodes.append(child)
 
 
-_RIGHT = set[type]()
+_RIGHT: set[type] = {_torch.AccumulateGrad}
 """The types of nodes, of torch's own, that need no fix."""
 
 

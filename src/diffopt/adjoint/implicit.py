@@ -13,7 +13,8 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants
-from diffopt._diff.gradient import value_and_grad
+from diffopt._diff.gradient import leaf_gradients, value_and_grad
+from diffopt._diff.lacking import Explained
 from diffopt._diff.tasks import Task
 from diffopt._rule import checks
 from diffopt._tree import Tree
@@ -99,23 +100,27 @@ class Implicit(ImplicitDerivative, Adjoint):
         if not _modes.differentiable() or not xs:
             return end, outputs
         (params, state, buffers), (hparams, inputs) = end, args
-        own = [own for own, _ in xs]
-        for record in own[-1:] if own[-1] is not None else [hparams]:
-            _refuse_decay(step.optimizer, params, record)
+        own = [own for own, _ in xs if own is not None]
+        batches = _distinct(batch for _, batch in xs)
+        _refuse_decay(step.optimizer, params, own[-1] if own else hparams)
 
         def loss(params: Tree, rest: Tree) -> Tensor:
             inputs, batches, buffers = rest
             values = [step.objective(params, (buffers, inputs, batch))[0] for batch in batches]
-            return torch.stack(values).mean()
+            return values[0] if len(values) == 1 else torch.stack(values).mean()
 
-        rest = inputs, _distinct(batch for _, batch in xs), buffers
+        rest = inputs, batches, buffers
         unknowns, merge = _unknowns(loss, params, carry[0], rest)
         gradient = _compiled(step, lambda unknowns, rest: loss(merge(unknowns), rest))
         unknowns = self.attach(gradient, unknowns, rest, symmetric=True, distance=True)
         params = merge(functions.independent(unknowns, (carry, hparams, own)))
         message = "Implicit gives derivatives of sol.params, not of losses, state, aux or buffers"
-        rest = without_derivative((state, buffers, outputs), (carry, args, xs), message)
-        state, buffers, outputs = rest
+        values, aux, done = zip(*outputs, strict=True)
+        has_aux = any(x is not None for x in aux)
+        results = state, buffers, torch.stack(values), [*aux] if has_aux else []
+        sources = carry, args, own, batches
+        state, buffers, losses, shown = without_derivative(results, sources, message)
+        outputs = [*zip(losses.unbind(), shown if has_aux else aux, done, strict=True)]
         return (params, state, detach_constants(buffers, step, carry, args, xs)), outputs
 
 
@@ -127,8 +132,17 @@ def _compiled(step: GradientStep, loss: Callable[[Tree, Tree], Tensor]) -> Calla
         def by_autograd(params: Tree, rest: Tree) -> Tree:
             if _modes.transformed() or _modes.forward_differentiated():
                 return torch.func.grad(loss)(params, rest)
-            grads = value_and_grad(lambda p, rest: (loss(p, rest), ()), params, rest)[2]
-            return _tree.map(lambda p, g: torch.zeros_like(p) if g is None else g, params, grads)
+            # The params are pieces of one vector, on which nothing else depends.
+            leaves, spec = _tree.flatten(params)
+            with Explained():
+                grads = leaf_gradients(
+                    lambda p, rest: (loss(p, rest), ()), leaves, spec, rest,
+                    torch.is_grad_enabled(), apart=True,
+                )[2]  # fmt: skip
+            pairs = zip(leaves, grads, strict=True)
+            return _tree.unflatten(
+                [torch.zeros_like(p) if g is None else g for p, g in pairs], spec
+            )
 
         return by_autograd
 
@@ -142,7 +156,8 @@ def _compiled(step: GradientStep, loss: Callable[[Tree, Tree], Tensor]) -> Calla
 
 def _distinct(batches: Iterable[Any]) -> list[Any]:
     """The distinct batches."""
-    return list({tuple(map(id, _tree.leaves(batch))): batch for batch in batches}.values())
+    objects = {id(batch): batch for batch in batches}.values()
+    return list({tuple(map(id, _tree.leaves(batch))): batch for batch in objects}.values())
 
 
 def _unknowns(

@@ -85,7 +85,8 @@ class Truncated(Adjoint):
                     outputs.append(steps.take(last.popleft()))
                 if steps.ended:
                     break
-        outputs = _tree.detach(outputs)
+        # One by one: the list, whose length varies, would be a new structure each time.
+        outputs = [*map(_tree.detach, outputs)]
         carry = _tree.detach(steps.carry()) if steps else carry
         for x in last:
             carry, output = step(carry, args, x)

@@ -83,7 +83,8 @@ class Residual:
 
     Args:
         function: the residual.
-        captured: what it captures, checked before it is used again.
+        captured: what it captures, checked before it is run again. Whoever solves a system with
+            `kept` checks it, too: autograd does not notice `x.data = y` for what it has saved.
 
     Attributes:
         kept: its graph at a solution, for the pullbacks of the first backward pass.
@@ -103,10 +104,10 @@ class Residual:
     ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
         """The residual and its vector-Jacobian product with respect to some of the point."""
         kept = self.kept
-        if self.captured:
-            self.captured.check()
         if kept and functions.constant():
             return kept.output.detach(), lambda v: kept.pull(v, which)
+        if self.captured:
+            self.captured.check()
 
         def partial(*chosen: Tensor) -> Tensor:
             return self.function(*functions.replaced(point, which, chosen))

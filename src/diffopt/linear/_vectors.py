@@ -41,8 +41,9 @@ def ravel(tree: Tree, name: str) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     sizes = [leaf.numel() for leaf in leaves]
 
     def unravel(vector: Tensor) -> Tree:
-        pieces = zip(vector.split(sizes), kinds, strict=True)
-        return _tree.unflatten([x.reshape(shape).to(dtype) for x, (shape, dtype) in pieces], spec)
+        pieces = [vector] if len(sizes) == 1 else vector.split(sizes)
+        pairs = zip(pieces, kinds, strict=True)
+        return _tree.unflatten([x.reshape(shape).to(dtype) for x, (shape, dtype) in pairs], spec)
 
     return torch.cat([leaf.reshape(-1) for leaf in leaves]), unravel
 
@@ -69,9 +70,9 @@ def ravel_like(
                 f"{_tree.paths(like, names[0])[i]} is {_tree.describe(leaf)}, but must be a dense "
                 f"floating-point tensor of shape {tuple(reference.shape)}, as in {names[1]}"
             )
-    return torch.cat(
-        [leaf.to(ref.dtype).reshape(-1) for leaf, ref in zip(leaves, references, strict=True)]
-    )
+    pairs = zip(leaves, references, strict=True)
+    pieces = [leaf.to(ref.dtype).reshape(-1) for leaf, ref in pairs]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _has_values(tensor: Tensor) -> bool:
