@@ -463,6 +463,41 @@ def test_unroll_compiles_any_step(adjoint, traceless):
     same(run(traceless), run(False))
 
 
+def momentum_from_none(carry, rate, t):
+    w, v = carry
+    v = rate * w if v is None else 0.9 * v + rate * w
+    return (w - v, v), w
+
+
+def a_count(carry, rate, t):
+    w, n = carry
+    return (w - rate * w / n, n + 1), w
+
+
+def in_another_order(carry, rate, t):
+    w, v = carry["w"], carry["v"]
+    return {"v": 0.9 * v + rate * w, "w": w - v}, w
+
+
+START = torch.tensor([1.0, 2.0], dtype=torch.float64)
+STARTS = {
+    momentum_from_none: (START, None),
+    a_count: (START, 1),
+    in_another_order: {"w": START, "v": 0.1 * START},
+}
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), ForwardMode()], ids=repr)
+@pytest.mark.parametrize("step", STARTS, ids=lambda step: step.__name__)
+def test_a_carry_whose_structure_or_number_changes_is_followed(step, adjoint, traceless):
+    def run(compile):
+        rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        end, path = unroll(step, STARTS[step], rate, 4, adjoint=adjoint, compile=compile)
+        return end, path, torch.autograd.grad(path.sum(), rate)
+
+    same(run(traceless), run(False))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["autograd", "func"])
 @pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])

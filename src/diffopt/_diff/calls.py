@@ -158,7 +158,10 @@ class Call:
         kernel.compare(pull(cotangents, True), pulled, [*tensors, *cotangents])
 
     def _note(self, run: Run) -> None:
-        facts, form = self.routine.facts, Joint.of(run.join(run.results)[0])
+        facts, tree = self.routine.facts, run.join(run.results)[0]
+        form = Joint.of(tree)
+        if facts.carry and not facts.carry.like(Joint.of(tree[0])):
+            raise UnevenError("its steps change the structure of the carry, or a number in it")
         if facts.form and not facts.form.like(form):
             raise UnevenError("its steps return trees of different structures")
         if facts.form and facts.seen != run.variant.facts:

@@ -58,6 +58,7 @@ class Compiler(Program):
         routine.needed[routine.split :] = [any(needed[i::each]) for i in range(each)]
         needed = [*routine.needed[: routine.split], *needed]
         series = _series(routine, [element for _, element in pairs], needed)
+        routine.facts.carry = Joint.of(task.inputs[0])
         try:
             _refuse_forward_mode()
             results = series([*tensors[: routine.split], *more])

@@ -191,11 +191,13 @@ class Facts:
         seen: see `Seen`.
         join: makes a tree of the results.
         form: that tree without its tensors; None before a run.
+        carry: the carry without its tensors, if others are to replace them; None for a single step.
         captured: what compiled code captures.
     """
 
     def __init__(self, name: str) -> None:
         self.form: Joint | None = None
+        self.carry: Joint | None = None
         self.seen = Seen((), [])
         self.join: Callable[..., Tree] = lambda results: results
         self.captured = Captured(name)
