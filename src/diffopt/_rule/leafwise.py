@@ -14,7 +14,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._arguments import check_choice
 from diffopt._modes import exact, exact_dtype
-from diffopt._rule import checks, fields, hyper, parts, prints, tiles
+from diffopt._rule import checks, fields, hyper, parts, prints
 from diffopt._rule.repeated import Repeated
 from diffopt._rule.rule import (
     EXECUTIONS,
@@ -24,7 +24,6 @@ from diffopt._rule.rule import (
     Rule,
     S,
     begun,
-    is_ours,
     unused,
 )
 from diffopt._rule.work import Work, gather
@@ -115,12 +114,8 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         step = torch.zeros((), dtype=exact_dtype(device), device=device)
         states = [begun(self, p, step) for p in tensors]
         columns = [[state[k + 1] for state in states] for k in range(len(self.buffer_names))]
-        numbers = fields.places(self, columns)
-        for k, column in enumerate(columns):
-            if k in numbers:
-                columns[k] = fields.packed(column)
-            elif _modes.all_plain(column) and is_ours(self):  # whose buffers are no one else's
-                columns[k] = tiles.side_by_side(column)
+        for k in fields.places(self, columns):
+            columns[k] = fields.packed(columns[k])
         return self._pack(step, columns, spec)
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:

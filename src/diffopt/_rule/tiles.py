@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import operator
@@ -35,7 +34,6 @@ _DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
 _LITTLE = 1 << 15  # elements in all, for which no program is worth recording
 _USUAL = 6  # the number of tensors in the cache at once that this assumes
-_SHORT = 1 << 14  # elements that tensors put side by side have on average, at most
 _LEAST, _STACKED = 1 << 24, 8  # on a device: bytes that may be taken, by so many stacks at once
 _SMALL, _FEW = 1 << 12, 16  # stacking pays for tensors of at most, and of at least so many
 
@@ -135,7 +133,7 @@ def together_(
         for x, whole in zip(lists, joined, strict=True)
     ]
     pairs = zip(flat, joined, strict=True)
-    tile = [_vector(x[0], size) if whole else torch.cat(x) for x, whole in pairs]
+    tile = [x[0].as_strided((size,), (1,)) if whole else torch.cat(x) for x, whole in pairs]
     update_(tile)
     for whole, old, new in zip(*map(written, (joined, flat, tile)), strict=True):
         if whole:  # the others may not share the version of the first
@@ -156,38 +154,9 @@ def _joined(tensors: Sequence[Tensor]) -> bool:
 
 
 def _reaches(first: Tensor, count: int) -> bool:
-    """Whether so many elements, from that of a tensor on, lie in its storage, if they have to."""
+    """Whether so many elements, from that of a tensor on, lie in its storage."""
     end = (first.storage_offset() + count) * first.element_size()
-    return first.is_cpu or end <= first.untyped_storage().nbytes()
-
-
-def _vector(first: Tensor, count: int) -> Tensor:
-    """The memory of tensors that are joined, which on a CPU may have storages of their own."""
-    if not first.is_cpu:
-        return first.as_strided((count,), (1,))
-    memory = (ctypes.c_char * (count * first.element_size())).from_address(first.data_ptr())
-    return torch.frombuffer(memory, dtype=first.dtype)
-
-
-def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
-    """The values of small tensors of a CPU in one vector, which takes less time to walk.
-
-    They are not views of it: each has a storage and a version of its own, as pickle and autograd
-    expect of tensors that have nothing to do with one another.
-    """
-    if len(tensors) < _FEW:
-        return tensors
-    kinds = {(x.dtype, x.device.type, x.is_contiguous(), x.requires_grad) for x in tensors}
-    lengths = list(map(Tensor.numel, tensors))
-    small = min(lengths) > 0 and sum(lengths) <= _SHORT * len(tensors)
-    if len(kinds) > 1 or not small or {*kinds.pop()[1:]} != {"cpu", True, False}:
-        return tensors
-    ends = itertools.accumulate(n * tensors[0].element_size() for n in lengths)
-    *starts, size = itertools.chain([0], ends)
-    memory, dtype = bytearray(size), tensors[0].dtype
-    triples = zip(tensors, lengths, starts, strict=True)
-    vectors = [(x, torch.frombuffer(memory, dtype=dtype, count=n, offset=k)) for x, n, k in triples]
-    return [vector.resize_(x.shape).copy_(x) for x, vector in vectors]
+    return end <= first.untyped_storage().nbytes()
 
 
 def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
