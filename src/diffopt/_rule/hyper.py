@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,12 @@ class Field(NamedTuple):
     bounds: dict[str, float | None]
     per_parameter: bool
     per_weight: bool
+
+    def ends(self) -> tuple[float, float]:
+        """The ends of its range, whether they belong to it or not."""
+        low = [x for x in (self.bounds["ge"], self.bounds["gt"]) if x is not None]
+        high = [x for x in (self.bounds["le"], self.bounds["lt"]) if x is not None]
+        return max(low, default=-math.inf), min(high, default=math.inf)
 
 
 _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -213,6 +220,28 @@ def assemble(record: type[T], values: Iterable[Any]) -> T:
 def is_record(node: Any) -> bool:
     """Whether it is a record of hyperparameters."""
     return type(node) in FIELDS
+
+
+def records(tree: _tree.Tree) -> list[Any]:
+    """All records in a tree of them: one for each part of a composition."""
+    return list(filter(is_record, _tree.flatten(tree, is_leaf=is_record)[0]))
+
+
+def map_records(function: Callable[[Any], Any], tree: _tree.Tree) -> _tree.Tree:
+    """The tree with `function(record)` in place of every record in it."""
+    if is_record(tree):
+        return function(tree)
+    return _tree.map(lambda x: function(x) if is_record(x) else x, tree, is_leaf=is_record)
+
+
+def map_fields(function: Callable[[Field, Any], Any], tree: _tree.Tree) -> _tree.Tree:
+    """The tree with `function(field, value)` as the value of every field of the records in it."""
+
+    def mapped(record: Any) -> Any:
+        kind: type[Any] = type(record)
+        return assemble(kind, [function(x, getattr(record, x.name)) for x in FIELDS[kind]])
+
+    return map_records(mapped, tree)
 
 
 def is_record_class(kind: Any) -> bool:

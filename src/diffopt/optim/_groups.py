@@ -227,17 +227,13 @@ def _of_groups(values: Sequence[Any], owners: Sequence[Sequence[str]]) -> Any:
 
 def checked(template: Any) -> Any:
     """The records, made anew: their numbers are in range."""
-    return _tree.map(lambda x: type(x)(**vars(x)), template, is_leaf=hyper.is_record)
+    return hyper.map_records(lambda record: type(record)(**vars(record)), template)
 
 
 def records(template: Any, group: Mapping[str, Any]) -> Any:
     """The records with the values of a group."""
     values = iter([_value(group, name) for name in _numbers(template)])
-
-    def filled(record: Any) -> Any:
-        return hyper.assemble(type(record), [next(values) for _ in vars(record)])
-
-    return _tree.map(filled, template, is_leaf=hyper.is_record)
+    return hyper.map_fields(lambda *_: next(values), template)
 
 
 def _value(group: Mapping[str, Any], name: str) -> Any:

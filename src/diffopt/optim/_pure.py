@@ -220,9 +220,7 @@ def _tree_to_pure(optimizer: TreeOptimizer, names: list[list[str]] | None) -> Pu
     try:
         structure = _tree.flatten(opt.init(named))[1]
         state = _tree.unflatten(_tree.flatten(state)[0], structure)
-        record = _tree.map(
-            lambda x: _by_name(x, spec, params, names[0]), record, is_leaf=hyper.is_record
-        )
+        record = hyper.map_records(lambda x: _by_name(x, spec, params, names[0]), record)
     except ValueError as error:
         raise ValueError(
             f"the state of {opt!r} has no names ({error}): create the optimizer with "

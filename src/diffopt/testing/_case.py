@@ -83,11 +83,11 @@ class Case:
     def record(self) -> Any:
         """The hyperparameters as given."""
         make, given = self.optimizer.hparams, cast(Any, self.hparams)
-        return map_fields(whole, make(*given) if isinstance(given, tuple) else make(**given))
+        return hyper.map_fields(whole, make(*given) if isinstance(given, tuple) else make(**given))
 
     def interior(self) -> Any:
         """The hyperparameters at which derivatives are checked: 0-d float64 tensors."""
-        return as_dtype(torch.float64, map_fields(inside, self.record()))
+        return as_dtype(torch.float64, hyper.map_fields(inside, self.record()))
 
 
 def _check_each(values: Any, name: str, is_one: Callable[[Any], bool], kind: str) -> None:
@@ -178,24 +178,6 @@ def scalars_as(dtype: torch.dtype | None, hparams: Any) -> Any:
     return hparams if dtype is None else _tree.map(convert, hparams)
 
 
-def records(hparams: Any) -> list[Any]:
-    """All records in a tree of them: one for each part of a composition."""
-    return list(filter(hyper.is_record, _tree.flatten(hparams, is_leaf=hyper.is_record)[0]))
-
-
-def map_fields(function: Callable[[hyper.Field, Any], Any], hparams: Any) -> Any:
-    """Replace the value of every field in every record with `function(field, value)`."""
-
-    def on_record(node: Any) -> Any:
-        if not hyper.is_record(node):
-            return node
-        kind: type[Any] = type(node)
-        values = [function(field, getattr(node, field.name)) for field in hyper.FIELDS[kind]]
-        return hyper.assemble(kind, values)
-
-    return _tree.map(on_record, hparams, is_leaf=hyper.is_record)
-
-
 def whole(field: hyper.Field, value: Any) -> Any:
     """The value; raises if it is a tree like params, which the checks draw themselves."""
     if field.per_parameter and not _tree.is_leaf(value):
@@ -208,9 +190,6 @@ def whole(field: hyper.Field, value: Any) -> Any:
 
 def inside(field: hyper.Field, value: Any) -> Any:
     """The number, moved away from the ends of its field's range."""
-    if isinstance(value, (int, float)):
-        low = [b for kind in ("ge", "gt") if (b := field.bounds[kind]) is not None]
-        high = [b for kind in ("le", "lt") if (b := field.bounds[kind]) is not None]
-        value = max([value, *(bound + MARGIN for bound in low)])
-        value = min([value, *(bound - MARGIN for bound in high)])
-    return value
+    low, high = field.ends()
+    number = isinstance(value, (int, float))
+    return min(max(value, low + MARGIN), high - MARGIN) if number else value

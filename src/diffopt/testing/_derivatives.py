@@ -21,7 +21,6 @@ from diffopt.testing._case import (
     Case,
     Point,
     generic_point,
-    map_fields,
     objective,
     random_tensor,
     run_steps,
@@ -52,7 +51,7 @@ def derivatives_per_weight(case: Case) -> None:
             return value
         return _tree.map(lambda p: value * (1 - 0.1 * p.abs()), point.params)
 
-    gradcheck(case, point._replace(hparams=map_fields(spread, point.hparams)), thorough=False)
+    gradcheck(case, point._replace(hparams=hyper.map_fields(spread, point.hparams)), thorough=False)
 
 
 def jvp(case: Case) -> None:

@@ -14,7 +14,7 @@ from diffopt import _tree
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.testing._assertions import Snapshot
-from diffopt.testing._case import Case, Point, clone, generic_point, records
+from diffopt.testing._case import Case, Point, clone, generic_point
 
 
 class Wrong(NamedTuple):
@@ -146,7 +146,7 @@ def waiting(point: Point) -> Iterator[Wrong]:
 def wrong_numbers(case: Case) -> Iterator[tuple[Callable[..., object], Wrong]]:
     """Makers of records (`optimizer.hparams` or that of a part), with arguments to be rejected."""
     whole = case.record()
-    for record in records(whole):
+    for record in hyper.records(whole):
         alone = record is whole
         maker = case.optimizer.hparams if alone else type(record)
         given = case.hparams if alone and isinstance(case.hparams, Mapping) else {}

@@ -19,7 +19,7 @@ from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 from diffopt.testing._assertions import Snapshot, disjoint, named, same, same_structure
-from diffopt.testing._case import Case, Point, clone, map_fields, random_tensor, scalars_as, twice
+from diffopt.testing._case import Case, Point, clone, random_tensor, scalars_as, twice
 
 try:
     from hypothesis import HealthCheck, Phase, given, settings, strategies as st
@@ -227,7 +227,7 @@ def alone(point: Point, i: int) -> Point:
         return _tree.leaves(tree)[i] if _tree.flatten(tree)[1] == spec else tree
 
     state = type(point.state)(point.state[0], *map(at, point.state[1:]))
-    hparams = map_fields(lambda _, value: at(value), point.hparams)
+    hparams = hyper.map_fields(lambda _, value: at(value), point.hparams)
     return Point(at(point.params), at(point.grads), state, hparams)
 
 
@@ -249,7 +249,7 @@ def prefixes(draw: st.DrawFn, point: Point) -> tuple[Any, Any]:
         short, long = cut(point.params, value) if free else (value, value)
         return SimpleNamespace(short=short, long=long)  # as one leaf
 
-    chosen = map_fields(choose, point.hparams)
+    chosen = hyper.map_fields(choose, point.hparams)
     return _tree.map(lambda c: c.short, chosen), _tree.map(lambda c: c.long, chosen)
 
 
@@ -289,4 +289,4 @@ def least(hparams: Any) -> Any:
     def bound(field: hyper.Field, value: Any) -> Any:
         return value if field.bounds["ge"] is None else field.bounds["ge"]
 
-    return map_fields(bound, hparams)
+    return hyper.map_fields(bound, hparams)

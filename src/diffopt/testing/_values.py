@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diffopt import _tree
+from diffopt._rule import hyper
 from diffopt._tree import Tree
 from diffopt.testing._assertions import finite, same
 from diffopt.testing._case import (
@@ -20,7 +21,6 @@ from diffopt.testing._case import (
     as_dtype,
     clone,
     generic_point,
-    map_fields,
     random_tensor,
     run_steps,
     twice,
@@ -91,7 +91,7 @@ def half_step(case: Case) -> None:
 
 def half_zero_gradient(case: Case) -> None:
     """Zero gradients do not change half-precision params, and keep the state finite."""
-    hparams = map_fields(lambda f, v: 0.0 if f.name in DECAYS else v, case.record())
+    hparams = hyper.map_fields(lambda f, v: 0.0 if f.name in DECAYS else v, case.record())
     for dtype in halves(case):
         params = generic_point(case, dtype=dtype).params
         zeros, state = _tree.map(torch.zeros_like, params), case.optimizer.init(params)

@@ -124,8 +124,6 @@ class _Layout(NamedTuple):
         spec, tensors, grads = self.leaves
 
         def flat(record: Any) -> Any:
-            if not hyper.is_record(record):
-                return record
             numbers = hyper.broadcast(record, spec, params)
             checks.numbers(numbers, tensors, params)
             values = [_flat_number(number, tensors, self.runs) for number in numbers]
@@ -133,8 +131,7 @@ class _Layout(NamedTuple):
 
         vectors = [_ravel(tensors, run) for run in self.runs]
         flat_grads = [None if grads[run[0]] is None else _ravel(grads, run) for run in self.runs]
-        records = _tree.map(flat, hparams, is_leaf=hyper.is_record)
-        return vectors, flat_grads, self._cut(state), records
+        return vectors, flat_grads, self._cut(state), hyper.map_records(flat, hparams)
 
     def params(self, vectors: list[Tensor]) -> list[Tensor]:
         """The params in these vectors; those without a gradient are unchanged."""

@@ -148,7 +148,8 @@ class Hypergradient(Wrapper[HypergradientState]):
         if not listed or not all(isinstance(name, str) for name in learn):
             raise TypeError(f"learn is {_tree.shown(learn)}, not a sequence of names")
         object.__setattr__(self, "learn", tuple(learn))
-        fields = [field for record in _records(self.optimizer.hparams()) for field in record]
+        records = hyper.records(self.optimizer.hparams())
+        fields = [field for record in records for field in hyper.FIELDS[type(record)]]
         for name in self.learn:
             _check_field(name, fields)
 
@@ -349,53 +350,33 @@ def _directions(optimizer: Optimizer[Any, Any]) -> set[bool]:
     return {isinstance(optimizer, Leafwise) and optimizer.maximize}
 
 
-def _records(tree: Any) -> list[tuple[hyper.Field, ...]]:
-    """The fields of each record in a tree of them."""
-    nodes, _ = _tree.flatten(tree, is_leaf=hyper.is_record)
-    return [hyper.FIELDS[type(node)] for node in nodes if hyper.is_record(node)]
-
-
 def _check_field(name: str, fields: list[hyper.Field]) -> None:
     """Raise unless all fields of this name have a range whose values exp(x) can scale."""
-    found = [field.bounds for field in fields if field.name == name]
+    found = [field.ends() for field in fields if field.name == name]
     if not found:
         names = [field.name for field in fields]
         raise ValueError(
             f"learn has {name!r}, which is not a hyperparameter of the optimizer"
             f"{did_you_mean(names, name)} They are {', '.join(names)}"
         )
-    for bounds in found:
-        low, high = (_end(bounds, kinds) for kinds in (("ge", "gt"), ("le", "lt")))
-        if low != 0 or high not in (None, 1):
-            raise ValueError(f"learn has {name!r}, whose range is neither >= 0 nor [0, 1]")
-
-
-def _end(bounds: dict[str, float | None], kinds: tuple[str, str]) -> float | None:
-    return next((bounds[kind] for kind in kinds if bounds[kind] is not None), None)
+    if any(ends not in ((0, math.inf), (0, 1)) for ends in found):
+        raise ValueError(f"learn has {name!r}, whose range is neither >= 0 nor [0, 1]")
 
 
 def _moved(hparams: Any, offsets: dict[str, Tensor]) -> Any:
     """The hyperparameters, in a tree of records, with their offsets applied."""
 
-    def value(record: Any, field: hyper.Field) -> Any:
-        old = getattr(record, field.name)
+    def value(field: hyper.Field, old: Any) -> Any:
         if field.name not in offsets:
             return old
         offset = offsets[field.name]
-        if _end(field.bounds, ("le", "lt")) is None:
+        if field.ends()[1] == math.inf:
             factor = offset.exp()
             return _tree.map(lambda h: h * factor, old)
         factor = offset.clamp(-80, 80).exp()  # inf / inf is not 1
         return _tree.map(lambda h: h * factor / (1 + h * (factor - 1)), old)
 
-    def moved(record: Any) -> Any:
-        if not hyper.is_record(record):
-            return record
-        kind: type[Any] = type(record)
-        return hyper.assemble(kind, [value(record, field) for field in hyper.FIELDS[kind]])
-
-    single = hyper.is_record(hparams)
-    return moved(hparams) if single else _tree.map(moved, hparams, is_leaf=hyper.is_record)
+    return hyper.map_fields(value, hparams)
 
 
 def _derivatives(
