@@ -23,9 +23,9 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,15 +43,15 @@ Schedule: TypeAlias = Callable[[Any], Any]
 class Formula(_value.Value, ABC):
     """What the functions of this module return: a formula of the step and its own fields."""
 
-    _numbers: ClassVar[Mapping[str, Mapping[str, float]]] = {}
-    """The fields that must be numbers, and their bounds."""
-
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls._names = tuple(field.name for field in dataclasses.fields(cls))  # which won't trace
+        fields = dataclasses.fields(cls)  # which won't trace
+        cls._names = tuple(field.name for field in fields)
+        cls._numbers = tuple(field.name for field in fields if field.type == "Number")
 
     def __post_init__(self) -> None:
-        for name, bounds in self._numbers.items():
+        for name in self._numbers:
+            bounds = _BOUNDS.get(name, {})
             self._keep(**{name: _number(name, getattr(self, name), **bounds)})
 
     def __call__(self, step: Number) -> Any:
@@ -84,8 +84,6 @@ class Constant(Formula):
 
     value: Number
 
-    _numbers: ClassVar = {"value": {}}
-
     def at(self, step: Number) -> Number:
         return _same(self.value, step)
 
@@ -115,8 +113,6 @@ class Linear(Formula):
     init: Number
     final: Number
     steps: Number
-
-    _numbers: ClassVar = {"init": {}, "final": {}, "steps": {"gt": 0}}
 
     def at(self, step: Number) -> Number:
         return _between(self.init, self.final, _progress(step, self.steps))
@@ -172,8 +168,6 @@ class Polynomial(Formula):
     power: Number = 1.0
     final: Number = 0.0
 
-    _numbers: ClassVar = {"init": {}, "final": {}, "steps": {"gt": 0}, "power": {"gt": 0}}
-
     def at(self, step: Number) -> Number:
         left = 1 - _progress(step, self.steps)
         return _between(self.final, self.init, _power(left, self.power))
@@ -209,8 +203,6 @@ class Cosine(Formula):
     steps: Number
     final: Number = 0.0
 
-    _numbers: ClassVar = {"init": {}, "final": {}, "steps": {"gt": 0}}
-
     def at(self, step: Number) -> Number:
         return _cosine(self.init, self.final, _progress(step, self.steps))
 
@@ -237,8 +229,6 @@ class Exponential(Formula):
 
     init: Number
     gamma: Number
-
-    _numbers: ClassVar = {"init": {}, "gamma": {"ge": 0}}
 
     def at(self, step: Number) -> Number:
         return self.init * _decay(self.gamma, step)
@@ -267,8 +257,6 @@ class Step(Formula):
     init: Number
     gamma: Number
     every: Number
-
-    _numbers: ClassVar = {"init": {}, "gamma": {"ge": 0}, "every": {"gt": 0}}
 
     def at(self, step: Number) -> Number:
         return self.init * _decay(self.gamma, _floor(step / self.every))
@@ -320,14 +308,6 @@ class OneCycle(Formula):
     final_div_factor: Number = 1e4
     anneal: Literal["cos", "linear"] = "cos"
     three_phase: bool = False
-
-    _numbers: ClassVar = {
-        "peak": {},
-        "steps": {"gt": 0},
-        "pct_start": {"ge": 0, "le": 1},
-        "div_factor": {"gt": 0},
-        "final_div_factor": {"gt": 0},
-    }
 
     def __post_init__(self) -> None:
         hyper.check_flags(three_phase=self.three_phase)
@@ -431,6 +411,18 @@ joined = Joined
 
 
 # Arguments
+
+
+_BOUNDS = {
+    "steps": {"gt": 0},
+    "every": {"gt": 0},
+    "power": {"gt": 0},
+    "gamma": {"ge": 0},
+    "pct_start": {"ge": 0, "le": 1},
+    "div_factor": {"gt": 0},
+    "final_div_factor": {"gt": 0},
+}
+"""The ranges of numbers, by the name of the argument."""
 
 
 def _number(name: str, value: Number, **bounds: float) -> Number:
