@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._arguments import check_choice
-from diffopt._modes import exact, exact_dtype
+from diffopt._modes import exact
 from diffopt._rule import checks, fields, hyper, parts, prints
 from diffopt._rule.repeated import Repeated
 from diffopt._rule.rule import (
@@ -25,6 +25,7 @@ from diffopt._rule.rule import (
     S,
     begun,
     unused,
+    zero_for,
 )
 from diffopt._rule.work import Work, gather
 from diffopt._tree import Tree
@@ -110,8 +111,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
     def init(self, params: Tree) -> S:
         tensors, spec = _tree.flatten(params)
         checks.params(tensors, params, self.refuse)
-        device = tensors[0].device if tensors else torch.get_default_device()
-        step = torch.zeros((), dtype=exact_dtype(device), device=device)
+        step = zero_for(tensors)
         states = [begun(self, p, step) for p in tensors]
         columns = [[state[k + 1] for state in states] for k in range(len(self.buffer_names))]
         for k in fields.places(self, columns):

@@ -81,7 +81,7 @@ class Rule(ABC, Generic[S, H]):
         numbers = self.per_hyperparameter
         return self.State(
             step,
-            *(zero_for(p) if name in numbers else zeros_like(p) for name in self.buffer_names),
+            *(zero_for([p]) if name in numbers else zeros_like(p) for name in self.buffer_names),
         )
 
     def buffers_of(self, p: Tensor) -> Mapping[str, torch.dtype]:
@@ -177,9 +177,10 @@ def zeros_like(param: Tensor) -> Tensor:
     return torch.zeros_like(param, dtype=dtype, requires_grad=False)
 
 
-def zero_for(param: Tensor) -> Tensor:
-    """The number 0 in the state of `param`, in the precision of the step."""
-    return torch.zeros((), dtype=_modes.exact_dtype(param.device), device=param.device)
+def zero_for(params: Sequence[Tensor]) -> Tensor:
+    """The number 0 in the state of params, on the device of the first, in the step's precision."""
+    device = params[0].device if params else torch.get_default_device()
+    return torch.zeros((), dtype=_modes.exact_dtype(device), device=device)
 
 
 def unused(field: Any) -> bool:

@@ -306,7 +306,7 @@ def _pure_row(
     for name in opt.buffers_of(p):
         value = row.get(name, p.new_empty(0) if name in own else torch.zeros_like(p))
         if name in opt.per_hyperparameter:
-            value = value.to(zero_for(p))
+            value = value.to(zero_for([p]))
         buffers[name] = copied(value.to_dense() if value.is_sparse else value)
     # Where torch keeps no count, it only matters that the next step is not the first.
     return float(row.get("step", begun)), buffers

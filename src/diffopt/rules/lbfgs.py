@@ -10,9 +10,10 @@ from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._diff.gradient import value_and_grad
-from diffopt._modes import exact, exact_dtype, number_of, real, reals
+from diffopt._modes import exact, number_of, real, reals
 from diffopt._rule import checks, ops
 from diffopt._rule.hyper import Hyperparameter, hparams, number
+from diffopt._rule.rule import zero_for
 from diffopt._tree import Tree
 from diffopt._value import Flags
 from diffopt.optimizer import Optimizer
@@ -185,7 +186,7 @@ class LBFGS(Flags, Optimizer[LBFGSState, LBFGSHParams]):
             for name, shape in self._shapes(tensors).items()
         }
         buffers["H_diag"] = torch.ones_like(buffers["H_diag"])
-        return LBFGSState(torch.zeros((), dtype=exact_dtype(device), device=device), **buffers)
+        return LBFGSState(zero_for(tensors), **buffers)
 
     def update(
         self, params: Tree, grads: Tree, state: LBFGSState, hparams: LBFGSHParams

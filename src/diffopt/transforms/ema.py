@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
-from diffopt._modes import exact, exact_dtype
+from diffopt._modes import exact
 from diffopt._rule import checks, ops, running, ways
 from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
 from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import zero_for
 from diffopt._tree import Tree
 from diffopt.optimizer import Write
 from diffopt.transforms._base import Leaves, Tensors, Wrapper, check_apart, gather, near, wide
@@ -87,9 +88,7 @@ class EMA(Wrapper[EMAState]):
 
     def init(self, params: Tree) -> EMAState:
         inner = super().init(params)
-        tensors = _tree.leaves(params)
-        device = tensors[0].device if tensors else torch.get_default_device()
-        step = torch.zeros((), dtype=exact_dtype(device), device=device)
+        step = zero_for(_tree.leaves(params))
         return EMAState(step, _tree.map(lambda p: wide(p.detach()).clone(), params), inner)
 
     def update(

@@ -13,11 +13,11 @@ from torch import Tensor
 from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_number, did_you_mean
 from diffopt._diff import functions
-from diffopt._modes import exact_dtype, real
+from diffopt._modes import real
 from diffopt._rule import checks, hyper, ops, prints
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise
-from diffopt._rule.rule import is_ours
+from diffopt._rule.rule import is_ours, zero_for
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, Write, check_optimizer
 from diffopt.rules.adagrad import adagrad
@@ -174,14 +174,9 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     def init(self, params: Tree) -> HypergradientState:
         inner = super().init(params)
-        tensors = _tree.leaves(params)
-        device = tensors[0].device if tensors else torch.get_default_device()
-        dtype = exact_dtype(device)
+        zero = zero_for(_tree.leaves(params))
         start = (1.0 if self.outer else 0.01) if self.start is None else self.start
-        offsets = {
-            name: torch.full((), math.log(start) * (name == "lr"), dtype=dtype, device=device)
-            for name in self.learn
-        }
+        offsets = {name: zero + math.log(start) * (name == "lr") for name in self.learn}
         zeros = {
             name: _tree.map(lambda p: torch.zeros_like(wide(p), requires_grad=False), params)
             for name in self.learn
