@@ -233,9 +233,9 @@ def derivatives(adjoint):
 @pytest.mark.parametrize("adjoint", EVERY, ids=str)
 def test_values_and_both_derivatives_are_those_without_trace(adjoint):
     expected, found = derivatives(adjoint), derivatives(inspect.Trace(adjoint))
-    torch.testing.assert_close(found[:2], expected[:2], rtol=0, atol=0)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
     # autograd adds up what arrives at a tensor in another order
-    torch.testing.assert_close(found[2], expected[2], rtol=1e-14, atol=0)
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-14, atol=0)
 
 
 TRANSFORMS = {
@@ -263,7 +263,9 @@ def test_results_are_those_without_trace_under(name, adjoint):
 
         return TRANSFORMS[name](function)
 
-    torch.testing.assert_close(outcome(inspect.Trace(adjoint)), outcome(adjoint), rtol=0, atol=0)
+    torch.testing.assert_close(
+        outcome(inspect.Trace(adjoint)), outcome(adjoint), rtol=1e-14, atol=0
+    )
 
 
 class LastStep(diffopt.adjoint.Adjoint):
