@@ -145,24 +145,21 @@ class Trace(Adjoint):
     def events(self) -> list[Event]:
         """Where something first became zero or non-finite, and where the adjoint ends."""
         run, events = self._run(), list[Event]()
-        for name, quantity in _FORWARD.items():
-            for step in range(run.steps):
-                if _is("non-finite", run.values(name, step)):
-                    events.append(Event(quantity, "non-finite", step))
-                    break
-        zero = next((t for t in range(run.steps) if _is("zero", run.values("grads", t))), None)
-        if zero is not None:
-            events.append(Event("gradient", "zero", zero))
-        known = [t for t in range(run.steps, -1, -1) if run.values("adjoint", t) is not None]
-        nonfinite = [t for t in known if _is("non-finite", run.values("adjoint", t))]
-        if nonfinite:
-            events.append(Event("adjoint", "non-finite", nonfinite[0]))
-        zeros = itertools.takewhile(lambda t: _is("zero", run.values("adjoint", t)), known[::-1])
-        for step in list(zeros)[-1:]:  # and at all steps before
-            events.append(Event("adjoint", "zero", step))
+        known = [t for t in range(run.steps + 1) if run.values("adjoint", t) is not None]
+
+        def note(name: str, kind: Literal["non-finite", "zero"], steps: Iterable[int]) -> None:
+            found = (t for t in steps if _is(kind, run.values(name, t)))
+            events.extend(Event(_QUANTITIES[name], kind, t) for t in itertools.islice(found, 1))
+
+        for name in ("losses", "grads", "updates"):
+            note(name, "non-finite", range(run.steps))
+        note("grads", "zero", range(run.steps))
+        note("adjoint", "non-finite", reversed(known))
+        zeros = itertools.takewhile(lambda t: _is("zero", run.values("adjoint", t)), known)
+        note("adjoint", "zero", [*zeros][-1:])  # and at all steps before
         stepwise = not isinstance(self.adjoint, (OneStep, Implicit, ForwardMode, Evolution))
-        if stepwise and known and known[-1] > 1:  # params_0 are rarely among the inputs
-            events.append(Event("adjoint", "cut", known[-1] - 1))
+        if stepwise and known and known[0] > 1:  # params_0 are rarely among the inputs
+            events.append(Event("adjoint", "cut", known[0] - 1))
         return sorted(events, key=_in_time)
 
     def plot(self) -> Figure:
@@ -206,10 +203,11 @@ class Trace(Adjoint):
         return self._last
 
 
-_FORWARD: dict[str, Literal["loss", "gradient", "update"]] = {
+_QUANTITIES: dict[str, Literal["loss", "gradient", "update", "adjoint"]] = {
     "losses": "loss",
     "grads": "gradient",
     "updates": "update",
+    "adjoint": "adjoint",
 }
 
 
