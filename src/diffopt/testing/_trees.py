@@ -254,18 +254,13 @@ def prefixes(draw: st.DrawFn, point: Point) -> tuple[Any, Any]:
 
 
 def columns(point: Point, state: Any) -> list[Tree]:
-    """The trees in a state that are like the params; some leaves may be `()` or `[]`."""
+    """The trees of tensors in a state that are like the params; some leaves may be `[]`."""
+    spec = _tree.flatten(point.params)[1]
 
     def is_column(node: Any) -> bool:
-        try:
-            found = leaves_at(point, node)
-        except ValueError:
-            return False
-        tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
-        return bool(tensors) and all(isinstance(leaf, Tensor) or leaf in ((), []) for leaf in found)
+        return any(isinstance(leaf, Tensor) for leaf in _tree.column(node, spec) or ())
 
-    nodes, _ = _tree.flatten(state, is_leaf=is_column)
-    return [node for node in nodes if is_column(node)]
+    return list(filter(is_column, _tree.flatten(state, is_leaf=is_column)[0]))
 
 
 def leaves_at(point: Point, column: Tree) -> list[Any]:
