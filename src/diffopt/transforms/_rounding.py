@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt._rule.rule import WORKING_DTYPE
-
 _DROPPED = 16  # bits of a float32 that bfloat16 lacks
 _LARGEST = torch.finfo(torch.bfloat16).max
 _WIDTH = 1 << 12
@@ -99,11 +97,10 @@ class Rounding:
             self.noise = Noise.draw(total, device)
 
     def rounded(self, k: int, new: Any, old: Any) -> Any:
-        """The new value of the tensor with index k, in the dtype of the old one if that is half."""
+        """The new value of the leaf with index k; a tensor has the dtype of the old one."""
         if self.old[k] is not None and new.numel():
             return stochastic(new, self._noise(k, new))
-        half = isinstance(old, Tensor) and old.dtype in WORKING_DTYPE
-        return new.to(old.dtype) if half else new
+        return new.to(old.dtype) if isinstance(old, Tensor) else new
 
     def write_(self, k: int, new: Tensor, old: Tensor, offset: int = 0) -> None:
         """Overwrite it, or a piece from an offset on; the new value may be destroyed."""

@@ -133,18 +133,15 @@ class Precision(Wrapper[PrecisionState]):
         wide_inner = _tree.map_tensors(wide, state.inner)
         new, new_inner = self.optimizer.update(used, wide_grads, wide_inner, hparams)
 
-        old, spec = _tree.flatten(state.inner)
-        rounding = self._rounding(old, leaves.params, masters)
-        rows = zip(_tree.leaves(new_inner), _tree.leaves(wide_inner), old, strict=True)
-        inner = [o if n is u else rounding.rounded(k, n, o) for k, (n, u, o) in enumerate(rows)]
-        pairs = list(zip(_tree.leaves(new), _tree.leaves(used), strict=True))
-        moved = enumerate(zip(pairs, leaves.params, strict=True), len(old))
-        new_params = [
-            p if n is u else rounding.rounded(k, n, p).to(p.dtype) for k, ((n, u), p) in moved
-        ]
-        rows = zip(pairs, masters, strict=True)
-        masters = _pruned((m if m is None or n is u else n for (n, u), m in rows), leaves.spec)
-        return leaves.tree(new_params), PrecisionState(masters, _tree.unflatten(inner, spec))
+        rows = zip(masters, _tree.leaves(used), _tree.leaves(new), strict=True)
+        new_masters = _pruned((m if m is None or n is u else n for m, u, n in rows), leaves.spec)
+        old, spec = _tree.flatten((state.inner, params))
+        trees = (wide_inner, used), (new_inner, new)
+        rounding = self._rounding(_tree.leaves(state.inner), leaves.params, masters)
+        rows = enumerate(zip(old, *map(_tree.leaves, trees), strict=True))
+        narrow = [o if n is u else rounding.rounded(k, n, o) for k, (o, u, n) in rows]
+        inner, new_params = _tree.unflatten(narrow, spec)
+        return new_params, PrecisionState(new_masters, inner)
 
     def prepare_(self, params: Tree, grads: Tree, state: PrecisionState, hparams: Any) -> Write:
         leaves, masters = self._gather(params, grads, state)
