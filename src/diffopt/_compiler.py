@@ -90,7 +90,7 @@ def backend_of(options: Mapping[str, Any]) -> Any:
         # Otherwise inductor (torch 2.13) computes wrong gradients of a step with a convolution,
         # relu and max_pool2d whose inputs require a gradient.
         given.setdefault("layout_optimization", False)
-        # Of a step on small tensors, they take a tenth; what is given is checked before.
+        # These take a tenth of the time of a step on small tensors; inputs are checked before.
         given.setdefault("size_asserts", False)
         scalars = _torch.graph_pass(_compute_scalars_once, "diffopt: scalars once, 2")
         given.setdefault("post_grad_custom_post_pass", scalars)

@@ -98,7 +98,7 @@ class Applied(ABC):
 class _Differentiated(_torch.SingleLevelFunction):
     """One level of derivatives: autograd's, or one of torch.func.
 
-    As torch.autograd.Function, which spends more than a step on the trees that it may be given.
+    Like torch.autograd.Function, but without its support for trees, which takes longer than a step.
     """
 
     @staticmethod

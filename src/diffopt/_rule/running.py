@@ -174,9 +174,8 @@ def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     if not columns[0]:
         return
     plain = as_is(columns)
-    copy_: Any = torch.ops.aten.copy_.default
-    if columns[0][0].is_cpu:  # otherwise Tensor.copy_, which is faster, asks for a device that fake
-        copy_ = Tensor.copy_  # tensors need not have
+    # Tensor.copy_ is faster, but asks for the device, which a machine with fake tensors may lack.
+    copy_: Any = Tensor.copy_ if columns[0][0].is_cpu else torch.ops.aten.copy_.default
     for row in _rows_of(columns):
         stepped = run(rule, numbers, row) if plain else apply(rule, numbers, row)
         for old, new in zip(written(row), stepped, strict=True):
