@@ -173,6 +173,7 @@ def _varying(carry: Tree) -> list[bool]:
     ]
 
 
+@dataclass(eq=False)
 class _Loop:
     """One run of the loop, forwards and backwards.
 
@@ -180,20 +181,15 @@ class _Loop:
     results of the forward run: the last params and momentum buffers as integers, and the tapes.
     """
 
-    def __init__(
-        self,
-        step: GradientStep,
-        scale: float,
-        join: Callable[..., Tree],
-        varies: list[bool],
-        captured: Captured,
-    ) -> None:
-        self.step, self.scale, self.join, self.varies = step, scale, join, varies
-        self.captured = captured
-        self.noise: list[AmbientState] = []  # of each step
-        self.moved: list[list[int]] = []  # which params have a gradient, at each step
-        self.counts: list[int] = []  # of tensors in the last carry, and in the output of each step
-        self.join_kept: Callable[..., Tree] = join
+    step: GradientStep
+    scale: float
+    join: Callable[..., Tree]
+    varies: list[bool]
+    captured: Captured
+    noise: list[AmbientState] = field(default_factory=list[AmbientState])  # of each step
+    moved: list[list[int]] = field(default_factory=list[list[int]])  # at each step, by index
+    counts: list[int] = field(init=False)  # of tensors in the last carry, and in each output
+    join_kept: Callable[..., Tree] = field(init=False)
 
     def forward(self, inputs: Tree, record: bool = True) -> tuple[tuple[Tree, list[Any]], Tree]:
         """The last carry and the outputs; and what the way back needs."""
