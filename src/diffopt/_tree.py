@@ -95,6 +95,11 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
     return map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def clone(tree: Tree) -> Tree:
+    """A copy whose tensors keep their history."""
+    return map_tensors(Tensor.clone, tree)
+
+
 class _Node(NamedTuple):
     """A structure in a form that can be traversed quickly."""
 

@@ -66,7 +66,7 @@ def value_and_grad(
     if not second_order:
         return _tree.detach(results)
     if forward and not recording:  # there are tangents without a graph, which `detach` would drop
-        return _tree.map_tensors(Tensor.clone, results)
+        return _tree.clone(results)
     return results
 
 
@@ -149,7 +149,7 @@ def leaf_gradients(
             )
     if create_graph and not needed:  # there are tangents, which `detach` would drop
         with torch.no_grad():
-            value, aux, found = _tree.map_tensors(Tensor.clone, (value, aux, found))
+            value, aux, found = _tree.clone((value, aux, found))
     elif not needed:
         value, aux = value.detach(), _tree.detach(aux)
     return value, aux, _dependent(found)

@@ -157,7 +157,7 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
         buffers = {name: _tree.unflatten(column, spec) for name, column in columns.items()}
         state = state._replace(step=torch.full_like(state.step, step), **buffers)
     values = zip(*(_values(shell, opt, group, p) for group, p in owners), strict=True)
-    record = hyper.assemble(opt.hparams, [_shared(_cloned(column), spec) for column in values])
+    record = hyper.assemble(opt.hparams, [_shared(_tree.clone(column), spec) for column in values])
     if isinstance(shell, _classes.SparseAdam):  # whose rule is for the rows of its gradients
         return Pure(sparse_adam(maximize=opt.maximize), params, state, record)
     return Pure(opt, params, state, record)
@@ -186,9 +186,8 @@ def _values(
     values = filled(values_of(opt, group), p.dtype)
     if optimizer.rule(group) == opt:
         return values
-    fields = [field.name for field in hyper.FIELDS[opt.hparams]]
-    pairs = zip(fields, values, strict=True)
-    return [0.0 if name == "dampening" else value for name, value in pairs]
+    pairs = zip(hyper.FIELDS[opt.hparams], values, strict=True)
+    return [0.0 if field.name == "dampening" else value for field, value in pairs]
 
 
 def names_in(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:
@@ -211,7 +210,7 @@ def _tree_to_pure(optimizer: TreeOptimizer, names: list[list[str]] | None) -> Pu
     if len(groups) != 1:
         raise ValueError(f"there are {len(groups)} parameter groups, but only one is supported")
     params = optimizer.params_of(0) if optimizer.structure else _tree_of(groups)
-    state, record = copied(optimizer.state_of(0)), _cloned(optimizer.record_of(0))
+    state, record = copied(optimizer.state_of(0)), _tree.clone(optimizer.record_of(0))
     opt, params = optimizer.optimizer, copied(params)
     if names is None or (isinstance(params, dict) and [*params] == names[0]):
         return Pure(opt, params, state, record)
@@ -259,7 +258,7 @@ def _lbfgs_to_pure(optimizer: torch.optim.Optimizer, names: list[list[str]] | No
             prev_flat_grad=copied(row["prev_flat_grad"]),
             prev_flat_step=copied(row["d"] * row["t"]),
         )
-    return Pure(opt, params, state, opt.hparams(lr=_cloned(group["lr"])))
+    return Pure(opt, params, state, opt.hparams(lr=_tree.clone(group["lr"])))
 
 
 def _as_ours(optimizer: torch.optim.Optimizer) -> RuleOptimizer:
@@ -286,11 +285,6 @@ def _tree_of(groups: list[Group], names: list[list[str]] | None = None) -> Tree:
     given = [group.get("param_names", ()) for group in groups] if names is None else names
     flat = [name for group in given for name in group]
     return dict(zip(flat, tensors, strict=True)) if flat else tensors
-
-
-def _cloned(tree: Tree) -> Tree:
-    """A copy whose tensors keep their history."""
-    return _tree.map_tensors(Tensor.clone, tree)
 
 
 def _pure_row(

@@ -156,10 +156,6 @@ def total(tree: Tree) -> Any:
     return sum(leaf.sum() for leaf in _tree.leaves(tree))
 
 
-def clone(tree: Any) -> Any:
-    return _tree.map_tensors(Tensor.clone, tree)
-
-
 def as_dtype(dtype: torch.dtype, tree: Any) -> Any:
     """All leaves as tensors of this dtype."""
     return _tree.map(lambda leaf: torch.as_tensor(leaf, dtype=dtype), tree)

@@ -14,7 +14,7 @@ from diffopt import _tree
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt.testing._assertions import Snapshot
-from diffopt.testing._case import Case, Point, clone, generic_point
+from diffopt.testing._case import Case, Point, generic_point
 
 
 class Wrong(NamedTuple):
@@ -43,7 +43,7 @@ def errors(case: Case) -> None:
 
 def refuse(calls: Iterable[Callable[..., object]], point: Point, wrong: Wrong) -> None:
     """Each call raises and does not change its arguments."""
-    point = clone(point)._replace(**wrong.changes)
+    point = _tree.clone(point)._replace(**wrong.changes)
     before = Snapshot(point)
     for call in calls:
         raises(functools.partial(call, *point), wrong)
@@ -136,7 +136,7 @@ def wrong_hparams(point: Point) -> Iterator[Wrong]:
 def waiting(point: Point) -> Iterator[Wrong]:
     """Arguments that require a gradient, which an update in place would lose."""
     for name in ("grads", "hparams"):
-        tree = _tree.map(lambda x: x.requires_grad_(), clone(getattr(point, name)))
+        tree = _tree.map(lambda x: x.requires_grad_(), _tree.clone(getattr(point, name)))
         if _tree.leaves(tree):
             what = f"update_ with {name} that require a gradient"
             says = (_tree.paths(tree, name)[0], "requires a gradient")

@@ -19,7 +19,7 @@ from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 from diffopt.testing._assertions import Snapshot, disjoint, named, same, same_structure
-from diffopt.testing._case import Case, Point, clone, random_tensor, scalars_as, twice
+from diffopt.testing._case import Case, Point, random_tensor, scalars_as, twice
 
 try:
     from hypothesis import HealthCheck, Phase, given, settings, strategies as st
@@ -157,7 +157,7 @@ def in_place(case: Case, point: Point) -> None:
     expected = twice(case.optimizer, point)
     for optimizer in executions(case.optimizer):
         same(twice(optimizer, point), expected, "result")
-        mine = clone(point)
+        mine = _tree.clone(point)
         for _ in range(2):
             optimizer.update_(*mine)
         same((mine.params, mine.state), expected, "the result of update_")

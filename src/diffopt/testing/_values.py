@@ -19,7 +19,6 @@ from diffopt.testing._case import (
     Case,
     Point,
     as_dtype,
-    clone,
     generic_point,
     random_tensor,
     run_steps,
@@ -42,7 +41,7 @@ def parity(case: Case) -> None:
         return
     for dtype in [dtype for dtype in case.dtypes if dtype in PARITY]:
         start = [random_tensor(shape, dtype, i) for i, shape in enumerate(case.shapes)]
-        theirs, pure, in_place = clone(start), clone(start), clone(start)
+        theirs, pure, in_place = _tree.clone(start), _tree.clone(start), _tree.clone(start)
         with default_dtype(dtype.to_real()):
             reference = case.reference(theirs)
         record = case.record()
