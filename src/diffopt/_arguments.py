@@ -79,9 +79,9 @@ def _explanation(
         maker, args, names, most = type(args[0]), args[1:], names[1:], most - 1
     call = f"{_public_name(maker)}({'...' if most else ''})"
     if len(args) > most:
-        plural = "" if most == 1 else "s"
-        keywords = _instead(maker, call, most) or _keywords(names[int(most) :])
-        return f"{call} takes {most or 'no'} positional argument{plural}{keywords}"
+        plural, rest = "" if most == 1 else "s", ", ".join(names[int(most) :])
+        instead = _instead(maker, call, most) or (f"; pass {rest} by keyword" if rest else "")
+        return f"{call} takes {most or 'no'} positional argument{plural}{instead}"
     others = {name: kwargs[name] for name in kwargs if name not in names}
     known = {name: kwargs[name] for name in kwargs if name in names}
     fault = _fault(maker, args, known, others)
@@ -103,10 +103,6 @@ def _public_name(maker: Any) -> str:
     module = vars(sys.modules[maker.__module__])
     names = [name for name, value in module.items() if value is maker]
     return names[-1] if names else maker.__name__
-
-
-def _keywords(names: list[str]) -> str:
-    return f"; {', '.join(names)}: by keyword" if names else ""
 
 
 def _instead(maker: Any, call: str, most: float) -> str:
