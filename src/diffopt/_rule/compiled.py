@@ -111,7 +111,7 @@ class _Call:
     def _made(
         self, piece: Sequence[Tensor], dtype: torch.dtype
     ) -> tuple[Kernel | None, list[Tensor]]:
-        """The same; also sets what the tensors share."""
+        """What `kernel` returns; also sets what the tensors share."""
         shared = [column for column in self.columns if isinstance(column, Shared)]
         form, given = _inputs(self.rule, self.numbers)
         record = _recording if is_ours(self.rule) else _recording.__wrapped__

@@ -163,7 +163,7 @@ def scatter(results: Sequence[Any], indices: Sequence[int], columns: Sequence[li
 
 
 def apart(new: list[Any], grads: Sequence[Any]) -> list[Any]:
-    """New values, none of which is a gradient, which belongs to the caller."""
+    """New values, with copies in place of gradients, which belong to the caller."""
     if not any(map(operator.is_, new, grads)):
         return new
     return [x.clone() if x is g else x for x, g in zip(new, grads, strict=True)]

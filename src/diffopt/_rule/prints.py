@@ -50,7 +50,7 @@ def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
 
 
 class Passed:
-    """What the tensors of an update in place were that passed all checks: as they are, they pass.
+    """What the tensors of an update in place that passed all checks were: others like them pass.
 
     The checks look at nothing but types, dtypes, devices, shapes, strides, addresses and whether
     gradients require one, and at whether all params are different objects: they are if they have

@@ -25,7 +25,8 @@ class AddDecayedWeights(Stateless[WeightDecay]):
 
     With `sgd` this is the same as its own `weight_decay`; `masked` by
     `diffopt.nn.decay_mask(module)` it does not affect biases and norms. Most optimizers have a
-    hyperparameter of the same name: then pass one record for each part.
+    hyperparameter of the same name: then pass one record for each part, or name the part, as in
+    `hparams(**{"0.weight_decay": 0.1})`.
 
     Examples:
         >>> import torch, diffopt

@@ -333,7 +333,7 @@ def _used(p: Tensor, master: Tensor | None) -> Tensor:
 
 
 def _resume_(master: Tensor, p: Tensor) -> None:
-    """The same, put into the master."""
+    """Overwrite a master of which the param is no longer the rounding."""
     if p.device.type != "cpu" or not torch.equal(master.to(p.dtype), p):
         master.copy_(_used(p, master))
 
