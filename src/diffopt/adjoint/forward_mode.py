@@ -198,12 +198,11 @@ class _Inputs:
         rows = self.rows.get(id(tensor))
         if rows is None:
             return None
-        pair = (2,) if tensor.is_complex() else ()
-        real = tensor.real if tensor.is_complex() else tensor
-        eye = torch.eye(rows.stop - rows.start, dtype=real.dtype, device=real.device)
+        real = _modes.real(tensor.detach())
+        eye = torch.eye(real.numel(), dtype=real.dtype, device=real.device)
         above = (0, 0, rows.start, self.count - rows.stop)
-        basis = torch.nn.functional.pad(eye, above).reshape(self.count, *tensor.shape, *pair)
-        return torch.view_as_complex(basis) if pair else basis
+        basis = torch.nn.functional.pad(eye, above).reshape(self.count, *real.shape)
+        return torch.view_as_complex(basis) if tensor.is_complex() else basis
 
 
 class _Point(NamedTuple):
