@@ -164,9 +164,7 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     @property
     def _outer(self) -> Optimizer[Any, Any]:
-        if self.outer is None:
-            return _DEFAULTS[True in _directions(self.optimizer)]
-        return self.outer
+        return self.outer or _DEFAULTS[True in _directions(self.optimizer)]
 
     def current(self, state: HypergradientState, hparams: tuple[Any, Any]) -> Any:
         """The hyperparameters of the inner optimizer as this state has changed them."""
