@@ -350,3 +350,20 @@ def test_many_backward_passes_at_once_are_those_one_by_one():
 
     found, expected = torch.vmap(pull)(rows), map(pull, rows)
     torch.testing.assert_close(found, tuple(map(torch.stack, zip(*expected, strict=True))))
+
+
+@pytest.mark.parametrize("change", ["in place", "through .data"])
+def test_what_the_loss_captures_must_stay_the_same_until_the_first_backward_pass(change):
+    decay, scale = torch.ones((), requires_grad=True), torch.tensor([1.0, 2.0])
+    opt = diffopt.sgd()
+    sol = diffopt.minimize(
+        lambda w, decay: (scale * (w - 1) ** 2).sum() + decay * (w**2).sum(),
+        torch.zeros(2), decay, optimizer=opt, hparams=opt.hparams(lr=0.2), steps=200, tol=1e-6,
+        adjoint=Implicit(),
+    )  # fmt: skip
+    if change == "in place":
+        scale.mul_(2)
+    else:
+        scale.data = 2 * scale
+    with pytest.raises(RuntimeError, match="modified"):
+        torch.autograd.grad(sol.params.sum(), decay)

@@ -81,6 +81,8 @@ def independent(tree: Tree, others: Tree) -> Tree:
     """The tree, connected by zero derivatives to `others`, on which it does not depend."""
     if _modes.forward_differentiated() or _modes.compiling():
         return tree
+    if not any(map(_modes.needs_gradient, _tree.split(others)[0])):
+        return tree
     count = _tree.count(tree)
 
     def pullback(

@@ -37,7 +37,12 @@ def without_derivative(tree: Tree, sources: Tree, message: str) -> Tree:
     """
     tensors, join = _tree.split(tree)
     chosen = [i for i, x in enumerate(tensors) if _modes.has_derivative(x)]
-    inputs = [x for x in _tree.split(sources)[0] if _modes.has_derivative(x)]
+    forward = _modes.forward_differentiated()
+    inputs = [
+        x
+        for x in _tree.split(sources)[0]
+        if _modes.has_derivative(x) and (forward or _modes.needs_gradient(x))
+    ]
     if _modes.compiling() or not chosen or not inputs:
         return tree
     results = cast(Any, _Lost.apply(message, len(chosen), *(tensors[i] for i in chosen), *inputs))
