@@ -700,6 +700,87 @@ def test_torch_compile_checks_a_loop_once_and_not_every_step(adjoint, way, calls
     assert len(calls) <= (2 if isinstance(adjoint, Unrolled) else 8)
 
 
+def data_and_rates(data, rates, t):
+    return data[t], rates[t]
+
+
+def no_rate_at_first(data, rates, t):
+    return data[t].detach(), rates[t] if t else rates[t].detach()
+
+
+def one_tensor(data, rates, t):
+    return data[0], rates[0]
+
+
+@pytest.mark.parametrize("batch", [data_and_rates, no_rate_at_first, one_tensor])
+@pytest.mark.parametrize("adapted", [True, False], ids=["rate", "no-rate"])
+def test_forward_mode_takes_compiled_steps_whatever_moves(batch, adapted, traceless):
+    def objective(w, mean, x, rate):
+        return rate * ((w - mean - x) ** 4).sum(), 0.5 * mean + rate * w
+
+    def gradients(compile):
+        w = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        data, rates = (k * torch.eye(5, 2, dtype=torch.float64) for k in (0.1, 0.2))
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=adapted)
+        inputs = [x.requires_grad_() for x in (data, rates.sum(1))]
+        opt = diffopt.adam()
+        sol = diffopt.minimize(
+            objective,
+            w,
+            buffers=torch.zeros(2, dtype=torch.float64),
+            optimizer=opt,
+            hparams=opt.hparams(lr=lr),
+            batches=[batch(*inputs, t) for t in range(5)],
+            adjoint=ForwardMode(),
+            compile=compile,
+        )
+        value = sol.losses[1] + sol.losses[4] ** 2 + (sol.params * sol.buffers).sum()
+        inputs += [lr] if adapted else []
+        return value, *torch.autograd.grad(value, inputs, allow_unused=True)
+
+    same(gradients(traceless), gradients(False))
+
+
+@pytest.mark.slow
+def test_forward_mode_checks_a_loop_once_for_any_number_of_steps(calls):
+    backend = Counted()
+    for steps in (6, 12):
+        calls.clear()
+        outer = meta_loss(PLAIN, ForwardMode(), {"backend": backend}, steps)
+        right = by_autograd(meta_loss(PLAIN, ForwardMode(), False, steps), *problem())
+        same(by_autograd(outer, *problem()), right)
+        assert len(calls) <= 2  # the first time, to be compared
+        assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("result", [0, -1], ids=["value", "tangent"])
+def test_a_kernel_of_forward_mode_that_computes_wrong_values_is_not_used(rows, result, traceless):
+    def spoiled(results):
+        leaves, spec = diffopt._tree.flatten(results)
+        leaves[result] = leaves[result] * 1.01
+        return diffopt._tree.unflatten(leaves, spec)
+
+    def derivatives(compile):
+        lr = torch.full((rows,), 0.1, dtype=torch.float64, requires_grad=True)
+        end, _ = unroll(
+            lambda w, lr, t: (w - lr * w**3, None),
+            torch.arange(1.0, 3.0, dtype=torch.float64)[:rows],
+            lr,
+            4,
+            adjoint=ForwardMode(),
+            compile=compile,
+        )
+        return end, torch.autograd.grad(end.sum(), lr)
+
+    backend = traceless["backend"] = Spoiled(spoiled)
+    with pytest.warns(UserWarning, match="computes wrong values"):
+        same(derivatives(traceless), derivatives(False))
+    runs = backend.runs
+    same(derivatives(traceless), derivatives(False))
+    assert backend.runs == runs  # never again
+
+
 @pytest.mark.slow
 def test_steps_on_batches_with_gradients_are_run_together(calls):
     opt = diffopt.sgd()

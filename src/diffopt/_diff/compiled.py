@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _torch, _tree
+from diffopt import _modes, _torch
 from diffopt._diff.calls import UnevenError
 from diffopt._diff.kernels import UnfitError
-from diffopt._diff.series import Series
+from diffopt._diff.series import Pushforward, Series
 from diffopt._diff.tasks import Joint, Program, Routine, Task, routine_of
 from diffopt._tree import Tree
 
@@ -72,26 +72,42 @@ class Compiler(Program):
         return _finished(series, results)
 
     def pushforward(
-        self, task: Task, directions: Sequence[Tensor | None]
+        self,
+        task: Task,
+        xs: Sequence[Any],
+        size: int,
+        directions: Sequence[Tensor | None],
+        of_xs: Iterable[Sequence[Tensor | None]],
     ) -> tuple[Tree, list[Tensor | None]] | None:
-        """The results without derivatives, and their tangents along each row of the directions.
+        """What `loop` returns, without derivatives, and the tangents along rows of directions.
 
         Args:
-            task: what to run.
-            directions: one for each tensor of the inputs, or None.
+            task: the first step.
+            xs: the last of the inputs of each step.
+            size: how many rows a direction has.
+            directions: one for each leaf of the other inputs, or None.
+            of_xs: the same for the xs.
 
         Returns:
             The results and for each of their tensors its tangents, None for a constant; None if
-            this cannot be compiled.
+            the steps cannot be run together, or not compiled.
         """
         if self.gave_up or _modes.intercepted():
             return None
-        routine, tensors, _ = routine_of(self, task)
+        routine, tensors, numbering = routine_of(self, task)
+        pairs = [numbering.element(x) for x in xs]
+        if not all(element.like(routine.element) for _, element in pairs):
+            return None
+        routine.facts.carry = Joint.of(task.inputs[0]) if len(pairs) > 1 else None
+        rows = [directions[i] for i in routine.head.places]
         try:
             # A jvp of a gradient in vmap needs `aten._fw_primal`, which torch 2.13 cannot trace.
             if _torch.interpreter_stack():
                 raise UnfitError("torch.compile cannot trace forward mode in torch.func transforms")
-            return _pushed(routine, tensors, _tree.split(task.inputs)[0], directions)
+            steps = Pushforward(routine, tensors[: routine.split], rows, size)
+            return steps.run(pairs, of_xs)
+        except UnevenError:
+            return None
         except Exception as error:
             task.make(())(*task.inputs)  # if the fault is the function's own, this raises it
             self.give_up(error)
@@ -119,35 +135,6 @@ def _finished(series: Series, results: Sequence[Tensor]) -> tuple[Tree, list[Any
         last, output = series.routine.finished([*pairs[:steady], *pairs[start : start + each]])
         outputs.append(output)
     return last, outputs
-
-
-def _pushed(
-    routine: Routine,
-    tensors: Sequence[Tensor],
-    given: Sequence[Tensor],
-    directions: Sequence[Tensor | None],
-) -> tuple[Tree, list[Tensor | None]]:
-    """See `Compiler.pushforward`; the tensors are those given, and numbers."""
-    along = {id(x): d for x, d in zip(given, directions, strict=True) if d is not None}
-    size = len(next(iter(along.values())))
-    # All of the carry moves, as it may in later steps, or the first needed its own kernel.
-    rows = [
-        along.get(id(x), x.new_zeros(size, *x.shape) if i < routine.buffers.start else None)
-        if _modes.has_derivative(x)
-        else None
-        for i, x in enumerate(tensors)
-    ]
-    pushed = tuple(row is not None for row in rows)
-    moved = [row.to(x.dtype) for x, row in zip(tensors, rows, strict=True) if row is not None]
-    needed = tuple(routine.needed)
-    series = Series(routine, (routine.element,), needed, operators=(("jvp", (pushed,)),))
-    results = series([*tensors, *moved])
-    depends = routine.facts.seen.depends
-    count, tangents = len(depends), iter(results[len(depends) :])
-    moving = {i for i, x in enumerate(tensors) if id(x) in along}
-    found = [next(tangents) if _modes.has_derivative(y) else None for y in results[:count]]
-    pairs = zip(found, depends, strict=True)
-    return routine.facts.join(results)[0], [t if on & moving else None for t, on in pairs]
 
 
 @dataclass(frozen=True, eq=False)

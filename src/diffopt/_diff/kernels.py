@@ -63,9 +63,14 @@ def _pushed_forward(function: Map, moved: Sequence[bool]) -> Map:
         def along(*tangents: Tensor) -> Any:
             return torch.func.jvp(partial, tuple(inputs[i] for i in places), tangents, has_aux=True)
 
-        values, tangents, rest = torch.vmap(along)(*directions)
+        if len(directions[0]) == 1:  # torch.vmap would make slower products of batches
+            values, tangents, rest = along(*(d[0] for d in directions))
+            tangents = [tangent[None] for tangent in tangents]
+        else:
+            batches, tangents, constants = torch.vmap(along)(*directions)
+            values, rest = ([batch[0] for batch in found] for found in (batches, constants))
         value, other = iter(values), iter(rest)
-        outputs = [next(value if is_float else other)[0] for is_float in floats]
+        outputs = [next(value if is_float else other) for is_float in floats]
         # torch makes the tangent of a number times a 0-d tensor float64.
         pairs = zip(tangents, values, strict=True)
         return [*outputs, *(tangent.to(y.dtype) for tangent, y in pairs)]

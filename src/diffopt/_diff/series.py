@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffopt import _torch
+from diffopt import _modes, _torch
 from diffopt._diff.applied import Applied
 from diffopt._diff.calls import Call, compact
 from diffopt._diff.kernels import Again, Asked, Operator, Pull, composed, kept
 from diffopt._diff.tasks import Joint, Routine
+from diffopt._tree import Tree
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class Series(Applied):
 
     @property
     def count(self) -> int:
-        """How many inputs it has; a Jacobian-vector product has more."""
+        """How many inputs it has."""
         return self.routine.split + self.each * len(self.elements)
 
     @property
@@ -98,14 +99,7 @@ class Series(Applied):
             and (i < routine.steady or needed[i] or (i >= split and some[(i - split) % each]))
         ]
 
-    @property
-    def pushed(self) -> bool:
-        """Whether it is a Jacobian-vector product."""
-        return any(name == "jvp" for name, _ in self.operators)
-
     def differentiable(self) -> list[bool]:
-        if self.pushed:
-            return []
         steady, split = self.routine.steady, self.routine.split
         depends = self.routine.facts.seen.depends
         carry, fixed = [*self.needed[:steady]], _chosen(self.needed[:split]) - {*range(steady)}
@@ -138,7 +132,7 @@ class Series(Applied):
     def _parts(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         """The first carry, what is the same for all steps, and their xs."""
         steady, split = self.routine.steady, self.routine.split
-        xs = _chunks(tensors[split : self.count], self.each, len(self.elements))
+        xs = _chunks(tensors[split:], self.each, len(self.elements))
         return [*tensors[:steady]], [*tensors[steady:split]], xs
 
     def run(self, given: Sequence[Tensor]) -> list[Tensor]:
@@ -155,7 +149,7 @@ class Series(Applied):
         carry, fixed, xs = self._parts(tensors)
         results, pulls = list[Tensor](), list[Pull]()
         for element, x in zip(self.elements, xs, strict=True):
-            given = [*carry, *fixed, *x, *tensors[self.count :]]
+            given = [*carry, *fixed, *x]
             found, pull = step(element, given)
             pull = functools.partial(_pulled_late, derived, element, given) if late else pull
             carry = found[: self.routine.steady]
@@ -168,16 +162,11 @@ class Series(Applied):
     def _of_a_step(self) -> tuple[Operator, ...]:
         """The operators that make the same of a step."""
         count = self.routine.count
-        return tuple(
-            (name, (arguments[0][:count],)) if name == "vmap" else (name, arguments)
-            for name, arguments in self.operators
-        )
+        return tuple((name, (dims[:count],)) for name, (dims,) in self.operators)
 
     def pulled(
         self, inputs: list[Tensor], needed: Sequence[bool], given: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        if self.pushed:
-            return super().pulled(inputs, needed, given)
         pullback = Pullback.of(self, given)
         self._known()[:] = [pullback.outputs]
         pairs = [*zip(given, pullback.whole.there, strict=True)]
@@ -357,3 +346,79 @@ def _pulled_late(
     pull = step(element, given)[1]
     assert pull is not None
     return pull(cotangents, False)
+
+
+class Pushforward:
+    """Steps one after another, and their Jacobian-vector products.
+
+    Args:
+        routine: one of them, the first.
+        inputs: the first carry, and what is the same for all steps.
+        directions: one for each of these, or None.
+        size: how many rows a direction has.
+    """
+
+    def __init__(
+        self,
+        routine: Routine,
+        inputs: Sequence[Tensor],
+        directions: Sequence[Tensor | None],
+        size: int,
+    ) -> None:
+        self.routine, self.inputs = routine, compact(inputs)
+        self.moving = _chosen([row is not None for row in directions])
+        # All of the carry moves, as it may in later steps, or the first needed its own kernel.
+        self.directions = [
+            x.new_zeros(size, *x.shape)
+            if row is None and i < routine.buffers.start and _modes.has_derivative(x)
+            else _like(row, x)
+            for i, (x, row) in enumerate(zip(self.inputs, directions, strict=True))
+        ]
+        self.steps: dict[tuple[bool, ...], _Repeated] = {}
+
+    def run(
+        self,
+        xs: Iterable[tuple[Sequence[Tensor], Joint]],
+        directions: Iterable[Sequence[Tensor | None]],
+    ) -> tuple[tuple[Tree, list[Any]], list[Tensor | None]]:
+        """The last carry and the outputs of all steps, and their tangents."""
+        carry: Tree = None
+        along, outputs, of_outputs = list[Tensor | None](), list[Any](), list[Tensor | None]()
+        for (x, element), rows in zip(xs, directions, strict=True):
+            (carry, output), along = self._take(element, x, [rows[i] for i in element.places])
+            outputs.append(output)
+            of_outputs += along[self.routine.steady :]
+        return (carry, outputs), [*along[: self.routine.steady], *of_outputs]
+
+    def _take(
+        self, element: Joint, x: Sequence[Tensor], directions: Sequence[Tensor | None]
+    ) -> tuple[Tree, list[Tensor | None]]:
+        """The results of the next step, and their tangents; None for constants."""
+        inputs = [*self.inputs, *x]
+        rows = [*self.directions, *map(_like, directions, x)]
+        moved = tuple(row is not None for row in rows)
+        if moved not in self.steps:
+            self.steps[moved] = _Repeated(Call(self.routine, (("jvp", (moved,)),)))
+        along = [row for row in rows if row is not None]
+        found, _ = self.steps[moved](element, [*inputs, *along])
+        results = _distinct(found, inputs)
+        more = [row is not None for row in directions]
+        return self.routine.facts.join(results)[0], self._moved(results, more)
+
+    def _moved(self, results: list[Tensor], more: Sequence[bool]) -> list[Tensor | None]:
+        """The tangents among the results, whose first replace the carry, if an x moves so."""
+        steady, buffers = self.routine.steady, self.routine.buffers.start
+        depends = self.routine.facts.seen.depends
+        rest, values = iter(results[len(depends) :]), results[: len(depends)]
+        rows = [next(rest) if _modes.has_derivative(y) else None for y in values]
+        moving = self.moving | _chosen(more, self.routine.split)
+        tangents = [t if on & moving else None for t, on in zip(rows, depends, strict=True)]
+        self.inputs[:steady] = values[:steady]
+        self.directions[:steady] = [*rows[:buffers], *tangents[buffers:steady]]
+        carried = _chosen([t is not None for t in tangents[:steady]])
+        self.moving = carried | {i for i in self.moving if i >= steady}
+        return tangents
+
+
+def _like(row: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if row is None else row.to(x.dtype)

@@ -168,19 +168,30 @@ def is_compiled(step: Step) -> bool:
 
 
 def pushforward(
-    step: Step, inputs: tuple[Any, ...], directions: Sequence[Tensor | None]
-) -> tuple[Tree, list[Tensor | None]] | None:
-    """The compiled results of a step and their tangents, see `Compiler`; None without that."""
-    if not isinstance(step, (GradientStep, CompiledStep)) or step.compiler is None:
+    step: Step,
+    inputs: tuple[Tree, Tree, list[Any]],
+    size: int,
+    tangents: Iterable[Tensor | None],
+    direction: Callable[[Any], Tensor | None],
+) -> tuple[tuple[Tree, list[Any]], list[Tensor | None]] | None:
+    """The compiled results of the steps and their tangents, see `Compiler`; None without that.
+
+    Args:
+        step: the step.
+        inputs: its first carry, what is the same for all steps, and the x of each.
+        size: how many rows a direction has.
+        tangents: the directions of the tensors of the carry.
+        direction: returns that of a leaf of `args` or `xs`.
+    """
+    if not isinstance(step, (GradientStep, CompiledStep)) or not (step.compiler and size):
         return None
-    task, given = step.task(*inputs), iter(directions)
-    pairs = zip(_tree.leaves(inputs), _tree.leaves(task.inputs), strict=True)
-    rows = [
-        next(given) if isinstance(old, Tensor) else None
-        for old, new in pairs
-        if isinstance(new, Tensor)
-    ]
-    return step.compiler.pushforward(task, rows)
+    (carry, args, xs), given = inputs, iter(tangents)
+    rows = [next(given) if isinstance(x, Tensor) else None for x in _tree.leaves(carry)]
+    rows += map(direction, _tree.leaves(args))
+    of_xs = ([*map(direction, _tree.leaves(x))] for x in xs)
+    carry, args, values = _tree.detach(inputs)
+    task, elements = step.task(carry, args, values[0]), step.elements(carry, values)
+    return step.compiler.pushforward(task, elements, size, rows, of_xs)
 
 
 def _exact(hparams: Tree, like: Tensor) -> Tree:

@@ -19,7 +19,7 @@ from diffopt._diff.captured import graph_leaves, refuse_closed_over
 from diffopt._diff.gradient import forward_mode
 from diffopt._rule import checks
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, Step, pushforward
+from diffopt.adjoint._base import Adjoint, Step, is_compiled, pushforward
 from diffopt.adjoint._limited import once
 from diffopt.adjoint.unrolled import Unrolled
 
@@ -91,8 +91,12 @@ class ForwardMode(Adjoint):
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if _as_it_stands():
             return Unrolled().run(step, carry, args, xs)
-        inputs, outputs, tangents = _Inputs(self.max_inputs), list[Any](), list[Tensor | None]()
-        point = None
+        inputs = _Inputs(self.max_inputs, carry, args)
+        if is_compiled(step) and isinstance(xs, list) and xs:
+            results = _together(step, carry, args, xs, inputs)
+            if results is not None:
+                return results
+        outputs, tangents, point = list[Any](), list[Tensor | None](), None
         for point in _points(step, carry, args, xs, inputs, 1.0):
             outputs.append(point.output)
             tangents.extend(point.tangents[point.size :])
@@ -155,7 +159,7 @@ class ForwardMode(Adjoint):
                 carry, output = step(carry, args, x)
                 yield carry, output
             return
-        inputs = _Inputs(self.max_inputs)
+        inputs = _Inputs(self.max_inputs, carry, args)
         for point in _points(step, carry, args, xs, inputs, discount):
             yield _attach(inputs, (point.carry, point.output), point.tangents)
 
@@ -172,10 +176,13 @@ class _Inputs:
     A tensor with n elements has n rows, a complex one 2 n.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, carry: Tree, args: Tree) -> None:
+        for name, tree in (("carry", carry), ("args", args)):
+            checks.undistributed(tree, name, "ForwardMode (Checkpointed supports it)")
         self.limit, self.count = limit, 0
         self.tensors: list[Tensor] = []
         self.rows: dict[int, slice] = {}
+        self.meet((carry, args))
 
     def meet(self, tree: Tree) -> None:
         """Add the tensors that need a gradient, by autograd or at a level of torch.func."""
@@ -217,12 +224,19 @@ class _Point(NamedTuple):
     size: int
 
 
+def _together(
+    step: Step, carry: Tree, args: Tree, xs: list[Any], inputs: _Inputs
+) -> tuple[Tree, list[Any]] | None:
+    """The results of compiled steps between which nothing else runs, with derivatives."""
+    inputs.meet(xs)
+    start = map(inputs.basis, _tree.split(carry)[0])
+    found = pushforward(step, (carry, args, xs), inputs.count, start, inputs.basis)
+    return found and _attach(inputs, *found)
+
+
 def _points(
     step: Step, carry: Tree, args: Tree, xs: Iterable[Any], inputs: _Inputs, discount: float
 ) -> Iterator[_Point]:
-    for name, tree in (("carry", carry), ("args", args)):
-        checks.undistributed(tree, name, "ForwardMode (Checkpointed supports it)")
-    inputs.meet((carry, args))
     tangents = [_start(inputs, tensor) for tensor in _tree.split(carry)[0]]
     carry = _tree.detach(carry)
     for t, x in enumerate(xs):
@@ -256,11 +270,12 @@ def _advance(
     """One step of values and tangents."""
     others = _tree.split((args, x))[0]
     directions = [None if t is None else _extended(t, inputs.count) for t in carry_tangents]
+    compiled = pushforward(step, (carry, args, [x]), inputs.count, directions, inputs.basis)
+    if compiled is not None:
+        (carry, (output,)), tangents = compiled
+        return _Point(carry, output, tangents, _tree.count(carry))
     directions += map(inputs.basis, others)
     arguments = _tree.detach((carry, args, x))
-    if inputs.count and (compiled := pushforward(step, arguments, directions)):
-        (carry, output), tangents = compiled
-        return _Point(carry, output, tangents, _tree.count(carry))
     if first:
         refuse_closed_over("the loss or step", step, *arguments)
     values, join = _tree.split(arguments)
