@@ -905,6 +905,22 @@ def test_what_a_step_writes_elsewhere_is_written_once_in_each_step(name, capsys)
     assert gained == [1, 3, 2]
 
 
+def test_a_step_that_reads_a_tensor_by_two_names_is_compiled():
+    module = torch.nn.Linear(2, 1)
+    model = diffopt.nn.functionalize(module)
+    params = {name: p.detach() for name, p in model.params.items()}  # in the memory of the module's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diffopt.minimize(
+            lambda w: model(params, w).square().sum(),
+            torch.ones(2),
+            optimizer=PLAIN,
+            hparams=PLAIN.hparams(lr=0.1),
+            steps=2,
+            compile=EAGER,
+        )
+
+
 def test_a_step_of_unroll_that_writes_to_a_tensor_is_not_compiled():
     total = torch.zeros(())
 

@@ -303,22 +303,25 @@ def graph_pass(function: Callable[[Any], None], name: str) -> Any:
     return Pass()
 
 
-def traced_side_effects(graph: Any) -> bool:
+def traced_side_effects() -> bool:
     """Whether what `torch.compile` is tracing writes to what exists; False if it is not tracing."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        effects: Any = InstructionTranslator.current_tx().output.side_effects
+        output: Any = InstructionTranslator.current_tx().output
     except AttributeError:
         return False
+    effects, tracer = output.side_effects, output.root_tracer
     existing = ("ValueMutationExisting", "AttributeMutationExisting")
     changed = (
         x
         for x in effects.id_to_variable.values()
         if type(x.mutation_type).__name__ in existing and effects.is_modified(x) and _changed(x)
     )
-    inputs = (x.meta.get("example_value") for x in graph.graph.nodes if x.op == "placeholder")
-    written = any(isinstance(x, torch.Tensor) and version(x) for x in inputs)
+    # Also of what is not read. A trace may begin with a write to what shares memory with another.
+    inputs = (proxy.node.meta.get("example_value") for proxy in tracer.input_name_to_proxy.values())
+    versions = [version(x) for x in inputs if isinstance(x, Tensor)]
+    written = versions != tracer._input_versions_at_beginning
     return bool(
         effects.tensor_hooks or effects.save_for_backward or written or any(True for _ in changed)
     )

@@ -269,9 +269,9 @@ class TracedError(Exception):
     """A function has been traced, and not run."""
 
 
-def refuse_effects(graph: Any) -> None:
-    """Raise if what is traced does more than compute this graph, as comparisons run it again."""
-    if _torch.traced_side_effects(graph):
+def refuse_effects() -> None:
+    """Raise if what is traced does more than compute a graph, as comparisons run it again."""
+    if _torch.traced_side_effects():
         raise UnfitError(
             "it writes to something that exists, such as a list, an attribute or a variable of "
             "another scope, which must happen once in each step"
@@ -284,7 +284,7 @@ class Tracing:
     dynamic, replays = None, False
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
-        refuse_effects(graph)
+        refuse_effects()
         raise TracedError
 
 
@@ -301,7 +301,7 @@ class _Backend:
         self.replays = bool(asked) or options.get("mode") in ("reduce-overhead", "max-autotune")
 
     def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
-        refuse_effects(graph)
+        refuse_effects()
         repairs.mend_traced(graph)
         with _torch.partitioned():  # a derivative may be asked for more than once
             variant = Variant(self.compile(graph, inputs))
