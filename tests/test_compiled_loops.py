@@ -868,12 +868,16 @@ def writers():
     def in_array(value):
         array[0] += 1
 
+    outputs, watched = [], torch.nn.Identity()
+    watched.register_forward_hook(lambda *_: outputs.append(0))
+
     yield "list", lambda value: history.append(value.detach()), lambda: len(history)
     yield "key", lambda value: log.update({len(log): value.detach()}), lambda: len(log)
     yield "nonlocal", local, lambda: count
     yield "global", shared, lambda: _COUNT
     yield "attribute", lambda value: setattr(states, "n", states.n + 1), lambda: states.n
     yield "module", net, lambda: net.calls
+    yield "hook", watched, lambda: len(outputs)
     yield "tensor", lambda value: total.data.add_(1), lambda: int(total)
     yield "data", through_data, lambda: int(total)
     yield "numpy", in_array, lambda: int(array[0])

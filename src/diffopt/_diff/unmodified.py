@@ -260,10 +260,10 @@ def _names_read(whole: Any) -> set[str]:
         elif isinstance(value, types.FunctionType):
             functions += [] if _library(value) else [value]
         elif isinstance(value, torch.nn.Module):
-            classes |= {type(x) for x in value.modules()}
-            names |= {
-                _WRITTEN for x in value.modules() if x.training and [*x.buffers(recurse=False)]
-            }
+            parts = [*value.modules()]
+            classes |= {type(x) for x in parts}
+            names |= {_WRITTEN for x in parts if x.training and [*x.buffers(recurse=False)]}
+            functions += itertools.chain(*map(_hooks, parts))
         elif isinstance(value, types.BuiltinMethodType):
             names.add(value.__name__)
         else:
@@ -274,6 +274,15 @@ def _names_read(whole: Any) -> set[str]:
         names |= more
         functions += _methods(classes, more)
     return names
+
+
+def _hooks(part: torch.nn.Module) -> list[types.FunctionType]:
+    """The user's functions that run when a part of a module does."""
+    registries: list[Any] = [vars(part).get(name) for name in _REGISTRIES]
+    hooks = [
+        hook for registry in registries if isinstance(registry, dict) for hook in registry.values()
+    ]
+    return [x for x in hooks if isinstance(x, types.FunctionType) and not _library(x)]
 
 
 def _methods(classes: Iterable[Any], names: Iterable[str]) -> list[types.FunctionType]:
