@@ -300,6 +300,8 @@ class Hypergradient(Wrapper[HypergradientState]):
             tree = state.derivatives[name]
             old[name] = _tree.leaves_like(tree, leaves.spec, params, (path, "params"))
             checks.buffers(old[name], leaves.params, params, path)
+            offset = state.offsets[name]
+            checks.scalar(offset, f"state.offsets[{name!r}]", leaves.params, params)
         return leaves, old
 
     def _learned(
