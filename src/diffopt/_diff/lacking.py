@@ -20,7 +20,7 @@ _REMEDIES = {  # by names of operations, or of nodes in autograd's graph
         "put the module in training mode with train(), or disable the fast path with "
         "torch.backends.mha.set_fastpath_enabled(False)"
     ),
-    r"support saved tensor hooks": (
+    r"support saved tensor hooks|_NoopSaveInputs": (
         "transforms of torch.func do not differentiate torch.utils.checkpoint, nor other hooks on "
         "saved tensors: compute the loss without, and save memory with adjoint=Checkpointed()"
     ),
