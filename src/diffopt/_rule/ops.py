@@ -180,4 +180,4 @@ class _Sqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (root,) = ctx.saved_tensors
-        return grads[0] / (2 * torch.threshold(root, 0, torch.inf))
+        return grads[0] / (2 * root.masked_fill(root == 0, torch.inf))
