@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import bisect
 import itertools
 import operator
@@ -13,10 +12,6 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes
-
-_LAYOUT = operator.attrgetter("layout")  # in C: a step reads thousands
-_NBYTES = operator.attrgetter("nbytes")
-_CHUNK = 100  # tensors that stay in a core's cache while they are read several times
 
 LOCKED = "is an inference tensor, which can only be written to inside torch.inference_mode()"
 
@@ -60,26 +55,27 @@ def overlap(
     Tensors without an address of their own (DTensors, fake tensors, meta tensors) share nothing.
     """
     n, every = len(tensors), [*tensors, *read]
-    known, addresses, lengths, loose = _extents(every)
-    for i in loose:
-        if i < n and _folds(every[i]):
-            return i, i
-    own = bisect.bisect_left(known, n)  # those that are written
-    if len(known) <= _CHUNK and _apart(addresses, lengths, own):
-        return None
-    starts, order = _integers(addresses).sort(stable=True)
-    ends = starts + _integers(lengths)[order]
-    written = order < own
+    spans: list[tuple[int, int, int]] = []
+    for k, x in enumerate(every):
+        if _modes.ordinary(x) and x.layout is torch.strided:
+            whole = x.is_contiguous()
+            if k < n and not whole and _folds(x):
+                return k, k
+            spans.append((x.data_ptr(), k, x.nbytes if whole else span(x)))
+    spans.sort()
     # What is written meets all that begin before it; what is read, only those that are written.
-    reach, reach_written = ends.cummax(0).values, (ends * written).cummax(0).values
-    meeting = starts[1:] < torch.where(written[1:], reach[:-1], reach_written[:-1])
-    for k in (meeting & (starts[1:] != 0)).nonzero().flatten().tolist():
-        this = known[int(order[k + 1])]
-        for before in order[: k + 1].tolist():
-            i, j = sorted((known[before], this))
-            x, y = every[i], every[j]
-            if i < n and _meet(x, y) and not (j == i + n < n + paired and x.is_set_to(y)):
-                return i, j
+    reach = reach_written = 0
+    for place, (start, k, length) in enumerate(spans):
+        if 0 < start < (reach if k < n else reach_written):
+            for _, before, _ in spans[:place]:
+                i, j = sorted((before, k))
+                x, y = every[i], every[j]
+                if i < n and _meet(x, y) and not (j == i + n < n + paired and x.is_set_to(y)):
+                    return i, j
+        if start + length > reach:
+            reach = start + length
+        if k < n and start + length > reach_written:
+            reach_written = start + length
     return None
 
 
@@ -117,49 +113,6 @@ def _length(tensor: Tensor) -> int:
 def address(tensor: Tensor) -> int:
     """The address of the first element; 0 where there is none, or it cannot be seen."""
     return 0 if _modes.observed() or not _modes.ordinary(tensor) else tensor.data_ptr()
-
-
-def _extents(tensors: Sequence[Any]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Of those that have an address: the indices, the addresses, and the lengths in bytes.
-
-    Last the indices of those that are not contiguous.
-    """
-    known, starts, lengths, loose = list[int](), list[int](), list[int](), list[int]()
-    for begin in range(0, len(tensors), _CHUNK):
-        chunk = tensors[begin : begin + _CHUNK]
-        indices = range(begin, begin + len(chunk))
-        if not (_modes.all_ordinary(chunk) and {*map(_LAYOUT, chunk)} == {torch.strided}):
-            indices = [i for i in indices if _has_address(tensors[i])]
-            chunk = [tensors[i] for i in indices]
-        known += indices
-        starts += map(Tensor.data_ptr, chunk)
-        if all(map(Tensor.is_contiguous, chunk)):
-            lengths += map(_NBYTES, chunk)
-        else:
-            lengths += map(span, chunk)
-            loose += [i for i, x in zip(indices, chunk, strict=True) if not x.is_contiguous()]
-    return known, starts, lengths, loose
-
-
-def _apart(addresses: list[int], lengths: list[int], own: int) -> bool:
-    """Whether the first ones, which are written, meet no others: the same without tensors."""
-    reach = reach_written = 0
-    ends = map(operator.add, addresses, lengths)
-    for start, end, k in sorted(zip(addresses, ends, range(len(lengths)), strict=True)):
-        if 0 < start < (reach if k < own else reach_written):
-            return False
-        reach = max(reach, end)
-        reach_written = max(reach_written, end) if k < own else reach_written
-    return True
-
-
-def _has_address(x: Any) -> bool:
-    return _modes.ordinary(x) and x.layout is torch.strided
-
-
-def _integers(values: Iterable[int]) -> Tensor:
-    """A vector; torch.tensor takes four times as long."""
-    return torch.frombuffer(array.array("q", values), dtype=torch.int64)
 
 
 def span(tensor: Tensor) -> int:
