@@ -83,13 +83,10 @@ class Graph:
         """Whether two steps have the same neighbors, apart from those in their loop."""
         if not _adjacent(step, after):
             return False
-
-        def neighbors(node: Node) -> tuple[set[Node], set[Node]]:
-            sources = {x for x, y in self.edges if y == node and not _adjacent(x, node)}
-            return sources, {y for x, y in self.edges if x == node and not _adjacent(node, y)}
-
-        (sources, targets), (sources_after, targets_after) = neighbors(step), neighbors(after)
-        last = not any(x == after and _adjacent(after, y) for x, y in self.edges)
+        others = [(x, y) for x, y in self.edges if not _adjacent(x, y)]
+        sources, sources_after = ({x for x, y in others if y == node} for node in (step, after))
+        targets, targets_after = ({y for x, y in others if x == node} for node in (step, after))
+        last = not any(x == after and _adjacent(x, y) for x, y in self.edges)
         return sources == sources_after and (targets == targets_after or last)
 
     @property

@@ -85,7 +85,7 @@ class Run:
         """What a step returns, watched by the backward pass."""
         if self.of_gradients:
             self.see(
-                "updates", step, _tree.map(lambda x, y: y.detach() - x.detach(), old[0], new[0])
+                "update", step, _tree.map(lambda x, y: y.detach() - x.detach(), old[0], new[0])
             )
         region = Region(self, step)
         return self._watch(new, step + 1, region), self._marked(output, region)
@@ -95,7 +95,7 @@ class Run:
         self.steps = len(outputs)
         if self.of_gradients:
             losses = [_modes.concrete(value) for value, _, _ in outputs]
-            self.seen["losses"] = {t: {0: x} for t, x in enumerate(losses) if x is not None}
+            self.seen["loss"] = {t: {0: x} for t, x in enumerate(losses) if x is not None}
         if not outputs:
             return carry, outputs
         region = Region(self, None)
@@ -106,7 +106,7 @@ class Run:
         leaves = [x.cpu() for x in self.seen.get(quantity, {}).get(step, {}).values()]
         if not leaves:
             return None
-        if quantity == "losses":
+        if quantity == "loss":
             return leaves[0]
         return torch.linalg.vector_norm(torch.stack(torch.broadcast_tensors(*leaves)), dim=0)
 
@@ -198,7 +198,7 @@ class _WatchedGradientStep(GradientStep):
         own, batch = x
         if not isinstance(batch, _Numbered):
             return super().__call__(carry, args, x)
-        see = functools.partial(self.run.see, "grads", batch.number)
+        see = functools.partial(self.run.see, "gradient", batch.number)
         step = replace(self, optimizer=_Watched(self.optimizer, see))
         results = GradientStep.__call__(step, carry, args, (own, tuple(batch)))
         return self.run.leave(batch.number, carry, *results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -25,6 +25,10 @@ from diffopt.inspect._run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+Quantity: TypeAlias = Literal["loss", "gradient", "update", "adjoint"]
+Kind: TypeAlias = Literal["non-finite", "zero", "cut"]
 
 
 class Norms(NamedTuple):
@@ -62,8 +66,8 @@ class Event(NamedTuple):
             on.
     """
 
-    quantity: Literal["loss", "gradient", "update", "adjoint"]
-    kind: Literal["non-finite", "zero", "cut"]
+    quantity: Quantity
+    kind: Kind
     step: int
 
     def __str__(self) -> str:
@@ -138,25 +142,27 @@ class Trace(Adjoint):
         """The norms at every step, as far as they are known by now."""
         run = self._run()
         adjoints = [run.series(name, run.steps + 1) for name in ("adjoint", "state_adjoint")]
-        forward = [run.series(name, run.steps) for name in ("losses", "grads", "updates")]
+        forward = [run.series(name, run.steps) for name in ("loss", "gradient", "update")]
         return Norms(*forward, *adjoints)
 
     @property
     def events(self) -> list[Event]:
         """Where something first became zero or non-finite, and where the adjoint ends."""
         run, events = self._run(), list[Event]()
+        forward = range(run.steps)
         known = [t for t in range(run.steps + 1) if run.values("adjoint", t) is not None]
-
-        def note(name: str, kind: Literal["non-finite", "zero"], steps: Iterable[int]) -> None:
-            found = (t for t in steps if _is(kind, run.values(name, t)))
-            events.extend(Event(_QUANTITIES[name], kind, t) for t in itertools.islice(found, 1))
-
-        for name in ("losses", "grads", "updates"):
-            note(name, "non-finite", range(run.steps))
-        note("grads", "zero", range(run.steps))
-        note("adjoint", "non-finite", reversed(known))
         zeros = itertools.takewhile(lambda t: _is("zero", run.values("adjoint", t)), known)
-        note("adjoint", "zero", [*zeros][-1:])  # and at all steps before
+        searches: list[tuple[Quantity, Kind, Iterable[int]]] = [
+            ("loss", "non-finite", forward),
+            ("gradient", "non-finite", forward),
+            ("update", "non-finite", forward),
+            ("gradient", "zero", forward),
+            ("adjoint", "non-finite", reversed(known)),
+            ("adjoint", "zero", [*zeros][-1:]),  # and at all steps before
+        ]
+        for quantity, kind, steps in searches:
+            found = (t for t in steps if _is(kind, run.values(quantity, t)))
+            events += [Event(quantity, kind, t) for t in itertools.islice(found, 1)]
         stepwise = not isinstance(self.adjoint, (OneStep, Implicit, ForwardMode, Evolution))
         if stepwise and known and known[0] > 1:  # params_0 are rarely among the inputs
             events.append(Event("adjoint", "cut", known[0] - 1))
@@ -203,21 +209,13 @@ class Trace(Adjoint):
         return self._last
 
 
-_QUANTITIES: dict[str, Literal["loss", "gradient", "update", "adjoint"]] = {
-    "losses": "loss",
-    "grads": "gradient",
-    "updates": "update",
-    "adjoint": "adjoint",
-}
-
-
-def _in_time(event: Event) -> tuple[bool, int]:
-    backwards = event.quantity == "adjoint"
-    return backwards, -event.step if backwards else event.step
-
-
 def _is(kind: str, values: Tensor | None) -> bool:
     """Whether the norm, or that of any example, is zero or non-finite."""
     if values is None:
         return False
     return bool((values == 0 if kind == "zero" else ~values.isfinite()).any())
+
+
+def _in_time(event: Event) -> tuple[bool, int]:
+    backwards = event.quantity == "adjoint"
+    return backwards, -event.step if backwards else event.step
