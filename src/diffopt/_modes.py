@@ -190,11 +190,7 @@ def users_frame() -> tuple[Any, int]:
     """The innermost frame of the user's program, and the `stacklevel` of a warning at its line."""
     frame: Any = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] (as warnings does)
     level = 1
-    while frame.f_back and _is_inside(frame.f_globals.get("__name__", "")):
+    inside = ("diffopt", "torch")  # which runs a backward pass
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         frame, level = frame.f_back, level + 1
     return frame, level
-
-
-def _is_inside(module: str) -> bool:
-    """Whether a module is this package's or torch's, which runs a backward pass."""
-    return module.partition(".")[0] in ("diffopt", "torch")

@@ -20,7 +20,6 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 """Tensors of a module by name."""
 
 _MISSING = cast(Any, None)  # explained by the same error as an argument of another kind
-_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 class Functional(NamedTuple):
@@ -208,7 +207,7 @@ class _Apply:
         """Whether the module certainly holds what it held; a quick look."""
         now = _contents(self.parts)
         same = len(now) == len(self.contents) and all(map(operator.is_, now, self.contents))
-        return same and all(map(_REQUIRES_GRAD, self.params.values()))
+        return same and all(param.requires_grad for param in self.params.values())
 
     def _same_places(self, parts: Mapping[str, nn.Module], given: Tensors) -> dict[str, Tensor]:
         """Every place of the module that holds a tensor; raises if one has changed."""
@@ -299,19 +298,18 @@ def _refuse_kinds(parts: Mapping[str, nn.Module]) -> None:
                 raise ValueError(f"{path}.{own} is not initialized yet: run the module once first")
 
 
-def _traceable_attention() -> contextlib.AbstractContextManager[None]:
-    """Attention in operations that torch.func knows: an encoder's fast path in eval mode is not."""
-    fast = _modes.transformed() and torch.backends.mha.get_fastpath_enabled()
-    return _without_fast_path() if fast else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
-def _without_fast_path() -> Generator[None]:
-    torch.backends.mha.set_fastpath_enabled(False)
+def _traceable_attention() -> Generator[None]:
+    """Attention in operations that torch.func knows: an encoder's fast path in eval mode is not."""
+    mha = torch.backends.mha
+    changed = _modes.transformed() and mha.get_fastpath_enabled()
+    if changed:
+        mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+        if changed:
+            mha.set_fastpath_enabled(True)
 
 
 def decay_mask(module: nn.Module) -> dict[str, bool]:

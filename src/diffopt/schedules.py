@@ -170,7 +170,9 @@ class Polynomial(Formula):
 
     def at(self, step: Number) -> Number:
         left = 1 - _progress(step, self.steps)
-        return _between(self.final, self.init, _power(left, self.power))
+        over = left == 0  # where the derivatives are 0
+        power = _where(over, 0.0, _where(over, 1.0, left) ** self.power)
+        return _between(self.final, self.init, power)
 
 
 polynomial = Polynomial
@@ -259,7 +261,9 @@ class Step(Formula):
     every: Number
 
     def at(self, step: Number) -> Number:
-        return self.init * _decay(self.gamma, _floor(step / self.every))
+        times = step / self.every
+        times = torch.floor(times) if isinstance(times, Tensor) else math.floor(times)
+        return self.init * _decay(self.gamma, times)
 
 
 step = Step
@@ -438,16 +442,12 @@ def _number(name: str, value: Number, **bounds: float) -> Number:
     return float(value)
 
 
-def _sequence(name: str, value: Any) -> Any:
-    if isinstance(value, Sequence) or (isinstance(value, Tensor) and value.dim() > 0):
-        return value  # pyright: ignore[reportUnknownVariableType] (of anything)
-    raise TypeError(f"{name} is {_tree.describe(value)}, not a list")
-
-
 def _starts(name: str, parts: Any, boundaries: Sequence[Number]) -> tuple[Number, ...]:
     """The boundaries, checked, as those of a sequence of parts."""
-    parts, given = _sequence(name, parts), enumerate(_sequence("boundaries", boundaries))
-    checked = tuple(_number(f"boundaries[{i}]", b, ge=0) for i, b in given)
+    for key, value in ((name, parts), ("boundaries", boundaries)):
+        if not isinstance(value, Sequence) and not (isinstance(value, Tensor) and value.dim()):
+            raise TypeError(f"{key} is {_tree.describe(value)}, not a list")
+    checked = tuple(_number(f"boundaries[{i}]", b, ge=0) for i, b in enumerate(boundaries))
     if len(parts) != len(checked) + 1:
         raise ValueError(
             f"{name} has length {len(parts)}, but must have one more than boundaries, "
@@ -517,17 +517,7 @@ def _in_turn(parts: Sequence[Schedule], starts: Sequence[Number], step: Number) 
     return value
 
 
-def _power(base: Number, exponent: Number) -> Number:
-    """`base^exponent` for an exponent > 0; at base 0 the derivatives are 0."""
-    zero = base == 0
-    return _where(zero, 0.0, _where(zero, 1.0, base) ** exponent)
-
-
 def _decay(gamma: Number, times: Number) -> Number:
     """`gamma^times`, which is 1 at times = 0, even for gamma = 0."""
     none = times == 0
     return _where(none, 1.0, gamma ** _where(none, 1.0, times))
-
-
-def _floor(x: Number) -> Number:
-    return torch.floor(x) if isinstance(x, Tensor) else math.floor(x)

@@ -23,18 +23,8 @@ def ravel(tree: Tree, name: str) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     """
     leaves, spec = _tree.flatten(tree)
     for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
-            path = _tree.paths(tree, name)[i]
-            raise TypeError(f"{path} is {_tree.describe(leaf)}, not a tensor")
-        if not leaf.is_floating_point():
-            path = _tree.paths(tree, name)[i]
-            raise TypeError(f"{path} has dtype {leaf.dtype}, but must be real floating-point")
-        if not _has_values(leaf):
-            path = _tree.paths(tree, name)[i]
-            raise ValueError(
-                f"{path} has layout {leaf.layout} and device {leaf.device}, but must be a dense "
-                "tensor with values"
-            )
+        if fault := _fault(leaf):
+            raise type(fault)(f"{_tree.paths(tree, name)[i]} {fault}")
     if not leaves:
         raise ValueError(f"{name} holds no tensors")
     kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
@@ -46,6 +36,18 @@ def ravel(tree: Tree, name: str) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         return _tree.unflatten([x.reshape(shape).to(dtype) for x, (shape, dtype) in pairs], spec)
 
     return torch.cat([leaf.reshape(-1) for leaf in leaves]), unravel
+
+
+def _fault(leaf: Any) -> Exception | None:
+    """What is wrong with a leaf that cannot be a part of a vector; its path is yet to be named."""
+    if not isinstance(leaf, Tensor):
+        return TypeError(f"is {_tree.describe(leaf)}, not a tensor")
+    if not leaf.is_floating_point():
+        return TypeError(f"has dtype {leaf.dtype}, but must be real floating-point")
+    if not _has_values(leaf):
+        where = f"layout {leaf.layout} and device {leaf.device}"
+        return ValueError(f"has {where}, but must be a dense tensor with values")
+    return None
 
 
 def template(tree: Tree) -> Tree:

@@ -71,7 +71,10 @@ class Checkpoints(torch.optim.Optimizer):
             options = {k: v for k, v in group.items() if k != "params"}
             groups.append(copied(options) | {"params": indices})
         with _state.unread(self.state):
-            state = {index.get(id(k), k): copied(_plain(row)) for k, row in self.state.items()}
+            state = {
+                index.get(id(key), key): copied(dict(row) if isinstance(row, _state.Row) else row)
+                for key, row in self.state.items()
+            }
         saved: dict[str, Any] = {"state": state, "param_groups": groups}
         for hook in _torch.hooks(self, "state_dict_post"):
             result = hook(self, saved)
@@ -260,7 +263,3 @@ def _as_dict(value: Any, name: str) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} is {_tree.describe(value)}, not a dict")
     return dict(value)
-
-
-def _plain(row: Any) -> Any:
-    return dict(row) if isinstance(row, _state.Row) else row

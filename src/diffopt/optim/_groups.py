@@ -10,7 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, SupportsFloat, TypeAlias
+from typing import Any, SupportsFloat, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ def plain_number(value: Any, name: str) -> Any:
     if _is_plain(value):
         return value
     if isinstance(value, Tensor):
-        if value.numel() == 1 and _is_real(value):
+        real = not value.is_complex() and value.dtype != torch.bool
+        if value.numel() == 1 and real and value.layout is torch.strided:
             return value.squeeze() if value.dim() else value
     elif isinstance(value, SupportsFloat):
         # Raised by an array of several numbers, and by an integer that no float can hold.
@@ -101,16 +102,18 @@ def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
     """
     for i, group in enumerate(groups):
         for key, default in defaults.items():
-            value = group.get(key)
-            if type(default) in _FLAGS:
+            name, value = f"param_groups[{i}][{key!r}]", cast(Any, group.get(key))
+            if type(default) is bool:
                 unset = value is None and (key in _MAY_BE_UNSET or key not in group)
-                if type(default) is bool and not (unset or type(value) is bool):
-                    found = _tree.describe(value)
-                    raise TypeError(f"param_groups[{i}][{key!r}] is {found}, but must be a bool")
+                if not (unset or type(value) is bool):
+                    raise TypeError(f"{name} is {_tree.describe(value)}, but must be a bool")
             elif type(default) is tuple:
-                _check_tuple(key, value, len(default), i, group)
-            elif not _is_plain(value) and is_number(default):
-                check_number(value, f"param_groups[{i}][{key!r}]", group)
+                check_length(value, len(default), name)
+                for k, number in enumerate(value):
+                    if number is not None or (key, k) != _MAY_BE_NONE:
+                        check_number(number, f"{name}[{k}]", group)
+            elif is_number(default):
+                check_number(value, name, group)
 
 
 def is_number(value: Any) -> bool:
@@ -130,22 +133,10 @@ def _is_plain(value: Any) -> bool:
     return type(value) is float or (type(value) is int and not too_large(value))
 
 
-def _is_real(value: Tensor) -> bool:
-    return not value.is_complex() and value.dtype != torch.bool and value.layout is torch.strided
-
-
 def check_length(values: Any, length: int, name: str) -> None:
     """Raise unless it is a sequence of this length."""
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != length:
         raise TypeError(f"{name} is {_tree.describe(values)}, but must be {length} numbers")
-
-
-def _check_tuple(key: str, values: Any, length: int, i: int, group: dict[str, Any]) -> None:
-    name = f"param_groups[{i}][{key!r}]"
-    check_length(values, length, name)
-    for k, value in enumerate(values):
-        if not _is_plain(value) and not (value is None and (key, k) == _MAY_BE_NONE):
-            check_number(value, f"{name}[{k}]", group)
 
 
 def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -104,13 +104,9 @@ class Options:
         """Whether all numbers are in their ranges, where they are not those known."""
         triples = zip(hyper.FIELDS[self.opt.hparams], values, known, strict=False)
         return all(
-            x is y or _unread(x) or hyper.fault_of(x, field.bounds) is None
+            x is y or x is None or isinstance(x, Tensor) or hyper.fault_of(x, field.bounds) is None
             for field, x, y in triples
         )
-
-
-def _unread(value: Any) -> bool:
-    return value is None or isinstance(value, Tensor)
 
 
 def _computed(scalar: Any) -> bool:

@@ -17,7 +17,6 @@ from diffopt import _tree
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
-from diffopt.optimizer import Optimizer
 from diffopt.testing._assertions import Snapshot, disjoint, named, same, same_structure
 from diffopt.testing._case import Case, Point, random_tensor, scalars_as, twice
 
@@ -154,19 +153,16 @@ def no_gradient(case: Case, point: Point) -> None:
 @drawn
 def in_place(case: Case, point: Point) -> None:
     """`update_` writes what `update` returns; leaf and foreach execution agree."""
-    expected = twice(case.optimizer, point)
-    for optimizer in executions(case.optimizer):
+    expected, optimizers = twice(case.optimizer, point), [case.optimizer]
+    if isinstance(case.optimizer, Leafwise):
+        ways = ("auto", "leaf", "foreach")
+        optimizers = [dataclasses.replace(case.optimizer, execution=way) for way in ways]
+    for optimizer in optimizers:
         same(twice(optimizer, point), expected, "result")
         mine = _tree.clone(point)
         for _ in range(2):
             optimizer.update_(*mine)
         same((mine.params, mine.state), expected, "the result of update_")
-
-
-def executions(optimizer: Optimizer[Any, Any]) -> list[Optimizer[Any, Any]]:
-    if not isinstance(optimizer, Leafwise):
-        return [optimizer]
-    return [dataclasses.replace(optimizer, execution=how) for how in ("auto", "leaf", "foreach")]
 
 
 @drawn
