@@ -49,11 +49,11 @@ def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     for field in hyper.FIELDS[opt.hparams]:
         value = group[field.name] if field.name in group else _option(group, field.name)
         known = type(value) is float or (field.name == "eps1" and value is None)
-        values.append(value if known else _apart(plain_number(value, field.name)))
+        values.append(value if known else _kept(plain_number(value, field.name)))
     return values
 
 
-def _apart(value: Any) -> Any:
+def _kept(value: Any) -> Any:
     """A copy of a tensor; on a device, where that is a launch, only of a view or a parameter.
 
     Differentiable steps have derivatives with respect to the tensor.
@@ -110,9 +110,9 @@ def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
             elif type(default) is tuple:
                 check_length(value, len(default), name)
                 for k, number in enumerate(value):
-                    if number is not None or (key, k) != _MAY_BE_NONE:
+                    if not _is_plain(number) and (number is not None or (key, k) != _MAY_BE_NONE):
                         check_number(number, f"{name}[{k}]", group)
-            elif is_number(default):
+            elif not _is_plain(value) and is_number(default):  # quick: every step may look
                 check_number(value, name, group)
 
 

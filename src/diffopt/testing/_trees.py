@@ -116,12 +116,7 @@ def kept(case: Case, point: Point) -> None:
 @drawn
 def pure(case: Case, point: Point) -> None:
     """The arguments are not changed; results share no memory with them or with one another."""
-    exempt = {
-        id(leaf)
-        for column, stays in kept_columns(case, point, point.params, point.state)
-        for leaf, stay in zip(leaves_at(point, column), stays, strict=True)
-        if stay
-    }
+    exempt = {id(leaf) for _, leaf in staying(case, point, point.params, point.state)}
     if any(grad is None for grad in _tree.leaves(point.grads)):  # so may be vectors of params
         like_params = {id(x) for c in columns(point, point.state) for x in leaves_at(point, c)}
         tensors = [x for x in _tree.leaves(point.state) if isinstance(x, Tensor) and x.dim() > 0]
@@ -140,14 +135,11 @@ def no_gradient(case: Case, point: Point) -> None:
     """A parameter without a gradient, and its state, are the very same tensors afterwards."""
     if _tree.is_leaf(point.params):
         return
-    ends = (point.params, point.state), case.optimizer.update(*point)
-    columns = (kept_columns(case, point, params, state) for params, state in ends)
-    for (old, stays), (new, _) in zip(*columns, strict=True):
-        both = leaves_at(point, old), leaves_at(point, new)
-        paths = _tree.paths(point.params, "params")
-        for path, stay, x, y in zip(paths, stays, *both, strict=True):
-            if stay and isinstance(x, Tensor) and x is not y:
-                raise AssertionError(f"{path} has no gradient, but it or its state was replaced")
+    old = staying(case, point, point.params, point.state)
+    new = staying(case, point, *case.optimizer.update(*point))
+    for (path, x), (_, y) in zip(old, new, strict=True):
+        if isinstance(x, Tensor) and x is not y:
+            raise AssertionError(f"{path} has no gradient, but it or its state was replaced")
 
 
 @drawn
@@ -264,14 +256,18 @@ def leaves_at(point: Point, column: Tree) -> list[Any]:
     return _tree.flatten(point.params)[1].flatten_up_to(column)
 
 
-def kept_columns(
-    case: Case, point: Point, params: Tree, state: Any
-) -> list[tuple[Tree, list[bool]]]:
-    """Params and columns of the state, and the leaves that stay (no gradient, or frozen)."""
+def staying(case: Case, point: Point, params: Tree, state: Any) -> list[tuple[str, Any]]:
+    """The leaves without a gradient, or frozen, and their state; each with the leaf's path."""
+    paths = _tree.paths(point.params, "params")
     missing = [grad is None for grad in _tree.leaves(point.grads)]
     frozen = _tree.leaves(case.frozen(point.params)) if case.frozen else missing
     stays = [a or b for a, b in zip(missing, frozen, strict=True)]
-    return [(params, stays), *((column, missing) for column in columns(point, state))]
+    return [
+        (path, leaf)
+        for column, flags in [(params, stays), *((c, missing) for c in columns(point, state))]
+        for path, leaf, flag in zip(paths, leaves_at(point, column), flags, strict=True)
+        if flag
+    ]
 
 
 def least(hparams: Any) -> Any:

@@ -15,7 +15,7 @@ from diffopt import _modes, _tree
 from diffopt._rule import checks, parts, running, tiles, ways
 from diffopt._rule.hyper import check_flags
 from diffopt._rule.leafwise import Leafwise, write_
-from diffopt._rule.rule import unused
+from diffopt._rule.rule import Rule, unused
 from diffopt._rule.work import Work, gather as gather_work
 from diffopt._tree import Tree
 from diffopt.optimizer import Write
@@ -165,7 +165,7 @@ class Precision(Wrapper[PrecisionState]):
         def write() -> None:
             buffers = itertools.chain(*filter(_holds, work.buffers))
             rounding = self._rounding(buffers, work.params, masters)
-            write_(work, count, functools.partial(_step_, rule, work, masters, rounding))
+            write_(work, count, functools.partial(_step_, work, masters, rounding))
 
         return write
 
@@ -219,7 +219,6 @@ precision = Precision
 
 
 def _step_(
-    rule: Leafwise[Any, Any],
     work: Work,
     masters: Masters,
     rounding: Rounding,
@@ -233,12 +232,18 @@ def _step_(
     mastered = own[0] is not None
     lists = [column for column in columns if isinstance(column, list)] + [own] * mastered
     held = [k for k, column in enumerate(work.buffers, 2) if _holds(column)]
-    places = [n * held.index(k) for k in held if isinstance(columns[k], list)] + [n * len(held)]
-    part = _Part(rule, rounding, places, (t, values), columns, mastered)
-    absent = columns[1][0] is None
-    size = 0 if absent else _piece_size(rule, values, columns)
-    for run in [[j] for j in range(len(indices))] if absent else _runs(indices, lists, size):
-        part.run_(indices[run[0]], [[column[j] for j in run] for column in lists], size)
+    places = [n * j for j, k in enumerate(held) if isinstance(columns[k], list)] + [n * len(held)]
+    part = _Part(work.rule, rounding, places, (t, values), columns, mastered)
+    size = 0 if columns[1][0] is None else _piece_size(work.rule, values, columns)
+    for run in _runs(indices, lists, size) if size else [[j] for j in range(len(indices))]:
+        leaf, rows = indices[run[0]], [[column[j] for j in run] for column in lists]
+        if len(run) > 1:
+            tiles.together_(functools.partial(part.step_, leaf, 0), rows)
+            continue
+        whole = [x for (x,) in rows]
+        pieces = zip(*(x.view(-1).split(size) for x in whole), strict=True) if size else [whole]
+        for i, piece in enumerate(pieces):
+            part.step_(leaf, i * size, piece)
 
 
 class _Part(NamedTuple):
@@ -250,27 +255,14 @@ class _Part(NamedTuple):
         mastered: whether the last list is that of masters.
     """
 
-    rule: Leafwise[Any, Any]
+    rule: Rule[Any, Any]
     rounding: Rounding
     places: list[int]
     numbers: tuple[Any, list[Any]]
     columns: list[Any]
     mastered: bool
 
-    def run_(self, leaf: int, lists: list[list[Tensor]], size: int) -> None:
-        """Step consecutive leaves, one of them in pieces of a size, or whole if that is 0."""
-        if len(lists[0]) > 1:
-            tiles.together_(functools.partial(self.piece_, leaf, 0), lists)
-            return
-        row = [column[0] for column in lists]
-        if not size:
-            self.piece_(leaf, 0, row)
-            return
-        pieces = zip(*(x.view(-1).split(size) for x in row), strict=True)
-        for i, piece in enumerate(pieces):
-            self.piece_(leaf, i * size, piece)
-
-    def piece_(self, leaf: int, offset: int, piece: Sequence[Any]) -> None:
+    def step_(self, leaf: int, offset: int, piece: Sequence[Any]) -> None:
         """Step a piece that begins at an offset in a leaf, or begin its state."""
         p, g, *buffers = piece
         master = buffers.pop() if self.mastered else None
@@ -311,7 +303,7 @@ def _check_dtype(value: Any, name: str, *known: torch.dtype | None) -> None:
         raise ValueError(f"{name} is {_tree.shown(value)}, but must be {choices}")
 
 
-def _piece_size(rule: Leafwise[Any, Any], values: list[Any], columns: list[Any]) -> int:
+def _piece_size(rule: Rule[Any, Any], values: list[Any], columns: list[Any]) -> int:
     """The elements of a piece; 0 where leaves must stay whole."""
     device, _, _, layout = ways.survey(columns)
     lists = [column for column in columns if isinstance(column, list)]
