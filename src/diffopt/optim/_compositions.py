@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from diffopt import _memory, _torch, _tree
-from diffopt._rule import hyper
 from diffopt._tree import Tree
 from diffopt.optim._checkpoints import Checkpoints, check_scalar
 from diffopt.optim._groups import (
@@ -21,6 +20,7 @@ from diffopt.optim._groups import (
     check_length,
     check_number,
     checked,
+    constant,
     name_of,
     records,
     short_names,
@@ -31,13 +31,6 @@ Rows = list[dict[str, Any]]
 
 _COPIED = ("master",)
 """What begins as a copy of the parameter also where a checkpoint lacks it."""
-
-
-def _fixed(value: Any) -> bool:
-    """Whether nobody can change it: numbers, and records and tuples of them."""
-    if type(value) is tuple or hyper.is_record(value):
-        return all(map(_fixed, value if isinstance(value, tuple) else vars(value).values()))
-    return type(value) in (float, int, bool, type(None))
 
 
 class TreeOptimizer(Checkpoints):
@@ -88,8 +81,11 @@ class TreeOptimizer(Checkpoints):
         record = self._known(i)
         if record is None:
             record, given = records(self.template, self.param_groups[i]), self._given(i)
-            self._check_range(i, record)
-            if _fixed(tuple(given)):
+            try:
+                checked(record)
+            except ValueError as error:
+                raise ValueError(f"param_groups[{i}]: {error}") from None
+            if constant(tuple(given)):
                 self._records[i] = given, record
         return record
 
@@ -97,12 +93,6 @@ class TreeOptimizer(Checkpoints):
         """The record made and checked before, if the group still has the same numbers."""
         given, record = self._records.get(i, ((), None))
         return record if given and all(map(operator.is_, given, self._given(i))) else None
-
-    def _check_range(self, i: int, record: Any) -> None:
-        try:
-            checked(record)
-        except ValueError as error:
-            raise ValueError(f"param_groups[{i}]: {error}") from None
 
     def _given(self, i: int) -> list[Any]:
         return [*map(self.param_groups[i].get, ("lr", *self.defaults))]

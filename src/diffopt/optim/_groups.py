@@ -27,6 +27,7 @@ _PAIRS = {
     field: (pair, k) for pair, fields in hyper.TORCH_PAIRS.items() for k, field in enumerate(fields)
 }
 _FLAGS = (bool, str, type(None))
+_CONSTANT = (float, int, *_FLAGS)
 _MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon
 _MAY_BE_UNSET = ("foreach", "fused")  # checkpoints from before there were these flags
 
@@ -47,7 +48,7 @@ def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     """
     values: list[Any] = []
     for field in hyper.FIELDS[opt.hparams]:
-        value = group[field.name] if field.name in group else _option(group, field.name)
+        value = _option(group, field.name)
         known = type(value) is float or (field.name == "eps1" and value is None)
         values.append(value if known else _kept(plain_number(value, field.name)))
     return values
@@ -65,6 +66,14 @@ def _kept(value: Any) -> Any:
         return value
     with torch.enable_grad():
         return value.clone()
+
+
+def constant(value: Any) -> bool:
+    """Whether nobody can change it: numbers, flags, and tuples and records of them."""
+    if type(value) is tuple:
+        return all(map(constant, value))
+    record = hyper.is_record(value)
+    return all(map(constant, vars(value).values())) if record else type(value) in _CONSTANT
 
 
 def _option(group: Mapping[str, Any], name: str) -> Any:

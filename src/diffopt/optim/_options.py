@@ -14,10 +14,9 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
-from diffopt.optim._groups import Group, values_of
+from diffopt.optim._groups import Group, constant, values_of
 
 _TENSORS = ("params", "param_names")
-_CONSTANT = (float, int, bool, str, type(None))
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -50,7 +49,7 @@ class Options:
         self.strict = optimizer.strict
         given = _given(group)
         own = optimizer.rule.__module__.startswith("diffopt.")  # a user's may look at anything
-        self.constant = own and all(map(_constant, given.values()))
+        self.constant = own and all(map(constant, given.values()))
         self.given = given if self.constant else {}  # which users may let go
         self.ranged = self.constant and self._in_range(self.values, itertools.repeat(self))
 
@@ -132,9 +131,3 @@ def _alike(new: Any, old: Any) -> bool:
     if type(new) is float and type(old) is float:
         return (new > 0) is (old > 0) and (new == 0) is (old == 0)
     return new is old
-
-
-def _constant(value: Any) -> bool:
-    if type(value) is tuple:
-        return all(map(_constant, value))
-    return type(value) in _CONSTANT
