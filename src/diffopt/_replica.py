@@ -216,10 +216,6 @@ def _method(value: types.MethodType, new: list[Any], _: Any = None) -> types.Met
     return types.MethodType(value.__func__, *new)
 
 
-def _cached(value: Any, new: list[Any], _: Any) -> Any:
-    return functools.lru_cache(**value.cache_parameters())(*new)
-
-
 def _items(value: Mapping[Any, Any]) -> list[Any]:
     return list(itertools.chain(*value.items()))
 
@@ -282,7 +278,11 @@ _FOLLOW: tuple[tuple[Any, Callable[[Any], list[Any]], _Build], ...] = (
         lambda value: [value.func, value.args, value.keywords],
         lambda value, new, _: functools.partial(new[0], *new[1], **new[2]),
     ),
-    (type(functools.cache(len)), lambda value: [value.__wrapped__], _cached),
+    (
+        type(functools.cache(len)),
+        lambda value: [value.__wrapped__],
+        lambda value, new, _: functools.lru_cache(**value.cache_parameters())(*new),
+    ),
     (types.FunctionType, _captured, _function),
 )
 """The kinds of objects that are followed: their parts, and how one is built of other parts.

@@ -7,7 +7,6 @@ namesake in torch.optim. Ours is `step`, which runs a rule.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -25,7 +24,6 @@ from diffopt.optim._plan import Plan, trace_
 from diffopt.optim._state import State
 
 _SMALL = 1 << 14  # elements
-_GRAD = operator.attrgetter("grad")  # in C: a step reads thousands
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
 
 
@@ -37,9 +35,7 @@ class RuleOptimizer(Checkpoints):
     foreach_unrolls: ClassVar[bool] = False
     """Whether torch accepts foreach=True together with differentiable=True."""
     strict: ClassVar[bool] = False
-    """Whether numbers set later must be in their ranges, too."""
-    refusal: ClassVar[type[Exception]] = RuntimeError
-    """What a parameter that the rule refuses raises."""
+    """Whether numbers set later must be in their ranges, too, as torch has no such class."""
     make: ClassVar[Callable[..., Leafwise[Any, Any]]]
     """Makes a pure optimizer."""
     flags: ClassVar[tuple[str, ...]] = ("maximize",)
@@ -138,7 +134,7 @@ class RuleOptimizer(Checkpoints):
         if "capturable" in self.defaults:
             _torch.refuse_capture(self)
         groups = self.param_groups
-        grads = [list(map(_GRAD, group["params"])) for group in groups]
+        grads = [[param.grad for param in group["params"]] for group in groups]
         enabled = torch.is_grad_enabled()
         try:  # torch's contexts take as long as stepping some five small tensors
             _torch.set_grad_enabled(False)
@@ -275,7 +271,7 @@ class RuleOptimizer(Checkpoints):
             name = name_of(group, index, i)
             self.check_param(param, group, name)
             if reason := opt.refuse(param):
-                raise self.refusal(f"{name} {reason}")
+                raise (ValueError if self.strict else RuntimeError)(f"{name} {reason}")
             _check_tensor(grad, param, param.shape, f"the gradient of {name}")
             _check_written(param, name)
             if not opt.elementwise:

@@ -22,7 +22,6 @@ class OwnInit(RuleOptimizer):
     """A class whose initial state is that of the rule's `init`."""
 
     strict = True
-    refusal = ValueError
 
     def new_buffers(
         self, opt: Leafwise[Any, Any], params: Sequence[Tensor], initial: dict[str, Any]
