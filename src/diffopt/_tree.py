@@ -62,7 +62,7 @@ def leaves_as(tree: Tree, spec: Spec) -> list[Any] | None:
     Faster than `flatten`, as it takes any object for a leaf: for callers that know their types.
     """
     node, values = _NODES.get(id(spec)), list[Any]()
-    fits = node is not None and node.spec is spec and _collect(tree, node, values, trusted=True)
+    fits = node is not None and node.spec is spec and _collect(tree, node, values, unchecked=True)
     return values if fits else None
 
 
@@ -131,15 +131,15 @@ def _node(spec: Spec) -> _Node | None:
     return _Node(spec, kind, spec.context, cast(Any, children), flat)
 
 
-def _collect(tree: Tree, node: _Node, values: list[Any], *, trusted: bool = False) -> bool:
+def _collect(tree: Tree, node: _Node, values: list[Any], *, unchecked: bool = False) -> bool:
     """Add the leaves to the values, if the tree has this structure.
 
-    `trusted`: whatever stands in the place of a leaf is one.
+    `unchecked`: whatever stands in the place of a leaf is one.
     """
     _, kind, context, children, flat = node
     if kind is None:
         values.append(tree)
-        known = trusted or isinstance(tree, Tensor) or type(tree) in _LEAVES
+        known = unchecked or isinstance(tree, Tensor) or type(tree) in _LEAVES
         return known or pytree.tree_is_leaf(tree)
     if type(tree) is not (context if kind is pytree.namedtuple else kind):
         return False
@@ -153,13 +153,13 @@ def _collect(tree: Tree, node: _Node, values: list[Any], *, trusted: bool = Fals
     if len(mine) != len(children):
         return False
     # All in C: there may be thousands.
-    if flat and (trusted or _LEAVES.issuperset(builtins.map(type, mine))):
+    if flat and (unchecked or _LEAVES.issuperset(builtins.map(type, mine))):
         values += mine
         return True
     for child, structure in zip(mine, children):  # noqa: B905 (`strict` is slower)
         if structure is _LEAF and isinstance(child, Tensor):
             values.append(child)
-        elif not _collect(child, structure, values, trusted=trusted):
+        elif not _collect(child, structure, values, unchecked=unchecked):
             return False
     return True
 
