@@ -118,7 +118,7 @@ def pure(case: Case, point: Point) -> None:
     """The arguments are not changed; results share no memory with them or with one another."""
     exempt = {id(leaf) for _, leaf in staying(case, point, point.params, point.state)}
     if any(grad is None for grad in _tree.leaves(point.grads)):  # so may be vectors of params
-        like_params = {id(x) for c in columns(point, point.state) for x in leaves_at(point, c)}
+        like_params = {id(x) for column in columns(point, point.state) for x in column}
         tensors = [x for x in _tree.leaves(point.state) if isinstance(x, Tensor) and x.dim() > 0]
         exempt |= {*map(id, tensors)} - like_params
     for hparams in (point.hparams, scalars_as(torch.float64, point.hparams), least(point.hparams)):
@@ -241,19 +241,15 @@ def prefixes(draw: st.DrawFn, point: Point) -> tuple[Any, Any]:
     return _tree.map(lambda c: c.short, chosen), _tree.map(lambda c: c.long, chosen)
 
 
-def columns(point: Point, state: Any) -> list[Tree]:
-    """The trees of tensors in a state that are like the params; some leaves may be `[]`."""
+def columns(point: Point, state: Any) -> list[list[Any]]:
+    """The leaves of the trees in a state that are like the params; some may be `[]`."""
     spec = _tree.flatten(point.params)[1]
 
-    def is_column(node: Any) -> bool:
-        return any(isinstance(leaf, Tensor) for leaf in _tree.column(node, spec) or ())
+    def column(node: Any) -> list[Any]:
+        leaves = _tree.column(node, spec) or []
+        return leaves if any(isinstance(leaf, Tensor) for leaf in leaves) else []
 
-    return list(filter(is_column, _tree.flatten(state, is_leaf=is_column)[0]))
-
-
-def leaves_at(point: Point, column: Tree) -> list[Any]:
-    """The leaves of a column for each leaf of the params."""
-    return _tree.flatten(point.params)[1].flatten_up_to(column)
+    return [*filter(None, map(column, _tree.flatten(state, lambda node: bool(column(node)))[0]))]
 
 
 def staying(case: Case, point: Point, params: Tree, state: Any) -> list[tuple[str, Any]]:
@@ -262,10 +258,11 @@ def staying(case: Case, point: Point, params: Tree, state: Any) -> list[tuple[st
     missing = [grad is None for grad in _tree.leaves(point.grads)]
     frozen = _tree.leaves(case.frozen(point.params)) if case.frozen else missing
     stays = [a or b for a, b in zip(missing, frozen, strict=True)]
+    rows = [(_tree.leaves(params), stays), *((c, missing) for c in columns(point, state))]
     return [
         (path, leaf)
-        for column, flags in [(params, stays), *((c, missing) for c in columns(point, state))]
-        for path, leaf, flag in zip(paths, leaves_at(point, column), flags, strict=True)
+        for column, flags in rows
+        for path, leaf, flag in zip(paths, column, flags, strict=True)
         if flag
     ]
 
