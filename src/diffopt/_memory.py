@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -96,12 +95,13 @@ class Extent:
 
     def meets(self, read: Iterable[Tensor]) -> bool:
         """Whether one of them may have an element where the others are written."""
-        addresses = list(map(Tensor.data_ptr, read))  # all in C: there may be thousands
+        addresses = [x.data_ptr() for x in read]
         if addresses and addresses == self.apart:
             return False
-        ends = map(operator.add, addresses, self.lengths)
-        begun = map(bisect.bisect_left, itertools.repeat(self.starts), ends)
-        meeting = any(map(operator.gt, map(self.ends.__getitem__, begun), addresses))
+        meeting = any(
+            self.ends[bisect.bisect_left(self.starts, address + length)] > address
+            for address, length in zip(addresses, self.lengths, strict=True)
+        )
         self.apart = [] if meeting else addresses
         return meeting
 
