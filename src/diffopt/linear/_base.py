@@ -159,28 +159,22 @@ class LinearSolver(ABC):
         vector, unravel = ravel(b, "b")
         start = None if x0 is None else ravel_like(x0, b, ("x0", "b"))
         tensors, merge = _tree.split(operands)
-        like = template(b)
+        like, captured = template(b), Captured("operator", operator, transpose)
 
-        captured = Captured("operator", operator, transpose)
+        def product(name: str, function: Callable[..., Tree], *point: Tensor) -> Linear:
+            def multiply(v: Tensor) -> Tensor:
+                captured.check()
+                result = function(unravel(v), *merge(point))
+                return ravel_like(result, like, (f"the output of {name}", "b"))
 
-        def flat(function: Callable[..., Tree], name: str) -> Callable[..., Linear]:
-            def at(*point: Tensor) -> Linear:
-                def apply(v: Tensor) -> Tensor:
-                    captured.check()
-                    result = function(unravel(v), *merge(point))
-                    return ravel_like(result, like, (f"the output of {name}", "b"))
+            return multiply
 
-                return apply
-
-            return at
-
-        at = flat(operator, "operator")
-        transposed_at = flat(transpose, "transpose") if transpose else None
+        at = partial(product, "operator", operator)
+        transposed_at = partial(product, "transpose", transpose) if transpose else None
         refuse_captured(lambda v, *point: at(*point)(v), captured, vector, *tensors)
         matrix = operator_of(self, at, transposed_at, unravel, vector)
-        solution = solve(
-            Method(partial(constant_solution, self), unravel), matrix, vector, start, *tensors
-        )
+        method = Method(partial(constant_solution, self), unravel)
+        solution = solve(method, matrix, vector, start, *tensors)
         return solution._replace(value=unravel(solution.value))
 
 
