@@ -68,13 +68,11 @@ def functionalize(module: nn.Module) -> Functional:
     module with such parameters. The module's mode (`train`, `eval`) and its other attributes are
     those at the time of the call. Under `torch.vmap`, buffers that are written to must be batched.
 
-    A call runs a replica of the module, as `torch.nn.DataParallel` does: the submodules are copied,
-    and share everything they hold except tensors. So calls may run in several threads at once, and
+    A call runs a replica of the module, so calls may run in several threads at once, and
     `torch.utils.checkpoint` inside the module recomputes with the tensors of the call. What the
-    module assigns to its own plain attributes is lost after the call: return it, or register a
-    buffer. References to submodules from plain attributes, containers, functions and objects that
-    the module holds lead to the replica too, but not those nested deeper inside such objects.
-    Objects that refer to them and cannot be copied, such as iterators, are rejected.
+    module assigns to its own plain attributes is lost: return it, or register a buffer. Attributes
+    that refer to submodules, also in containers, functions and objects, refer to the replica's; no
+    deeper inside objects, though, and those that cannot be copied, such as iterators, are rejected.
 
     Running averages that `batch_norm` writes to buffers have no derivative: torch's kernel does not
     provide one.

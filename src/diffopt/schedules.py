@@ -1,20 +1,17 @@
 """Schedules: pure functions of the step, differentiable with respect to their arguments.
 
-They are made from numbers or tensors, and are functions `step -> value` for a field of
-hyperparameters: `opt.hparams(lr=schedule(state.step))`. Steps are counted from 0, before the first
-update. A value is a float if the step and the arguments are Python numbers, and a float64 tensor if
-one of them is a tensor of any dtype. Tensors broadcast: a tensor of steps gives the values at them.
-The values of tensors are never read, so schedules can be created and called inside `torch.vmap` and
-`torch.compile`. Where a schedule has a kink, its derivative is that of one side.
+They are made from numbers or tensors (others raise `TypeError`, and numbers out of range
+`ValueError`), and are functions `step -> value` for a field of hyperparameters:
+`opt.hparams(lr=schedule(state.step))`. Steps are counted from 0, before the first update. A value
+is a float if the step and the arguments are Python numbers, and a float64 tensor if one of them is
+a tensor of any dtype. Tensors broadcast: a tensor of steps gives the values at them. Their values
+are never read, so schedules work inside `torch.vmap` and `torch.compile`. Where a schedule has a
+kink, its derivative is that of one side.
 
-An argument that is neither a number nor a tensor raises `TypeError`, and a number out of range
-`ValueError`.
-
-Schedules are values: `cosine(0.1, 100)` is `Cosine(init=0.1, steps=100.0, final=0.0)`, whose
-arguments are attributes. Two with the same arguments are equal and have the same hash; they pickle,
-and are constants for torch.compile. A tensor argument is kept by reference, so the schedule follows
-in-place changes by a training loop; it is equal only to itself, so a copy of a learned schedule,
-which holds copies of its tensors, is a different schedule.
+Schedules are values: `cosine(0.1, 100)` is `Cosine(init=0.1, steps=100.0, final=0.0)`, equal to
+another one with the same arguments; it pickles, and is a constant for torch.compile. A tensor
+argument is kept by reference, so the schedule follows in-place changes by a training loop; tensors
+are equal only to themselves, so a copy of a learned schedule is a different one.
 """
 
 from __future__ import annotations

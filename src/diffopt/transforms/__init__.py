@@ -5,9 +5,8 @@ more of them before an optimizer. Everything else here takes optimizers and retu
 same guarantees: pure, differentiable with respect to every argument, batchable, compilable.
 Subclass `Transformation` or `Wrapper` for your own.
 
-All are values: `repr` shows their arguments on one line, they are equal and have the same hash if
-their arguments are equal, and they pickle if the optimizers, functions and labels they consist of
-do. Labels and masks that are dicts or lists are compared and hashed by their contents.
+All are values: they are printed on one line, compared and hashed by their arguments (labels and
+masks by their contents), and they pickle if the optimizers, functions and labels in them do.
 """
 
 from diffopt.transforms._base import (

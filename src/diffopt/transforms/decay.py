@@ -23,10 +23,9 @@ class AddDecayedWeights(Stateless[WeightDecay]):
 
     Hyperparameters: `weight_decay` >= 0 (1e-2), a number, a tensor or a prefix tree of the params.
 
-    With `sgd` this is the same as its own `weight_decay`; `masked` by
-    `diffopt.nn.decay_mask(module)` it does not affect biases and norms. Most optimizers have a
-    hyperparameter of the same name: then pass one record for each part, or name the part, as in
-    `hparams(**{"0.weight_decay": 0.1})`.
+    With `sgd` this is the same as its own `weight_decay`: in a `chain` with one that has a field of
+    that name, write `hparams(**{"0.weight_decay": 0.1})`. `masked` by
+    `diffopt.nn.decay_mask(module)` it does not affect biases and norms.
 
     Examples:
         >>> import torch, diffopt
