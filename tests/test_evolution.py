@@ -743,6 +743,31 @@ def test_persistent_evolution_with_pairs_that_run_at_once():
         )
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["default", "an argument"])
+def test_every_truncation_has_new_perturbations_whatever_the_generator(shared):
+    """Also one that the function uses itself, whose state is the same for both of a pair."""
+
+    def perturbations(generator, *args):
+        pes = PersistentEvolution(delayed, samples=2, generator=generator)
+        state = pes.init(SHIFT.sum())
+        states = [state := pes(state, SHIFT.sum(), *args)[0] for _ in range(3)]
+        return [torch.stack([pair.total[0] for pair in state]) for state in states]
+
+    generator = seeded() if shared else None
+    torch.manual_seed(0)
+    mine = perturbations(generator, *[generator] * shared)
+    torch.testing.assert_close(mine, perturbations(seeded()))
+    assert not torch.allclose(2 * mine[0], mine[1])
+
+
+def test_smooth_draws_from_the_default_generator_as_from_any_other():
+    torch.manual_seed(0)
+    mine = smooth(torch.sum, samples=2)
+    theirs = smooth(torch.sum, samples=2, generator=seeded())
+    first, second = mine(START), mine(START)
+    torch.testing.assert_close((first, second), (theirs(START), theirs(START)))
+
+
 def test_a_state_is_a_value():
     """It can be used twice, with the same result from the same generator."""
     pes = PersistentEvolution(delayed, samples=3, generator=seeded())

@@ -129,7 +129,8 @@ def mean_loss(
     _check_theta(theta)
     tensors, join = split_distinct(theta)
     frozen, inputs = _tree.detach(tensors), (pairs[0], theta, args)
-    ambient, normal = AmbientState(inputs), Normal(*seeds(1, settings.generator))
+    normal = Normal(*seeds(1, settings.generator))
+    ambient = AmbientState(inputs)  # after the seed, which restoring it must not bring back
 
     def run(carry: Tree, tensors: Sequence[Tensor]) -> tuple[Tree, Tensor]:
         return _check_result(settings.function(carry, join(tensors), *args))
