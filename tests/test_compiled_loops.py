@@ -249,7 +249,7 @@ def test_a_tensor_that_needs_a_gradient_but_is_captured_gets_it(traceless):
     same(found, gradient(False))
 
 
-@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed(), ForwardMode()], ids=repr)
 def test_a_loss_with_random_numbers_draws_those_of_the_eager_loop(adjoint, traceless):
     def noisy(params, x, *rest):
         return loss(params, F.dropout(x, 0.5), *rest)
@@ -259,6 +259,22 @@ def test_a_loss_with_random_numbers_draws_those_of_the_eager_loop(adjoint, trace
         return by_autograd(
             meta_loss(diffopt.sgd(), adjoint, compile, loss=noisy), *problem()
         ), torch.rand(1)
+
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        found = gradient(traceless)
+    same(found, gradient(False))
+
+
+def test_a_loss_with_a_generator_of_its_own_draws_the_numbers_of_the_eager_loop(traceless):
+    generator = torch.Generator()
+
+    def noisy(params, x, *rest):
+        return loss(params, x * torch.rand(x.shape[-1], generator=generator), *rest)
+
+    def gradient(compile):
+        generator.manual_seed(3)
+        outer = meta_loss(diffopt.sgd(), Unrolled(), compile, loss=noisy)
+        return by_autograd(outer, *problem()), torch.rand(1, generator=generator)
 
     with pytest.warns(UserWarning, match="draws random numbers"):
         found = gradient(traceless)

@@ -32,6 +32,7 @@ from diffopt._diff.kernels import (
 )
 from diffopt._diff.tasks import Joint, Routine, Seen, Used
 from diffopt._diff.unmodified import stamp
+from diffopt._tree import Tree
 
 
 class UnevenError(UnfitError):
@@ -187,7 +188,8 @@ class Call:
             ]
             return xs, function(*xs)
 
-        with functions.noticed() as aliases, torch.enable_grad(), _undrawn(tensors):
+        inputs = tensors, routine.program.generators()
+        with functions.noticed() as aliases, torch.enable_grad(), _undrawn(inputs):
             try:
                 xs, outputs = run(())
             except RuntimeError:
@@ -205,15 +207,19 @@ class Call:
         return Seen(() if all(noted) else tuple(noted), on)
 
 
-class _Drawn:
-    """The states of all generators: torch's, Python's, and numpy's if that has been imported."""
+class Drawn:
+    """The states of all generators: torch's, Python's, and numpy's if that has been imported.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    Args:
+        inputs: a tree with the tensors whose devices' generators count, and other generators.
+    """
+
+    def __init__(self, inputs: Tree) -> None:
         numpy = sys.modules.get("numpy.random")
-        self.torch = functions.AmbientState(list(tensors))
+        self.torch = functions.AmbientState(inputs)
         self.others = random.getstate(), numpy and numpy.get_state(legacy=False)
 
-    def equals(self, other: _Drawn) -> bool:
+    def equals(self, other: Drawn) -> bool:
         same = all(map(torch.equal, self.torch.states, other.torch.states))
         return same and pickle.dumps(self.others) == pickle.dumps(other.others)
 
@@ -225,11 +231,15 @@ class _Drawn:
 
 
 @contextlib.contextmanager
-def _undrawn(tensors: Sequence[Tensor]) -> Generator[None]:
+def _undrawn(inputs: Tree) -> Generator[None]:
     """Raises if random numbers are drawn within, which can then be drawn again."""
-    before = _Drawn(tensors)
-    yield
-    if not _Drawn(tensors).equals(before):
+    before = Drawn(inputs)
+    try:
+        yield
+    except Exception:
+        before.restore()
+        raise
+    if not Drawn(inputs).equals(before):
         before.restore()
         raise UnfitError("it draws random numbers, which compiled code draws differently")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch
-from diffopt._diff.calls import UnevenError
+from diffopt._diff.calls import Drawn, UnevenError
 from diffopt._diff.kernels import UnfitError
 from diffopt._diff.series import Pushforward, Series
 from diffopt._diff.tasks import Joint, Program, Routine, Task, routine_of
@@ -109,7 +109,9 @@ class Compiler(Program):
         except UnevenError:
             return None
         except Exception as error:
+            before = Drawn((tensors, self.generators()))
             task.make(())(*task.inputs)  # if the fault is the function's own, this raises it
+            before.restore()
             self.give_up(error)
             return None
 

@@ -67,8 +67,13 @@ class Program:
     def begin(self, task: Task) -> None:
         """Before the first run of a function."""
         if self.ambient is None:
-            self.ambient = functions.AmbientState(task.inputs)
             self.captured = Captured(self.name, task.make(()))
+            self.ambient = functions.AmbientState((task.inputs, self.generators()))
+
+    def generators(self) -> list[torch.Generator]:
+        """Those of random numbers that the functions capture."""
+        values = (held() for held in self.captured.values.values()) if self.captured else ()
+        return [x for x in values if isinstance(x, torch.Generator)]
 
     def settle(self) -> None:
         """After a run: see `Captured.settle`; what later runs replace is the same."""
