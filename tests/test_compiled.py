@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-import logging
 import os
 import pickle
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
+from unittest import TestCase
 
 import pytest
 import torch
@@ -427,10 +427,10 @@ def test_the_settings_of_torch_compile_are_left_alone(graphs):
     assert [module.get_config_copy() for module in modules] == before
 
 
-def test_compiling_is_logged_with_its_time(uncompiled, caplog):
-    with caplog.at_level(logging.INFO, "diffopt"):
+def test_compiling_is_logged_with_its_time(uncompiled):
+    with TestCase().assertLogs("diffopt") as logs:
         run(ways(diffopt.adamax())[0], draw())
-    first, second = (record.getMessage() for record in caplog.records)
+    first, second = (record.getMessage() for record in logs.records)
     assert first.startswith("compiling a kernel of Adamax(")
     assert second.startswith("compiled in ")
 

@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import itertools
-import logging
 import os
 import random
 import shutil
 import types
 import warnings
 import weakref
+from unittest import TestCase
 
 import numpy as np
 import pytest
@@ -606,10 +606,10 @@ def test_an_option_that_compile_does_not_take_is_named(compile, error, message):
         unroll(lambda y, _, t: (y, y), torch.zeros(1), (), 2, compile=compile)
 
 
-def test_compiling_is_logged_with_its_time(traceless, caplog):
-    with caplog.at_level(logging.INFO, "diffopt"):
+def test_compiling_is_logged_with_its_time(traceless):
+    with TestCase().assertLogs("diffopt") as logs:
         by_autograd(meta_loss(diffopt.sgd(), Unrolled(), traceless), *problem())
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in logs.records]
     assert messages[0] == "compiling the loss loss and its derivative"
     assert all(message.startswith("compiled in ") for message in messages[1::2])
 
