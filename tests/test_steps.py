@@ -227,6 +227,44 @@ class Linear(torch.autograd.Function):
         return ctx.constant, None
 
 
+@pytest.mark.parametrize("rule", ["adam", "rmsprop", "plain rmsprop", "adagrad"])
+def test_small_tensors_are_updated_as_one_vector_whose_parts_share_no_memory(rule):
+    opt, numbers = RULES[rule]
+    start = started()
+    params, state = minimized(loss, start, opt, opt.hparams(**numbers), 3)
+    parents = {p.grad_fn.next_functions[0][0] for p in params.values()}
+    assert len(parents) == 1
+    assert parents.pop().name().startswith("SplitWithSizes")
+    leaves = torch.utils._pytree.tree_leaves((params, state))
+    expected = [x.detach().clone() for x in leaves]
+    for i, leaf in enumerate(leaves):
+        with torch.no_grad():
+            leaf.add_(1)
+        expected[i] += 1
+        torch.testing.assert_close([x.detach() for x in leaves], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "lr"),
+    [
+        ((3,), {"w": 0.1, "b": 0.2}),
+        ((3,), torch.full((3,), 0.1)),
+        ((9000,), 0.1),
+        ((2, 3, 4, 4), 0.1),
+    ],
+)
+def test_large_tensors_layouts_and_rates_of_their_own_keep_tensors_apart(shape, lr):
+    opt, start = diffopt.adam(), {k: torch.ones(shape) for k in "wb"}
+    if len(shape) == 4:
+        start = {k: p.to(memory_format=torch.channels_last) for k, p in start.items()}
+    start = {k: p.requires_grad_() for k, p in start.items()}
+    hp = opt.hparams(lr=lr)
+    params, _ = minimized(lambda p: (p["w"] * p["b"]).sum(), start, opt, hp, 3)
+    for name, p in params.items():
+        assert not p.grad_fn.name().startswith("View")
+        assert p.stride() == start[name].stride()
+
+
 def test_a_state_shares_no_memory_with_a_gradient_that_the_loss_has_passed_through():
     constant = torch.ones(3, dtype=torch.float64)
     params = {"w": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(2, dtype=torch.float64)}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
+from diffopt import _modes, _torch, _tree
 from diffopt._rule import parts, running
 from diffopt._rule.rule import WORKING_DTYPE, is_ours, unused
 from diffopt._rule.work import Work
@@ -19,6 +19,9 @@ from diffopt._tree import Tree
 _KIND = operator.attrgetter("device", "dtype", "layout")  # in C: a step reads thousands
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _LAYOUT = operator.attrgetter("layout")
+
+_FEW = 3  # operations of a rule, which take no longer tensor by tensor
+_SMALL = 4096  # elements of a tensor, on average, which are copied in no time
 
 
 class Repeated:
@@ -58,6 +61,10 @@ class Repeated:
         self._leaves, self._record, self._same = leaves, None, None
         self._small = False  # whether tensor by tensor is known to be the fastest way
         self._names = [number.name for number in work.numbers]
+        # Where a rule has many operations and autograd records them, small tensors are updated as
+        # one vector: then each column of the buffers holds one, and this that of the params.
+        self._vector: list[Any] = []
+        self._joinable = self._can_join(leaves)
 
     @classmethod
     def of(cls, work: Work, count: Tensor, hparams: Any) -> Repeated | None:
@@ -67,6 +74,14 @@ class Repeated:
         trees = all(number.per_parameter for number in work.numbers)
         usual = plain and trees and not work.numbers_of_state()
         return cls(work, count, hparams) if usual else None
+
+    def _can_join(self, leaves: list[Any]) -> bool:
+        """Whether the update of one vector gives the same, and copies of it cost little."""
+        elementwise = self._ours and self.rule.elementwise and self._as_is
+        alike = len(self._groups) == 1 and all(map(running.is_scalar, leaves))
+        small = sum(map(Tensor.numel, self.params)) <= _SMALL * len(self.params)
+        dense = all(map(Tensor.is_contiguous, self.params))
+        return elementwise and alike and small and dense and len(self.params) > 1
 
     def update(self, grads: Sequence[Any], hparams: Any) -> bool:
         """Take a step; False, with nothing done, where one of these must be checked."""
@@ -79,7 +94,10 @@ class Repeated:
         if not usual or (not self._ours and self._found_kinds() != self._kinds):
             return False
         self._t = self._t + 1 if isinstance(self._t, Tensor) else float(self._t + 1)
+        first = _torch.next_node()
         columns: list[Any] = [self.params, [*grads], *self._buffers]
+        if self._vector:
+            columns[:2] = self._vector, [_joined(grads)]
         differentiated = self._differentiated(columns, leaves)
         if len(self._groups) > 1:
             self._update_groups(leaves, columns, differentiated)
@@ -94,8 +112,21 @@ class Repeated:
                     as_is=self._as_is,
                     safe=self._ours and self._record is not None,
                 )
-            self._keep(new, grads)
+            self._keep(new, columns[1])
+            if self._joinable and _torch.next_node() - first > _FEW * len(self.params):
+                self._join()
         return True
+
+    def _join(self) -> None:
+        self._joinable = False
+        columns: list[Any] = [self.params, *self._buffers]
+        self._vector, *self._buffers = (column and [_joined(column)] for column in columns)
+
+    def _split(self, column: list[Tensor]) -> list[Tensor]:
+        """A vector as tensors like the params, none of which shares memory with another."""
+        sizes = [*map(Tensor.numel, self.params)]
+        pieces: Any = torch.split_with_sizes_copy(column[0], sizes)  # its stub says None
+        return [*map(Tensor.view_as, pieces, self.params)]
 
     def _batched(self, leaves: list[Any], columns: list[Any]) -> list[Any] | None:
         """The new columns, where tensor by tensor is not the fastest way: after the first step."""
@@ -138,7 +169,10 @@ class Repeated:
         self._keep(new, columns[1])
 
     def _keep(self, new: list[Any], grads: Sequence[Any]) -> None:
-        self.params, *buffers = (column and parts.apart(column, grads) for column in new)
+        params, *buffers = (column and parts.apart(column, grads) for column in new)
+        if self._vector:
+            self._vector, params = params, self._split(params)
+        self.params = params
         self.apart = self._ours  # others may return a parameter as it is
         self._buffers = [() if not c or unused(c[0]) else c for c in buffers]
 
@@ -161,12 +195,19 @@ class Repeated:
                 (), self._t, dtype=_modes.exact_dtype(count.device), device=count.device
             )
         step = step if count.dtype in WORKING_DTYPE else step.to(count.dtype)
-        columns = [column and _tree.unflatten(column, self.spec) for column in self._buffers]
+        buffers = self._buffers
+        if self._vector:
+            buffers = [column and self._split(column) for column in buffers]
+        columns = [column and _tree.unflatten(column, self.spec) for column in buffers]
         return _tree.unflatten(self.params, self.spec), self.rule.State(step, *columns)
 
     def _found_kinds(self) -> set[Any]:
         tensors = itertools.chain(self.params, *self._buffers)
         return {(type(x), _KIND(x)) for x in tensors}
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*map(torch.ravel, tensors)])
 
 
 def _form(leaf: Any) -> Any:
