@@ -92,7 +92,7 @@ def sample_tasks(characters: np.ndarray, count: int, options: Namespace, *seed: 
 class Learner(nn.Module):
     """What tasks share: the initialisation and, one per tensor, logs of inner learning rates."""
 
-    compiled = False  # whether the steps of the inner loop are
+    compiled = False  # whether steps that are differentiated are
 
     def __init__(self, row: Row, options: Namespace, pixels: int):
         super().__init__()
@@ -124,7 +124,7 @@ class Learner(nn.Module):
             hparams=hparams,
             steps=self.steps,
             adjoint=adjoint,
-            compile=self.compiled,
+            compile=self.compiled and adjoint is not None,
         ).params
 
     def train_from_scratch(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -120,7 +120,6 @@ class Call:
         metas = tuple((x.shape, x.dtype, x.device) for x in tensors)
         names = " of ".join(_NAMES[name] for name, _ in reversed(self.operators))
         what = f"{names} of {program.name}" if names else program.name
-        what += " and its derivative" if asked else ""
         scalars = [not x.dim() for x in tensors]
         return kept(
             (self.routine.key, self.operators, used, asked, metas),

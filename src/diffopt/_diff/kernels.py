@@ -360,7 +360,8 @@ class Kernel:
             function, backend=backend, fullgraph=True, dynamic=backend.dynamic
         )
         self.scalars, self.asked, self.replays = scalars, asked, backend.replays
-        self.what, self.failure, self.ran = what, "", False
+        self.what, self.failure = what, ""
+        self.announced = set[str]()
 
     def vectors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Its inputs: not views, whose bases torch.compile would watch."""
@@ -376,9 +377,9 @@ class Kernel:
             raise UnfitError(self.failure)
         _RUNNING.variant, hooked = None, _torch.saved_tensors_hooks_are_enabled()
         try:
-            with contextlib.nullcontext() if self.ran else announced(self.what):
+            with self._announced(self.what):
                 tree = self.compiled(function, inputs, extra)
-            variant, self.ran = _RUNNING.variant, True
+            variant = _RUNNING.variant
         except Exception as error:
             if hooked:  # torch leaves them disabled where it fails in a transform
                 _torch.enable_saved_tensors_hooks()
@@ -410,6 +411,13 @@ class Kernel:
         variant.halves = None
         return self(function, inputs, extra)
 
+    def _announced(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Where it runs: the first time torch.compile compiles it, which is announced."""
+        if what in self.announced:
+            return contextlib.nullcontext()
+        self.announced.add(what)
+        return announced(what)
+
     def _halved(self, run: Run) -> Halved | None:
         """The graph in halves, if it has them and they are compared with the rest."""
         if run.wires is None or self.asked is None or self.replays:
@@ -431,9 +439,9 @@ class Kernel:
             if not pairs:
                 return self._grads([None] * len(xs), given)
             ys, vectors = zip(*pairs, strict=True)
-            return self._grads(
-                torch.autograd.grad(ys, xs, vectors, retain_graph=retain, allow_unused=True), given
-            )
+            with self._announced(f"the derivative of {self.what}"):
+                grads = torch.autograd.grad(ys, xs, vectors, retain_graph=retain, allow_unused=True)
+            return self._grads(grads, given)
 
         return pull
 
