@@ -113,6 +113,21 @@ def test_a_keyword_that_a_function_lacks_is_explained(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("params", "given", "message"),
+    [
+        (PARAMS, {}, r"optimizer is None, .* such as diffopt\.adam\(\)"),
+        (PARAMS, {"optimizer": OPT}, r"hparams is None, .*optimizer\.hparams\("),
+        (PARAMS, {"optimizer": torch.optim.SGD([WEIGHT])}, r"diffopt\.optim\.to_pure"),
+        (NET, {"optimizer": OPT}, r"diffopt\.nn\.functionalize"),
+    ],
+    ids=["neither", "no-hparams", "torch-optimizer", "module"],
+)
+def test_what_is_missing_is_explained_after_what_is_wrong(params, given, message):
+    with pytest.raises(TypeError, match=message):
+        diffopt.minimize(torch.sum, params, steps=1, **given)
+
+
 def minimize_with(**keywords):
     return diffopt.minimize(torch.sum, PARAMS, optimizer=OPT, hparams=OPT.hparams(), **keywords)
 

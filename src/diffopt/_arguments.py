@@ -35,15 +35,21 @@ def explains_calls(make: Callable[P, R]) -> Callable[P, R]:
 
 
 def explains_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which explains keywords that it does not have: hyperparameters, or misspelt."""
-    names = [*inspect.signature(function).parameters]
+    """`function`, which explains keywords that it does not have: hyperparameters, or misspelt.
+
+    Required keywords that are missing are None: its checks say what to pass.
+    """
+    parameters = inspect.signature(function).parameters
+    names, call = [*parameters], cast(Callable[..., R], function)
+    required = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    absent = {p.name: None for p in required}
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in names:
                 raise TypeError(_wrong_keywords(function, names, args, kwargs))
-        return function(*args, **kwargs)
+        return call(*args, **{**absent, **kwargs})
 
     return called
 
