@@ -8,7 +8,8 @@ the initialisation that the inner loop starts from, by differentiating through t
 
 Seed 0, torch 2.13.0, accuracy on 400 tasks of unseen characters, with 95% intervals of about one
 point: untrained 80.7%, from scratch 81.3%, first-order MAML 89.9%, MAML 94.0%, with learned inner
-rates 93.2%.
+rates 93.2%. With --compile MAML reaches 93.9%, and a meta-step takes 46 ms of CPU time instead of
+66, after 75 s to compile a step and its derivative: it pays from 4,000 meta-steps on.
 """
 
 import math

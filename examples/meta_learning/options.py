@@ -50,7 +50,7 @@ def make_parser(rows: list[str]) -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", default=Path("runs/maml"), help="folder for results")
     add("--json", type=Path, metavar="FILE", help="write the final figures there, too")
     add("--device", default="cpu", help="where to compute, such as cuda")
-    add("--compile", action="store_true", help="compile the steps of the inner loop")
+    add("--compile", action="store_true", help="compile the steps of meta-training")
     add("--resume", action="store_true", help="go on with the run in --out where it was killed")
     return parser
 
