@@ -154,10 +154,15 @@ def too_large(value: Any) -> bool:
     return isinstance(value, (int, Fraction)) and abs(value) > sys.float_info.max
 
 
+def check_type(value: Any, kind: Any, name: str, what: str) -> None:
+    """Raise unless it is an instance of `kind`, a class or several, which `what` describes."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {_tree.describe(value)}, not {what}")
+
+
 def check_bool(value: Any, name: str) -> None:
     """Raise unless it is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is {_tree.describe(value)}, not a bool")
+    check_type(value, bool, name, "a bool")
 
 
 def check_integer(value: Any, name: str, least: int, most: float = math.inf) -> None:

@@ -107,8 +107,7 @@ def functionalize(module: nn.Module) -> Functional:
         >>> buffers["running_mean"], model.buffers["running_mean"]
         (tensor([0.2000, 0.2000]), tensor([0., 0.]))
     """
-    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"module is {_tree.describe(module)}, not a torch.nn.Module")
+    _arguments.check_type(module, nn.Module, "module", "a torch.nn.Module")
     parts = _parts(module)
     _refuse_kinds(parts)
     parameters, others = _places(parts)
@@ -340,8 +339,7 @@ def decay_mask(module: nn.Module) -> dict[str, bool]:
         >>> params = dict(model.named_parameters())
         >>> params, state = opt.update(params, params, opt.init(params), hp)
     """
-    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"module is {_tree.describe(module)}, not a torch.nn.Module")
+    _arguments.check_type(module, nn.Module, "module", "a torch.nn.Module")
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     return {name: _decays(module, name) for name in trained}
 

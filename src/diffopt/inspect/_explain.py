@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _tree
+from diffopt._arguments import check_type
 from diffopt._tree import Tree
 from diffopt.adjoint import (
     Adjoint,
@@ -124,8 +125,7 @@ def explain(
         raise TypeError(
             f"trace is {_tree.shown(trace)}, not a Trace: pass the one that the loop was run with"
         )
-    if outer is not None and not isinstance(outer, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"outer is {_tree.describe(outer)}, not the tensor that is differentiated")
+    check_type(outer, (Tensor, type(None)), "outer", "the tensor that is differentiated")
     if outer is not None and not _modes.has_derivative(outer):
         raise ValueError(f"outer has dtype {outer.dtype}, which has no derivative")
     inputs = _tree.plain(inputs)

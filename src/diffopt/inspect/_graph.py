@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from diffopt import _modes, _tree
+from diffopt._arguments import check_type
 from diffopt._tree import Tree
 from diffopt.inspect import _plots
 from diffopt.inspect._run import Region, region_of
@@ -205,8 +206,7 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
         lr    -> steps 0-3
         decay -> nothing
     """
-    if not isinstance(outer, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"outer is {_tree.describe(outer)}, not the tensor that is differentiated")
+    check_type(outer, Tensor, "outer", "the tensor that is differentiated")
     if _modes.transformed():
         raise RuntimeError("graph() requires autograd: torch.func transforms hide their graphs")
     if not outer.requires_grad:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffopt import _modes, _tree
+from diffopt._arguments import check_type
 from diffopt._rule import hyper, running
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import zero_for
@@ -192,8 +193,7 @@ def _values(
 
 def names_in(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:
     """The names in a module of the parameters of each group; raises for one that is not there."""
-    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"module is {_tree.describe(module)}, not a torch.nn.Module")
+    check_type(module, nn.Module, "module", "a torch.nn.Module")
     known = {id(p): name for name, p in module.named_parameters()}
     for i, group in enumerate(optimizer.param_groups):
         for j, param in enumerate(group["params"]):

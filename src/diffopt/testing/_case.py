@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _tree
-from diffopt._arguments import check_bool, check_function
+from diffopt._arguments import check_bool, check_function, check_type
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt._tree import Tree
@@ -65,9 +65,8 @@ class Case:
     def _check(self) -> None:
         """Raise where an argument is not of its kind."""
         check_optimizer(self.optimizer, "optimizer")
-        if not isinstance(self.hparams, (Mapping, tuple)):  # pyright: ignore[reportUnnecessaryIsInstance] (of users)
-            found = _tree.describe(self.hparams)
-            raise TypeError(f"hparams is {found}, not a dict of keywords or a tuple of records")
+        what = "a dict of keywords or a tuple of records"
+        check_type(self.hparams, (Mapping, tuple), "hparams", what)
         check_function(self.reference, "reference", optional=True)
         check_function(self.frozen, "frozen", optional=True)
         check_bool(self.elementwise, "elementwise")
