@@ -51,7 +51,7 @@ class Options:
         own = optimizer.rule.__module__.startswith("diffopt.")  # a user's may look at anything
         self.constant = own and all(map(constant, given.values()))
         self.given = given if self.constant else {}  # which users may let go
-        self.ranged = self.constant and self._in_range(self.values, itertools.repeat(self))
+        self.in_range = self._in_range(self.values, itertools.repeat(self))
 
     def check(self, where: str) -> None:
         """Raise for a number out of its range with which no step can be computed.
@@ -59,7 +59,7 @@ class Options:
         As in torch, others are taken: schedules may leave the ranges that constructors check.
         Classes that torch does not have are strict: they take none.
         """
-        if self._in_range(self.values, itertools.repeat(self)):
+        if self.in_range:
             return
         record = self.opt.hparams
         defaults = [getattr(record(), field.name) for field in hyper.FIELDS[record]]
@@ -93,7 +93,7 @@ class Options:
     def _renewed(self, group: Group, given: Group) -> Options | None:
         """The same but for numbers; None if one is out of its range, which is for `check`."""
         values = values_of(self.opt, group)
-        if not (self.ranged and self._in_range(values, self.values)):
+        if not (self.in_range and self._in_range(values, self.values)):
             return None
         other = object.__new__(Options)
         vars(other).update(vars(self), values=values, given=given)
