@@ -93,7 +93,7 @@ class Partition(Value, Optimizer[Parts, Parts]):
         return leaves.tree(new_params), new_state
 
     def prepare_(self, params: Tree, grads: Tree, state: Parts, hparams: Parts) -> Write:
-        leaves = gather(params, grads, writable=True, sparse=True)
+        leaves = gather(params, grads, sparse=True)
         parts = self._parts(leaves, params, state, hparams)
         read = {"grads": grads, "hparams": hparams}  # by one part, where another may have written
         check_apart({"params": params, "state": state}, read, len(leaves.params))
