@@ -22,7 +22,7 @@ from diffopt.optim._compositions import TreeOptimizer
 from diffopt.optim._groups import Group, name_of, options, values_of, with_betas
 from diffopt.optim._own import LeafwiseOptimizer
 from diffopt.optim._plan import filled
-from diffopt.optim.lbfgs import LBFGS
+from diffopt.optim.lbfgs import LBFGS, PAIRS
 from diffopt.optimizer import Optimizer, check_optimizer, copy_
 from diffopt.rules.lbfgs import LBFGSState, flat, lbfgs
 from diffopt.rules.sparse_adam import sparse_adam
@@ -248,7 +248,7 @@ def _lbfgs_to_pure(optimizer: torch.optim.Optimizer, names: list[list[str]] | No
     params = copied(_tree_of(optimizer.param_groups, names))
     state, row = opt.init(params), optimizer.state.get(group["params"][0], {})
     if row.get("n_iter"):
-        for name in ("old_dirs", "old_stps", "ro") if row["old_dirs"] else ():
+        for name in PAIRS if row["old_dirs"] else ():
             rows = row[name][-opt.history_size :]  # which may have been lowered
             kept = torch.stack([torch.as_tensor(x) for x in rows])
             getattr(state, name)[-len(kept) :] = kept
@@ -337,7 +337,7 @@ def _restore_lbfgs_(optimizer: torch.optim.Optimizer, old: LBFGSState, new: LBFG
         return
     params = optimizer.param_groups[0]["params"]
     row, dtype = optimizer.state[params[0]], flat(p.new_empty(0) for p in params).dtype
-    kept = {name: getattr(new, name)[new.ro != 0] for name in ("old_dirs", "old_stps", "ro")}
+    kept = {name: getattr(new, name)[new.ro != 0] for name in PAIRS}
     vectors = {"d": new.prev_flat_step, "prev_flat_grad": new.prev_flat_grad, "H_diag": new.H_diag}
     tensors = _tree.map_tensors(lambda x: x.detach().to(dtype, copy=True), vectors | kept)
     row.update(tensors | {name: [*tensors[name]] for name in kept})

@@ -16,8 +16,8 @@ from diffopt.optim._groups import is_number, plain_number
 from diffopt.rules._line_search import Point, strong_wolfe
 from diffopt.rules.lbfgs import LEAST_CURVATURE, curvature, direction, first_length, flat
 
-_LISTS = ("old_dirs", "old_stps", "ro")
-_MEMORY = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
+PAIRS = ("old_dirs", "old_stps", "ro")  # one entry for each pair that is kept
+_MEMORY = ("d", "t", *PAIRS, "H_diag", "prev_flat_grad", "prev_loss")
 
 
 class LBFGS(Checkpoints, torch.optim.LBFGS):
@@ -128,10 +128,10 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
             return
         if missing := [key for key in _MEMORY if key not in row]:
             raise ValueError(f"the state of {name} has {sorted(row)}, but no {missing[0]}")
-        lengths = {key: len(row[key]) for key in _LISTS if isinstance(row[key], list)}
-        if len(lengths) < len(_LISTS) or len(set(lengths.values())) > 1:
+        lengths = {key: len(row[key]) for key in PAIRS if isinstance(row[key], list)}
+        if len(lengths) < len(PAIRS) or len(set(lengths.values())) > 1:
             raise ValueError(
-                f"{', '.join(_LISTS)} of {name} must be lists of the same length, but have lengths "
+                f"{', '.join(PAIRS)} of {name} must be lists of the same length, but have lengths "
                 f"{lengths}"
             )
         for key in ("d", "prev_flat_grad", "old_dirs", "old_stps"):
@@ -242,7 +242,7 @@ class _Run:
         ys = y.dot(s)
         if ys > LEAST_CURVATURE:
             ro, memory["H_diag"] = curvature(ys, y.dot(y))
-            for name, new in (("old_dirs", y), ("old_stps", s), ("ro", ro)):
+            for name, new in zip(PAIRS, (y, s, ro), strict=True):
                 rows = [*memory[name], new]
                 memory[name] = rows[max(0, len(rows) - size) :]
         rows = memory["old_dirs"], memory["old_stps"], memory["ro"]
