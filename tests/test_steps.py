@@ -1,6 +1,7 @@
 """A loop does once what is the same for all its steps, and still sees what differs between them."""
 
 import itertools
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -212,6 +213,32 @@ def test_neither_arguments_nor_results_share_memory_with_a_gradient(rule):
     new = opt.update(START, grads, opt.init(START), opt.hparams(**numbers))
     given = {x.data_ptr() for x in grads.values()}
     assert given.isdisjoint(x.data_ptr() for x in torch.utils._pytree.tree_leaves(new))
+
+
+class LastState(NamedTuple):
+    step: Any
+    grad: Any
+
+
+class Last(diffopt.rules.Leafwise):
+    """Its state is the last gradient."""
+
+    State = LastState
+    hparams = diffopt.sgd(momentum=False).hparams
+
+    def rule(self, p, g, s, hp, c):
+        return p - hp.lr * g, LastState(s.step, g)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_state_shares_no_memory_with_a_gradient_in_any_dtype_and_shape(ours, dtype, shape):
+    opt = diffopt.sgd() if ours else Last()
+    params, grads = ([torch.ones(shape, dtype=dtype)] for _ in range(2))
+    _, state = opt.update(params, grads, opt.init(params), opt.hparams(lr=0.1))
+    grads[0].zero_()
+    assert state[1][0].eq(1).all()
 
 
 class Linear(torch.autograd.Function):

@@ -55,6 +55,11 @@ def copy(x: Leaf) -> Leaf:
     return x.clone() if isinstance(x, Tensor) else 1 * x
 
 
+def kept(grad: Leaf) -> Leaf:
+    """The gradient itself as a part of the state: who runs the rule copies what a caller gets."""
+    return grad if isinstance(grad, Tensor) else 1 * grad
+
+
 def _varies(coefficient: Any) -> bool:
     """Whether plain arithmetic is needed."""
     return type(coefficient) is not float and isinstance(coefficient, _TENSORS)

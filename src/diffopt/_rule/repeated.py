@@ -64,6 +64,7 @@ class Repeated:
         # Where a rule has many operations and autograd records them, small tensors are updated as
         # one vector: then each column of the buffers holds one, and this that of the params.
         self._vector: list[Any] = []
+        self._grads: Sequence[Any] = ()
         self._joinable = self._can_join(leaves)
 
     @classmethod
@@ -169,12 +170,15 @@ class Repeated:
         self._keep(new, columns[1])
 
     def _keep(self, new: list[Any], grads: Sequence[Any]) -> None:
-        params, *buffers = (column and parts.apart(column, grads) for column in new)
+        if not self._ours:
+            new = [column and parts.apart(column, grads) for column in new]
+        params, *buffers = new
         if self._vector:
             self._vector, params = params, self._split(params)
         self.params = params
         self.apart = self._ours  # others may return a parameter as it is
         self._buffers = [() if not c or unused(c[0]) else c for c in buffers]
+        self._grads = grads  # which may stand in buffers
 
     def _differentiated(self, columns: list[Any], leaves: list[Any]) -> bool:
         """`_modes.differentiated`, where no transform is active."""
@@ -195,7 +199,7 @@ class Repeated:
                 (), self._t, dtype=_modes.exact_dtype(count.device), device=count.device
             )
         step = step if count.dtype in WORKING_DTYPE else step.to(count.dtype)
-        buffers = self._buffers
+        buffers = [column and parts.apart(column, self._grads) for column in self._buffers]
         if self._vector:
             buffers = [column and self._split(column) for column in buffers]
         columns = [column and _tree.unflatten(column, self.spec) for column in buffers]

@@ -135,7 +135,8 @@ def apply(
     dtype, wide = widest(columns), columns[0].dtype if widen else None
     if columns[1] is None:
         return _raised(rule, numbers, columns, dtype, wide)
-    new = run(rule, numbers, [enter(column, dtype) for column in columns])
+    given = [enter(column, dtype) for column in columns]
+    new = [x.clone() if x is given[1] else x for x in run(rule, numbers, given)]
     return [leave(x, old, wide) for x, old in zip(new, written(columns), strict=True)]
 
 
