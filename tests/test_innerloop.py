@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diffopt
 from diffopt import transforms
+from diffopt._rule import leafwise
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(6, 2)
 Y = X.sin().sum(1, keepdim=True)
@@ -429,6 +430,61 @@ def test_without_a_graph_values_are_the_same_and_nothing_is_kept(ambient):
     with pytest.raises(IndexError, match="only the parameters after the last step, 5, are kept"):
         inner.params(2)
     assert [*inner.params()] == [*inner.params(5)] == [*dict(net.named_parameters())]
+
+
+def clamped(fnet, inner):
+    for p in fnet.parameters():
+        p.data.clamp_(-0.2, 0.2)  # of which no version tells
+
+
+def halved(fnet, inner):
+    with torch.no_grad():
+        for x in inner.state.exp_avg.values():
+            x.mul_(0.5)
+
+
+def replaced(fnet, inner):
+    double = {name: 2 * x for name, x in inner.state.exp_avg.items()}
+    inner.state = inner.state._replace(exp_avg=double)
+
+
+def doubled(fnet, inner):
+    inner.grad_callback = lambda grads: {name: 2 * g for name, g in grads.items()}
+
+
+@pytest.mark.parametrize("track_graph", [True, False])
+@pytest.mark.parametrize("interfere", [clamped, halved, replaced, doubled])
+def test_what_changes_between_steps_is_seen_by_the_next(interfere, track_graph):
+    ends, lr = [], leaf(0.1)
+    for repeats in (True, False):
+        net, opt = mlp(), diffopt.adam()
+        hp = opt.hparams(lr=lr)
+        with diffopt.innerloop(net, opt, hparams=hp, track_graph=track_graph) as (fnet, inner):
+            inner._repeats = repeats
+            for t in range(6):
+                inner.step(loss_of(fnet))
+                if t == 3:
+                    interfere(fnet, inner)
+        ends.append([*inner.params().values(), *inner.state.exp_avg_sq.values()])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
+def test_a_state_that_is_read_without_a_graph_keeps_its_own():
+    net, opt = mlp(), diffopt.adam()
+    with diffopt.innerloop(net, opt, hparams=opt.hparams(lr=leaf(0.1))) as (fnet, inner):
+        for _ in range(3):
+            inner.step(loss_of(fnet))
+        with torch.no_grad():
+            state = inner.state
+    assert all(x.requires_grad for x in state.exp_avg.values())
+    assert inner.state is state
+
+
+def test_arguments_of_steps_are_gathered_once(monkeypatch):
+    calls, gather = [], leafwise.gather
+    monkeypatch.setattr(leafwise, "gather", lambda *a, **k: calls.append(1) or gather(*a, **k))
+    adapted(mlp(), diffopt.adam(), steps=5)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("library", [torch.optim, diffopt.optim])

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffopt import _modes, _replica, _torch, _tree
 from diffopt._arguments import check_bool, check_function, explains_keywords
 from diffopt._diff import functions, repairs
+from diffopt._diff.gradient import plain_gradients
 from diffopt._diff.lacking import Explained
 from diffopt.nn import Functional, functionalize
 from diffopt.optim._groups import overridden
@@ -146,7 +147,6 @@ class InnerLoop:
         steps: the number of steps taken.
         losses: the loss of each step, detached.
         optimizer: the pure optimizer.
-        state: its state after the last step.
         hparams: the hyperparameters, or the function of the step that returns them.
         first_order: as given to `innerloop`; may be set between steps.
         grad_callback: as given to `innerloop`; may be set between steps.
@@ -157,7 +157,6 @@ class InnerLoop:
     steps: int
     losses: list[Tensor]
     optimizer: Optimizer[Any, Any]
-    state: Any
     hparams: Any
     first_order: bool
     grad_callback: Callable[[Gradients], Gradients] | None
@@ -174,6 +173,7 @@ class InnerLoop:
         track_graph: bool,
     ) -> None:
         self.optimizer, self.state, self.hparams = source.optimizer, source.state, source.hparams
+        self._repeats = True  # until an update must be checked
         self.first_order, self.track_graph, self.ended = False, track_graph, False
         self.grad_callback = None
         self.steps = 0
@@ -222,12 +222,24 @@ class InnerLoop:
         params, moved = self._owned()
         grads = dict.fromkeys(params) | self._called_back(self._gradients(loss, moved))
         with torch.set_grad_enabled(self.track_graph):
-            new, state = self.optimizer.update(params, grads, self.state, record)
+            new = self._updated(params, grads, record)
         self._put(self._params[-1] | {name: new[name] for name in moved})
         self._used |= {name for name, grad in grads.items() if grad is not None}
-        self.state = state
         self.losses.append(loss.detach())
         self.steps += 1
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's state after the last step; may be set between steps."""
+        if self._updates is not None:
+            with torch.set_grad_enabled(self.track_graph):
+                self.state = self._updates.trees()[1]
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        # Whoever has it may write to it: the next step gathers it again.
+        self._state, self._updates = state, None
 
     def params(self, t: int = -1) -> dict[str, Tensor]:
         """The trainable parameters of the copy by name, after `t` steps; after the last by default.
@@ -278,8 +290,10 @@ class InnerLoop:
 
     def _owned(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The parameters that the optimizer has, in the order of its state; those not frozen."""
-        every = dict(self._module.named_parameters()) | self._params[-1]
-        owned = {name: every[name] for name in itertools.chain(*self._source.owners)}
+        names, every = [*itertools.chain(*self._source.owners)], self._params[-1]
+        if not every.keys() >= {*names}:  # some are frozen
+            every = dict(self._module.named_parameters()) | every
+        owned = {name: every[name] for name in names}
         moved = {k: p for k, p in owned.items() if k in self._params[-1] and p.requires_grad}
         return owned, moved
 
@@ -297,12 +311,8 @@ class InnerLoop:
         second = self.track_graph and not self.first_order
         with Explained():
             repairs.mend_graph(loss, self._firsts[-1])
-            found: Any = torch.autograd.grad(
-                loss,
-                [*params.values()],
-                create_graph=second,
-                retain_graph=self.track_graph,
-                allow_unused=True,
+            found = plain_gradients(
+                loss, [*params.values()], create_graph=second, retain=self.track_graph
             )
         if all(grad is None for grad in found):
             raise ValueError(
@@ -310,6 +320,21 @@ class InnerLoop:
                 "compute it with the module that innerloop returned, after the last step"
             )
         return dict(zip(params, found, strict=True))
+
+    def _updated(
+        self, params: dict[str, Tensor], grads: Gradients, record: Any
+    ) -> dict[str, Tensor]:
+        """The params after an update, which also changes the state."""
+        own = self.grad_callback is None and not _modes.observed()
+        if own and self._repeats:  # then what is the same for all steps is done once
+            updates = self._updates or self.optimizer.repeated(params, self.state, record)
+            aliases = [*params.values()]
+            if updates and updates.update([*grads.values()], record, params=aliases):
+                self._updates = updates
+                return dict(zip(params, updates.params, strict=True))
+            self._repeats = False
+        params, self.state = self.optimizer.update(params, grads, self.state, record)
+        return params
 
     def _check_same(self) -> None:
         """Raise if the copy has parameters that no step would move."""

@@ -138,21 +138,25 @@ def leaf_gradients(
         if unknown:
             needed = any(id(leaf) not in own for leaf in graph_leaves((value, aux)))
         create_graph = needed or (create_graph and forward)
-        if _modes.ordinary(value):
-            one = torch.ones_like(value)
-            found = _torch.gradient(
-                value, aliases, one, create_graph=create_graph, retain=create_graph
-            )
-        else:
-            found = torch.autograd.grad(
-                value, aliases, create_graph=create_graph, allow_unused=True
-            )
+        found = plain_gradients(value, aliases, create_graph=create_graph, retain=create_graph)
     if create_graph and not needed:  # there are tangents, which `detach` would drop
         with torch.no_grad():
             value, aux, found = _tree.clone((value, aux, found))
     elif not needed:
         value, aux = value.detach(), _tree.detach(aux)
     return value, aux, _dependent(found)
+
+
+def plain_gradients(
+    value: Tensor, leaves: Sequence[Tensor], *, create_graph: bool, retain: bool
+) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` of a 0-d tensor; None for a leaf that it does not depend on."""
+    if not _modes.ordinary(value):
+        return torch.autograd.grad(
+            value, leaves, create_graph=create_graph, retain_graph=retain, allow_unused=True
+        )
+    one = torch.ones_like(value)
+    return _torch.gradient(value, leaves, one, create_graph=create_graph, retain=retain)
 
 
 def _dependent(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -84,8 +84,13 @@ class Repeated:
         dense = all(map(Tensor.is_contiguous, self.params))
         return elementwise and alike and small and dense and len(self.params) > 1
 
-    def update(self, grads: Sequence[Any], hparams: Any) -> bool:
-        """Take a step; False, with nothing done, where one of these must be checked."""
+    def update(
+        self, grads: Sequence[Any], hparams: Any, *, params: list[Tensor] | None = None
+    ) -> bool:
+        """Take a step; False, with nothing done, where one of these must be checked.
+
+        `params` are aliases of the params, where others may have written to them.
+        """
         known = hparams is self._same
         leaves = self._leaves
         if not known:
@@ -96,6 +101,8 @@ class Repeated:
             return False
         self._t = self._t + 1 if isinstance(self._t, Tensor) else float(self._t + 1)
         first = _torch.next_node()
+        if params is not None:
+            self.params, self._vector = params, self._vector and [_joined(params)]
         columns: list[Any] = [self.params, [*grads], *self._buffers]
         if self._vector:
             columns[:2] = self._vector, [_joined(grads)]

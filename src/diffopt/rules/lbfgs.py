@@ -342,8 +342,15 @@ class _Repeated:
         self.params, self.spec = problem.params, problem.spec
         self._state, self._like = state, like
 
-    def update(self, grads: Sequence[Any], hparams: LBFGSHParams) -> bool:
+    def update(
+        self,
+        grads: Sequence[Any],
+        hparams: LBFGSHParams,
+        *,
+        params: list[Tensor] | None = None,
+    ) -> bool:
         """Take a step; False, with nothing done, where the gradients must be checked."""
+        self.params = params or self.params
         if not _modes.all_ordinary(grads) or any(g.layout is not torch.strided for g in grads):
             return False
         _check_hparams(hparams, self.params, self._like)
