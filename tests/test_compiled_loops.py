@@ -1,6 +1,7 @@
 """Compiled loops: right or eager, with a warning; compiled once for every T, rate and data."""
 
 import contextlib
+import contextvars
 import functools
 import itertools
 import os
@@ -307,6 +308,63 @@ def test_a_kernel_that_computes_wrong_values_is_not_used(spoil, traceless):
     runs = backend.runs
     by_autograd(outer, *problem())
     assert backend.runs == runs  # never again
+
+
+MISLED = contextvars.ContextVar("misled", default=False)
+
+
+def misled(graph, inputs, **_):
+    """A backend that tells a loss when it runs compiled."""
+    return lambda *args: contextvars.copy_context().run(lambda: MISLED.set(True) and graph(*args))
+
+
+def wrongly(x):
+    """The same values, with a wrong derivative where it runs compiled."""
+    return 1.5 * x - 0.5 * x.detach() if MISLED.get() else x
+
+
+@pytest.mark.parametrize("adjoint", [None, *ADJOINTS, Checkpointed(graph="step")], ids=repr)
+@pytest.mark.parametrize("way", [by_autograd, over_tasks])
+def test_a_wrong_term_that_zeros_hide_in_the_first_steps_is_noticed(way, adjoint, traceless):
+    traceless["backend"] = misled
+
+    def hiding(params, x, y, decay):
+        hidden = wrongly(torch.tanh(x @ params["a"] + params["b"]))
+        return (((hidden @ params["c"]) * params["gate"] - y) ** 2).mean() + decay
+
+    def derivatives(compile, start):
+        params, *rest = problem()
+        params |= {"c": start * params["c"], "gate": torch.full((), start).double()}
+        outer = meta_loss(diffopt.sgd(), adjoint, compile, loss=hiding)
+        return way(outer, params, *rest)
+
+    if isinstance(adjoint, ForwardMode) and way is over_tasks:
+        pytest.skip("is not compiled")
+    with pytest.warns(UserWarning, match="computes wrong values"):
+        same(derivatives(traceless, 0.0), derivatives(False, 0.0))
+    same(derivatives(traceless, 0.5), derivatives(False, 0.5))
+
+
+@pytest.mark.slow
+def test_each_graph_is_compared_whatever_others_depend_on():
+    scaled = []
+
+    def objective(w, x):
+        factor = x.sum() if scaled else 1.0
+        wrong = 1.01 if scaled and torch.compiler.is_compiling() else 1.0
+        return wrong * factor * (w**2).sum()
+
+    def end(compile):
+        opt, w = PLAIN, torch.tensor([1.0, 2.0]).double()
+        hp, x = opt.hparams(lr=0.1), torch.ones(2).double()
+        return diffopt.minimize(
+            objective, w, x, optimizer=opt, hparams=hp, steps=2, compile=compile
+        ).params
+
+    same(end(EAGER), end(False))
+    scaled.append(True)
+    with pytest.warns(UserWarning, match="computes wrong values"):
+        same(end(EAGER), end(False))
 
 
 @pytest.mark.slow
