@@ -26,7 +26,8 @@ from diffopt._diff.unmodified import Captured
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, FirstOrder, GradientStep, Implicit, Truncated, Unrolled
-from diffopt.adjoint._base import all_done, check_adjoint, compiler_of
+from diffopt.adjoint._base import all_done, check_adjoint, compiler_of, is_compiled
+from diffopt.adjoint._steps import taken
 from diffopt.optimizer import Optimizer, check_optimizer
 
 Callback: TypeAlias = Callable[[int, Tensor, Tree, Any], object]
@@ -176,22 +177,23 @@ def minimize(
     carry = (params, state, buffers if stateful else ())
     constant, own = ((), of_step) if callable(hparams) else (hparams, None)
     arguments = (constant, args)
-    xs = _xs(steps, batches, own)
+    same = batches is None and own is None
+    xs = itertools.repeat((None, ()), steps or 0) if same else _xs(steps, batches, own)
     if compiler and own is None and isinstance(batches, (Tensor, list, tuple, type(None))):
         xs = list(xs)  # no code of the user's runs between the steps, which may run at once
-    taken = None
+    count = None
     watch = None if callback is None else _Watch(callback)
     once = _runs_once(adjoint)
     ends = once or (type(adjoint) is Implicit and watch is None)
     if (tol is not None and not _modes.compiling() and not ends) or (watch and not once):
-        xs, taken = _until_done(step, carry, arguments, xs, watch)
+        xs, count = _until_done(step, carry, arguments, xs, watch)
     if watch and once:
         step = _WatchedStep(**vars(step), watch=watch)
         xs = watch.until_stopped(xs)
     carry, outputs = adjoint.run(step, carry, arguments, xs)
-    if outputs and taken is None and all_done(outputs[-1]):
-        taken = len(outputs) - 1
-    outputs = outputs[:taken]
+    if outputs and count is None and all_done(outputs[-1]):
+        count = len(outputs) - 1
+    outputs = outputs[:count]
     losses = torch.stack([value for value, _, _ in outputs]) if outputs else torch.empty(0)
     aux = [aux for _, aux, _ in outputs] if has_aux else []
     return Solution(carry[0], carry[1], losses, aux, carry[2], _steps(outputs))
@@ -220,6 +222,11 @@ def _until_done(
         used.append(x)
         if watch is not None:
             watch(carry, output)
+        elif is_compiled(step) and isinstance(xs, list):
+            with torch.no_grad():
+                outputs = taken(step, carry, args, xs[1:])[1]
+            used += xs[1 : len(outputs) + 1 - bool(outputs and all_done(outputs[-1]))]
+            break
     captured.check()
     ambient.restore()
     return used or idle, len(used)

@@ -86,6 +86,8 @@ class Call:
             if run.variant.facts == seen:
                 break
             known[0] = run.variant.facts
+        if run.pull and kernel.replays:  # comparisons have overwritten what it needs
+            run = self._run(kernel, tensors, seen.used)
         self._note(run)
         return Done(run.results, run.pull, None if tests else kernel.again(run))
 

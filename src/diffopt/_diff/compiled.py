@@ -13,7 +13,7 @@ from diffopt import _modes, _torch
 from diffopt._diff.calls import Drawn, UnevenError
 from diffopt._diff.kernels import UnfitError
 from diffopt._diff.series import Pushforward, Series
-from diffopt._diff.tasks import Joint, Program, Routine, Task, routine_of
+from diffopt._diff.tasks import Joint, Program, Routine, Task, for_each, routine_of
 from diffopt._tree import Tree
 
 
@@ -37,7 +37,11 @@ class Compiler(Program):
         return routine.finished(zip(results, series.differentiable(), strict=True))
 
     def loop(
-        self, task: Task, xs: Sequence[Any], eagerly: Callable[[], tuple[Tree, list[Any]]]
+        self,
+        task: Task,
+        xs: Sequence[Any],
+        eagerly: Callable[[], tuple[Tree, list[Any]]],
+        ends: bool,
     ) -> tuple[Tree, list[Any]]:
         """The last carry and the outputs of a step for each of the xs, the last of its inputs.
 
@@ -45,19 +49,21 @@ class Compiler(Program):
             task: the first step.
             xs: the last of the inputs of each step.
             eagerly: takes the steps one by one, for where they cannot be run together.
+            ends: whether the loop ends with the first step whose last result, a flag, is set.
         """
         if self.gave_up or _modes.compiling() or _modes.intercepted():
             return eagerly()
         routine, tensors, numbering = routine_of(self, task)
-        pairs = [numbering.element(x) for x in xs]
-        if not all(element.like(routine.element) for _, element in pairs):
+        pairs = for_each(numbering.element, xs)
+        elements = [element for _, element in pairs]
+        if not all(element.like(routine.element) for element in {*elements}):
             return eagerly()
         more = [x for tensors, _ in pairs for x in tensors]
         each = routine.count - routine.split
         needed = [*map(_modes.needs_gradient, more)]
         routine.needed[routine.split :] = [any(needed[i::each]) for i in range(each)]
         needed = [*routine.needed[: routine.split], *needed]
-        series = _series(routine, [element for _, element in pairs], needed)
+        series = _series(routine, elements, needed, ends)
         routine.facts.carry = Joint.of(task.inputs[0])
         try:
             _refuse_forward_mode()
@@ -95,8 +101,8 @@ class Compiler(Program):
         if self.gave_up or _modes.intercepted():
             return None
         routine, tensors, numbering = routine_of(self, task)
-        pairs = [numbering.element(x) for x in xs]
-        if not all(element.like(routine.element) for _, element in pairs):
+        pairs = for_each(numbering.element, xs)
+        if not all(element.like(routine.element) for element in {element for _, element in pairs}):
             return None
         routine.facts.carry = Joint.of(task.inputs[0]) if len(pairs) > 1 else None
         rows = [directions[i] for i in routine.head.places]
@@ -116,10 +122,12 @@ class Compiler(Program):
             return None
 
 
-def _series(routine: Routine, elements: Sequence[Joint], needed: Sequence[bool]) -> Series:
+def _series(
+    routine: Routine, elements: list[Joint], needed: Sequence[bool], ends: bool = False
+) -> Series:
     """The steps, one for each element."""
     keep = torch.is_grad_enabled() and any(routine.needed)
-    return Series(routine, tuple(elements), tuple(needed), keep)
+    return Series(routine, elements, tuple(needed), keep, ends)
 
 
 def _refuse_forward_mode() -> None:

@@ -51,17 +51,19 @@ class Series(Applied):
 
     Attributes:
         step: one of them, the first.
-        elements: how each step joins its x.
+        elements: how each step joins its x. A run drops those after its end.
         needed: which of its inputs need a gradient.
         keep: whether it keeps what derivatives need.
+        ends: whether it ends with the first step whose last result, a flag, is set.
         operators: what is made of it: see `kernels`.
         kept: what the last run has kept.
     """
 
     step: Routine
-    elements: tuple[Joint, ...]
+    elements: list[Joint]
     needed: tuple[bool, ...]
     keep: bool = False
+    ends: bool = False
     operators: tuple[Operator, ...] = ()
     kept: list[Kept] = field(default_factory=list[Kept])
 
@@ -77,7 +79,7 @@ class Series(Applied):
     @property
     def count(self) -> int:
         """How many inputs it has."""
-        return self.routine.split + self.each * len(self.elements)
+        return len(self.needed)
 
     @property
     def outputs(self) -> int:
@@ -91,13 +93,10 @@ class Series(Applied):
         """The carry, what needs a gradient, and the xs of all steps if one is."""
         routine, split, each = self.routine, self.routine.split, self.each
         some = [any(own[split + i : self.count : each]) for i in range(each)]
-        needed = [*routine.needed[:split], *routine.needed[split:] * len(self.elements)]
-        return [
-            i
-            for i in range(self.count)
-            if not own[i]
-            and (i < routine.steady or needed[i] or (i >= split and some[(i - split) % each]))
-        ]
+        first = [i < routine.steady or need for i, need in enumerate(routine.needed[:split])]
+        of_x = map(operator.or_, routine.needed[split:], some)
+        spread = zip(own, itertools.chain(first, itertools.cycle(of_x)), strict=False)
+        return [i for i, (has, needs) in enumerate(spread) if needs and not has]
 
     def differentiable(self) -> list[bool]:
         steady, split = self.routine.steady, self.routine.split
@@ -155,6 +154,9 @@ class Series(Applied):
             carry = found[: self.routine.steady]
             results += found[self.routine.steady :]
             pulls += [] if pull is None else [pull]
+            if self.ends and bool(found[-1].all()):
+                break
+        del self.elements[len(results) // max(1, self.outputs) :]
         results = [*carry, *results]
         versions = [*map(_torch.version, results)]
         return Kept(self.operators, outputs, results, versions, pulls)
@@ -194,7 +196,8 @@ class Series(Applied):
             carry, fixed = {i for i in reached if i < steady}, fixed | reached
         first = [i in carry for i in range(steady)]
         rest = [i in fixed for i in range(steady, split)]
-        return [*first, *rest, *itertools.chain(*reversed(xs))]
+        found = [*first, *rest, *itertools.chain(*reversed(xs))]
+        return [*found, *[False] * (self.count - len(found))]
 
     def _usual(self) -> frozenset[int] | None:
         """The outputs of a step whose cotangents the last derivative took; None to wait and see.
@@ -244,9 +247,9 @@ class Pullback(Applied):
             if any(x is not None for x in rest[i :: series.outputs])
         )
         wanted, there = step = routine.asked(routine.facts.seen, outputs)
-        whole = Asked(
-            (*wanted[:split], *wanted[split:] * steps), (*there[:steady], *there[steady:] * steps)
-        )
+        of_all = (*wanted[:split], *wanted[split:] * steps)
+        of_all += (False,) * (series.count - len(of_all))  # of steps after its end
+        whole = Asked(of_all, (*there[:steady], *there[steady:] * steps))
         return Pullback(series, frozenset(o for o in outputs if there[o]), step, whole)
 
     @property

@@ -6,7 +6,7 @@ import functools
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from diffopt._diff import functions
 from diffopt._diff.kernels import Asked, UnfitError, backend
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
+
+T = TypeVar("T")
 
 Used = tuple[bool, ...]
 """For each param whether the loss uses it, which a trace does not show; `()` before it is known."""
@@ -138,6 +140,16 @@ class Joint:
 
 def _same(x: Any, y: Any) -> bool:
     return x is y or (type(x) is type(y) in (bool, int, float, str) and x == y)
+
+
+def for_each(function: Callable[[Any], T], xs: Iterable[Any]) -> list[T]:
+    """Its results, computed once for each object."""
+    known: dict[int, T] = {}
+    values = list(xs)
+    for x in values:
+        if id(x) not in known:
+            known[id(x)] = function(x)
+    return [known[id(x)] for x in values]
 
 
 class Numbering:

@@ -14,7 +14,7 @@ from diffopt import _modes, _tree
 from diffopt._compiler import check_compile
 from diffopt._diff.compiled import CompiledStep, Compiler
 from diffopt._diff.gradient import HVP, value_and_grad
-from diffopt._diff.tasks import Task, identity
+from diffopt._diff.tasks import Task, for_each, identity
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer
 
@@ -158,7 +158,7 @@ class GradientStep:
     def elements(self, carry: Tree, xs: Iterable[Any]) -> list[Any]:
         """The last of the task's inputs, for each x."""
         like = _tree.leaves(carry)[0]
-        return [(_exact(own, like), batch) for own, batch in xs]
+        return for_each(lambda x: (_exact(x[0], like), x[1]), xs)
 
 
 def is_compiled(step: Step) -> bool:

@@ -113,17 +113,16 @@ def taken(
     """The last carry and the outputs of the steps.
 
     Compiled steps are run together if nothing else runs in between: no callback, no code of an
-    iterator, no look at a tolerance. Others are run by `eager`, which is `one_by_one` of the step
-    by default.
+    iterator. Others are run by `eager`, which is `one_by_one` of the step by default.
     """
     eager = functools.partial(eager or functools.partial(one_by_one, step), carry, args, xs)
     kinds = GradientStep, CompiledStep
     if not isinstance(step, kinds) or type(step) not in kinds:  # a subclass has code of its own
         return eager()
-    ends = isinstance(step, GradientStep) and step.tol is not None
-    if step.compiler is None or not isinstance(xs, list) or len(xs) < 2 or ends:
+    if step.compiler is None or not isinstance(xs, list) or len(xs) < 2:
         return eager()
-    return step.compiler.loop(step.task(carry, args, xs[0]), step.elements(carry, xs), eager)
+    ends = isinstance(step, GradientStep) and step.tol is not None
+    return step.compiler.loop(step.task(carry, args, xs[0]), step.elements(carry, xs), eager, ends)
 
 
 def _repeatable(step: Step) -> GradientStep | None:

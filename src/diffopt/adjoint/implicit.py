@@ -92,8 +92,9 @@ class Implicit(ImplicitDerivative, Adjoint):
         if not isinstance(self.solver, ConjugateGradient):
             who = f"Implicit with a {type(self.solver).__name__} (ConjugateGradient does)"
             checks.undistributed(carry[0], "params", who)
-        # With a tolerance no more of the xs are read than there are steps.
-        xs, again = (list(xs),) * 2 if step.tol is None else itertools.tee(xs)
+        # With a tolerance no more of an iterator are read than there are steps.
+        whole = step.tol is None or isinstance(xs, list)
+        xs, again = (list(xs),) * 2 if whole else itertools.tee(xs)
         end, outputs = Truncated(0).run(step, carry, args, xs)
         ended = len(outputs) > 1 and all_done(outputs[-1])
         xs = list(itertools.islice(again, len(outputs) - ended))

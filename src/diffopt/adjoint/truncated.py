@@ -12,7 +12,7 @@ import torch
 from diffopt import _modes, _tree
 from diffopt._arguments import check_integer
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, all_done, is_compiled
 from diffopt.adjoint._steps import Steps, taken
 
 
@@ -95,8 +95,8 @@ class Truncated(Adjoint):
 
 
 def _refuse_steps_not_taken(output: Any) -> None:
-    """Raise if an example of a batch was done before the last step of the loop."""
-    if _modes.holds_anywhere(output[2]):
+    """Raise if an example of a batch was done before the last step of the loop, and others not."""
+    if _modes.holds_anywhere(output[2]) and not all_done(output):
         raise ValueError(
             "under vmap, tol ends the examples after different numbers of steps, so the last steps "
             "of the loop, which Truncated differentiates, are not the last steps of each"
