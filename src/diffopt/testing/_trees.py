@@ -7,7 +7,6 @@ import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -232,13 +231,13 @@ def prefixes(draw: st.DrawFn, point: Point) -> tuple[Any, Any]:
         both = [cut(child, number) for child in children]
         return tuple(_tree.unflatten([pair[i] for pair in both], spec) for i in (0, 1))
 
-    def choose(field: hyper.Field, value: Any) -> SimpleNamespace:
+    def choose(field: hyper.Field, value: Any) -> tuple[Tree, Tree]:
         free = field.per_parameter and isinstance(value, (int, float))
-        short, long = cut(point.params, value) if free else (value, value)
-        return SimpleNamespace(short=short, long=long)  # as one leaf
+        return cut(point.params, value) if free else (value, value)
 
-    chosen = hyper.map_fields(choose, point.hparams)
-    return _tree.map(lambda c: c.short, chosen), _tree.map(lambda c: c.long, chosen)
+    pairs = hyper.map_fields(choose, point.hparams)
+    short, long = (hyper.map_fields(lambda _, pair, i=i: pair[i], pairs) for i in (0, 1))
+    return short, long
 
 
 def columns(point: Point, state: Any) -> list[list[Any]]:
