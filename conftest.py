@@ -63,10 +63,12 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Page | Non
     return Page.from_parent(parent, path=file_path) if file_path.suffix == ".md" else None
 
 
+gc.set_threshold(10_000)  # modules, tests and traces of torch.compile keep many objects
+
+
 def pytest_collection_finish() -> None:
-    """Leave modules and tests out of collections of garbage, and let these be rarer."""
+    """Leave modules and tests out of collections of garbage."""
     gc.freeze()
-    gc.set_threshold(10_000)  # traces of torch.compile keep many objects
 
 
 @functools.cache
