@@ -18,7 +18,6 @@ pytree = _torch.pytree
 
 Spec: TypeAlias = pytree.TreeSpec
 
-leaves: Callable[[Tree], list[Any]] = pytree.tree_leaves
 GetAttrKey = pytree.GetAttrKey
 register_node = pytree.register_pytree_node
 
@@ -44,6 +43,11 @@ def flatten(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> tuple[
         _KNOWN[key] = first, *rest[: _REMEMBERED - 1]
         _NODES[id(spec)] = node
     return values, spec
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves."""
+    return pytree.tree_leaves(tree) if _modes.compiling() else flatten(tree)[0]
 
 
 def _key(tree: Tree) -> tuple[Any, ...]:

@@ -48,7 +48,7 @@ class Captured:
         self.settled = self.writes = False
         self.names: set[str] = set()
         self.values: dict[_Path, Callable[[], Any]] = {}
-        if not _modes.compiling():
+        if functions and not _modes.compiling():
             self.names = _names_read(functions)
             self.writes = any(map(_writing, self.names))
             self.values = {k: _held(x) for k, x in _bound(functions, self.names).items()}
