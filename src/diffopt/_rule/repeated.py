@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _torch, _tree
+from diffopt import _modes, _tree
 from diffopt._rule import parts, running
 from diffopt._rule.rule import WORKING_DTYPE, is_ours, unused
 from diffopt._rule.work import Work
@@ -20,7 +20,6 @@ _KIND = operator.attrgetter("device", "dtype", "layout")  # in C: a step reads t
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _LAYOUT = operator.attrgetter("layout")
 
-_FEW = 3  # operations of a rule, which take no longer tensor by tensor
 _SMALL = 4096  # elements of a tensor, on average, which are copied in no time
 
 
@@ -61,8 +60,8 @@ class Repeated:
         self._leaves, self._record, self._same = leaves, None, None
         self._small = False  # whether tensor by tensor is known to be the fastest way
         self._names = [number.name for number in work.numbers]
-        # Where a rule has many operations and autograd records them, small tensors are updated as
-        # one vector: then each column of the buffers holds one, and this that of the params.
+        # Where autograd records a rule that is not brief, small tensors are updated as one vector:
+        # then each column of the buffers holds one, and this that of the params.
         self._vector: list[Any] = []
         self._grads: Sequence[Any] = ()
         self._joinable = self._can_join(leaves)
@@ -78,7 +77,7 @@ class Repeated:
 
     def _can_join(self, leaves: list[Any]) -> bool:
         """Whether the update of one vector gives the same, and copies of it cost little."""
-        elementwise = self._ours and self.rule.elementwise and self._as_is
+        elementwise = self._ours and self.rule.elementwise and self._as_is and not self.rule.brief
         alike = len(self._groups) == 1 and all(map(running.is_scalar, leaves))
         small = sum(map(Tensor.numel, self.params)) <= _SMALL * len(self.params)
         dense = all(map(Tensor.is_contiguous, self.params))
@@ -100,13 +99,14 @@ class Repeated:
         if not usual or (not self._ours and self._found_kinds() != self._kinds):
             return False
         self._t = self._t + 1 if isinstance(self._t, Tensor) else float(self._t + 1)
-        first = _torch.next_node()
         if params is not None:
             self.params, self._vector = params, self._vector and [_joined(params)]
         columns: list[Any] = [self.params, [*grads], *self._buffers]
-        if self._vector:
-            columns[:2] = self._vector, [_joined(grads)]
         differentiated = self._differentiated(columns, leaves)
+        if self._joinable and differentiated:
+            self._join()
+        if self._vector:
+            columns = [self._vector, [_joined(grads)], *self._buffers]
         if len(self._groups) > 1:
             self._update_groups(leaves, columns, differentiated)
         else:
@@ -121,8 +121,6 @@ class Repeated:
                     safe=self._ours and self._record is not None,
                 )
             self._keep(new, columns[1])
-            if self._joinable and _torch.next_node() - first > _FEW * len(self.params):
-                self._join()
         return True
 
     def _join(self) -> None:

@@ -55,6 +55,7 @@ class Rule(ABC, Generic[S, H]):
             in front, as one tensor.
         proportional: whether the step is proportional to the hyperparameter `lr`: the new parameter
             is `p + lr * d`, where the state and d do not depend on `lr`.
+        brief: whether `rule` is so short that one vector is not updated faster than some tensors.
         maximize: ascend instead of descend.
         execution: see `Leafwise`.
     """
@@ -67,6 +68,7 @@ class Rule(ABC, Generic[S, H]):
     stackable = False
     batched = False
     proportional = False
+    brief = False
     maximize: bool = False
     execution: Execution = "auto"
     native: Callable[..., bool] | None = None
