@@ -761,3 +761,36 @@ def test_a_thread_that_waits_too_long_for_forward_mode_says_so(monkeypatch):
     monkeypatch.setattr(functions, "_LEVELS", Held())
     with pytest.raises(RuntimeError, match=r"^another thread"):
         sol.params.backward()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "adjoint", [Checkpointed(), Checkpointed(graph="step"), Checkpointed(levels=2)], ids=repr
+)
+def test_a_place_in_the_carry_that_becomes_a_tensor_is_named(adjoint, late):
+    def step(carry, rate, t):
+        w, v = carry["w"], carry["v"]
+        return {"w": rate * w, "v": w if v is None and (t == 3 or not late) else v}, w
+
+    rate = torch.tensor(0.9, requires_grad=True)
+    with pytest.raises(ValueError, match=r"carry\['v'\] is None before some steps and a tensor"):
+        unroll(step, {"w": torch.ones(2), "v": None}, rate, 5, adjoint=adjoint)
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed(), Truncated(1)], ids=repr)
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (torch.sum, r"the output of step 2 is a tensor of shape \(\), where type dict is expected"),
+        (lambda w: {"y": w}, r"the output of step 2\['x'\] is missing, and .*\['y'\] is not"),
+        (lambda w: {"x": w[:1]}, r"step 2\['x'\] is .* \(1,\), but .* step 0\['x'\] is .* \(2,\)"),
+    ],
+    ids=["type", "key", "shape"],
+)
+def test_outputs_that_cannot_be_stacked_are_named(adjoint, other, message):
+    def step(w, rate, t):
+        return rate * w, {"x": w} if t < 2 else other(w)
+
+    rate = torch.tensor(0.9, requires_grad=True)
+    with pytest.raises(ValueError, match=message):
+        unroll(step, torch.ones(2), rate, 4, adjoint=adjoint)

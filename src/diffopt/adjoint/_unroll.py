@@ -51,7 +51,8 @@ def unroll(
 
     Raises:
         ValueError: neither `length` nor `xs` is given, they and the leaves of `xs` disagree, or
-            `step` returns a carry of another structure; `compile` has an option that it does not
+            `step` returns a carry of another structure, or outputs that cannot be stacked since
+            their structures or shapes differ; `compile` has an option that it does not
             take.
         TypeError: `adjoint` is not an `Adjoint`, or `step` does not return a tuple of two.
 
@@ -117,8 +118,18 @@ def _stack(outputs: list[Any]) -> Any:
     """The outputs as one tree with a leading time dimension, if all are trees of tensors."""
     if not outputs or not all(isinstance(x, Tensor) for x in _tree.leaves(outputs)):
         return outputs
-
-    def stack(*xs: Tensor) -> Tensor:
-        return torch.stack(xs)
-
-    return _tree.map(stack, *outputs)
+    first, spec = outputs[0], _tree.flatten(outputs[0])[1]
+    names = [f"the output of step {t}" for t in range(len(outputs))]
+    rows = [
+        _tree.leaves_like(output, spec, first, (name, names[0]))
+        for output, name in zip(outputs, names, strict=True)
+    ]
+    for row, name in zip(rows, names, strict=True):
+        for i, (x, like) in enumerate(zip(row, rows[0], strict=True)):
+            if x.shape != like.shape:
+                mine, theirs = (_tree.paths(first, path)[i] for path in (name, names[0]))
+                raise ValueError(
+                    f"{mine} is {_tree.describe(x)}, but {theirs} is {_tree.describe(like)}: they "
+                    "are stacked, so return tensors of the same shapes in all steps"
+                )
+    return _tree.unflatten(map(torch.stack, zip(*rows, strict=True)), spec)

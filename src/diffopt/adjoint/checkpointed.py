@@ -193,6 +193,7 @@ class _Loop:
         eager = steps if self.frugal else watched("the loss or step", steps)
         with staying() if self.offloaded else contextlib.nullcontext():
             carry, outputs = taken(self.step, *inputs, eager=eager)
+        _refuse_change(inputs[0], carry)
         if isinstance(self.step, GradientStep):
             self._compare(first, _modes.concrete(outputs[0][0]))
         starts, ends = (_tree.split(tree)[0] for tree in (inputs[0], carry))
@@ -213,6 +214,18 @@ class _Loop:
                 f"step {first}, run again for its derivative, has another loss: what the loss "
                 "reads beside its arguments, or an argument through .data or numpy, has been "
                 "modified since: modify it after the backward pass"
+            )
+
+
+def _refuse_change(before: Tree, after: Tree) -> None:
+    """Raise if the carry has tensors in other places after some steps."""
+    leaves = _tree.leaves(before), _tree.leaves(after)
+    for i, (old, new) in enumerate(zip(*leaves, strict=True)):
+        if isinstance(old, Tensor) is not isinstance(new, Tensor):
+            raise ValueError(
+                f"{_tree.paths(before, 'carry')[i]} is {_tree.describe(old)} before some steps and "
+                f"{_tree.describe(new)} after them, but Checkpointed requires tensors in the same "
+                "places: start with a tensor, such as one of zeros, or use Unrolled()"
             )
 
 
