@@ -10,6 +10,7 @@ import shutil
 import types
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from unittest import TestCase
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diffopt
 from diffopt import _compiler
-from diffopt._diff import kernels
+from diffopt._diff import functions, kernels
 from diffopt.adjoint import (
     Checkpointed,
     FirstOrder,
@@ -865,6 +866,21 @@ def test_forward_mode_takes_compiled_steps_whatever_moves(batch, adapted, tracel
         return value, *torch.autograd.grad(value, inputs, allow_unused=True)
 
     same(gradients(traceless), gradients(False))
+
+
+def test_other_threads_are_kept_out_of_forward_mode_while_a_kernel_is_traced(traceless):
+    """torch has one forward-mode level for all threads."""
+
+    def free(results):
+        with ThreadPoolExecutor(1) as pool:
+            taken.append(not pool.submit(functions._LEVELS.acquire, blocking=False).result())
+        return results
+
+    taken = []
+    traceless["backend"].spoil = free
+    by_autograd(meta_loss(diffopt.sgd(), ForwardMode(), traceless, steps=2), *problem())
+    assert taken
+    assert all(taken)
 
 
 @pytest.mark.slow

@@ -533,6 +533,22 @@ def test_threads_may_share_a_functionalized_module(wrap):
     torch.testing.assert_close(module.state_dict(), values, rtol=0, atol=0)
 
 
+def test_a_module_is_not_touched_while_another_thread_compiles():
+    """torch says in all threads that it is compiling."""
+    module, seen = nn.Linear(2, 1), []
+    module.register_forward_hook(lambda called, inputs, outputs: seen.append(id(called)))
+    functional = diffopt.nn.functionalize(module)
+
+    def backend(graph, inputs):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(functional, functional.params, torch.ones(2)).result()
+        return graph.forward
+
+    torch.compile(torch.sin, backend=backend)(torch.ones(2))
+    assert len(seen) == 1
+    assert seen[0] != id(module)
+
+
 class Failing(nn.Module):
     def __init__(self, error):
         super().__init__()

@@ -13,8 +13,9 @@ from diffopt import _torch
 
 
 def compiling() -> bool:
-    """Whether torch.compile or torch.export is tracing."""
-    return torch.compiler.is_compiling()
+    """Whether torch.compile or torch.export is tracing, in this thread: torch's flag is global."""
+    here = torch.compiler.is_dynamo_compiling
+    return torch.compiler.is_compiling() and (here() or intercepted())
 
 
 def transformed() -> bool:

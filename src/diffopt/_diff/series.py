@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch
+from diffopt._diff import functions
 from diffopt._diff.applied import Applied
 from diffopt._diff.calls import Call, compact
 from diffopt._diff.kernels import Again, Asked, Operator, Pull, composed, kept
@@ -403,7 +404,8 @@ class Pushforward:
         if moved not in self.steps:
             self.steps[moved] = _Repeated(Call(self.routine, (("jvp", (moved,)),)))
         along = [row for row in rows if row is not None]
-        found, _ = self.steps[moved](element, [*inputs, *along])
+        with functions.forward_level():  # where it is traced
+            found, _ = self.steps[moved](element, [*inputs, *along])
         results = _distinct(found, inputs)
         more = [row is not None for row in directions]
         return self.routine.facts.join(results)[0], self._moved(results, more)
