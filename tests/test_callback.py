@@ -243,3 +243,26 @@ def test_tensors_without_values_have_no_step_that_is_known_to_be_the_last():
     )  # fmt: skip
     assert seen == [0, 1, 2]
     assert sol.params.is_meta
+
+
+@pytest.mark.parametrize("place", [1, 2, 3], ids=["loss", "params", "state"])
+@pytest.mark.parametrize(
+    ("adjoint", "compile"),
+    [(x, False) for x in (None, Unrolled(), Checkpointed())] + [(None, {"backend": "eager"})],
+)
+def test_a_callback_that_writes_to_what_the_loop_uses_is_refused(adjoint, place, compile):
+    def halve(*seen):
+        x = seen[place].momentum_buffer if place == 3 else seen[place]
+        x.mul_(0.5)
+
+    with pytest.raises(RuntimeError, match="callback has written to a tensor"):
+        solve(rate(), halve, adjoint, compile=compile)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap])
+def test_a_callback_that_writes_under_a_transform_is_refused(transform):
+    def outer(lr):
+        return solve(lr, lambda step, value, params, state: params.zero_()).params.sum()
+
+    with pytest.raises(RuntimeError, match="callback has written to a tensor"):
+        transform(outer)(rate().detach().expand(3) if transform is torch.vmap else rate())

@@ -533,6 +533,31 @@ def test_threads_may_share_a_functionalized_module(wrap):
     torch.testing.assert_close(module.state_dict(), values, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_that_write_to_their_weights_are_refused(kind):
+    net = nn.Sequential(nn.Linear(2, 2), kind(3, 2, max_norm=1.0))
+    with pytest.raises(ValueError, match=r"^module\.1 has max_norm"):
+        diffopt.nn.functionalize(net)
+    with pytest.raises(ValueError, match=r"^module\.1 has max_norm"):
+        diffopt.innerloop(net, diffopt.optim.SGD(net.parameters(), lr=0.1)).__enter__()
+
+
+class Shrinking(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad, torch.vmap])
+def test_a_module_that_writes_to_its_params_is_refused(transform):
+    model = diffopt.nn.functionalize(Shrinking(2, 1))
+    params = {name: p.detach().expand(3, *p.shape).clone() for name, p in model.params.items()}
+    params = params if transform is torch.vmap else {name: p[0] for name, p in params.items()}
+    with pytest.raises(RuntimeError, match=r"the module has written to params\['weight'\]"):
+        transform(lambda params: model(params, torch.ones(2)).sum())(params)
+
+
 def test_a_module_is_not_touched_while_another_thread_compiles():
     """torch says in all threads that it is compiling."""
     module, seen = nn.Linear(2, 1), []

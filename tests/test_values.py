@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import diffopt
-from diffopt import transforms
+from diffopt import linear, transforms
 from diffopt.rules import Leafwise, hparams, leafwise, number, zeros_like
 from diffopt.schedules import Formula
 from diffopt.transforms import clip_by_norm, freeze, masked, partition
@@ -411,6 +411,14 @@ def test_a_rule_of_matrices_is_only_shown_matrices():
             r"takes no positional arguments: hyperparameters go to clip_by_norm\(\)",
         ),
         (lambda: diffopt.adam(betas=(0, 0)), TypeError, "pass beta1 and beta2"),
+        (lambda: diffopt.lbfgs(line_search_fn="strong_wolfe"), TypeError, "the method `search`"),
+        (lambda: diffopt.lbfgs(max_iter=3), TypeError, "an update is one iteration"),
+        *(
+            (lambda kind=kind: kind(maxiter=3), TypeError, "maxiter, .*: did you mean 'max_steps'?")
+            for kind in (linear.ConjugateGradient, linear.NormalCG, linear.GMRES, linear.BiCGStab)
+        ),
+        (lambda: linear.Direct(tol=1e-3), TypeError, "no argument tol, .*: did you mean 'rtol'?"),
+        (lambda: linear.Neumann(3, step=1), TypeError, "no argument step, only rtol"),
         (
             lambda: transforms.chain(diffopt.sgd(), lr=torch.ones(())),
             TypeError,

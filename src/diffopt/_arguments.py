@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -94,13 +94,35 @@ def _explanation(
     if fault is None:
         return f"{', '.join(others)}: hyperparameters go to {call}.hparams({_shown(others)})"
     only = f", only {', '.join(names)}" if names else ""
-    hint = did_you_mean(names, *others) or fault
+    elsewhere = next((f": {_ELSEWHERE[name]}" for name in others if name in _ELSEWHERE), None)
+    hint = did_you_mean(names, *others) or elsewhere or fault
     return f"{call} has no argument {', '.join(others)}{only}{hint}"
+
+
+_ELSEWHERE = {
+    "line_search_fn": "steps with a line search are taken by the method `search`",
+    "max_iter": "an update is one iteration",
+}
+"""What stands for arguments of torch.optim."""
+
+_ALSO = {"maxiter": "max_steps", "max_iter": "max_steps", "tol": "rtol", "reg": "damping"}
+"""Names that other libraries have for arguments."""
+
+
+def check_keywords(kind: type, names: list[str], kwargs: Iterable[str]) -> None:
+    """Raise for the first keyword that a class does not take."""
+    for name in kwargs:
+        if name not in names:
+            hint = did_you_mean(names, name)
+            raise TypeError(
+                f"{kind.__name__}() has no argument {name}, only {', '.join(names)}{hint}"
+            )
 
 
 def did_you_mean(names: list[str], *wrong: str) -> str:
     """The name that one of the wrong ones may stand for, as the end of a message; "" if none."""
-    close = [near for name in wrong for near in difflib.get_close_matches(name, names, 1)]
+    close = [_ALSO[name] for name in wrong if _ALSO.get(name) in names]
+    close += [near for name in wrong for near in difflib.get_close_matches(name, names, 1)]
     return f": did you mean {close[0]!r}?" if close else ""
 
 

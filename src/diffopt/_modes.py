@@ -147,6 +147,12 @@ def levels(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each tensor has been written to."""
+    inner = ([*levels(x)][-1] for x in tensors) if transformed() else tensors
+    return [0 if x.is_inference() else _torch.version(x) for x in inner]
+
+
 def has_derivative(tensor: Tensor) -> bool:
     """Whether its dtype allows a gradient, needed or not."""
     return tensor.is_floating_point() or tensor.is_complex()

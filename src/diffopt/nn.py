@@ -90,12 +90,14 @@ def functionalize(module: nn.Module) -> Functional:
     Raises:
         TypeError: `module` is not a module, or a part of it is a `torch.jit.ScriptModule`; (from
             the call) `params` or `buffers` are not dictionaries of tensors.
-        ValueError: the module has parameters that are not initialized yet, or is sharded by FSDP,
-            whose hooks replace the given parameters with its own; (from the call) `params` or
+        ValueError: the module has parameters that are not initialized yet, is sharded by FSDP,
+            whose hooks replace the given parameters with its own, or has an embedding that writes
+            to its weight (`max_norm`); (from the call) `params` or
             `buffers` has missing or unexpected names, the shape of a parameter differs from the
             module's, an attribute refers to a tensor or submodule and cannot be copied, or the
             module has changed: a parameter has been replaced
             (`load_state_dict(assign=True)`), frozen, unfrozen, added or removed.
+        RuntimeError: (from the call) the module has written to one of `params`.
 
     Examples:
         >>> import torch, diffopt
@@ -175,9 +177,17 @@ class _Apply:
             parts, places = [*named.values()], self._same_places(named, buffers)
         given = {id(tensor): tensors[self.names[place]] for place, tensor in places.items()}
         replica = _replica.replica(parts, given)
+        before = _modes.versions(params.values())
         # torch caches parametrized tensors under the id of the original module.
         with _traceable_attention(), _torch.parametrized_anew():
             outputs = replica(*inputs, **kwargs)
+        after = _modes.versions(params.values())
+        for name, then, now in zip(params, before, after, strict=True):
+            if then != now:
+                raise RuntimeError(
+                    f"the module has written to params[{name!r}], but a function must not change "
+                    "its arguments: compute a new tensor in forward, or register a buffer"
+                )
         if len(self.buffers) > len(self.frozen):
             tensors |= _places(_parts(replica))[1]
         return outputs, {name: tensors[name] for name in self.buffers}
@@ -287,6 +297,11 @@ def _refuse_kinds(parts: Mapping[str, nn.Module]) -> None:
                 f"{path} is sharded by FSDP (fully_shard), whose hooks replace the given "
                 "parameters with its own: functionalize a copy of the module that is not sharded, "
                 "which accepts DTensors as params"
+            )
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
+            raise ValueError(
+                f"{path} has max_norm, so that it writes to its weight when it is called, which "
+                "has no derivative: set max_norm to None and normalize the rows in forward"
             )
         if isinstance(part, jit.ScriptModule):
             raise TypeError(f"{path} is a torch.jit.ScriptModule, whose tensors cannot be replaced")

@@ -128,7 +128,8 @@ def minimize(
         TypeError: an argument has the wrong type: the loss is not callable, `batches` is not
             iterable, a leaf of params is not a tensor, `hparams` or `state` belongs to another
             optimizer, and so on; or the loss does not return what `has_aux` and `buffers` require.
-        RuntimeError: there is a `callback` under torch.compile, which cannot call it.
+        RuntimeError: there is a `callback` under torch.compile, which cannot call it, or it writes
+            to a tensor that it is given.
 
     Examples:
         >>> import torch, diffopt
@@ -248,10 +249,16 @@ class _Watch:
             seen = _tree.map_tensors(
                 lambda x: _modes.all_samples(x).detach(), (output[0], carry[0], carry[1])
             )
+            before = _modes.versions(_tree.split(seen)[0])
             try:
                 self.callback(self.steps, *seen)
             except StopIteration:
                 self.stopped = True
+            if _modes.versions(_tree.split(seen)[0]) != before:
+                raise RuntimeError(
+                    "callback has written to a tensor that it was given, which is one of the "
+                    "loop's: clone it first; params are changed by the optimizer alone"
+                )
         self.steps += 1
 
     def until_stopped(self, xs: Iterable[Any]) -> Iterator[Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
 
-from diffopt import _tree
-from diffopt._arguments import check_function, check_number
+from diffopt import _modes, _tree
+from diffopt._arguments import check_function, check_keywords, check_number
 from diffopt._diff.isolation import refuse_captured
 from diffopt._diff.unmodified import Captured
 from diffopt._tree import Tree
@@ -99,6 +99,11 @@ class LinearSolver(ABC):
 
     symmetric: ClassVar[bool] = False
     """Whether the solver assumes that A is symmetric."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # those of __init__
+        if not _modes.compiling():
+            check_keywords(cls, [field.name for field in fields(cls)], kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.rtol is not None:
