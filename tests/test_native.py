@@ -456,3 +456,42 @@ def test_a_choice_between_numbers_has_their_digits(chosen, dtype):
     right = params[0] - chosen(params[0], 0.1)
     opt.update_(params, [params[0].clone()], state, hp)
     assert torch.equal(params[0], right)
+
+
+@pytest.mark.parametrize("place", ["params", "grads", "state"])
+@pytest.mark.parametrize("make", [diffopt.sgd, diffopt.adam, diffopt.adagrad, diffopt.rmsprop])
+def test_negated_views_are_updated_like_other_tensors(make, place):
+    """Such as `z.conj().imag`, which native and foreach kernels do not take."""
+    opt = make()
+    hp = opt.hparams(lr=0.1, momentum=0.9) if make is diffopt.sgd else opt.hparams(lr=0.1)
+
+    def negated(x):
+        return torch.complex(x, -x).conj().imag
+
+    def run(change):
+        given = {"params": [torch.ones(3)], "grads": [torch.arange(3.0)]}
+        given["state"] = opt.init(given["params"])
+        for _ in range(2):
+            given[place] = pytree.tree_map_only(
+                torch.Tensor, lambda x: change(x) if x.dim() else x, given[place]
+            )
+            opt.update_(*given.values(), hp)
+        pure = opt.update(*given.values(), hp)
+        return given["params"], given["state"], pure
+
+    torch.testing.assert_close(run(negated), run(torch.clone))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+@pytest.mark.parametrize("fused", [None, True])
+def test_steps_take_negated_gradients(name, fused):
+    def run(kind, negate):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = getattr(kind, name)([param], lr=0.1, fused=fused)
+        for t, grad in enumerate((torch.arange(3.0), torch.ones(3))):  # the first makes a plan
+            view = torch.complex(grad, -grad).conj().imag
+            param.grad = view if negate and t else grad
+            optimizer.step()
+        return param
+
+    torch.testing.assert_close(run(diffopt.optim, True), run(torch.optim, False))

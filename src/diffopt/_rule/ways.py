@@ -33,7 +33,7 @@ class Kind(NamedTuple):
         dtype: the dtype of the params.
         uniform: whether gradients and buffers have the same dtype.
         layout: "regular": contiguous tensors; "strided": ordinary tensors that are not contiguous,
-            or are conjugated as views;
+            or are conjugated or negated as views (`z.conj().imag`);
             "foreign": tensor subclasses, or tensors seen by a transform or a mode; "sparse": the
             gradients are sparse.
     """
@@ -66,7 +66,8 @@ def _layout(lists: list[list[Tensor]]) -> Layout:
         return "sparse"
     if _modes.observed() or not all(map(_modes.all_ordinary, lists)):
         return "foreign"
-    lazy = lists[0][0].is_complex() and any(map(Tensor.is_conj, itertools.chain(*lists)))
+    flags = [Tensor.is_neg, *[Tensor.is_conj] * lists[0][0].is_complex()]
+    lazy = any(any(map(flag, itertools.chain(*lists))) for flag in flags)
     contiguous = all(map(Tensor.is_contiguous, itertools.chain(*lists)))
     return "regular" if contiguous and not lazy else "strided"
 
