@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import re
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -929,3 +930,87 @@ def test_a_composition_checks_numbers_that_have_changed():
     optimizer.param_groups[0]["lr"] = "fast"
     with pytest.raises(TypeError, match="lr"):
         optimizer.step()
+
+
+def take_out_a_buffer(optimizer):
+    del optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"]
+
+
+def put_in_a_buffer(optimizer):
+    first = optimizer.param_groups[0]["params"][0]
+    optimizer.state[first]["exp_avg"] = torch.full_like(first, 7.0)
+
+
+def replace_a_row(optimizer):
+    first = optimizer.param_groups[0]["params"][0]
+    optimizer.state[first] = {k: x + 1 for k, x in optimizer.state[first].items() if x.dim()} | {
+        k: x for k, x in optimizer.state[first].items() if not x.dim()
+    }
+
+
+def replace_the_state(optimizer):
+    optimizer.state = copy.copy(optimizer.state)
+    put_in_a_buffer(optimizer)
+
+
+def load_another_state(optimizer):
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] += 1
+    optimizer.load_state_dict(saved)
+
+
+def drop_a_parameter(optimizer):
+    del optimizer.param_groups[0]["params"][0]
+
+
+def add_a_group(optimizer):
+    extra = torch.nn.Parameter(torch.ones(2))
+    extra.grad = torch.ones(2)
+    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        take_out_a_buffer,
+        put_in_a_buffer,
+        replace_a_row,
+        replace_the_state,
+        load_another_state,
+        drop_a_parameter,
+        add_a_group,
+        torch.optim.Optimizer.zero_grad,
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_what_changes_between_steps_of_a_composition_counts_at_the_next(change):
+    ends = []
+    for fresh in (False, True):
+        params = [torch.nn.Parameter(torch.ones(n)) for n in (2, 3)]
+        optimizer = optim.from_pure(ema(diffopt.adam()), params, lr=0.1)
+        for t in range(4):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + t)
+            if t == 2:
+                change(optimizer)
+            if fresh:  # nothing is remembered from the step before
+                optimizer.state, optimizer._layouts = dict(optimizer.state), {}
+            optimizer.step()
+        ends.append([p.detach() for group in optimizer.param_groups for p in group["params"]])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("release", ["clear the state", "take out the rows"])
+def test_a_composition_keeps_no_state_that_the_user_has_let_go(release):
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (2, 3)]
+    optimizer = optim.from_pure(ema(diffopt.adam()), params, lr=0.1)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    buffer = weakref.ref(optimizer.state[params[0]]["exp_avg"])
+    if release == "clear the state":
+        optimizer.state.clear()
+    else:
+        optimizer.state[params[0]].clear()
+    assert buffer() is None

@@ -475,3 +475,55 @@ def test_the_record_of_another_outer_optimizer_raises():
         opt.update(p, p, opt.init(p), hp)
     with pytest.raises(TypeError, match="state has type"):
         opt.update(p, p, diffopt.sgd().init(p), opt.hparams())
+
+
+def tower(levels):
+    opt = diffopt.sgd() if levels else diffopt.adagrad()
+    return t.hypergradient(opt, outer=tower(levels - 1)) if levels else opt
+
+
+REPEATED = {
+    "adamw": (t.hypergradient(diffopt.adamw()), {"lr": 1e-3}),
+    "ascent": (t.hypergradient(diffopt.adamw(maximize=True)), {"lr": 1e-3}),
+    "tower": (tower(1), {"lr": 0.1}),
+    "tower of three": (tower(3), {"lr": 0.1}),
+    "adam outside": (t.hypergradient(diffopt.sgd(), outer=diffopt.adam()), {"lr": 0.1}),
+    "nadam in nadam": (t.hypergradient(diffopt.nadam(), outer=diffopt.nadam()), {"lr": 0.1}),
+    "muon": (t.hypergradient(diffopt.muon(precision=None)), {"lr": 0.1}),
+    "chain": (t.hypergradient(t.chain(t.clip_by_global_norm(), diffopt.sgd())), {"lr": 0.1}),
+    "in a chain": (t.chain(t.clip_by_global_norm(), t.hypergradient(diffopt.adam())), {"lr": 0.1}),
+    "a rate for each": (t.hypergradient(diffopt.adam()), {"lr": {"w": 0.1, "v": 0.2}}),
+    "a rate in a tensor": (t.hypergradient(diffopt.adam()), {"lr": torch.tensor(0.1)}),
+    "an integer": (t.hypergradient(diffopt.sgd()), {"lr": 1}),
+    "decay": (t.hypergradient(diffopt.adamw(), learn=("lr", "weight_decay")), {"lr": 0.1}),
+}
+
+
+DTYPES = torch.float32, torch.bfloat16, torch.complex64
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, d) for n in REPEATED for d in DTYPES if n != "muon" or not d.is_complex],
+    ids=str,
+)
+def test_steps_that_are_repeated_in_place_are_those_of_the_pure_function(name, dtype):
+    opt, numbers = REPEATED[name]
+    start = {"w": draw(3, 2).to(dtype), "v": draw(2, 4, seed=1).to(dtype).mT}
+    ends = []
+    for way in ("repeated", "checked", "pure"):
+        params = {key: p.clone() for key, p in start.items()}
+        state, hp = opt.init(params), opt.hparams(**numbers)
+        for step in range(7):
+            grads = {key: p.sin() - 0.3 for key, p in params.items()}
+            if step == 4:
+                grads["v"] = None
+            if way == "checked":
+                prints._PASSED.clear()
+            if way == "pure":
+                params, state = opt.update(params, grads, state, hp)
+            else:
+                opt.update_(params, grads, state, hp)
+        ends.append((params, state))
+    torch.testing.assert_close(ends[0], ends[1])
+    torch.testing.assert_close(ends[0], ends[2])

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._arguments import check_choice
 from diffopt._modes import exact
-from diffopt._rule import checks, fields, hyper, parts, prints
+from diffopt._rule import checks, fields, hyper, parts, prints, ways
 from diffopt._rule.repeated import Repeated
 from diffopt._rule.rule import (
     EXECUTIONS,
@@ -24,6 +24,7 @@ from diffopt._rule.rule import (
     Rule,
     S,
     begun,
+    is_ours,
     unused,
     zero_for,
 )
@@ -195,6 +196,39 @@ def write_(work: Work, count: Tensor, step_: Callable[..., None]) -> None:
 def _part_(work: Work, indices: list[int], t: Any, values: list[Any], columns: list[Any]) -> None:
     alike = work.alike if len(indices) == len(work.params) else None
     parts.step_(work.rule, t, values, columns, alike)
+
+
+def alike(rule: Any, params: Tree, grads: Tree, state: Any, hparams: Any) -> ways.Alike | None:
+    """What `again_` needs to know of the arguments of an update in place that passed all checks.
+
+    None where it cannot repeat one: it takes a rule of this package, plain numbers, a count on the
+    CPU, and tensors that share device and dtype.
+    """
+    leafwise = isinstance(rule, Leafwise) and type(rule).prepare_ is Leafwise.prepare_
+    if not leafwise or not is_ours(rule) or state[0].device.type != "cpu":
+        return None
+    plain = {*map(type, vars(hparams).values())} <= {float, int}
+    work = gather(rule, params, grads, state, hparams)
+    return prints.alike(work) if plain and not work.numbers_of_state() else None
+
+
+def again_(
+    rule: Any,
+    known: ways.Alike,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: Any,
+    values: list[Any],
+) -> None:
+    """Update in place where all but the hyperparameters is as it was when `alike` found this.
+
+    Nothing is checked.
+    """
+    count, *buffers = state
+    t = count.item() + 1
+    columns = [() if unused(tree) else _tree.flatten(tree)[0] for tree in buffers]
+    parts.step_(rule, t, values, [params, grads, *columns], known)
+    count.fill_(t)
 
 
 def _check_hashable(flag: Any, name: str) -> None:

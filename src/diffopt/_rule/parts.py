@@ -25,12 +25,12 @@ def step_(
     if columns[1][0] is None:
         ways.RUN["leaf"](rule, running.numbers_at(rule, t, values, columns), columns)
         return
-    kernel_values, kind = _for_kernels(values, columns[0][0]), alike and alike.kind
-    way = _way(rule, t, kernel_values, columns, kind)
+    kernel_values = values if alike else _for_kernels(values, columns[0][0])
+    way = _known_way(rule, t, kernel_values, columns, alike)
     if way == "native":
         if _native_(rule, t, kernel_values, columns):
             return
-        way = _way(rule, t, kernel_values, columns, kind, kernel=False)
+        way = _way(rule, t, kernel_values, columns, alike and alike.kind, kernel=False)
     numbers = running.numbers_at(rule, t, values, columns)
     if way in ways.PIECEWISE and alike:
         alike.layout = ways.PIECEWISE[way](rule, numbers, columns, alike.layout)
@@ -68,6 +68,21 @@ def leaf_by_leaf(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -
     """The new columns, out of place, computed tensor by tensor."""
     numbers = running.numbers_at(rule, t, values, columns)
     return running.leaf_by_leaf(rule, numbers, columns, as_is=running.as_is(columns))
+
+
+def _known_way(
+    rule: AnyRule, t: Any, values: list[Any], columns: list[Any], alike: ways.Alike | None
+) -> ways.Way:
+    """The way to run the rule, which is the same for all counts that are whole numbers."""
+    if alike is None or not _is_whole(t):
+        return _way(rule, t, values, columns, alike and alike.kind)
+    if alike.way is None:
+        alike.way = _way(rule, t, values, columns, alike.kind)
+    return alike.way
+
+
+def _is_whole(t: Any) -> bool:
+    return not isinstance(t, Tensor) and float(t).is_integer()
 
 
 def _way(

@@ -142,10 +142,10 @@ def remember(work: Work, others: list[Tensor]) -> None:
     """Remember the arguments of an update for `as_before`."""
     if work.params and is_ours(work.rule):
         key = work.rule, *(unused(column[0]) for column in work.buffers)
-        keep(key, work.params, others, work.grads, lambda: _alike(work))
+        keep(key, work.params, others, work.grads, lambda: alike(work))
 
 
-def _alike(work: Work) -> ways.Alike | None:
+def alike(work: Work) -> ways.Alike | None:
     """What all tensors have in common."""
     groups = work.groups()
     if len(groups) > 1:

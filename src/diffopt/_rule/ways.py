@@ -46,9 +46,14 @@ class Kind(NamedTuple):
 
 @dataclasses.dataclass
 class Alike:
-    """What holds for columns whose params share device and dtype, as long as all tensors stay."""
+    """What holds for columns whose params share device and dtype, as long as all tensors stay.
+
+    The hyperparameters are numbers.
+    """
 
     kind: Kind
+    way: Way | None = None
+    """How the rule is run, once it has been."""
     layout: tiles.Layout | None = None
     """How tiles cut them, once they have."""
 

@@ -17,7 +17,7 @@ from diffopt import _memory, _modes, _torch, _tree
 from diffopt._rule import running
 from diffopt._rule.leafwise import Leafwise
 from diffopt.optim import _state
-from diffopt.optim._checkpoints import Checkpoints, check_dense
+from diffopt.optim._checkpoints import Planned, check_dense
 from diffopt.optim._groups import Group, name_of, plain_number, values_of
 from diffopt.optim._options import Options, made
 from diffopt.optim._plan import Plan, trace_
@@ -27,7 +27,7 @@ _SMALL = 1 << 14  # elements
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
 
 
-class RuleOptimizer(Checkpoints):
+class RuleOptimizer(Planned):
     """A `torch.optim.Optimizer` whose step is a rule's."""
 
     sparse_gradients: ClassVar[bool] = False
@@ -206,24 +206,6 @@ class RuleOptimizer(Checkpoints):
         for i, found in enumerate(options):
             found.check(f"param_groups[{i}]")
         return options
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "state":
-            self._drop_plans()
-            if not value and "param_groups" not in self.__dict__:  # torch's, at construction
-                value = State()
-        super().__setattr__(name, value)
-
-    def _drop_plans(self) -> None:
-        state: Any = self.__dict__.get("state")
-        if type(state) is State:
-            state.plans.clear()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._drop_plans()
-        super().__setstate__(state)
-        if type(self.state) is not State:
-            self.state = State(self.state)
 
     def new_states(self, params: Sequence[Tensor], group: Group) -> list[dict[str, Any]]:
         """The state of parameters before their first step."""

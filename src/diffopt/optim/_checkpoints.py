@@ -16,6 +16,7 @@ from diffopt._arguments import check_function
 from diffopt._modes import has_derivative
 from diffopt.optim import _state
 from diffopt.optim._groups import Group, check_numbers, name_of, plain_number, with_betas
+from diffopt.optim._state import State
 
 
 class Checkpoints(torch.optim.Optimizer):
@@ -213,6 +214,28 @@ class Checkpoints(torch.optim.Optimizer):
         dtype = torch.float32 if captured and key == "step" else dtype
         device = param.device if captured or self.scalars_follow else "cpu"
         return value.detach().reshape(()).to(device, dtype, copy=True)
+
+
+class Planned(Checkpoints):
+    """One whose state drops what is planned for the next step when it is changed."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state":
+            self._drop_plans()
+            if not value and "param_groups" not in self.__dict__:  # torch's, at construction
+                value = State()
+        super().__setattr__(name, value)
+
+    def _drop_plans(self) -> None:
+        state: Any = self.__dict__.get("state")
+        if type(state) is State:
+            state.plans.clear()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._drop_plans()
+        super().__setstate__(state)
+        if type(self.state) is not State:
+            self.state = State(self.state)
 
 
 def copied(tree: Any) -> Any:

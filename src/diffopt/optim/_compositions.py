@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _memory, _torch, _tree
+from diffopt import _memory, _modes, _torch, _tree
 from diffopt._tree import Tree
-from diffopt.optim._checkpoints import Checkpoints, check_scalar
+from diffopt.optim import _state
+from diffopt.optim._checkpoints import Planned, check_scalar
 from diffopt.optim._groups import (
     Group,
     check_length,
@@ -25,6 +26,7 @@ from diffopt.optim._groups import (
     records,
     short_names,
 )
+from diffopt.optim._state import State
 from diffopt.optimizer import Optimizer, Write
 
 Rows = list[dict[str, Any]]
@@ -33,7 +35,7 @@ _COPIED = ("master",)
 """What begins as a copy of the parameter also where a checkpoint lacks it."""
 
 
-class TreeOptimizer(Checkpoints):
+class TreeOptimizer(Planned):
     """A `torch.optim.Optimizer` that steps the params of a group as one tree."""
 
     scalar_state = ()
@@ -51,9 +53,12 @@ class TreeOptimizer(Checkpoints):
         self._records: dict[int, tuple[list[Any], Any]] = {}
         super().__init__(params, hparams)
 
-    @_torch.disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; `closure` reevaluates the model and returns the loss."""
+        quick = not _modes.compiling() and _torch.frame_compiler() is None
+        return (self._step if quick else self._eager_step)(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = self._loss(closure)
         self.check_numbers()
         with torch.no_grad():
@@ -63,6 +68,8 @@ class TreeOptimizer(Checkpoints):
             for update_ in updates if self._apart() else starmap(self._prepared, groups):
                 update_()
         return loss
+
+    _eager_step = _torch.disable_dynamo(_step)
 
     def _prepared(self, i: int, record: Any) -> Write:
         grads = self.tree(i, [param.grad for param in self.param_groups[i]["params"]])
@@ -99,15 +106,29 @@ class TreeOptimizer(Checkpoints):
 
     def state_of(self, i: int) -> Any:
         """The state of a group, assembled from the states of its parameters."""
-        params = self.param_groups[i]["params"]
-        layout = self._layouts.get(i)
+        params, plans = self.param_groups[i]["params"], getattr(self.state, "plans", [])
+        for plan in plans:
+            if plan.group == i and plan.owners == [*map(id, params)]:
+                return plan.state
+        with _state.unread(self.state):
+            rows = self._rows(i, params)
+            joined = self._layouts[i].join(rows, functools.partial(self._names, i))
+        if type(self.state) is State and all(rows) and self.state.owns(rows):
+            others = [plan for plan in plans if plan.group != i]
+            plans[:] = [*others, Joined(i, [*map(id, params)], joined)]
+        return joined
+
+    def _rows(self, i: int, params: list[Tensor]) -> Rows:
+        """The states of the parameters of a group, begun where there is none."""
         rows = [self.state.get(param) or {} for param in params]
+        layout = self._layouts.get(i)
         if layout is None or not layout.fits(rows):
-            layout, fresh = self._begin(i)
-            self._layouts[i] = layout
-            rows = [new | old for new, old in zip(fresh, rows, strict=True)]
-            self.state.update({p: row for p, row in zip(params, rows, strict=True) if row})
-        return layout.join(rows, functools.partial(self._names, i))
+            self._layouts[i], fresh = self._begin(i)
+            for param, new, old in zip(params, fresh, rows, strict=True):
+                if row := new | old:
+                    _state.row_of(self.state, param).update(row)
+            rows = [self.state.get(param) or {} for param in params]
+        return rows
 
     def _names(self, i: int) -> list[str]:
         group = self.param_groups[i]
@@ -150,7 +171,8 @@ class TreeOptimizer(Checkpoints):
         for param, row, name in zip(params, fresh, self._names(i), strict=True):
             old = self.state.get(param, {})
             old = {k: x for k, x in row.items() if k.rpartition(".")[2] in _COPIED} | old
-            self.state[param] = old | {k: _like(old, k, row[k], name) for k in row}
+            new = {k: _like(old, k, row[k], name) for k in row}
+            _state.row_of(self.state, param).update(new)
         layout.join([self.state[p] for p in params], functools.partial(self._names, i))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,6 +182,15 @@ class TreeOptimizer(Checkpoints):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._layouts, self._records = {}, {}
+
+
+class Joined(NamedTuple):
+    """The state of a group, which holds until a state of a parameter is changed."""
+
+    group: int
+    owners: list[int]
+    """The ids of the parameters, which the state keeps alive."""
+    state: Any
 
 
 class Layout(NamedTuple):
@@ -181,7 +212,8 @@ class Layout(NamedTuple):
 
     def fits(self, rows: Rows) -> bool:
         """Whether the parameters have all parts of the state."""
-        return all(own <= row.keys() for own, row in zip(self.owned, rows, strict=True))
+        pairs = zip(self.owned, rows, strict=False)
+        return len(rows) == len(self.owned) and all(own <= row.keys() for own, row in pairs)
 
     def join(self, rows: Rows, names: Callable[[], list[str]]) -> Any:
         """The state, from the states of the parameters; `names` returns theirs."""

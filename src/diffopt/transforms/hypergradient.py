@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,9 +17,9 @@ from diffopt import _modes, _torch, _tree
 from diffopt._arguments import check_number, did_you_mean
 from diffopt._diff import functions
 from diffopt._modes import real
-from diffopt._rule import checks, hyper, ops, prints
+from diffopt._rule import checks, hyper, ops, prints, ways
 from diffopt._rule.hyper import Hyperparameter, hparams, number
-from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.leafwise import Leafwise, again_, alike
 from diffopt._rule.rule import is_ours, zero_for
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, Write, check_optimizer
@@ -45,6 +48,11 @@ class HypergradientState(NamedTuple):
     outer: Any
     inner: Any
 
+
+_DTYPE = operator.attrgetter("dtype")
+
+Known: TypeAlias = tuple[ways.Alike | None, ways.Alike | None]
+"""What is known of the updates of the outer and of the inner optimizer."""
 
 torch.serialization.add_safe_globals([HypergradientState])
 
@@ -162,7 +170,7 @@ class Hypergradient(Wrapper[HypergradientState]):
             outer = self._outer.hparams(**({"lr": 0.5} if self.outer is None else {}))
         return HypergradientHParams(outer=outer)
 
-    @property
+    @cached_property
     def _outer(self) -> Optimizer[Any, Any]:
         return self.outer or _DEFAULTS[True in _directions(self.optimizer)]
 
@@ -212,49 +220,75 @@ class Hypergradient(Wrapper[HypergradientState]):
     def prepare_(
         self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
     ) -> Write:
-        known = self._as_before(params, grads, state, hparams)
-        leaves, old = known or self._gather(params, grads, state, hparams)
-        if known is None:
-            slow = not all(map(self._is_rate, self.learn)) or not _modes.all_plain(leaves.params)
-            if slow or any(wide(p) is not p for p in leaves.params):
-                return super().prepare_(params, grads, state, hparams)
-            self._check_writable(leaves, old, params, grads, state, hparams)
-            self.optimizer.prepare_(params, grads, state.inner, _numbers(hparams[1], state))
-        moved = leaves.moved(leaves.params)
-        columns = [leaves.moved(column) for column in old.values() if moved]
-        learn_ = self._learning(leaves, old, state, hparams)
-
-        def write() -> None:
-            for column in columns:
-                for derivative, param in zip(column, moved, strict=True):
-                    torch.neg(param, out=derivative)
-            learn_()
-            record = _numbers(hparams[1], state)  # which cannot fail where another one has not
-            self.optimizer.prepare_(params, grads, state.inner, record)()
-            for column in columns:
-                _torch.foreach["add"][1](column, moved)
-
+        arguments = params, grads, state, hparams
+        known = self._as_before(*arguments)
+        if known:
+            return self._writing(*known, *arguments)
+        leaves, old = self._gather(*arguments)
+        half = any(wide(p) is not p for p in leaves.params)
+        if half or not (self._is_rate(*self.learn) and _modes.all_plain(leaves.params)):
+            return super().prepare_(*arguments)
+        self._check_writable(leaves, old, *arguments)
+        record = _moved(hparams[1], state.offsets, ops.coefficient)
+        self.optimizer.prepare_(params, grads, state.inner, record)
+        lists = leaves.moved(leaves.params), leaves.gradients(), leaves.moved(old["lr"])
+        write = self._writing(lists, (None, None), *arguments)
+        if _tree.flatten(state.derivatives["lr"])[1] is leaves.spec:
+            others, facts = _tree.flatten(state)[0], partial(self._facts, *arguments)
+            prints.keep((id(self),), leaves.params, others, leaves.grads, facts)
         return write
 
     def _as_before(
         self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
-    ) -> tuple[Leaves, dict[str, Tensors]] | None:
-        """What `_gather` returns, if trees like these have passed all checks before."""
-        tensors, spec = _tree.flatten(params)
-        known = prints.found((self,), tensors)
+    ) -> tuple[tuple[Tensors, Tensors, Tensors], Known] | None:
+        """Params, gradients, derivatives and `_facts`, if all checks have been passed before.
+
+        None if these trees are unlike those.
+        """
+        tensors, _ = _tree.flatten(params)
+        known = prints.found((id(self),), tensors)
         if known is None:
             return None
-        passed, kinds = known
+        passed, (owner, kinds, updates) = known
         trees = [*map(_tree.flatten, (grads, state, hparams))]
         gradients, used, numbers = (values for values, _ in trees)
         if not (
-            all(kind is structure for kind, (_, structure) in zip(kinds, trees, strict=True))
+            owner() is self
+            and all(kind is structure for kind, (_, structure) in zip(kinds, trees, strict=True))
             and all(type(x) in (float, int) for x in numbers)
             and passed.by(tensors, used, gradients)
         ):
             return None
-        old = {name: _tree.flatten(tree)[0] for name, tree in state.derivatives.items()}
-        return Leaves(spec, tensors, gradients), old
+        first = len(state.offsets)  # then come the derivatives
+        return (tensors, gradients, used[first : first + len(tensors)]), updates
+
+    def _writing(
+        self,
+        lists: tuple[Tensors, Tensors, Tensors],
+        known: Known,
+        params: Tree,
+        grads: Tree,
+        state: HypergradientState,
+        hparams: tuple[Any, Any],
+    ) -> Write:
+        moved, gradients, derivatives = lists
+        learn_ = self._learning(gradients, derivatives, state, hparams[0].outer, known[0])
+
+        def write() -> None:
+            learn_()
+            for derivative, param in zip(derivatives, moved, strict=True):
+                torch.neg(param, out=derivative)
+            if known[1]:
+                factor = math.exp(min(state.offsets["lr"].item(), 709))  # the largest it takes
+                values = [*{**vars(hparams[1]), "lr": hparams[1].lr * factor}.values()]
+                again_(self.optimizer, known[1], moved, gradients, state.inner, values)
+            else:  # it cannot fail where another record has not
+                record = _moved(hparams[1], state.offsets, ops.coefficient)
+                self.optimizer.prepare_(params, grads, state.inner, record)()
+            if moved:
+                _torch.foreach["add"][1](derivatives, moved)
+
+        return write
 
     def _check_writable(
         self,
@@ -265,21 +299,27 @@ class Hypergradient(Wrapper[HypergradientState]):
         state: HypergradientState,
         hparams: tuple[Any, Any],
     ) -> None:
-        """Raise unless all that is written can be; remember that it can."""
+        """Raise unless all that is written can be."""
         written = {f"state.derivatives[{name!r}]": column for name, column in old.items()}
         checks.writable({"params": leaves.params, **written}, params)
         first = ("derivatives", "offsets", "outer")  # which are written before the rest is read
         own = {f"state.{name}": getattr(state, name) for name in first}
         check_apart(own, {"state.inner": state.inner, "grads": grads, "hparams": hparams})
-        if all(_tree.flatten(tree)[1] is leaves.spec for tree in state.derivatives.values()):
-            kinds = [_tree.flatten(tree)[1] for tree in (grads, state, hparams)]
-            others = _tree.flatten(state)[0]
-            prints.keep((self,), leaves.params, others, leaves.grads, lambda: kinds)
 
-    def _is_rate(self, name: str) -> bool:
-        """Whether the derivative with respect to the logarithm is the step itself."""
+    def _facts(
+        self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
+    ) -> tuple[Any, list[_tree.Spec], Known]:
+        """What has been found out about arguments that have passed all checks."""
+        kinds = [_tree.flatten(tree)[1] for tree in (grads, state, hparams)]
+        offsets = state.offsets
+        outer = alike(self._outer, offsets, offsets, state.outer, hparams[0].outer)
+        inner = alike(self.optimizer, params, grads, state.inner, hparams[1])
+        return weakref.ref(self), kinds, (outer, inner)
+
+    def _is_rate(self, *names: str) -> bool:
+        """Whether the only derivative is the step itself, that with respect to log(lr)."""
         rule = self.optimizer
-        if name != "lr" or not isinstance(rule, Leafwise):
+        if names != ("lr",) or not isinstance(rule, Leafwise):
             return False
         # What a class inherits need not hold for the rule that it has instead.
         return rule.proportional and (is_ours(rule) or "proportional" in vars(type(rule)))
@@ -308,7 +348,11 @@ class Hypergradient(Wrapper[HypergradientState]):
         self, leaves: Leaves, old: dict[str, Tensors], state: HypergradientState, hparams: Any
     ) -> tuple[dict[str, Tensor], Any]:
         """The offsets and the state of the outer optimizer after its step."""
-        products = _products(leaves, old, state)
+        grads = leaves.gradients()
+        products = {
+            name: _total(_dots(grads, leaves.moved(old[name])), offset) if grads else None
+            for name, offset in state.offsets.items()
+        }
         finite = _finite(products)
         if finite is False:
             return state.offsets, state.outer
@@ -316,15 +360,29 @@ class Hypergradient(Wrapper[HypergradientState]):
         return outer.update(state.offsets, products, state.outer, hparams[0].outer)
 
     def _learning(
-        self, leaves: Leaves, old: dict[str, Tensors], state: HypergradientState, hparams: Any
+        self,
+        grads: Tensors,
+        derivatives: Tensors,
+        state: HypergradientState,
+        hparams: Any,
+        known: ways.Alike | None = None,
     ) -> Write:
-        """What does the same in place."""
-        products = _products(leaves, old, state)
+        """What does the same in place, for the rate only."""
+        offset = state.offsets["lr"]
+        dots = _dots(grads, derivatives)
+        if known and all(dot.is_cpu for dot in dots):
+            product = sum([dot.item() for dot in dots])
+            if not math.isfinite(product):
+                return _nothing
+            products = [torch.full_like(offset, product)]
+            values = [*vars(hparams).values()]
+            return partial(again_, self._outer, known, [offset], products, state.outer, values)
+        products = {"lr": _total(dots, offset) if dots else None}
         finite = _finite(products)
-        arguments = state.offsets, products, state.outer, hparams[0].outer
+        arguments = state.offsets, products, state.outer, hparams
         if finite is None:  # only the device knows, and nobody waits for it
             return Optimizer.prepare_(skip_nonfinite(self._outer), *arguments)
-        return self._outer.prepare_(*arguments) if finite else lambda: None
+        return self._outer.prepare_(*arguments) if finite else _nothing
 
 
 hypergradient = Hypergradient
@@ -358,8 +416,10 @@ def _check_field(name: str, fields: list[hyper.Field]) -> None:
         raise ValueError(f"learn has {name!r}, whose range is neither >= 0 nor [0, 1]")
 
 
-def _moved(hparams: Any, offsets: dict[str, Tensor]) -> Any:
-    """The hyperparameters, in a tree of records, with their offsets applied."""
+def _moved(
+    hparams: Any, offsets: dict[str, Tensor], form: Callable[[Any], Any] = lambda x: x
+) -> Any:
+    """The hyperparameters, in a tree of records, with their offsets applied, those in this form."""
 
     def value(field: hyper.Field, old: Any) -> Any:
         if field.name not in offsets:
@@ -367,9 +427,9 @@ def _moved(hparams: Any, offsets: dict[str, Tensor]) -> Any:
         offset = offsets[field.name]
         if field.ends()[1] == math.inf:
             factor = offset.exp()
-            return _tree.map(lambda h: h * factor, old)
+            return _tree.map(lambda h: form(h * factor), old)
         factor = offset.clamp(-80, 80).exp()  # inf / inf is not 1
-        return _tree.map(lambda h: h * factor / (1 + h * (factor - 1)), old)
+        return _tree.map(lambda h: form(h * factor / (1 + h * (factor - 1))), old)
 
     return hyper.map_fields(value, hparams)
 
@@ -398,22 +458,6 @@ def _derivatives(
     return [z if d is None else d for d, z in zip(found, zeros, strict=True)]
 
 
-def _numbers(hparams: Any, state: HypergradientState) -> Any:
-    """The hyperparameters as they are now, as Python numbers where nobody waits for these."""
-    return _tree.map(ops.coefficient, _moved(hparams, state.offsets))
-
-
-def _products(
-    leaves: Leaves, old: dict[str, Tensors], state: HypergradientState
-) -> dict[str, Tensor | None]:
-    """The derivatives of the loss with respect to the offsets; None if there are no gradients."""
-    grads = leaves.gradients()
-    return {
-        name: _product(grads, leaves.moved(old[name]), offset) if grads else None
-        for name, offset in state.offsets.items()
-    }
-
-
 def _finite(products: dict[str, Tensor | None]) -> bool | None:
     """Whether all are finite; None where that cannot be read at once."""
     values = [_modes.number_of(d) for d in products.values() if d is not None]
@@ -421,10 +465,20 @@ def _finite(products: dict[str, Tensor | None]) -> bool | None:
     return all(map(math.isfinite, values)) if known else None
 
 
-def _product(grads: Tensors, derivatives: Tensors, like: Tensor) -> Tensor:
-    """The scalar product of two lists of tensors."""
-    pairs = zip(map(real, grads), map(real, derivatives), strict=True)
-    products = [g.to(d.dtype).flatten().dot(d.flatten()) for g, d in pairs]
-    if len({(d.dtype, d.device) for d in products}) > 1:
-        products = [d.to(like) for d in products]
-    return torch.stack(products).to(like).sum()
+def _dots(grads: Tensors, derivatives: Tensors) -> Tensors:
+    """The scalar products of pairs of tensors."""
+    if [*map(_DTYPE, grads)] != [*map(_DTYPE, derivatives)] or any(map(torch.is_complex, grads)):
+        grads = [real(g.to(d.dtype)) for g, d in zip(grads, derivatives, strict=True)]
+        derivatives = [*map(real, derivatives)]
+    return [g.flatten().dot(d.flatten()) for g, d in zip(grads, derivatives, strict=True)]
+
+
+def _total(dots: Tensors, like: Tensor) -> Tensor:
+    """The sum of 0-d tensors, in the form of another one."""
+    if len({(dot.dtype, dot.device) for dot in dots}) > 1:
+        dots = [dot.to(like) for dot in dots]
+    return torch.stack(dots).to(like).sum()
+
+
+def _nothing() -> None:
+    """What writes nothing."""
