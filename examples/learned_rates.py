@@ -2,10 +2,11 @@
 
     python examples/learned_rates.py [--seed 0] [--epochs 30] [--smoke] [--out DIR] [--json FILE]
 
-The data are the 1,797 digits that scikit-learn ships. A small network is trained with Adam, and
-with momentum, from rates that are up to 100 times smaller or larger than a good one: once as they
-are, and once inside `diffopt.transforms.hypergradient`, which takes a step on the rate before each
-step on the weights. The two lines that differ are the optimizer's.
+The data are the 1,797 digits that scikit-learn ships. A small network is trained with Adam, with
+momentum and by gradient descent, from rates that are up to 100 times smaller or larger than a good
+one: once as they are, and once inside `diffopt.transforms.hypergradient`, which takes a step on the
+rate before each step on the weights. The two lines that differ are the optimizer's. The rate of
+gradient descent is learned with `discount=0.9`, which looks further ahead than the next step.
 
 Baydin et al., "Online Learning Rate Adaptation with Hypergradient Descent", 2018; Chandra et al.,
 "Gradient Descent: The Ultimate Optimizer", 2022.
@@ -33,7 +34,12 @@ from common import Size, Study, main
 from diffopt.transforms import hypergradient
 
 FACTORS = 0.01, 0.1, 1.0, 10.0, 100.0  # of a good rate
-INNER = {"Adam": (diffopt.adam(), 3e-3, {}), "momentum": (diffopt.sgd(), 0.03, {"momentum": 0.9})}
+INNER: dict[str, tuple[Any, float, dict[str, float], dict[str, float]]] = {
+    "Adam": (diffopt.adam(), 3e-3, {}, {}),
+    "momentum": (diffopt.sgd(), 0.03, {"momentum": 0.9}, {}),
+    "gradient descent": (diffopt.sgd(momentum=False), 0.3, {}, {"discount": 0.9}),
+}
+"""Optimizers, good rates, other hyperparameters, and those of learning the rate."""
 
 
 class Run:
@@ -71,14 +77,15 @@ def study(options: Namespace) -> Study:
     net = nn.Sequential(
         nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
     )
-    picture, rows = Figure(figsize=(10, 4), layout="constrained"), []
-    for axes, (name, (opt, good, numbers)) in zip(
-        picture.subplots(1, 2), INNER.items(), strict=True
+    picture, rows = Figure(figsize=(14, 4), layout="constrained"), []
+    for axes, (name, (opt, good, numbers, learning)) in zip(
+        picture.subplots(1, 3), INNER.items(), strict=True
     ):
         for factor in FACTORS:
             row: dict[str, Any] = {"optimizer": name, "first rate": good * factor}
-            for way, used in (("fixed", opt), ("learned", hypergradient(opt))):
-                run = Run(net, used, lr=good * factor, **numbers)
+            ways = ("fixed", opt, {}), ("learned", hypergradient(opt), learning)
+            for way, used, more in ways:
+                run = Run(net, used, lr=good * factor, **numbers, **more)
                 for i in track(batches, f"{name}, {way} rate from {good * factor:.2g}"):
                     run.step(x[i], y[i])
                 row[f"{way}: loss"] = sum(run.losses[-20:]) / 20

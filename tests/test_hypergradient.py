@@ -157,6 +157,21 @@ def test_a_rate_of_decay_stays_between_0_and_1():
         assert current.lr == hp[1].lr
 
 
+DECAYS = ("sgd", "momentum"), ("muon", "momentum"), ("rmsprop", "momentum"), ("rmsprop", "alpha")
+
+
+@pytest.mark.parametrize(("make", "name"), DECAYS)
+def test_what_decays_is_learned_in_its_range_although_torch_takes_more(make, name):
+    opt = t.hypergradient(getattr(diffopt, make)(), learn=(name,))
+    hp, params = opt.hparams(**{name: 0.9}), torch.zeros(1, 1)
+    state = opt.init(params)
+    for offset, value in ((-1e4, 0.0), (math.log(2), 18 / 19), (1e4, 1.0)):
+        moved = state._replace(offsets={name: torch.tensor(offset, dtype=F64)})
+        assert getattr(opt.current(moved, hp), name).item() == pytest.approx(value)
+    with pytest.raises(ValueError, match=rf"hparams.{name} is 1.5, but must be <= 1 to be learned"):
+        opt.update(params, params, state, opt.hparams(**{name: 1.5}))
+
+
 def test_rates_of_parts_and_schedules_are_multiplied():
     opt = t.hypergradient(diffopt.sgd())
     params = {"a": torch.ones(2), "b": torch.ones(1)}
@@ -482,7 +497,54 @@ def tower(levels):
     return t.hypergradient(opt, outer=tower(levels - 1)) if levels else opt
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("learn", [("lr",), ("lr", "momentum")])
+def test_a_discount_adds_up_the_derivatives_of_past_steps(learn, in_place):
+    outer = diffopt.sgd(momentum=False)
+    plain = t.hypergradient(diffopt.sgd(), learn=learn, outer=outer)
+    hp = plain.hparams(lr=0.1, momentum=0.5, outer=outer.hparams(lr=0.0))
+    discounted = plain.hparams(lr=0.1, momentum=0.5, discount=0.8, outer=outer.hparams(lr=0.0))
+    params, expected = torch.tensor([1.0, -2.0], dtype=F64), dict.fromkeys(learn, 0.0)
+    state = plain.init(params)
+    for _ in range(4):
+        params, state = plain.update(params, slope(params), state, hp)
+        expected = {name: 0.8 * expected[name] + state.derivatives[name] for name in learn}
+    start = torch.tensor([1.0, -2.0], dtype=F64)
+    _, found = trained(plain, discounted, start, slope, 4, in_place=in_place)
+    torch.testing.assert_close(found.derivatives, expected)
+
+
+@pytest.mark.parametrize("factor", [0.01, 1.0, 100.0])
+def test_with_a_discount_gradient_descent_is_as_good_as_at_a_rate_that_suits(factor):
+    losses = []
+    for opt, numbers in (
+        (diffopt.sgd(momentum=False), {"lr": 0.3}),
+        (t.hypergradient(diffopt.sgd(momentum=False)), {"lr": 0.3 * factor, "discount": 0.9}),
+    ):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 2))
+        x = draw(256, 8).float()
+        y = (x[:, 0] * x[:, 1] > 0).long()
+        optimizer = diffopt.optim.from_pure(opt, net, **numbers)
+        for _ in range(20):
+            for i in torch.randperm(256).split(32):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+                optimizer.step()
+        losses.append(nn.functional.cross_entropy(net(x), y).item())
+    assert losses[1] < 1.2 * losses[0]
+
+
+@pytest.mark.parametrize("discount", [{"w": 0.1}, torch.ones(2)], ids=["tree", "vector"])
+def test_a_discount_that_is_not_one_number_raises(discount):
+    opt, p = t.hypergradient(diffopt.sgd()), {"w": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"hparams\[0\].discount is .*, but must be one number"):
+        opt.update(p, p, opt.init(p), opt.hparams(discount=discount))
+
+
 REPEATED = {
+    "discount": (t.hypergradient(diffopt.adamw()), {"lr": 1e-3, "discount": 0.9}),
+    "discounts": (t.hypergradient(diffopt.sgd(), outer=tower(1)), {"lr": 0.1, "discount": 0.5}),
     "adamw": (t.hypergradient(diffopt.adamw()), {"lr": 1e-3}),
     "ascent": (t.hypergradient(diffopt.adamw(maximize=True)), {"lr": 1e-3}),
     "tower": (tower(1), {"lr": 0.1}),
