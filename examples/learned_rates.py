@@ -13,7 +13,9 @@ Baydin et al., "Online Learning Rate Adaptation with Hypergradient Descent", 201
 
 Seed 0, torch 2.13.0, losses in the last epoch, from a rate that is 0.01, 1 and 100 times a good
 one: Adam 2.08, 0.0102 and 5.62, and 0.0009, 0.0008 and 0.0007 with a learned rate; momentum 2.21,
-0.0366 and 313, and 0.0026, 0.0016 and 0.0011 with a learned rate.
+0.0366 and 313, and 0.0026, 0.0016 and 0.0011 with a learned rate; gradient descent 2.21, 0.0417 and
+920, and 0.0380, 0.1008 and 0.1173 with a learned rate (its accuracies: 47.4%, 95.4% and 9.3%, and
+96.1%, 95.7% and 96.1%).
 """
 
 from __future__ import annotations

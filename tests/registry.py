@@ -447,6 +447,7 @@ COMPOSITIONS: dict[str, Case] = {
         {
             "lr": 0.1,
             "weight_decay": 0.05,
+            "discount": 0.3,
             "outer": _learned.hparams(lr=0.2, outer=_plain.hparams(lr=0.3)),
         },
     ),
