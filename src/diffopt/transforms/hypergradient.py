@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,10 +49,30 @@ class HypergradientState(NamedTuple):
     inner: Any
 
 
-Known: TypeAlias = tuple[ways.Alike | None, ways.Alike | None]
-"""What is known of the updates of the outer and of the inner optimizer."""
-
 torch.serialization.add_safe_globals([HypergradientState])
+
+
+@dataclass
+class _Facts:
+    """What has been found out about the arguments of an update in place that passed all checks."""
+
+    owner: Callable[[], Any]
+    kinds: tuple[_tree.Spec, _tree.Spec, _tree.Spec]
+    """The structures of grads, state and hparams."""
+    outer: ways.Alike | None
+    inner: ways.Alike | None
+    hparams: Any = None
+    """The last ones with which these held, if nothing in them can change."""
+
+    def holds(self, hparams: Any) -> bool:
+        """Whether these hyperparameters are numbers in the same structure."""
+        if hparams is self.hparams:
+            return True
+        values, structure = _tree.flatten(hparams)
+        if structure is not self.kinds[2] or not {*map(type, values)} <= {float, int}:
+            return False
+        self.hparams = hparams if self.outer and self.inner else None  # records of numbers
+        return True
 
 
 @hparams
@@ -254,7 +274,7 @@ class Hypergradient(Wrapper[HypergradientState]):
         record = _moved(hparams[1], state.offsets, ops.coefficient)
         self.optimizer.prepare_(params, grads, state.inner, record)
         lists = leaves.moved(leaves.params), leaves.gradients(), leaves.moved(old["lr"])
-        write = self._writing(lists, (None, None), *arguments)
+        write = self._writing(lists, None, *arguments)
         if _tree.flatten(state.derivatives["lr"])[1] is leaves.spec:
             others, facts = _tree.flatten(state)[0], partial(self._facts, *arguments)
             prints.keep((id(self),), leaves.params, others, leaves.grads, facts)
@@ -262,8 +282,8 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     def _as_before(
         self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
-    ) -> tuple[tuple[Tensors, Tensors, Tensors], Known] | None:
-        """Params, gradients, derivatives and `_facts`, if all checks have been passed before.
+    ) -> tuple[tuple[Tensors, Tensors, Tensors], _Facts] | None:
+        """Params, gradients, derivatives and facts, if all checks have been passed before.
 
         None if these trees are unlike those.
         """
@@ -271,30 +291,32 @@ class Hypergradient(Wrapper[HypergradientState]):
         known = prints.found((id(self),), tensors)
         if known is None:
             return None
-        passed, (owner, kinds, updates) = known
-        trees = [*map(_tree.flatten, (grads, state, hparams))]
-        gradients, used, numbers = (values for values, _ in trees)
+        passed, facts = known
+        (gradients, kind), (used, structure) = _tree.flatten(grads), _tree.flatten(state)
         if not (
-            owner() is self
-            and all(kind is structure for kind, (_, structure) in zip(kinds, trees, strict=True))
-            and all(type(x) in (float, int) for x in numbers)
+            facts.owner() is self
+            and facts.kinds[0] is kind
+            and facts.kinds[1] is structure
+            and facts.holds(hparams)
             and passed.by(tensors, used, gradients)
         ):
             return None
         first = len(state.offsets)  # then come the derivatives
-        return (tensors, gradients, used[first : first + len(tensors)]), updates
+        return (tensors, gradients, used[first : first + len(tensors)]), facts
 
     def _writing(
         self,
         lists: tuple[Tensors, Tensors, Tensors],
-        known: Known,
+        known: _Facts | None,
         params: Tree,
         grads: Tree,
         state: HypergradientState,
         hparams: tuple[Any, Any],
     ) -> Write:
         moved, gradients, derivatives = lists
-        learn_ = self._learning(gradients, derivatives, state, hparams[0].outer, known[0])
+        learn_ = self._learning(
+            gradients, derivatives, state, hparams[0].outer, known and known.outer
+        )
 
         discount = ops.coefficient(hparams[0].discount)
         steps = derivatives if ops.is_zero(discount) else [*map(torch.empty_like, derivatives)]
@@ -303,10 +325,10 @@ class Hypergradient(Wrapper[HypergradientState]):
             learn_()
             for step, param in zip(steps, moved, strict=True):
                 torch.neg(param, out=step)
-            if known[1]:
+            if known and known.inner:
                 factor = math.exp(min(state.offsets["lr"].item(), 709))  # the largest it takes
                 values = [*{**vars(hparams[1]), "lr": hparams[1].lr * factor}.values()]
-                again_(self.optimizer, known[1], moved, gradients, state.inner, values)
+                again_(self.optimizer, known.inner, moved, gradients, state.inner, values)
             else:  # it cannot fail where another record has not
                 record = _moved(hparams[1], state.offsets, ops.coefficient)
                 self.optimizer.prepare_(params, grads, state.inner, record)()
@@ -336,13 +358,12 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     def _facts(
         self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
-    ) -> tuple[Any, list[_tree.Spec], Known]:
-        """What has been found out about arguments that have passed all checks."""
+    ) -> _Facts:
         kinds = [_tree.flatten(tree)[1] for tree in (grads, state, hparams)]
         offsets = state.offsets
         outer = alike(self._outer, offsets, offsets, state.outer, hparams[0].outer)
         inner = alike(self.optimizer, params, grads, state.inner, hparams[1])
-        return weakref.ref(self), kinds, (outer, inner)
+        return _Facts(weakref.ref(self), (kinds[0], kinds[1], kinds[2]), outer, inner)
 
     def _is_rate(self, *names: str) -> bool:
         """Whether the only derivative is the step itself, that with respect to log(lr)."""
@@ -519,8 +540,8 @@ def _finite(products: dict[str, Tensor | None]) -> bool | None:
 
 def _dots(grads: Tensors, derivatives: Tensors) -> Tensors:
     """The scalar products of pairs of tensors."""
-    dtypes = [[x.dtype for x in tensors] for tensors in (grads, derivatives)]
-    if dtypes[0] != dtypes[1] or any(map(torch.is_complex, grads)):
+    dtypes = {x.dtype for x in (*grads, *derivatives)}
+    if len(dtypes) > 1 or any(dtype.is_complex for dtype in dtypes):
         grads = [real(g.to(d.dtype)) for g, d in zip(grads, derivatives, strict=True)]
         derivatives = [*map(real, derivatives)]
     return [g.flatten().dot(d.flatten()) for g, d in zip(grads, derivatives, strict=True)]
