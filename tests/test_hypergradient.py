@@ -589,3 +589,40 @@ def test_steps_that_are_repeated_in_place_are_those_of_the_pure_function(name, d
         ends.append((params, state))
     torch.testing.assert_close(ends[0], ends[1])
     torch.testing.assert_close(ends[0], ends[2])
+
+
+def by_closure(net, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        (net(draw(8, 3)).sum(1) - draw(8, 3)[:, 0]).square().mean().backward()
+
+    optimizer.step(closure)
+
+
+def scaled(net, optimizer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer.zero_grad()
+    scaler.scale((net(draw(8, 3)).sum(1) - draw(8, 3)[:, 0]).square().mean()).backward()
+    scaler.step(optimizer)
+
+
+def compiled(net, optimizer):
+    torch.compile(lambda: advance(net, optimizer, 1), backend="eager")()
+
+
+def copied_group(net, optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+    advance(net, optimizer, 1)
+
+
+@pytest.mark.parametrize("way", [by_closure, scaled, compiled, copied_group])
+def test_the_class_takes_the_same_steps_however_they_are_called(way):
+    ends = []
+    for step in (lambda net, optimizer: advance(net, optimizer, 1), way):
+        net = network()
+        opt = t.hypergradient(diffopt.adamw())
+        optimizer = diffopt.optim.from_pure(opt, net, lr=1e-2, discount=0.5)
+        for _ in range(5):
+            step(net, optimizer)
+        ends.append([p.detach() for p in net.parameters()])
+    torch.testing.assert_close(*ends)
