@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffopt import rules
 from diffopt._rule.leafwise import Leafwise
+from diffopt.optim import _state
 from diffopt.optim._adapter import Fusible, RuleOptimizer
 from diffopt.optim._groups import Group
 from diffopt.optim._options import made
@@ -121,6 +122,12 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
     make = staticmethod(rules.adagrad)
     sparse_gradients = True
     later = ("initial_accumulator_value",)
+
+    @functools.wraps(torch.optim.Adagrad.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # which makes the state: nobody else has seen it
+        _state.pack([*self.state.values()], self.scalar_state)
+        _state.mark_unlent(self.state, self.scalar_state)
 
 
 class Adadelta(Fusible, torch.optim.Adadelta):
