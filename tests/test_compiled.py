@@ -74,7 +74,7 @@ def graphs(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(
-        torch, "compile", lambda kernel, **options: compile_(kernel, backend=backend, **options)
+        torch, "compile", lambda kernel, **given: compile_(kernel, **given | {"backend": backend})
     )
     return seen
 
@@ -418,6 +418,27 @@ def test_threads_share_a_kernel(uncompiled):
     for other in others:
         torch.testing.assert_close(other, first)
     assert uncompiled.count(compiled._SAMPLE) == 1
+
+
+class Clamped(Squashed):
+    """With a constant that is the length of the sample on which a kernel is tried."""
+
+    def rule(self, p, g, s, hp, c):
+        return p - hp.lr * (g * 100_000).clamp(max=compiled._SAMPLE), s
+
+
+@pytest.mark.parametrize("rule", [diffopt.rmsprop(), Clamped()], ids=["RMSprop", "Clamped"])
+def test_torch_compile_checks_the_first_call_of_a_kernel_only(rule, monkeypatch):
+    made = lambda *_: lambda graph, inputs: graph.forward  # noqa: E731
+    monkeypatch.setattr(compiled._torch, "compiler", made)
+    opt, leaf = ways(rule)
+    run(opt, draw(sizes=(5,)), steps=1)
+    kernels = [kernel for kernel in compiled._KERNELS.values() if kernel]
+    assert kernels
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "checked", lambda *_: pytest.fail("it is checked again"))
+    params = draw(sizes=(70_000, 3, 1, 90_000))
+    torch.testing.assert_close(run(opt, params), run(leaf, params), **tolerance(torch.float64))
 
 
 def test_the_settings_of_torch_compile_are_left_alone(graphs):

@@ -3,6 +3,7 @@
 import collections
 import copy
 import gc
+import inspect
 import threading
 import weakref
 
@@ -226,6 +227,52 @@ def test_a_plan_is_kept_while_nothing_changes_and_no_longer(name):
     params[1].data = params[1].data.t()
     step(optimizer, params)
     assert optimizer.state.plans != [plan]
+
+
+@pytest.mark.parametrize("name", ["SparseAdam", "SGD", "Adagrad"])
+def test_a_plan_is_kept_where_gradients_are_sparse(name):
+    ends, sparse = [], [1, 3, 2, 2]
+    for kept in (True, False):
+        (param,) = params = parameters((4, 2))
+        numbers = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(optim, name)(params, lr=0.1, **numbers)
+        plans = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_plan, "KEPT", kept)
+            for rows in sparse:
+                grad = torch.zeros(4, 2)
+                grad[:rows] = rows
+                param.grad = grad.to_sparse(1)
+                optimizer.step()
+                plans += optimizer.state.plans
+            assert (plans[1] is plans[2] is plans[3]) is (kept or plans[1] is None)
+            param.data = param.data.T.contiguous().T
+            optimizer.step()
+            assert optimizer.state.plans != plans[-1:] or not kept
+        ends.append((param.detach(), optimizer.state_dict()["state"]))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_gradients_may_become_dense_where_they_were_sparse():
+    runs = []
+    for library in BOTH:
+        (param,) = params = parameters((4, 2))
+        optimizer = library.SGD(params, lr=0.1)
+        for t in range(8):
+            grad = torch.eye(4, 2) + t
+            param.grad = grad.to_sparse(1) if t % 4 < 2 else grad
+            optimizer.step()
+        runs.append(params)
+    close(*runs)
+
+
+def test_the_state_that_a_constructor_makes_is_this_packages_own():
+    params = parameters((3, 2), (2, 2), (3,))
+    optimizer = optim.Adagrad(params, initial_accumulator_value=0.5)
+    assert not optimizer.state.plans.lent
+    counts = [optimizer.state[p]["step"] for p in params]
+    assert len({count.untyped_storage().data_ptr() for count in counts}) == 1
+    assert inspect.signature(optim.Adagrad) == inspect.signature(torch.optim.Adagrad)
 
 
 NEW_NUMBERS = {

@@ -30,7 +30,11 @@ def intercepted() -> bool:
 
 def observed() -> bool:
     """Whether a transform, a trace or a mode sees operations: tensors may have no memory."""
-    return transformed() or intercepted()
+    return (  # what `transformed` and `intercepted` say: every step asks
+        torch.compiler.is_compiling()
+        or _torch.innermost_transform() is not None
+        or _torch.dispatch_modes() > 0
+    )
 
 
 def capturing() -> bool:
@@ -50,7 +54,11 @@ def differentiable() -> bool:
 
 def differentiated(tensors: Iterable[Tensor]) -> bool:
     """Whether results computed from `tensors` may be differentiated."""
-    if transformed() or forward_differentiated():
+    if (  # what `transformed` and `forward_differentiated` say: rules ask many times
+        torch.compiler.is_compiling()
+        or _torch.innermost_transform() is not None
+        or _torch.forward_level() >= 0
+    ):
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _memory, _modes, _tree
+from diffopt import _memory, _modes, _torch, _tree
 from diffopt._compiler import announced, brief, warn_once, with_own_code
 from diffopt._rule import hyper, ops, recording, tiles
 from diffopt._rule.rule import is_ours
@@ -313,9 +313,48 @@ def _compiled(program: _Program, dtype: torch.dtype, name: str) -> Kernel:
             if k is not None and values[k] is not old:
                 old.copy_(values[k])
 
-    # It is called only for what the key of `_found` says, so torch.compile need not check it again.
-    options: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    return torch.compile(with_own_code(kernel, name), fullgraph=True, dynamic=True, options=options)
+    return _Compiled(with_own_code(kernel, name))
+
+
+class _Compiled:
+    """A function, compiled at its first call; later ones run what was made of its graph.
+
+    It is called only for what the key of `_found` says, so that torch.compile need not check it.
+    """
+
+    def __init__(self, function: Kernel) -> None:
+        options: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        self.checked: Kernel = torch.compile(
+            function, backend=self._backend, fullgraph=True, dynamic=True, options=options
+        )
+        self.takes: list[Any] = []
+
+    def __call__(self, given: list[Tensor], vectors: Sequence[Tensor]) -> None:
+        pool = [vectors[0].numel(), *given, *vectors]
+        if self.takes:
+            self.run(*[_filled(x, pool) for x in self.takes])
+            return
+        self.pool = pool
+        self.checked(given, vectors)
+        del self.pool
+
+    def _backend(self, graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        shown = [node.meta["example_value"] for node in places]
+        lengths = {str(x.shape[0]) for x in shown if isinstance(x, Tensor) and x.dim()}
+        self.sizes = [not isinstance(x, Tensor) and str(x) in lengths for x in shown]
+        self.run = _torch.compiler("inductor", None, None, True)(graph, inputs)
+        return self._first
+
+    def _first(self, *inputs: Any) -> Any:
+        """Note what the inputs of the graph are: the length, tensors of the pool, and constants."""
+        places = {id(x): _Place(k) for k, x in enumerate(self.pool)}
+        pairs = zip(inputs, self.sizes, strict=True)
+        takes = [
+            _Place(0) if size else x if type(x) is int else places.get(id(x)) for x, size in pairs
+        ]
+        self.takes = takes if any(self.sizes) and None not in takes else []
+        return self.run(*inputs)
 
 
 def _sample(vector: Tensor) -> Tensor:

@@ -313,20 +313,23 @@ def _check(record: Any) -> None:
 
 def fault_of(leaf: Any, bounds: Mapping[str, float | None]) -> Exception | None:
     """What is wrong with a leaf, unless it is a number within the bounds."""
-    if type(leaf) is float and _within(leaf, bounds):  # isinstance of an ABC is slow
+    if type(leaf) is float and within(leaf, bounds):  # isinstance of an ABC is slow
         return None
     if isinstance(leaf, bool) or not (isinstance(leaf, numbers.Real) or _is_scalar(leaf)):
         return TypeError(f"is {_tree.describe(leaf)}, not a number or a tensor{_instead(leaf)}")
     if too_large(leaf):
         return ValueError("is an integer too large for a float")
-    if _within(float(leaf), bounds):
+    if within(float(leaf), bounds):
         return None
     limits = [f"{_BOUNDS[kind][0]} {b}" for kind, b in bounds.items() if b is not None]
     return ValueError(f"is {leaf}, but must be {' and '.join(limits)}")
 
 
-def _within(number: float, bounds: Mapping[str, float | None]) -> bool:
-    return all(b is None or _BOUNDS[kind][1](number, b) for kind, b in bounds.items())
+def within(number: float, bounds: Mapping[str, float | None]) -> bool:
+    for kind, bound in bounds.items():  # no generator: this runs at every step of a schedule
+        if bound is not None and not _BOUNDS[kind][1](number, bound):
+            return False
+    return True
 
 
 def _instead(leaf: Any) -> str:

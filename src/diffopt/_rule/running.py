@@ -30,6 +30,7 @@ _AS_IS = {*AS_IS}
 _DTYPE = operator.attrgetter("dtype")
 _FORM = operator.attrgetter("dtype", "shape")  # in C: a step reads many
 
+_MANY = 100  # tensors, for which it pays to leave autograd's checks out
 _WIDE = (torch.float64, torch.complex128)
 _MOVING = ("weight_decay", "momentum")  # these move a parameter whose gradient is zero
 
@@ -229,8 +230,11 @@ def native_(
         return False
     params, grads, *buffers = columns
     state, hparams = rule.State(steps, *buffers), hyper.assemble(rule.hparams, values)
-    with _torch.below_autograd():
+    if len(params) < _MANY:
         done = rule.native(params, grads, state, hparams, first, amp)
+    else:
+        with _torch.below_autograd():
+            done = rule.native(params, grads, state, hparams, first, amp)
     if done:  # torch's kernels don't tell autograd that tensors it may have saved were modified
         torch.autograd.graph.increment_version(params)
     return done

@@ -114,7 +114,8 @@ def in_pieces_(
         row = [column[0].view(-1) for column in pieces]
         if row[0].data_ptr() == row[1].data_ptr():  # a gradient that is its own parameter
             row[1] = row[1].clone()
-        for piece in zip(*(x.split(size) for x in row), strict=True):
+        split = zip(*(x.split(size) for x in row), strict=True) if len(row[0]) > size else [row]
+        for piece in split:
             update_(piece)
 
 

@@ -48,7 +48,7 @@ def values_of(opt: Leafwise[Any, Any], group: Group) -> list[Any]:
     """
     values: list[Any] = []
     for field in hyper.FIELDS[opt.hparams]:
-        value = _option(group, field.name)
+        value = option(group, field.name)
         known = type(value) is float or (field.name == "eps1" and value is None)
         values.append(value if known else _kept(plain_number(value, field.name)))
     return values
@@ -76,7 +76,7 @@ def constant(value: Any) -> bool:
     return all(map(constant, vars(value).values())) if record else type(value) in _CONSTANT
 
 
-def _option(group: Mapping[str, Any], name: str) -> Any:
+def option(group: Mapping[str, Any], name: str) -> Any:
     """A hyperparameter, which torch.optim may keep in a tuple."""
     if name in group:
         return group[name]
@@ -238,7 +238,7 @@ def records(template: Any, group: Mapping[str, Any]) -> Any:
 
 def _value(group: Mapping[str, Any], name: str) -> Any:
     """A hyperparameter, all of whose numbers are Python's or tensors."""
-    value = _option(group, name)
+    value = option(group, name)
     if not _is_plain(value):
         value = _tree.map(lambda x: x if isinstance(x, Tensor) else plain_number(x, name), value)
     factor = group.get("lr", 1.0) if name.endswith(".lr") else 1.0

@@ -5,8 +5,7 @@ from __future__ import annotations
 import cmath
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._rule import hyper
 from diffopt._rule.leafwise import Leafwise
-from diffopt.optim._groups import Group, constant, values_of
+from diffopt.optim._groups import Group, constant, option, values_of
 
 _TENSORS = ("params", "param_names")
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")
@@ -51,7 +50,7 @@ class Options:
         own = optimizer.rule.__module__.startswith("diffopt.")  # a user's may look at anything
         self.constant = own and all(map(constant, given.values()))
         self.given = given if self.constant else {}  # which users may let go
-        self.in_range = self._in_range(self.values, itertools.repeat(self))
+        self.in_range = self._in_range()
 
     def check(self, where: str) -> None:
         """Raise for a number out of its range with which no step can be computed.
@@ -81,30 +80,37 @@ class Options:
 
     def current(self, group: Group) -> Options | None:
         """What the group says now, if it says the same but for floats in their ranges."""
-        given = _given(group)
-        if not self.constant or [*given] != [*self.given]:
+        given = self.given
+        changed = [
+            (name, x)
+            for name, x in group.items()
+            if x is not given.get(name, self) and name not in _TENSORS
+        ]
+        if len(group) != len(given):  # as where `given` is empty
             return None
-        pairs = zip(given.values(), self.given.values(), strict=True)
-        changed = [(new, old) for new, old in pairs if new is not old]
         if not changed:
             return self
-        return self._renewed(group, given) if all(_alike(*pair) for pair in changed) else None
+        alike = all(_alike(x, given.get(name, self)) for name, x in changed)
+        return self._renewed(group, given | dict(changed)) if alike and self.in_range else None
 
-    def _renewed(self, group: Group, given: Group) -> Options | None:
-        """The same but for numbers; None if one is out of its range, which is for `check`."""
-        values = values_of(self.opt, group)
-        if not (self.in_range and self._in_range(values, self.values)):
-            return None
+    def _renewed(self, group: Group, given: dict[str, Any]) -> Options | None:
+        """The same but for floats; None if one is out of its range, which is for `check`."""
+        values: list[Any] = []
+        for field, old in zip(hyper.FIELDS[self.opt.hparams], self.values, strict=True):
+            new = option(group, field.name)
+            if new is not old and not (type(new) is float and hyper.within(new, field.bounds)):
+                return None
+            values.append(new)
         other = object.__new__(Options)
         vars(other).update(vars(self), values=values, given=given)
         return other
 
-    def _in_range(self, values: Iterable[Any], known: Iterable[Any]) -> bool:
-        """Whether all numbers are in their ranges, where they are not those known."""
-        triples = zip(hyper.FIELDS[self.opt.hparams], values, known, strict=False)
+    def _in_range(self) -> bool:
+        """Whether all numbers are in their ranges."""
+        pairs = zip(hyper.FIELDS[self.opt.hparams], self.values, strict=False)
         return all(
-            x is y or x is None or isinstance(x, Tensor) or hyper.fault_of(x, field.bounds) is None
-            for field, x, y in triples
+            x is None or isinstance(x, Tensor) or hyper.fault_of(x, field.bounds) is None
+            for field, x in pairs
         )
 
 
@@ -115,10 +121,7 @@ def _computed(scalar: Any) -> bool:
 
 
 def _given(group: Group) -> dict[str, Any]:
-    given = group.copy()
-    for name in _TENSORS:
-        given.pop(name, None)
-    return given
+    return {name: None if name in _TENSORS else x for name, x in group.items()}
 
 
 def _alike(new: Any, old: Any) -> bool:

@@ -15,8 +15,7 @@ so a step that makes a new plan gives the same bits. A plan that is kept
   has, counts on a device are used one by one: what `.data` writes there cannot be seen.
 
 Anything that cannot be checked this way is planned anew at every step: subclasses of tensors,
-sparse gradients, rows that are not ours, the first step of a momentum, steps that are recorded or
-traced.
+rows that are not ours, the first step of a momentum, steps that are recorded or traced.
 """
 
 from __future__ import annotations
@@ -88,19 +87,19 @@ class Plan:
     def holds(self, optimizer: Any, group: Group, options: Options, grads: list[Any]) -> bool:
         """Whether a new plan would be the same; then it takes the numbers of these options."""
         before, self.options = self.options, options
-        params = group["params"]
-        return (
-            self._is_of(params)
-            and (self.complete or self.absent == _missing(grads))  # else a guard finds it
-            and (before is options or (before.flags, before.opt) == (options.flags, options.opt))
-            and self.inference == torch.is_inference_mode_enabled()
-            and not _modes.observed()
-            and all(
-                bucket.holds(*bucket.of(params, grads), options, lent=optimizer.state.plans.lent)
-                for bucket in self.buckets
-            )
-            and (len(self.buckets) == 1 or self._apart())
-        )
+        params, lent = group["params"], optimizer.state.plans.lent
+        if (
+            not self._is_of(params)
+            or not (self.complete or self.absent == _missing(grads))  # else a guard finds it
+            or (before.flags, before.opt) != (options.flags, options.opt)
+            or self.inference != torch.is_inference_mode_enabled()
+            or _modes.observed()
+        ):
+            return False
+        for bucket in self.buckets:  # no generator: this runs at every step
+            if not bucket.holds(*bucket.of(params, grads), options, lent=lent):
+                return False
+        return len(self.buckets) == 1 or self._apart()
 
     def _is_of(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters of the group, one by one."""
@@ -146,8 +145,8 @@ class Bucket:
         self.in_turn = False  # whether the last step took all of the group one after the other
         self.wanted: ways.Wanted = _wanted(group)
         self.differentiable = bool(group.get("differentiable"))
-        plain = key.kind.layout in ("regular", "strided") and not self.differentiable
-        self.lasting = plain and not (key.fresh or optimizer.integer_steps)
+        plain = key.kind.layout != "foreign" and not self.differentiable
+        self.lasting = plain and not key.fresh
         self.rows = [] if self.lasting else rows
         self.fields = _fields(opt, params[0])
         self.scalars: dict[str, Any] = {}
@@ -238,18 +237,18 @@ class Bucket:
         return options.constant and self.options is not None and self.options.constant
 
     def _columns(self, params: list[Tensor], grads: list[Tensor]) -> list[Any]:
-        columns: list[Any] = [self._walk(params), self._walk(grads)]
+        columns: list[Any] = [params, grads]
         for name in self.fields:
             if name in self.scalars:
                 columns.append(Shared(self.scalars[name].at(0).clone()))
             else:
-                columns.append(self._walk(self.buffers[name]) if name else ())
-        return columns
+                columns.append(self.buffers[name] if name else ())
+        if not self.orders:
+            return columns
+        return [self._walk(c) if isinstance(c, list) else c for c in columns]
 
     def _walk(self, column: list[Tensor]) -> list[Tensor]:
         """Views with their axes in the order of memory, such as NHWC of channels_last."""
-        if not self.orders:
-            return column
         pairs = zip(column, self.orders, strict=True)
         return [x.permute(order) if order else x for x, order in pairs]
 

@@ -252,16 +252,25 @@ class Counts:
 class Integers:
     """The step counts of torch.optim.SparseAdam, which are Python's."""
 
+    tensors = ()
+
     def __init__(self, rows: list[dict[str, Any]], name: str) -> None:
         self.rows, self.name = rows, name
 
     def at(self, i: int) -> int:
-        return self.rows[i][self.name]
+        return dict.__getitem__(self.rows[i], self.name)  # which lends nothing
+
+    @property
+    def value(self) -> int:
+        return self.at(0)
+
+    def equal(self) -> bool:
+        return len({*map(self.at, range(len(self.rows)))}) == 1
 
     def add_(self, number: Any, i: int | None = None) -> None:
         """Count, for all or for one."""
-        for row in self.rows if i is None else [self.rows[i]]:
-            row[self.name] += int(number)
+        for k in range(len(self.rows)) if i is None else [i]:
+            dict.__setitem__(self.rows[k], self.name, self.at(k) + int(number))  # plans stay
 
 
 def _vector(tensors: list[Tensor]) -> Tensor | None:
