@@ -20,7 +20,7 @@ def compiling() -> bool:
 
 def transformed() -> bool:
     """Whether a torch.func transform is active, also in code that is being traced."""
-    return compiling() or _torch.innermost_transform() is not None
+    return torch.compiler.is_compiling() or _torch.innermost_transform() is not None
 
 
 def intercepted() -> bool:
@@ -30,11 +30,7 @@ def intercepted() -> bool:
 
 def observed() -> bool:
     """Whether a transform, a trace or a mode sees operations: tensors may have no memory."""
-    return (  # what `transformed` and `intercepted` say: every step asks
-        torch.compiler.is_compiling()
-        or _torch.innermost_transform() is not None
-        or _torch.dispatch_modes() > 0
-    )
+    return transformed() or intercepted()
 
 
 def capturing() -> bool:
@@ -54,11 +50,7 @@ def differentiable() -> bool:
 
 def differentiated(tensors: Iterable[Tensor]) -> bool:
     """Whether results computed from `tensors` may be differentiated."""
-    if (  # what `transformed` and `forward_differentiated` say: rules ask many times
-        torch.compiler.is_compiling()
-        or _torch.innermost_transform() is not None
-        or _torch.forward_level() >= 0
-    ):
+    if transformed() or _torch.forward_level() >= 0:
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
