@@ -196,7 +196,10 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
 
 def _alike(params: list[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors in batches, with small tensors of the same shape together."""
+    """Indices of tensors in batches, with small tensors of the same shape together if many."""
+    if len(params) < _FEW:
+        yield [*range(len(params))]
+        return
     size = torch.get_num_threads() * TILE
     lengths = list(map(Tensor.numel, params))
     alike: dict[Any, list[int]] = {}

@@ -69,6 +69,7 @@ class Plan:
             )
             members.setdefault(key, []).append(i)
         whole = len(members) == 1 and not self.absent
+        self.alike = len({key._replace(scalars=()) for key in members}) < len(members)
         self.buckets: list[Bucket] = []
         for key, indices in members.items():
             some = [params[i] for i in indices], [rows[i] for i in indices]
@@ -99,7 +100,7 @@ class Plan:
         for bucket in self.buckets:  # no generator: this runs at every step
             if not bucket.holds(*bucket.of(params, grads), options, lent=lent):
                 return False
-        return len(self.buckets) == 1 or self._apart()
+        return not self.alike or self._apart()
 
     def _is_of(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters of the group, one by one."""
@@ -108,7 +109,7 @@ class Plan:
         return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
     def _apart(self) -> bool:
-        """Whether no two buckets have become one."""
+        """Whether no two buckets, which only counts keep apart, have become one."""
         kinds = [bucket.kind() for bucket in self.buckets]
         return len(set(kinds)) == len(kinds)
 
