@@ -126,8 +126,8 @@ class Hypergradient(Wrapper[HypergradientState]):
     in the others. Of 54 runs of tanh and ReLU networks with other seeds and no discount one ended
     with a dead network; with `lr=0.3` for `outer`, none.
 
-    In the class that `diffopt.optim.from_pure` makes of AdamW, learning the rate costs 10 to 13% of
-    a training step of a small convolutional network on 64 digits, and 5% on 256 (one CPU core).
+    In the class that `diffopt.optim.from_pure` makes of AdamW, learning the rate costs 11 to 13% of
+    a training step of a small convolutional network on 64 digits, and 6% on 256 (one CPU core).
     Other hyperparameters, half precision, and rules whose steps are not proportional to the rate
     cost more.
 
