@@ -161,7 +161,7 @@ class Numbering:
     """
 
     def __init__(self, inputs: tuple[Any, ...], integer: bool) -> None:
-        tensors = (x for x in _tree.leaves(inputs) if isinstance(x, Tensor))
+        tensors = (x for x in _tree.flatten(inputs)[0] if isinstance(x, Tensor))
         first = next(filter(_modes.has_derivative, tensors), None)
         wide = first is not None and first.dtype in (torch.float64, torch.complex128)
         self.dtype = torch.float64 if wide else torch.float32
