@@ -675,3 +675,28 @@ def test_hooks_in_a_loss_that_change_gradients_are_refused_and_others_called(how
         torch.testing.assert_close(derivative(looks, how), expected)
     with pytest.raises(NotImplementedError, match="register_hook"):
         derivative(lambda grad: 2 * grad, how)
+
+
+@pytest.mark.parametrize("adjoint", [ForwardMode(), Checkpointed(hvp="forward-over-reverse")])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda w: w.expand(2, 3),
+        lambda w: torch.complex(w, w).conj(),
+        lambda w: torch.complex(w, -w).conj().imag,
+    ],
+    ids=["expanded", "conjugated", "negated"],
+)
+def test_params_that_are_lazy_or_expanded_views_have_their_derivatives(view, adjoint):
+    opt = diffopt.adam()
+
+    def gradients(adjoint):
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        w = view(torch.arange(1.0, 4.0, dtype=torch.float64)).detach().requires_grad_()
+        sol = diffopt.minimize(
+            lambda w: (w.abs() ** 4).sum() / 9, w, optimizer=opt, hparams=opt.hparams(lr=lr),
+            steps=3, adjoint=adjoint,
+        )  # fmt: skip
+        return torch.autograd.grad(sol.params.abs().square().sum(), (lr, w))
+
+    torch.testing.assert_close(gradients(adjoint), gradients(Unrolled()))

@@ -153,6 +153,13 @@ def versions(tensors: Iterable[Tensor]) -> list[int]:
     return [0 if x.is_inference() else _torch.version(x) for x in inner]
 
 
+def with_tangents(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where torch cannot give it a tangent: a lazy or an expanded view."""
+    if tensor.is_conj() or tensor.is_neg():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor.clone() if 0 in tensor.stride() else tensor
+
+
 def has_derivative(tensor: Tensor) -> bool:
     """Whether its dtype allows a gradient, needed or not."""
     return tensor.is_floating_point() or tensor.is_complex()

@@ -219,7 +219,7 @@ def _hvp(
     first of the xs is `grad`. By symmetry it is the derivative at e = 0 of the gradient of
     `value(xs + e vectors) + e <cotangents, outputs>` with respect to all xs.
     """
-    count = len(vectors)
+    count, xs = len(vectors), [*map(_modes.with_tangents, xs)]
     chosen = [*range(count), *(i for i in range(count, len(xs)) if needed[i])]
     zero, one = cotangents[0].new_zeros(()), cotangents[0].new_ones(())
 

@@ -285,7 +285,7 @@ def _advance(
     def outputs(*xs: Tensor) -> list[Tensor]:
         return flat(*functions.replaced(values, chosen, xs))
 
-    primals = [values[i] for i in chosen]
+    primals = [_modes.with_tangents(values[i]) for i in chosen]
     with functions.noticed() as aliases:
         if chosen and inputs.count:
             along = [directions[i] for i in chosen]
