@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import diffopt
+from diffopt import _modes
 from diffopt.adjoint import (
     Checkpointed,
     FirstOrder,
@@ -567,6 +568,7 @@ def test_a_module_is_not_touched_while_another_thread_compiles():
     def backend(graph, inputs):
         with ThreadPoolExecutor(1) as pool:
             pool.submit(functional, functional.params, torch.ones(2)).result()
+            assert not pool.submit(_modes.observed).result()
         return graph.forward
 
     torch.compile(torch.sin, backend=backend)(torch.ones(2))

@@ -20,7 +20,8 @@ def compiling() -> bool:
 
 def transformed() -> bool:
     """Whether a torch.func transform is active, also in code that is being traced."""
-    return torch.compiler.is_compiling() or _torch.innermost_transform() is not None
+    traced = torch.compiler.is_compiling() and compiling()  # one call, as a rule
+    return traced or _torch.innermost_transform() is not None
 
 
 def intercepted() -> bool:
