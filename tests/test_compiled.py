@@ -267,7 +267,7 @@ def test_gradients_may_become_odd_from_step_to_step(change, uncompiled):
             optimizer.step()
         ends.append(end(optimizer, params))
     torch.testing.assert_close(*ends)
-    assert len(uncompiled) == 4
+    assert uncompiled[1] == uncompiled[-1] == 5  # by one kernel, before and after
 
 
 @pytest.mark.parametrize("sizes", [(1,), (0,), (1, 1), (0, 1)], ids=str)

@@ -144,7 +144,7 @@ def in_place_on_grads(p, g, s, hp, c):
 
 
 def aliased_state(p, g, s, hp, _):
-    return p - hp.lr * g, State(s.step, g)
+    return p - hp.lr * g, State(s.step, p)
 
 
 def aliased_results(p, g, s, hp, _):
