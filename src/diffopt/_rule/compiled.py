@@ -328,15 +328,16 @@ class _Compiled:
             function, backend=self._backend, fullgraph=True, dynamic=True, options=options
         )
         self.takes: list[Any] = []
+        self.running = threading.local()  # its `pool`: what a call of this thread is given
 
     def __call__(self, given: list[Tensor], vectors: Sequence[Tensor]) -> None:
         pool = [vectors[0].numel(), *given, *vectors]
         if self.takes:
             self.run(*[_filled(x, pool) for x in self.takes])
             return
-        self.pool = pool
+        self.running.pool = pool
         self.checked(given, vectors)
-        del self.pool
+        del self.running.pool
 
     def _backend(self, graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
         places = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -348,7 +349,7 @@ class _Compiled:
 
     def _first(self, *inputs: Any) -> Any:
         """Note what the inputs of the graph are: the length, tensors of the pool, and constants."""
-        places = {id(x): _Place(k) for k, x in enumerate(self.pool)}
+        places = {id(x): _Place(k) for k, x in enumerate(self.running.pool)}
         pairs = zip(inputs, self.sizes, strict=True)
         takes = [
             _Place(0) if size else x if type(x) is int else places.get(id(x)) for x, size in pairs
