@@ -342,8 +342,10 @@ def _entries(container: Any, names: set[str] | None) -> Iterator[tuple[Any, Any]
 def _attributes(value: Any, names: set[str] | None) -> list[tuple[str, Any]]:
     """Those of an object that are read; of a class or a module, the constants among them."""
     if isinstance(value, (type, types.ModuleType)):
-        known = {} if names is None or _library(value) else vars(value)
-        return [(name, known[name]) for name in names or () if _constant(known.get(name))]
+        if names is None or _library(value):
+            return []
+        known = vars(value)
+        return [(name, known[name]) for name in names & known.keys() if _constant(known[name])]
     kind = type(value)
     if names is None or _library(kind):
         whole = dataclasses.is_dataclass(value) or (callable(value) and not _library(kind))
@@ -397,7 +399,7 @@ def _read_by(kind: type) -> frozenset[str]:
 
 def _library(x: Any) -> bool:
     name = str(getattr(x, "__module__", None) or x.__name__).partition(".")[0]
-    return name in ("torch", "diffopt", "numpy", "math")
+    return name in ("torch", "diffopt", "numpy", "math", "builtins")
 
 
 def _names_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
