@@ -112,18 +112,18 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
         eps = hp.eps1 if self.eps1 else torch.finfo(p.dtype).eps
         alpha = ops.at_least(_rms(p), hp.eps2) * rho
         row_var, col_var, variance = s[1:]
-        square = g * g
         if p.dim() > 1:
-            row_var = ops.lerp(row_var, _mean(square, -1), weight)
-            col_var = ops.lerp(col_var, _mean(square, -2), weight)
+            rows, columns = _means_of_squares(g)
+            row_var = ops.lerp(row_var, rows, weight)
+            col_var = ops.lerp(col_var, columns, weight)
             v = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
         else:
-            v = variance = ops.lerp(variance, square, weight)
+            v = variance = ops.lerp(variance, g * g, weight)
         u = g * v.clamp(min=eps * eps).rsqrt()
-        scale = alpha / ops.at_least(_rms(u) / hp.d, 1)
+        u = u * (-alpha / ops.at_least(_rms(u) / hp.d, 1))
         if not ops.is_zero(hp.weight_decay):  # lr may be infinite
             p = p * (1 - hp.lr * hp.weight_decay)
-        return ops.add(p, u, -scale), AdafactorState(s.step, row_var, col_var, variance)
+        return p + u, AdafactorState(s.step, row_var, col_var, variance)
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         if len(shape) < 2:
@@ -142,6 +142,12 @@ adafactor = Adafactor
 
 def _mean(x: Tensor, dim: int) -> Tensor:
     return x.mean(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
+
+
+def _means_of_squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Over rows and over columns."""
+    square = x * x
+    return _mean(square, -1), _mean(square, -2)
 
 
 def _rms(x: Tensor) -> Any:
