@@ -271,6 +271,34 @@ def test_small_tensors_are_updated_as_one_vector_whose_parts_share_no_memory(rul
         torch.testing.assert_close([x.detach() for x in leaves], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rule", ["adam", "adamw", "plain rmsprop", "momentum"])
+def test_what_the_loss_writes_to_its_params_stays_in_small_tensors_too(rule):
+    opt, hparams = RULES[rule]
+
+    def clamped(params):
+        with torch.no_grad():
+            params["w"].clamp_(min=-0.9)
+        return loss(params)
+
+    def run(needed):
+        params = {k: p.clone().requires_grad_(needed) for k, p in START.items()}
+        return minimized(clamped, params, opt, opt.hparams(**hparams), 4)[0]
+
+    torch.testing.assert_close(run(True), {k: p.requires_grad_() for k, p in run(False).items()})
+
+
+@pytest.mark.parametrize("rule", ["adam", "adamw", "plain rmsprop", "momentum"])
+def test_small_tensors_that_need_no_gradient_stay_without_one_beside_others(rule):
+    opt, hparams = RULES[rule]
+    params = started()
+    params["b"].requires_grad_(False)
+    found, state = minimized(loss, params, opt, opt.hparams(**hparams), 3, adjoint=FirstOrder())
+    assert found["w"].requires_grad
+    assert not found["b"].requires_grad
+    alone = minimized(loss, dict(START), opt, opt.hparams(**hparams), 3)
+    torch.testing.assert_close(({k: p.detach() for k, p in found.items()}, state), alone)
+
+
 @pytest.mark.parametrize(
     ("shape", "lr"),
     [

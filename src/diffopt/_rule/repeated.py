@@ -63,6 +63,7 @@ class Repeated:
         # Where autograd records a rule that is not brief, small tensors are updated as one vector:
         # then each column of the buffers holds one, and this that of the params.
         self._vector: list[Any] = []
+        self._versions: list[int] = []  # those of the params, by which writes to them are noticed
         self._grads: Sequence[Any] = ()
         self._joinable = self._can_join(leaves)
 
@@ -99,12 +100,14 @@ class Repeated:
         if not usual or (not self._ours and self._found_kinds() != self._kinds):
             return False
         self._t = self._t + 1 if isinstance(self._t, Tensor) else float(self._t + 1)
+        if params is None and self._vector and _modes.versions(self.params) != self._versions:
+            params = self.params
         if params is not None:
             self.params, self._vector = params, self._vector and [_joined(params)]
         columns: list[Any] = [self.params, [*grads], *self._buffers]
         differentiated = self._differentiated(columns, leaves)
         if self._joinable and differentiated:
-            self._join()
+            self._join(columns, leaves)
         if self._vector:
             columns = [self._vector, [_joined(grads)], *self._buffers]
         if len(self._groups) > 1:
@@ -123,10 +126,14 @@ class Repeated:
             self._keep(new, columns[1])
         return True
 
-    def _join(self) -> None:
+    def _join(self, columns: list[Any], leaves: list[Any]) -> None:
+        """Update one vector from now on, unless only some of the tensors need a gradient."""
         self._joinable = False
-        columns: list[Any] = [self.params, *self._buffers]
-        self._vector, *self._buffers = (column and [_joined(column)] for column in columns)
+        rows = zip(*filter(None, columns), strict=True)
+        needed = {any(map(_REQUIRES_GRAD, row)) for row in rows}
+        if len(needed) == 1 or self._differentiated([], leaves):
+            columns = [self.params, *self._buffers]
+            self._vector, *self._buffers = (column and [_joined(column)] for column in columns)
 
     def _split(self, column: list[Tensor]) -> list[Tensor]:
         """A vector as tensors like the params, none of which shares memory with another."""
@@ -180,6 +187,7 @@ class Repeated:
         params, *buffers = new
         if self._vector:
             self._vector, params = params, self._split(params)
+            self._versions = _modes.versions(params)
         self.params = params
         self.apart = self._ours  # others may return a parameter as it is
         self._buffers = [() if not c or unused(c[0]) else c for c in buffers]
@@ -189,8 +197,6 @@ class Repeated:
         """`_modes.differentiated`, where no transform is active."""
         if not torch.is_grad_enabled():
             return False
-        if any(map(_REQUIRES_GRAD, self.params)):
-            return True
         tensors = [x for x in (self._count, *leaves) if isinstance(x, Tensor)]
         return any(any(map(_REQUIRES_GRAD, column)) for column in (*columns, tensors))
 
