@@ -1106,3 +1106,19 @@ def test_copying_back_is_refused_where_it_cannot_be():
             innermost.copy_back()
         inner.copy_back(state=False)
     assert_equal_modules(net, f)
+
+
+def test_an_optimizer_that_is_replaced_takes_the_next_step():
+    net = nn.Linear(2, 1).double()
+    start = {name: p.detach() for name, p in net.named_parameters()}
+    with diffopt.innerloop(net, diffopt.adam()) as (fnet, inner):
+        for maximize in (False, False, True):
+            inner.optimizer = diffopt.adam(maximize=maximize)
+            inner.step(fnet(torch.ones(1, 2, dtype=torch.float64)).sum())
+        moved = {name: p - start[name] for name, p in inner.params().items()}
+    lr = diffopt.adam().hparams().lr
+    # Gradients of 1, 1 and -1: averages of 0.1, 0.19 and 0.071, with bias corrections.
+    expected = -lr * (2 + (0.9 * 0.19 - 0.1) / (1 - 0.9**3))
+    torch.testing.assert_close(
+        moved, {name: torch.full_like(p, expected) for name, p in moved.items()}
+    )

@@ -174,6 +174,7 @@ class InnerLoop:
     ) -> None:
         self.optimizer, self.state, self.hparams = source.optimizer, source.state, source.hparams
         self._repeats = True  # until an update must be checked
+        self._gatherer = source.optimizer  # which has gathered what it repeats
         self.first_order, self.track_graph, self.ended = False, track_graph, False
         self.grad_callback = None
         self.steps = 0
@@ -325,6 +326,8 @@ class InnerLoop:
         self, params: dict[str, Tensor], grads: Gradients, record: Any
     ) -> dict[str, Tensor]:
         """The params after an update, which also changes the state."""
+        if self._gatherer is not self.optimizer:
+            self._gatherer, self.state = self.optimizer, self.state
         own = self.grad_callback is None and not _modes.observed()
         if own and self._repeats:  # then what is the same for all steps is done once
             updates = self._updates or self.optimizer.repeated(params, self.state, record)
