@@ -1481,3 +1481,23 @@ def test_a_loss_with_checkpoint_runs_eagerly():
     with contextlib.nullcontext() if torch.__version__ < "2.12" else refused:  # which compiles it
         found = final({"backend": "aot_eager"})
     assert torch.equal(found, final(False))
+
+
+def test_a_graph_that_fails_in_a_later_step_leaves_no_transform_active():
+    def loss(x, y):
+        try:
+            return (x * y).sum() + torch.linalg.cholesky(x[0] * torch.eye(1).double()).sum()
+        except torch.linalg.LinAlgError:
+            return (x * y).sum()
+
+    def run(compile):
+        y = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        sgd, start = diffopt.sgd(), torch.ones(2, dtype=torch.float64)
+        hp = sgd.hparams(lr=0.4)
+        sol = diffopt.minimize(loss, start, y, optimizer=sgd, hparams=hp, steps=4, compile=compile)
+        return sol.params, torch.autograd.grad(sol.params.sum(), y)
+
+    with pytest.warns(UserWarning, match="runs without torch.compile"):
+        found = run({"backend": "eager"})
+    torch.testing.assert_close(found, run(False))
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0

@@ -60,6 +60,10 @@ TransformType: Any = _functorch.TransformType
 """The kinds of transforms: vmap, grad, jvp, functionalize."""
 interpreter_stack: Callable[[], list[Any] | None] = _functorch.get_interpreter_stack
 """The active transforms, outermost first; None if there are none."""
+transforms_active: Callable[[], int] = _functorch.get_dynamic_layer_stack_depth
+"""How many transforms are active."""
+end_transforms: Callable[[int], Any] = _functorch.pop_dynamic_layer_stack_and_undo_to_depth
+"""End the innermost transforms, until so many are active."""
 innermost_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
 """The innermost active transform, or None: cheaper than the whole stack."""
 is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor

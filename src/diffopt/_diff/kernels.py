@@ -255,6 +255,20 @@ class Halved(NamedTuple):
         return [found[i] for i in self.grads]
 
 
+def _unwound(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs a graph, also one that begins and ends transforms itself, and may fail between."""
+
+    def ran(*tensors: Any) -> Any:
+        active = _torch.transforms_active()
+        try:
+            return run(*tensors)
+        except BaseException:
+            _torch.end_transforms(active)
+            raise
+
+    return ran
+
+
 class _Running(threading.local):
     variant: Variant | None = None
     tensors: Sequence[Any] = ()
@@ -304,7 +318,7 @@ class _Backend:
         refuse_effects()
         repairs.mend_traced(graph)
         with _torch.partitioned():  # a derivative may be asked for more than once
-            variant = Variant(self.compile(graph, inputs))
+            variant = Variant(_unwound(self.compile(graph, inputs)))
 
         def noticed(*tensors: Any) -> Any:
             outputs, _RUNNING.saved = variant(tensors)
