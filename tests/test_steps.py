@@ -299,6 +299,27 @@ def test_small_tensors_that_need_no_gradient_stay_without_one_beside_others(rule
     torch.testing.assert_close(({k: p.detach() for k, p in found.items()}, state), alone)
 
 
+@pytest.mark.parametrize("rule", ["adam", "adamw", "plain rmsprop", "momentum"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e200])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_tensor_that_diverges_leaves_the_derivatives_of_others_alone(rule, bad, late):
+    opt, numbers = RULES[rule]
+
+    def derivative(bad):
+        lr = torch.tensor(0.1, dtype=F64, requires_grad=True)
+        params, scales = started(), [1.0, bad, 1.0] if late else [bad, 1.0, 1.0]
+        sol = diffopt.minimize(
+            lambda p, scale: p["w"].square().sum() + scale * p["b"].exp().sum(),
+            params,
+            optimizer=opt,
+            hparams=opt.hparams(**{**numbers, "lr": lr}),
+            batches=scales,
+        )
+        return torch.autograd.grad(sol.params["w"].sum(), [lr, params["w"]])
+
+    torch.testing.assert_close(derivative(bad), derivative(1.0))
+
+
 @pytest.mark.parametrize(
     ("shape", "lr"),
     [

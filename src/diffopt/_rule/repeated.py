@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -109,7 +110,10 @@ class Repeated:
         if self._joinable and differentiated:
             self._join(columns, leaves)
         if self._vector:
-            columns = [self._vector, [_joined(grads)], *self._buffers]
+            joined = [self._vector, [_joined(grads)], *self._buffers]
+            if self._differentiated([], leaves) and not _finite(joined[:2]):
+                self._part()
+            columns = joined if self._vector else [*columns[:2], *self._buffers]
         if len(self._groups) > 1:
             self._update_groups(leaves, columns, differentiated)
         else:
@@ -134,6 +138,15 @@ class Repeated:
         if len(needed) == 1 or self._differentiated([], leaves):
             columns = [self.params, *self._buffers]
             self._vector, *self._buffers = (column and [_joined(column)] for column in columns)
+
+    def _part(self) -> None:
+        """Update tensor by tensor from now on.
+
+        The derivative with respect to a number is a sum over the vector, in which a tensor that is
+        not finite makes NaN of it, even where nothing depends on that tensor: 0 times infinity.
+        """
+        self._buffers = [column and self._split(column) for column in self._buffers]
+        self._vector = []
 
     def _split(self, column: list[Tensor]) -> list[Tensor]:
         """A vector as tensors like the params, none of which shares memory with another."""
@@ -223,6 +236,12 @@ class Repeated:
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([*map(torch.ravel, tensors)])
+
+
+def _finite(columns: list[Any]) -> bool:
+    """Whether vectors, and their squares, are known to be finite."""
+    squares = (_modes.number_of(x.detach().dot(x.detach())) for (x,) in columns)
+    return all(isinstance(x, float) and math.isfinite(x) for x in squares)
 
 
 def _form(leaf: Any) -> Any:
