@@ -468,9 +468,10 @@ def test_the_class_takes_the_pure_steps():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"learn": "lr"}, TypeError, "learn is 'lr', not a sequence of names"),
+        ({"learn": "lr"}, TypeError, r"learn is 'lr', not a sequence of names such as \('lr',\)"),
         ({"learn": 1}, TypeError, "learn is 1, not a sequence of names"),
         ({"learn": ("rl",)}, ValueError, "'rl', which is not a hyperparameter"),
+        ({"learn": ("betas",)}, ValueError, r"of the optimizer\. They are lr, weight_decay"),
         ({"learn": ("dampening",)}, ValueError, "range is neither >= 0 nor"),
         ({"outer": 0.1}, TypeError, "outer is 0.1"),
         ({"start": 0.0}, ValueError, "start is 0.0, but must be a number > 0"),
@@ -490,6 +491,14 @@ def test_the_record_of_another_outer_optimizer_raises():
         opt.update(p, p, opt.init(p), hp)
     with pytest.raises(TypeError, match="state has type"):
         opt.update(p, p, diffopt.sgd().init(p), opt.hparams())
+
+
+def test_current_names_arguments_that_belong_to_another_optimizer():
+    opt, p = t.hypergradient(diffopt.sgd()), torch.ones(2)
+    with pytest.raises(TypeError, match="hparams must be a tuple of 2"):
+        opt.current(opt.init(p), diffopt.sgd().hparams(lr=0.1))
+    with pytest.raises(TypeError, match="state has type SGDState"):
+        opt.current(diffopt.sgd().init(p), opt.hparams(lr=0.1))
 
 
 def tower(levels):

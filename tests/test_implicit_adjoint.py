@@ -43,6 +43,20 @@ def test_first_and_second_derivatives_are_those_of_the_unrolled_loop(solver):
     torch.testing.assert_close(implicit, unrolled, rtol=1e-9, atol=1e-12)
 
 
+def test_a_loss_that_closes_over_a_tensor_that_needs_a_gradient_is_refused_by_name():
+    target, decay = inputs()
+    hparams = OPT.hparams(lr=0.15)
+    with pytest.raises(ValueError, match=r"^loss closes over a tensor .* pass it as an argument"):
+        diffopt.minimize(
+            lambda w: loss(w, target.detach(), decay),
+            torch.zeros_like(target),
+            optimizer=OPT,
+            hparams=hparams,
+            steps=120,
+            adjoint=Implicit(),
+        )
+
+
 def test_it_works_under_transforms_in_any_nesting():
     def outer(adjoint):
         return lambda target, decay: solve(target, decay, adjoint).params.sin().sum()

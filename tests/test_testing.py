@@ -454,6 +454,13 @@ def test_a_rule_that_writes_to_its_state_fails_for_that_and_a_note_explains_the_
     assert raised.value.__notes__ == [f"pure checks this: {inspect.getdoc(CHECKS['pure'])}"]
 
 
+def test_a_rule_that_makes_nan_is_not_said_to_change_its_arguments():
+    def nan(p, g, s, hp, c):
+        return p - hp.lr * (g * float("nan")), State(s.step, s.square_avg + g * g)
+
+    CHECKS["pure"](Case(make(nan)))
+
+
 def test_skip_of_an_unknown_check_raises():
     with pytest.raises(ValueError, match=r"skip has \['compile'\], but the checks are \['pure'"):
         testing.check(make(), skip=["compile"])

@@ -88,7 +88,7 @@ class ImplicitDerivative:
         x = isolated(lambda x: x, x)
         vector, unravel = ravel(x, "x")
         inputs, merge = _tree.split(args)
-        like, captured = template(x), Captured("residual", residual)
+        like, captured = template(x), Captured("loss" if distance else "residual", residual)
 
         def of_vectors(v: Tensor, *inputs: Tensor) -> Tensor:
             result = residual(unravel(v), *merge(inputs))

@@ -106,12 +106,13 @@ class Hypergradient(Wrapper[HypergradientState]):
     each part of the model use one `hypergradient` for each in a `partition`. `current` returns the
     hyperparameters as they are now.
 
-    With the default `outer` and `start` a learning rate recovers from a value 100 times too small
-    or too large. It begins at a hundredth of the rate that is passed, and grows by a factor of up
-    to exp(0.5) a step: steps that are too long ruin many networks before any derivative tells. From
-    a rate 100 times too large and with `start=1`, gradient descent trained no network of tanh or
-    ReLU again, whether `outer` was Adagrad, Adam or Rprop. Larger rates of `outer` are faster, and
-    risk more.
+    With the default `outer` and `start` a learning rate usually recovers from a value 100 times too
+    small or too large. It begins at a hundredth of the rate that is passed, and grows by a factor
+    of up to exp(0.5) a step: steps that are too long ruin many networks before any derivative
+    tells. From a rate 100 times too large and with `start=1`, gradient descent trained no network
+    of tanh or ReLU again, whether `outer` was Adagrad, Adam or Rprop. Larger rates of `outer` are
+    faster, and risk more. On a plateau of the loss the rate of gradient descent grows too far;
+    clipped gradients help, as in `chain(clip_by_global_norm(), hypergradient(sgd()))`.
 
     With `discount=0`, d is the exact derivative of the loss, but short-sighted: it reduces the loss
     of the very next step, which on noisy or ill-conditioned losses asks for smaller rates than the
@@ -124,7 +125,10 @@ class Hypergradient(Wrapper[HypergradientState]):
     `outer=diffopt.adagrad().hparams(lr=0.3)` it ends at most 1 point below in 25 of 27 runs (a
     convolutional network and networks of tanh and ReLU, seeds 0 to 2), and 3.3 and 5.4 points below
     in the others. Of 54 runs of tanh and ReLU networks with other seeds and no discount one ended
-    with a dead network; with `lr=0.3` for `outer`, none.
+    with a dead network; with `lr=0.3` for `outer`, none. Of 24 runs of networks with two hidden
+    layers of SiLU or GELU (gradient descent and momentum, 300 steps, seeds 3 to 5), 10 ended below
+    80%. With gradients clipped to a norm of 1 none did, and with `discount=0.9` as well all ended
+    above the tuned rate. Adam ended at most 1.6 points below it.
 
     In the class that `diffopt.optim.from_pure` makes of AdamW, learning the rate costs 11 to 13% of
     a training step of a small convolutional network on 64 digits, and 6% on 256 (one CPU core).
@@ -189,7 +193,9 @@ class Hypergradient(Wrapper[HypergradientState]):
         learn: Any = self.learn
         listed = isinstance(learn, Sequence) and not isinstance(learn, str)
         if not listed or not all(isinstance(name, str) for name in learn):
-            raise TypeError(f"learn is {_tree.shown(learn)}, not a sequence of names")
+            raise TypeError(
+                f"learn is {_tree.shown(learn)}, not a sequence of names such as ('lr',)"
+            )
         object.__setattr__(self, "learn", tuple(learn))
         records = hyper.records(self.optimizer.hparams())
         fields = [field for record in records for field in hyper.FIELDS[type(record)]]
@@ -211,6 +217,8 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     def current(self, state: HypergradientState, hparams: tuple[Any, Any]) -> Any:
         """The hyperparameters of the inner optimizer as this state has changed them."""
+        checks.instance(state, HypergradientState, "state", "init()")
+        check_tuple(hparams, 2, "hparams", "hparams(...)")
         return _moved(hparams[1], state.offsets)
 
     def init(self, params: Tree) -> HypergradientState:
@@ -463,7 +471,7 @@ def _check_field(name: str, fields: list[hyper.Field]) -> None:
         names = [field.name for field in fields]
         raise ValueError(
             f"learn has {name!r}, which is not a hyperparameter of the optimizer"
-            f"{did_you_mean(names, name)} They are {', '.join(names)}"
+            f"{did_you_mean(names, name) or '.'} They are {', '.join(names)}"
         )
     if any(ends not in ((0, math.inf), (0, 1)) for ends in found):
         raise ValueError(f"learn has {name!r}, whose range is neither >= 0 nor [0, 1]")
