@@ -130,6 +130,17 @@ def test_to_pure_takes_what_from_pure_made(name):
     torch.testing.assert_close(run_pure(pure, 3), [*params], rtol=1e-12, atol=1e-12)
 
 
+def test_to_pure_of_a_composition_with_two_groups_says_what_to_pass_instead():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 1))
+    opt = chain(clip_by_global_norm(), diffopt.sgd())
+    optimizer = optim.from_pure(opt, [{"params": layer.parameters()} for layer in net], lr=0.1)
+    with pytest.raises(ValueError, match=r"has 2 parameter groups.*pass from_pure a tree for each"):
+        optim.to_pure(optimizer)
+    rates = {"0": 0.1, "1": 0.01}
+    _, hparams = optim.to_pure(optim.from_pure(opt, net, lr=rates)).hparams
+    assert hparams.lr == rates
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("library", [torch.optim, optim], ids=["torch", "diffopt"])
 def test_lbfgs_to_pure(library, steps):

@@ -121,9 +121,9 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
     Raises:
         TypeError: the class is not supported, or `module` is not a module.
         ValueError: groups differ in a flag, such as `amsgrad` (but one may have momentum and
-            another not); parameters differ in their number of
-            steps, of which a pure state has only one; a parameter is not one of the module's; or
-            LBFGS maximizes.
+            another not), or there are several of a composition; parameters differ in their number
+            of steps, of which a pure state has only one; a parameter is not one of the module's;
+            or LBFGS maximizes.
 
     Examples:
         >>> import torch, diffopt
@@ -208,7 +208,11 @@ def names_in(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[s
 def _tree_to_pure(optimizer: TreeOptimizer, names: list[list[str]] | None) -> Pure:
     groups = optimizer.param_groups
     if len(groups) != 1:
-        raise ValueError(f"there are {len(groups)} parameter groups, but only one is supported")
+        raise ValueError(
+            f"the optimizer has {len(groups)} parameter groups, but to_pure supports only one: "
+            "pass from_pure a tree for each option that differs, such as "
+            "lr={'encoder': 0.1, 'head': 0.01}"
+        )
     params = optimizer.params_of(0) if optimizer.structure else _tree_of(groups)
     state, record = copied(optimizer.state_of(0)), _tree.clone(optimizer.record_of(0))
     opt, params = optimizer.optimizer, copied(params)
