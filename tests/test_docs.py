@@ -173,10 +173,13 @@ def _minimized(loss, **changes):
     return diffopt.minimize(loss, torch.ones(2, requires_grad=True), **given).params.sum()
 
 
-def _mapped(layer):
+def _called(layer, x):
     model = diffopt.nn.functionalize(layer)
-    called = functools.partial(model, model.params, *([model.buffers] if model.buffers else []))
-    return torch.vmap(called)(torch.ones(3, 4, 2))
+    return model(model.params, *([model.buffers] if model.buffers else []), x)
+
+
+def _mapped(layer):
+    return torch.vmap(functools.partial(_called, layer))(torch.ones(3, 4, 2))
 
 
 def _twice():
@@ -189,6 +192,9 @@ OF_OTHERS = {
     "missing 1 required positional argument": lambda: _minimized(lambda w, buffers: w.sum()),
     "positional arguments but": lambda: _minimized(
         lambda w, batch: w.sum(), steps=None, batches=[(1.0, 2.0)]
+    ),
+    "'tuple' object has no attribute": lambda: torch.nn.functional.mse_loss(
+        _called(torch.nn.BatchNorm1d(2), torch.ones(3, 2)), torch.ones(3, 2)
     ),
     "Batch norm got a batched tensor": lambda: _mapped(torch.nn.BatchNorm1d(2)),
     "while in randomness error mode": lambda: _mapped(
@@ -205,7 +211,7 @@ OF_OTHERS = {
 def test_messages_of_python_and_torch_are_as_troubleshooting_says(message):
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     assert f"| {message} |" in page[page.index("## Messages of Python and torch") :]
-    with pytest.raises((TypeError, RuntimeError, ValueError), match=message):
+    with pytest.raises((AttributeError, TypeError, RuntimeError, ValueError), match=message):
         OF_OTHERS[message]()
 
 

@@ -52,6 +52,7 @@ WEIGHT = nn.Parameter(torch.ones(2))
         ({"has_aux": "yes"}, TypeError, "has_aux is 'yes'"),
         ({"has_aux": 1}, TypeError, "has_aux is 1"),
         ({"buffers": True}, TypeError, "buffers is True"),
+        ({"buffers": iter(())}, TypeError, "buffers is .* pass .* buffers=model.buffers"),
         ({"tol": "1"}, TypeError, "tol is '1'"),
         ({"tol": True}, TypeError, "tol is True"),
         ({"tol": torch.tensor(True)}, TypeError, "tol is a tensor"),

@@ -326,7 +326,10 @@ def _check_loss(loss: Any, has_aux: Any, buffers: Any) -> None:
     for i, leaf in enumerate(() if buffers is None else _tree.leaves(buffers)):
         if isinstance(leaf, bool) or not isinstance(leaf, (Tensor, numbers.Number, type(None))):
             path = _tree.paths(buffers, "buffers")[i]
-            raise TypeError(f"{path} is {_tree.describe(leaf)}, not an initial tensor")
+            raise TypeError(
+                f"{path} is {_tree.describe(leaf)}, not a tensor: pass a tree of tensors, such as "
+                "buffers=model.buffers"
+            )
 
 
 def _check_params(params: Tree) -> None:
