@@ -218,7 +218,7 @@ def again_(
     params: list[Tensor],
     grads: list[Tensor],
     state: Any,
-    values: list[Any],
+    numbers: dict[str, Any],
 ) -> None:
     """Update in place where all but the hyperparameters is as it was when `alike` found this.
 
@@ -227,7 +227,7 @@ def again_(
     count, *buffers = state
     t = count.item() + 1
     columns = [() if unused(tree) else _tree.flatten(tree)[0] for tree in buffers]
-    parts.step_(rule, t, values, [params, grads, *columns], known)
+    parts.step_(rule, t, [*numbers.values()], [params, grads, *columns], known)
     count.fill_(t)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -52,13 +53,23 @@ class HypergradientState(NamedTuple):
 torch.serialization.add_safe_globals([HypergradientState])
 
 
+class _Given(NamedTuple):
+    """The arguments of an update."""
+
+    params: Tree
+    grads: Tree
+    state: HypergradientState
+    hparams: tuple[Any, Any]
+
+
 @dataclass
 class _Facts:
     """What has been found out about the arguments of an update in place that passed all checks."""
 
     owner: Callable[[], Any]
-    kinds: tuple[_tree.Spec, _tree.Spec, _tree.Spec]
-    """The structures of grads, state and hparams."""
+    kinds: list[_tree.Spec]
+    """The structures of grads and state."""
+    hparams_kind: _tree.Spec
     outer: ways.Alike | None
     inner: ways.Alike | None
     hparams: Any = None
@@ -69,7 +80,7 @@ class _Facts:
         if hparams is self.hparams:
             return True
         values, structure = _tree.flatten(hparams)
-        if structure is not self.kinds[2] or not {*map(type, values)} <= {float, int}:
+        if structure is not self.hparams_kind or not {*map(type, values)} <= {float, int}:
             return False
         self.hparams = hparams if self.outer and self.inner else None  # records of numbers
         return True
@@ -270,62 +281,48 @@ class Hypergradient(Wrapper[HypergradientState]):
     def prepare_(
         self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
     ) -> Write:
-        arguments = params, grads, state, hparams
-        known = self._as_before(*arguments)
+        given = _Given(params, grads, state, hparams)
+        known = self._as_before(given)
         if known:
-            return self._writing(*known, *arguments)
-        leaves, old = self._gather(*arguments)
+            return self._writing(*known, given)
+        leaves, old = self._gather(*given)
         half = any(wide(p) is not p for p in leaves.params)
         if half or not (self._is_rate(*self.learn) and _modes.all_plain(leaves.params)):
-            return super().prepare_(*arguments)
-        self._check_writable(leaves, old, *arguments)
+            return super().prepare_(*given)
+        self._check_writable(leaves, old, given)
         record = _moved(hparams[1], state.offsets, ops.coefficient)
         self.optimizer.prepare_(params, grads, state.inner, record)
         lists = leaves.moved(leaves.params), leaves.gradients(), leaves.moved(old["lr"])
-        write = self._writing(lists, None, *arguments)
         if _tree.flatten(state.derivatives["lr"])[1] is leaves.spec:
-            others, facts = _tree.flatten(state)[0], partial(self._facts, *arguments)
+            others, facts = _tree.flatten(state)[0], partial(self._facts, given)
             prints.keep((id(self),), leaves.params, others, leaves.grads, facts)
-        return write
+        return self._writing(lists, None, given)
 
-    def _as_before(
-        self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
-    ) -> tuple[tuple[Tensors, Tensors, Tensors], _Facts] | None:
-        """Params, gradients, derivatives and facts, if all checks have been passed before.
-
-        None if these trees are unlike those.
-        """
-        tensors, _ = _tree.flatten(params)
-        known = prints.found((id(self),), tensors)
+    def _as_before(self, given: _Given) -> tuple[tuple[Tensors, Tensors, Tensors], _Facts] | None:
+        """Params, gradients, derivatives and facts, if arguments like these passed all checks."""
+        rows, kinds = zip(*map(_tree.flatten, given[:3]), strict=True)
+        known = prints.found((id(self),), rows[0])
         if known is None:
             return None
         passed, facts = known
-        (gradients, kind), (used, structure) = _tree.flatten(grads), _tree.flatten(state)
         if not (
             facts.owner() is self
-            and facts.kinds[0] is kind
-            and facts.kinds[1] is structure
-            and facts.holds(hparams)
-            and passed.by(tensors, used, gradients)
+            and all(map(operator.is_, kinds[1:], facts.kinds))
+            and facts.holds(given.hparams)
+            and passed.by(rows[0], rows[2], rows[1])
         ):
             return None
-        first = len(state.offsets)  # then come the derivatives
-        return (tensors, gradients, used[first : first + len(tensors)]), facts
+        first = len(given.state.offsets)  # then come the derivatives
+        return (rows[0], rows[1], rows[2][first : first + len(rows[0])]), facts
 
     def _writing(
-        self,
-        lists: tuple[Tensors, Tensors, Tensors],
-        known: _Facts | None,
-        params: Tree,
-        grads: Tree,
-        state: HypergradientState,
-        hparams: tuple[Any, Any],
+        self, lists: tuple[Tensors, Tensors, Tensors], known: _Facts | None, given: _Given
     ) -> Write:
+        """What takes the step; with what is known of arguments like these, unchecked."""
+        params, grads, state, hparams = given
         moved, gradients, derivatives = lists
-        learn_ = self._learning(
-            gradients, derivatives, state, hparams[0].outer, known and known.outer
-        )
-
+        outer = known and known.outer
+        learn_ = self._learning(gradients, derivatives, state, hparams[0].outer, outer)
         discount = ops.coefficient(hparams[0].discount)
         steps = derivatives if ops.is_zero(discount) else [*map(torch.empty_like, derivatives)]
 
@@ -334,9 +331,9 @@ class Hypergradient(Wrapper[HypergradientState]):
             for step, param in zip(steps, moved, strict=True):
                 torch.neg(param, out=step)
             if known and known.inner:
-                factor = math.exp(min(state.offsets["lr"].item(), 709))  # the largest it takes
-                values = [*{**vars(hparams[1]), "lr": hparams[1].lr * factor}.values()]
-                again_(self.optimizer, known.inner, moved, gradients, state.inner, values)
+                factor = math.exp(min(state.offsets["lr"].item(), 709))  # larger ones overflow
+                numbers = {**vars(hparams[1]), "lr": hparams[1].lr * factor}
+                again_(self.optimizer, known.inner, moved, gradients, state.inner, numbers)
             else:  # it cannot fail where another record has not
                 record = _moved(hparams[1], state.offsets, ops.coefficient)
                 self.optimizer.prepare_(params, grads, state.inner, record)()
@@ -348,30 +345,22 @@ class Hypergradient(Wrapper[HypergradientState]):
 
         return write
 
-    def _check_writable(
-        self,
-        leaves: Leaves,
-        old: dict[str, Tensors],
-        params: Tree,
-        grads: Tree,
-        state: HypergradientState,
-        hparams: tuple[Any, Any],
-    ) -> None:
+    def _check_writable(self, leaves: Leaves, old: dict[str, Tensors], given: _Given) -> None:
         """Raise unless all that is written can be."""
+        params, grads, state, hparams = given
         written = {f"state.derivatives[{name!r}]": column for name, column in old.items()}
         checks.writable({"params": leaves.params, **written}, params)
         first = ("derivatives", "offsets", "outer")  # which are written before the rest is read
         own = {f"state.{name}": getattr(state, name) for name in first}
         check_apart(own, {"state.inner": state.inner, "grads": grads, "hparams": hparams})
 
-    def _facts(
-        self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
-    ) -> _Facts:
+    def _facts(self, given: _Given) -> _Facts:
+        params, grads, state, hparams = given
         kinds = [_tree.flatten(tree)[1] for tree in (grads, state, hparams)]
         offsets = state.offsets
         outer = alike(self._outer, offsets, offsets, state.outer, hparams[0].outer)
         inner = alike(self.optimizer, params, grads, state.inner, hparams[1])
-        return _Facts(weakref.ref(self), (kinds[0], kinds[1], kinds[2]), outer, inner)
+        return _Facts(weakref.ref(self), kinds[:2], kinds[2], outer, inner)
 
     def _is_rate(self, *names: str) -> bool:
         """Whether the only derivative is the step itself, that with respect to log(lr)."""
@@ -436,8 +425,8 @@ class Hypergradient(Wrapper[HypergradientState]):
             if not math.isfinite(product):
                 return _nothing
             products = [torch.full_like(offset, product)]
-            values = [*vars(hparams).values()]
-            return partial(again_, self._outer, known, [offset], products, state.outer, values)
+            numbers = vars(hparams)
+            return partial(again_, self._outer, known, [offset], products, state.outer, numbers)
         products = {"lr": _total(dots, offset) if dots else None}
         finite = _finite(products)
         arguments = state.offsets, products, state.outer, hparams
