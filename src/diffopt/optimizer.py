@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,8 +15,6 @@ from diffopt._tree import Tree
 
 S = TypeVar("S")
 H = TypeVar("H")
-
-_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 Write: TypeAlias = Callable[[], None]
 """Writes what has been checked or computed before."""
@@ -165,8 +162,8 @@ def refuse_gradients(grads: Tree, hparams: Any) -> None:
     for name, tree in (("grads", grads), ("hparams", hparams)):
         leaves = _tree.flatten(tree)[0]
         quick = not _modes.compiling() and _modes.all_ordinary(leaves)
-        if quick and not any(map(_REQUIRES_GRAD, leaves)):
-            continue  # all in C: there may be thousands
+        if quick and not any(leaf.requires_grad for leaf in leaves):
+            continue
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 raise ValueError(

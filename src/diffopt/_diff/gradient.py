@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import re
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -23,8 +22,6 @@ from diffopt._tree import Tree
 
 HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
 """How the derivative of a gradient (a Hessian-vector product) is computed."""
-
-_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 Objective: TypeAlias = Callable[[Tree, Tree], tuple[Tensor, Any]]
 """`(params, inputs) -> (value, aux)`"""
@@ -117,13 +114,13 @@ def leaf_gradients(
     """
     recording, forward = torch.is_grad_enabled(), _modes.forward_differentiated()
     needed = create_graph and recording
-    unknown = needed and not any(map(_REQUIRES_GRAD, leaves))
+    unknown = needed and not any(leaf.requires_grad for leaf in leaves)
     enabled = contextlib.nullcontext() if recording else torch.enable_grad()
     with enabled, functions.noticed() if unknown else contextlib.nullcontext({}) as own:
         # Aliases, so that the gradient is partial: not through params that depend on one another,
         # nor through arguments of the loss that depend on params.
         aliases = leaves
-        if not (apart and create_graph and all(map(_REQUIRES_GRAD, leaves))):
+        if not (apart and create_graph and all(leaf.requires_grad for leaf in leaves)):
             aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
         first = _torch.next_node()
         with repairs.mended() if forward else contextlib.nullcontext():

@@ -5,7 +5,6 @@ Functions take lists in the order of the leaves, and the tree of params for the 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +16,6 @@ from diffopt._rule import hyper
 from diffopt._rule.rule import WORKING_DTYPE, Shape
 from diffopt._tree import Tree
 
-_DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
-_LAYOUT = operator.attrgetter("layout")
-_NUMBER = operator.attrgetter("dtype", "layout", "device")
-_FORM = operator.attrgetter("shape", "dtype", "layout", "device")
 MANY = 8  # tensors that are worth a guard
 
 
@@ -122,7 +117,8 @@ def per_hyperparameter(numbers: list[Any], params: list[Tensor], tree: Tree, nam
     if (
         _modes.all_plain(numbers)
         and not any(map(Tensor.dim, numbers))
-        and {*map(_NUMBER, numbers)} == {(torch.float64, torch.strided, params[0].device)}
+        and {(x.dtype, x.layout) for x in numbers} == {(torch.float64, torch.strided)}
+        and {x.device for x in numbers} == {params[0].device}
     ):
         return
     for i, (number, param) in enumerate(zip(numbers, params, strict=True)):
@@ -149,16 +145,20 @@ def like(leaves: list[Any]) -> Callable[[list[Any]], bool]:
     sure = (
         not _modes.observed()
         and _modes.all_ordinary(leaves)
-        and {*map(_LAYOUT, leaves)} == {torch.strided}
-        and all(x.is_floating_point or x.is_complex for x in {*map(_DTYPE, leaves)})
+        and {x.layout for x in leaves} == {torch.strided}
+        and all(x.is_floating_point or x.is_complex for x in {x.dtype for x in leaves})
     )
     if not sure:
         return lambda others: False
     if len(leaves) < MANY:
-        forms = [*map(_FORM, leaves)]
-        return lambda others: _modes.all_ordinary(others) and [*map(_FORM, others)] == forms
+        forms = _forms(leaves)
+        return lambda others: _modes.all_ordinary(others) and _forms(others) == forms
     guards = _torch.TensorGuards(leaves)
     return lambda others: _modes.all_ordinary(others) and guards.hold(others)
+
+
+def _forms(leaves: list[Tensor]) -> list[Any]:
+    return [(x.shape, x.dtype, x.layout, x.device) for x in leaves]
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -253,7 +253,7 @@ def writable(
 
 def _precise(buffers: list[Tensor], params: list[Tensor], tree: Tree, name: str) -> None:
     """Raise for half-precision buffers of wider params: a slow average would stop moving."""
-    if WORKING_DTYPE.keys().isdisjoint(map(_DTYPE, buffers)):
+    if WORKING_DTYPE.keys().isdisjoint(x.dtype for x in buffers):
         return
     for i, (buffer, param) in enumerate(zip(buffers, params, strict=True)):
         if buffer.dtype in WORKING_DTYPE and param.dtype not in WORKING_DTYPE:

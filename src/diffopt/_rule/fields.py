@@ -8,7 +8,6 @@ written to any.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +19,6 @@ from diffopt._rule import marks
 from diffopt._rule.rule import unused
 from diffopt._rule.running import AnyRule, Shared, placed, scalar_on
 from diffopt.optimizer import overwrite_
-
-_ON_CPU = operator.attrgetter("is_cpu")  # in C: a step reads thousands
 
 
 def packed(column: list[Tensor]) -> list[Tensor]:
@@ -106,7 +103,7 @@ def _values(column: list[Tensor]) -> list[Any]:
     if not _modes.all_ordinary(column) or any(map(Tensor.dim, column)):
         marks.known([*filter(_markable, column)])  # before `write_` renews those of one vector
         return [*map(id, column)]
-    if all(map(_ON_CPU, column)):
+    if all(x.is_cpu for x in column):
         return [*map(Tensor.item, column)]
     if all(map(_markable, column)):
         return marks.learn(column)

@@ -17,10 +17,6 @@ from diffopt._rule.rule import WORKING_DTYPE, is_ours, unused
 from diffopt._rule.work import Work
 from diffopt._tree import Tree
 
-_KIND = operator.attrgetter("device", "dtype", "layout")  # in C: a step reads thousands
-_REQUIRES_GRAD = operator.attrgetter("requires_grad")
-_LAYOUT = operator.attrgetter("layout")
-
 _SMALL = 4096  # elements of a tensor, on average, which are copied in no time
 
 
@@ -97,7 +93,9 @@ class Repeated:
         if not known:
             leaves, spec = _tree.flatten(hparams)
             known = spec is self._hparams_spec and self._known(leaves)
-        usual = known and _modes.all_ordinary(grads) and {*map(_LAYOUT, grads)} == {torch.strided}
+        usual = (
+            known and _modes.all_ordinary(grads) and {g.layout for g in grads} == {torch.strided}
+        )
         if not usual or (not self._ours and self._found_kinds() != self._kinds):
             return False
         self._t = self._t + 1 if isinstance(self._t, Tensor) else float(self._t + 1)
@@ -211,7 +209,7 @@ class Repeated:
         if not torch.is_grad_enabled():
             return False
         tensors = [x for x in (self._count, *leaves) if isinstance(x, Tensor)]
-        return any(any(map(_REQUIRES_GRAD, column)) for column in (*columns, tensors))
+        return any(x.requires_grad for column in (*columns, tensors) for x in column)
 
     def trees(self) -> tuple[Tree, Any]:
         """The params and the state."""
@@ -231,7 +229,7 @@ class Repeated:
 
     def _found_kinds(self) -> set[Any]:
         tensors = itertools.chain(self.params, *self._buffers)
-        return {(type(x), _KIND(x)) for x in tensors}
+        return {(type(x), x.device, x.dtype, x.layout) for x in tensors}
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,6 @@ hyperparameters, so that per-step scalars are computed once.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,8 +26,6 @@ AS_IS = (torch.float32, torch.float64)
 """The dtypes that rules compute in."""
 
 _AS_IS = {*AS_IS}
-_DTYPE = operator.attrgetter("dtype")
-_FORM = operator.attrgetter("dtype", "shape")  # in C: a step reads many
 
 _MANY = 100  # tensors, for which it pays to leave autograd's checks out
 _WIDE = (torch.float64, torch.complex128)
@@ -108,13 +105,13 @@ def as_is(columns: Sequence[Any]) -> bool:
     """Whether the rule sees the tensors as they are, and all have gradients."""
     if _modes.compiling():
         return False
-    dtypes = {_DTYPE(columns[0][0])}
+    dtypes = {columns[0][0].dtype}
     for column in columns:
         if isinstance(column, list):
             tensors = all(isinstance(x, Tensor) for x in column)
             if not tensors or not all(map(Tensor.dim, column)):
                 return False
-            dtypes.update(map(_DTYPE, column))
+            dtypes |= {x.dtype for x in column}
         elif isinstance(column, Shared):
             return False
     return len(dtypes) == 1 and dtypes <= _AS_IS
@@ -122,7 +119,9 @@ def as_is(columns: Sequence[Any]) -> bool:
 
 def _alike(new: list[Any], old: Any) -> bool:
     """Whether results have the shapes and dtypes that they must have."""
-    return not isinstance(old, list) or [*map(_FORM, new)] == [*map(_FORM, old)]
+    if not isinstance(old, list):
+        return True
+    return [(x.dtype, x.shape) for x in new] == [(x.dtype, x.shape) for x in old]
 
 
 def apply(

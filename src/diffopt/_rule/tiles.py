@@ -30,7 +30,6 @@ from diffopt._rule.running import (
 )
 from diffopt._rule.symbols import Sheet
 
-_DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 TILE = 1 << 18  # elements per thread: with fewer, Python dominates; more do not fit the cache
 _LITTLE = 1 << 15  # elements in all, for which no program is worth recording
 _USUAL = 6  # the number of tensors in the cache at once that this assumes
@@ -53,7 +52,7 @@ class Layout:
         self.plain = plain
         self.lengths = list(map(Tensor.numel, lists[0]))
         self.total = sum(self.lengths)
-        self.dtypes = {*map(_DTYPE, itertools.chain(*lists))}
+        self.dtypes = {x.dtype for column in lists for x in column}
         self._batches: dict[int, list[_Batch]] = {}
 
     def batches(self, lists: Sequence[list[Tensor]], length: int) -> list[_Batch]:

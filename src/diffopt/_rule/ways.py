@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -21,7 +20,6 @@ Wanted: TypeAlias = Literal["auto", "leaf", "foreach", "compiled", "fused", "unf
 
 Layout: TypeAlias = Literal["regular", "strided", "foreign", "sparse"]
 
-_DTYPE = operator.attrgetter("dtype")  # in C: a step reads thousands
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -62,7 +60,7 @@ def survey(columns: Sequence[Any]) -> Kind:
     """The `Kind` of columns whose params share device and dtype."""
     lists = [c for c in columns if isinstance(c, list) and not isinstance(c[0], running.Shared)]
     like = columns[0][0]
-    uniform = {*map(_DTYPE, itertools.chain(*lists))} <= {like.dtype}
+    uniform = {x.dtype for column in lists for x in column} <= {like.dtype}
     return Kind(like.device.type, like.dtype, uniform, _layout(lists))
 
 

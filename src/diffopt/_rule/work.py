@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +13,6 @@ from diffopt import _modes, _tree
 from diffopt._rule import checks, fields, hyper, running, ways
 from diffopt._rule.rule import Rule, unused
 from diffopt._tree import Tree
-
-_KIND = operator.attrgetter("device", "dtype")  # in C: a step reads thousands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Work:
     def _alike(self) -> bool:
         """Whether all leaves are in one group: a quick look at thousands."""
         return (
-            len({*map(_KIND, self.params)}) == 1
+            len({(x.device, x.dtype) for x in self.params}) == 1
             and not any(grad is None for grad in self.grads)
             and all(len(n.values) == 1 or len({*n.cover}) == 1 for n in self.numbers)
         )
