@@ -88,15 +88,9 @@ class Repeated:
 
         `params` are aliases of the params, where others may have written to them.
         """
-        known = hparams is self._same
-        leaves = self._leaves
-        if not known:
-            leaves, spec = _tree.flatten(hparams)
-            known = spec is self._hparams_spec and self._known(leaves)
-        usual = (
-            known and _modes.all_ordinary(grads) and {g.layout for g in grads} == {torch.strided}
-        )
-        if not usual or (not self._ours and self._found_kinds() != self._kinds):
+        dense = _modes.all_ordinary(grads) and {g.layout for g in grads} == {torch.strided}
+        usual = self._ours or self._found_kinds() == self._kinds
+        if not (dense and usual and self._known(hparams)):
             return False
         self._t = self._t + 1 if isinstance(self._t, Tensor) else float(self._t + 1)
         if params is None and self._vector and _modes.versions(self.params) != self._versions:
@@ -104,36 +98,34 @@ class Repeated:
         if params is not None:
             self.params, self._vector = params, self._vector and [_joined(params)]
         columns: list[Any] = [self.params, [*grads], *self._buffers]
-        differentiated = self._differentiated(columns, leaves)
+        differentiated = self._differentiated(columns)
         if self._joinable and differentiated:
-            self._join(columns, leaves)
+            self._join(columns)
         if self._vector:
             joined = [self._vector, [_joined(grads)], *self._buffers]
-            if self._differentiated([], leaves) and not _finite(joined[:2]):
+            if self._differentiated([]) and not _finite(joined[:2]):
                 self._part()
             columns = joined if self._vector else [*columns[:2], *self._buffers]
-        if len(self._groups) > 1:
-            self._update_groups(leaves, columns, differentiated)
-        else:
-            new = None if differentiated else self._batched(leaves, columns)
-            if new is None:
-                numbers = self._numbers(hparams, leaves, columns)
-                new = running.leaf_by_leaf(
-                    self.rule,
-                    numbers,
-                    columns,
-                    as_is=self._as_is,
-                    safe=self._ours and self._record is not None,
-                )
-            self._keep(new, columns[1])
+        self._keep(self._updated(hparams, columns, differentiated), columns[1])
         return True
 
-    def _join(self, columns: list[Any], leaves: list[Any]) -> None:
+    def _updated(self, hparams: Any, columns: list[Any], differentiated: bool) -> list[Any]:
+        """The new columns."""
+        if len(self._groups) > 1:
+            return self._updated_groups(columns, differentiated)
+        new = None if differentiated else self._batched(columns)
+        if new is not None:
+            return new
+        numbers = self._numbers(hparams, columns)
+        safe = self._ours and self._record is not None
+        return running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is, safe=safe)
+
+    def _join(self, columns: list[Any]) -> None:
         """Update one vector from now on, unless only some of the tensors need a gradient."""
         self._joinable = False
         rows = zip(*filter(None, columns), strict=True)
-        needed = {any(map(_REQUIRES_GRAD, row)) for row in rows}
-        if len(needed) == 1 or self._differentiated([], leaves):
+        needed = {any(x.requires_grad for x in row) for row in rows}
+        if len(needed) == 1 or self._differentiated([]):
             columns = [self.params, *self._buffers]
             self._vector, *self._buffers = (column and [_joined(column)] for column in columns)
 
@@ -152,45 +144,51 @@ class Repeated:
         pieces: Any = torch.split_with_sizes_copy(column[0], sizes)  # its stub says None
         return [*map(Tensor.view_as, pieces, self.params)]
 
-    def _batched(self, leaves: list[Any], columns: list[Any]) -> list[Any] | None:
+    def _batched(self, columns: list[Any]) -> list[Any] | None:
         """The new columns, where tensor by tensor is not the fastest way: after the first step."""
         if self._small:
             return None
-        new = parts.batched(self.rule, self._t, [leaves[k] for k in self._groups[0][1]], columns)
+        new = parts.batched(self.rule, self._t, self._numbers_of(0), columns)
         self._small = new is None and not isinstance(self._t, Tensor) and self._t > 1
         return new
 
-    def _known(self, leaves: list[Any]) -> bool:
-        """Whether hyperparameters are of the same kinds as before."""
-        if all(map(operator.is_, leaves, self._leaves)) and self._record is not None:
+    def _known(self, hparams: Any) -> bool:
+        """Whether hyperparameters are of the same kinds as before; remembers them."""
+        if hparams is self._same:
+            return True
+        leaves, spec = _tree.flatten(hparams)
+        if spec is not self._hparams_spec:
+            return False
+        if self._record is not None and all(map(operator.is_, leaves, self._leaves)):
             return True
         self._leaves, self._record, self._same = leaves, None, None
         return [*map(_form, leaves)] == self._forms
 
-    def _numbers(self, hparams: Any, leaves: list[Any], columns: list[Any]) -> running.Numbers:
+    def _numbers_of(self, group: int) -> list[Any]:
+        """The last hyperparameters of a group."""
+        return [self._leaves[k] for k in self._groups[group][1]]
+
+    def _numbers(self, hparams: Any, columns: list[Any]) -> running.Numbers:
         """What the rule sees of this step, where there is one group."""
         if self._record is not None and self._t > 1:
-            return running.Numbers(
-                self._t, self._record, self.rule.scalars(self._t, self._record), {}
-            )
-        values = [leaves[k] for k in self._groups[0][1]]
-        numbers = running.numbers_at(self.rule, self._t, values, columns)
-        if not any(isinstance(x, Tensor) for x in (self._t, *leaves)):
+            scalars = self.rule.scalars(self._t, self._record)
+            return running.Numbers(self._t, self._record, scalars, {})
+        numbers = running.numbers_at(self.rule, self._t, self._numbers_of(0), columns)
+        if not any(isinstance(x, Tensor) for x in (self._t, *self._leaves)):
             self._record = numbers.hparams
             # A record without containers cannot change: it is frozen.
-            values = [getattr(hparams, name) for name in self._names]
-            frozen = len(leaves) == len(values) and all(map(operator.is_, leaves, values))
+            fields = [getattr(hparams, name) for name in self._names]
+            frozen = [*map(id, fields)] == [*map(id, self._leaves)]
             self._same = hparams if frozen else None
         return numbers
 
-    def _update_groups(self, leaves: list[Any], columns: list[Any], differentiated: bool) -> None:
+    def _updated_groups(self, columns: list[Any], differentiated: bool) -> list[Any]:
         run = parts.leaf_by_leaf if differentiated else parts.updated
         new = [[*column] for column in (self.params, *self._buffers)]
-        for group, places in self._groups:
+        for g, (group, _) in enumerate(self._groups):
             part = [column and [column[i] for i in group] for column in columns]
-            results = run(self.rule, self._t, [leaves[k] for k in places], part)
-            parts.scatter(results, group, new)
-        self._keep(new, columns[1])
+            parts.scatter(run(self.rule, self._t, self._numbers_of(g), part), group, new)
+        return new
 
     def _keep(self, new: list[Any], grads: Sequence[Any]) -> None:
         if not self._ours:
@@ -204,11 +202,11 @@ class Repeated:
         self._buffers = [() if not c or unused(c[0]) else c for c in buffers]
         self._grads = grads  # which may stand in buffers
 
-    def _differentiated(self, columns: list[Any], leaves: list[Any]) -> bool:
+    def _differentiated(self, columns: list[Any]) -> bool:
         """`_modes.differentiated`, where no transform is active."""
         if not torch.is_grad_enabled():
             return False
-        tensors = [x for x in (self._count, *leaves) if isinstance(x, Tensor)]
+        tensors = [x for x in (self._count, *self._leaves) if isinstance(x, Tensor)]
         return any(x.requires_grad for column in (*columns, tensors) for x in column)
 
     def trees(self) -> tuple[Tree, Any]:

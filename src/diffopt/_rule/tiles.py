@@ -66,7 +66,7 @@ class Layout:
 
     def batch(self, lists: Sequence[list[Tensor]], indices: list[int]) -> _Batch:
         """Some tensors as one batch."""
-        joined = [k != 1 and _joined(pick(column, indices)) for k, column in enumerate(lists)]
+        joined = [k != 1 and adjacent(pick(column, indices)) for k, column in enumerate(lists)]
         whole = len(indices) == len(self.lengths)
         lengths, alike = pick(self.lengths, indices), len(self.dtypes) == 1
         return _Batch(None if whole else indices, lengths, joined, alike)
@@ -144,7 +144,7 @@ def together_(
             _torch.foreach_copy_(old, new.split_with_sizes(lengths))
 
 
-def _joined(tensors: Sequence[Tensor]) -> bool:
+def adjacent(tensors: Sequence[Tensor]) -> bool:
     """Whether contiguous tensors are one vector in memory: one begins where the one before ends."""
     start, size = tensors[0].data_ptr(), tensors[0].element_size()
     *offsets, total = itertools.accumulate(map(Tensor.numel, tensors), initial=0)

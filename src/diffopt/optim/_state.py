@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _modes, _torch
-from diffopt._rule import marks, running
+from diffopt._rule import marks, running, tiles
 
 _CHANGES = (
     "__setitem__",
@@ -276,13 +276,7 @@ class Integers:
 def _vector(tensors: list[Tensor]) -> Tensor | None:
     """A view of all of them, where they lie side by side in one storage."""
     first = tensors[0]
-    if any(type(x) is not Tensor or x.dtype != first.dtype for x in tensors) or first.is_meta:
+    plain = {(type(x), x.dtype) for x in tensors} == {(Tensor, first.dtype)} and not first.is_meta
+    if not plain or _modes.observed() or not tiles.adjacent(tensors):
         return None
-    if _modes.observed():
-        return None
-    size, start, n = first.element_size(), first.data_ptr(), len(tensors)
-    storage = first.untyped_storage()
-    fits = start + n * size <= storage.data_ptr() + storage.nbytes()
-    if not fits or list(map(Tensor.data_ptr, tensors)) != [*range(start, start + n * size, size)]:
-        return None
-    return first.detach().as_strided((n,), (1,))
+    return first.detach().as_strided((len(tensors),), (1,))
