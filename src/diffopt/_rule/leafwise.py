@@ -198,11 +198,11 @@ def _part_(work: Work, indices: list[int], t: Any, values: list[Any], columns: l
     parts.step_(work.rule, t, values, columns, alike)
 
 
-def alike(rule: Any, params: Tree, grads: Tree, state: Any, hparams: Any) -> ways.Alike | None:
-    """What `again_` needs to know of the arguments of an update in place that passed all checks.
+def repeatable(rule: Any, params: Tree, grads: Tree, state: Any, hparams: Any) -> ways.Alike | None:
+    """What `repeat_` needs to know of the arguments of an update in place that passed all checks.
 
-    None where it cannot repeat one: it takes a rule of this package, plain numbers, a count on the
-    CPU, and tensors that share device and dtype.
+    None where it cannot repeat the update: it takes a rule of this package, plain numbers, a count
+    on the CPU, and tensors that share device and dtype.
     """
     leafwise = isinstance(rule, Leafwise) and type(rule).prepare_ is Leafwise.prepare_
     if not leafwise or not is_ours(rule) or state[0].device.type != "cpu":
@@ -212,7 +212,7 @@ def alike(rule: Any, params: Tree, grads: Tree, state: Any, hparams: Any) -> way
     return prints.alike(work) if plain and not work.numbers_of_state() else None
 
 
-def again_(
+def repeat_(
     rule: Any,
     known: ways.Alike,
     params: list[Tensor],
@@ -220,10 +220,7 @@ def again_(
     state: Any,
     numbers: dict[str, Any],
 ) -> None:
-    """Update in place where all but the hyperparameters is as it was when `alike` found this.
-
-    Nothing is checked.
-    """
+    """Update in place, unchecked: all but the numbers must be what `repeatable` was given."""
     count, *buffers = state
     t = count.item() + 1
     columns = [() if unused(tree) else _tree.flatten(tree)[0] for tree in buffers]

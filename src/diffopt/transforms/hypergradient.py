@@ -19,7 +19,7 @@ from diffopt._diff import functions
 from diffopt._modes import real
 from diffopt._rule import checks, hyper, ops, prints, ways
 from diffopt._rule.hyper import Hyperparameter, hparams, number
-from diffopt._rule.leafwise import Leafwise, again_, alike
+from diffopt._rule.leafwise import Leafwise, repeat_, repeatable
 from diffopt._rule.rule import is_ours, zero_for
 from diffopt._rule.running import is_scalar
 from diffopt._tree import Tree
@@ -67,11 +67,14 @@ class _Facts:
     """What has been found out about the arguments of an update in place that passed all checks."""
 
     owner: Callable[[], Any]
+    """A weak reference to the optimizer: once it is freed, another one may have its id."""
     kinds: list[_tree.Spec]
     """The structures of grads and state."""
     hparams_kind: _tree.Spec
     outer: ways.Alike | None
+    """What `repeat_` needs to know to step the outer optimizer; None if it cannot."""
     inner: ways.Alike | None
+    """The same for the inner optimizer."""
     hparams: Any = None
     """The last ones with which these held, if nothing in them can change."""
 
@@ -293,10 +296,11 @@ class Hypergradient(Wrapper[HypergradientState]):
         record = _moved(hparams[1], state.offsets, ops.coefficient)
         self.optimizer.prepare_(params, grads, state.inner, record)
         lists = leaves.moved(leaves.params), leaves.gradients(), leaves.moved(old["lr"])
+        write = self._writing(lists, None, given)  # which checks the outer optimizer's state
         if _tree.flatten(state.derivatives["lr"])[1] is leaves.spec:
             others, facts = _tree.flatten(state)[0], partial(self._facts, given)
             prints.keep((id(self),), leaves.params, others, leaves.grads, facts)
-        return self._writing(lists, None, given)
+        return write
 
     def _as_before(self, given: _Given) -> tuple[tuple[Tensors, Tensors, Tensors], _Facts] | None:
         """Params, gradients, derivatives and facts, if arguments like these passed all checks."""
@@ -318,11 +322,10 @@ class Hypergradient(Wrapper[HypergradientState]):
     def _writing(
         self, lists: tuple[Tensors, Tensors, Tensors], known: _Facts | None, given: _Given
     ) -> Write:
-        """What takes the step; with what is known of arguments like these, unchecked."""
+        """What takes the step, without checks where arguments like these are known."""
         params, grads, state, hparams = given
         moved, gradients, derivatives = lists
-        outer = known and known.outer
-        learn_ = self._learning(gradients, derivatives, state, hparams[0].outer, outer)
+        learn_ = self._learning(gradients, derivatives, state, hparams[0].outer, known)
         discount = ops.coefficient(hparams[0].discount)
         steps = derivatives if ops.is_zero(discount) else [*map(torch.empty_like, derivatives)]
 
@@ -333,13 +336,14 @@ class Hypergradient(Wrapper[HypergradientState]):
             if known and known.inner:
                 factor = math.exp(min(state.offsets["lr"].item(), 709))  # larger ones overflow
                 numbers = {**vars(hparams[1]), "lr": hparams[1].lr * factor}
-                again_(self.optimizer, known.inner, moved, gradients, state.inner, numbers)
+                repeat_(self.optimizer, known.inner, moved, gradients, state.inner, numbers)
             else:  # it cannot fail where another record has not
                 record = _moved(hparams[1], state.offsets, ops.coefficient)
                 self.optimizer.prepare_(params, grads, state.inner, record)()
-            if moved:
-                _torch.foreach["add"][1](steps, moved)
-            if moved and steps is not derivatives:
+            if not moved:
+                return
+            _torch.foreach["add"][1](steps, moved)
+            if steps is not derivatives:
                 _torch.foreach["mul"][1](derivatives, discount)
                 _torch.foreach["add"][1](derivatives, steps)
 
@@ -358,8 +362,8 @@ class Hypergradient(Wrapper[HypergradientState]):
         params, grads, state, hparams = given
         kinds = [_tree.flatten(tree)[1] for tree in (grads, state, hparams)]
         offsets = state.offsets
-        outer = alike(self._outer, offsets, offsets, state.outer, hparams[0].outer)
-        inner = alike(self.optimizer, params, grads, state.inner, hparams[1])
+        outer = repeatable(self._outer, offsets, offsets, state.outer, hparams[0].outer)
+        inner = repeatable(self.optimizer, params, grads, state.inner, hparams[1])
         return _Facts(weakref.ref(self), kinds[:2], kinds[2], outer, inner)
 
     def _is_rate(self, *names: str) -> bool:
@@ -415,18 +419,18 @@ class Hypergradient(Wrapper[HypergradientState]):
         derivatives: Tensors,
         state: HypergradientState,
         hparams: Any,
-        known: ways.Alike | None = None,
+        known: _Facts | None,
     ) -> Write:
-        """What does the same in place, for the rate only."""
+        """What takes that step in place, where only the rate is learned."""
         offset = state.offsets["lr"]
         dots = _dots(grads, derivatives)
-        if known and all(dot.is_cpu for dot in dots):
+        if known and known.outer and all(dot.is_cpu for dot in dots):
             product = sum([dot.item() for dot in dots])
             if not math.isfinite(product):
                 return _nothing
             products = [torch.full_like(offset, product)]
-            numbers = vars(hparams)
-            return partial(again_, self._outer, known, [offset], products, state.outer, numbers)
+            repeated = self._outer, known.outer, [offset], products, state.outer
+            return partial(repeat_, *repeated, vars(hparams))
         products = {"lr": _total(dots, offset) if dots else None}
         finite = _finite(products)
         arguments = state.offsets, products, state.outer, hparams
