@@ -138,14 +138,14 @@ class Call:
     def _compare(self, kernel: Kernel, run: Run, tensors: Sequence[Tensor], used: Used) -> None:
         """Raise unless the kernel computes what the function does, and its derivative.
 
-        Also at another point: zeros in the first inputs, as a head has at first, hide terms.
+        It is compared at two points: zeros in the inputs, such as a head's at first, hide terms.
         """
         sample = [*map(_sample, tensors[self.routine.count :])]
         if sample:
             tensors = [*tensors[: self.routine.count], *sample]
             run = self._run(kernel, tensors, used)
         self._compare_all(kernel, tensors, run.results, run.pull)
-        again = kernel.again(run) if run.pull else None  # which that has compiled
+        again = kernel.again(run) if run.pull else None  # the comparison has compiled it
         if again:
             self._compare_all(kernel, tensors, *again(tensors))
         tensors = self._elsewhere(tensors)
@@ -157,7 +157,7 @@ class Call:
         self._compare_all(kernel, tensors, run.results, run.pull)
 
     def _elsewhere(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Inputs near these, of which none are zero or equal; those that stand for numbers stay."""
+        """Inputs near these, without zeros and equal elements; those made of numbers are kept."""
         joints = self.routine.head, self.routine.element
         fixed = [place in joint.numbers for joint in joints for place in joint.places]
         pairs = enumerate(itertools.zip_longest(tensors, fixed))
@@ -304,7 +304,7 @@ def _sample(x: Tensor, step: float = 1.0) -> Tensor:
 
 
 def _moved(x: Tensor, seed: int) -> Tensor:
-    """The tensor a little nearer to zero, or positive where it is zero: still in most domains."""
+    """The tensor a little nearer to zero, or positive where it is zero: in the domain of most."""
     if not _modes.has_derivative(x):
         return x
     part = _sample(x.new_empty(x.shape, dtype=torch.float32), 1 + seed / 16)

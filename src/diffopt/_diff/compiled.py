@@ -49,7 +49,7 @@ class Compiler(Program):
             task: the first step.
             xs: the last of the inputs of each step.
             eagerly: takes the steps one by one, for where they cannot be run together.
-            ends: whether the loop ends with the first step whose last result, a flag, is set.
+            ends: whether the loop ends with the first step whose last result, a flag, is true.
         """
         if self.gave_up or _modes.compiling() or _modes.intercepted():
             return eagerly()

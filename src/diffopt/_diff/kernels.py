@@ -426,7 +426,7 @@ class Kernel:
         return self(function, inputs, extra)
 
     def _announced(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Where it runs: the first time torch.compile compiles it, which is announced."""
+        """A context to run it in: the first run, in which torch.compile compiles, is announced."""
         if what in self.announced:
             return contextlib.nullcontext()
         self.announced.add(what)

@@ -52,10 +52,10 @@ class Series(Applied):
 
     Attributes:
         step: one of them, the first.
-        elements: how each step joins its x. A run drops those after its end.
+        elements: how each step joins its x; a run removes those of steps after its end.
         needed: which of its inputs need a gradient.
         keep: whether it keeps what derivatives need.
-        ends: whether it ends with the first step whose last result, a flag, is set.
+        ends: whether it ends with the first step whose last result, a flag, is true.
         operators: what is made of it: see `kernels`.
         kept: what the last run has kept.
     """

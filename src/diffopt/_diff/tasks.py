@@ -143,7 +143,7 @@ def _same(x: Any, y: Any) -> bool:
 
 
 def for_each(function: Callable[[Any], T], xs: Iterable[Any]) -> list[T]:
-    """Its results, computed once for each object."""
+    """The results of the function, which is called once for each distinct object."""
     known: dict[int, T] = {}
     values = list(xs)
     for x in values:

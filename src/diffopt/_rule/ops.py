@@ -56,7 +56,7 @@ def copy(x: Leaf) -> Leaf:
 
 
 def kept(grad: Leaf) -> Leaf:
-    """The gradient itself as a part of the state: who runs the rule copies what a caller gets."""
+    """The gradient as a part of the state; a caller gets a copy of it."""
     return grad if isinstance(grad, Tensor) else 1 * grad
 
 

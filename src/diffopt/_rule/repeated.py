@@ -17,7 +17,7 @@ from diffopt._rule.rule import WORKING_DTYPE, is_ours, unused
 from diffopt._rule.work import Work
 from diffopt._tree import Tree
 
-_SMALL = 4096  # elements of a tensor, on average, which are copied in no time
+_SMALL = 4096  # elements of a tensor, on average: more take too long to copy
 
 
 class Repeated:

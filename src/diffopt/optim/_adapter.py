@@ -35,7 +35,7 @@ class RuleOptimizer(Planned):
     foreach_unrolls: ClassVar[bool] = False
     """Whether torch accepts foreach=True together with differentiable=True."""
     strict: ClassVar[bool] = False
-    """Whether numbers set later must be in their ranges, too, as torch has no such class."""
+    """Whether numbers set later must be in their ranges, too: for classes that torch lacks."""
     make: ClassVar[Callable[..., Leafwise[Any, Any]]]
     """Makes a pure optimizer."""
     flags: ClassVar[tuple[str, ...]] = ("maximize",)

@@ -217,7 +217,7 @@ class Checkpoints(torch.optim.Optimizer):
 
 
 class Planned(Checkpoints):
-    """One whose state drops what is planned for the next step when it is changed."""
+    """A class with plans for its next steps, which any change of its state drops."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state":

@@ -185,7 +185,7 @@ class TreeOptimizer(Planned):
 
 
 class Joined(NamedTuple):
-    """The state of a group, which holds until a state of a parameter is changed."""
+    """The joined state of a group: a plan, dropped when the state of a parameter changes."""
 
     group: int
     owners: list[int]
