@@ -74,15 +74,12 @@ def _known_way(
     rule: AnyRule, t: Any, values: list[Any], columns: list[Any], alike: ways.Alike | None
 ) -> ways.Way:
     """The way to run the rule, which is the same for all counts that are whole numbers."""
-    if alike is None or not _is_whole(t):
+    whole = not isinstance(t, Tensor) and float(t).is_integer()
+    if alike is None or not whole:
         return _way(rule, t, values, columns, alike and alike.kind)
     if alike.way is None:
         alike.way = _way(rule, t, values, columns, alike.kind)
     return alike.way
-
-
-def _is_whole(t: Any) -> bool:
-    return not isinstance(t, Tensor) and float(t).is_integer()
 
 
 def _way(

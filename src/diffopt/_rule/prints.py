@@ -75,10 +75,9 @@ class Passed:
 
 
 _PASSED: dict[Any, tuple[Passed, Any] | None] = {}
-"""By keys, the number of params and the first one, what has passed all checks, and what was found
-out about it.
+"""What has passed all checks, and what was found out about it; None if it has passed only once.
 
-None after the first time.
+By `_key`, which is quick to compute: what has the same key need not be the same.
 """
 
 _REMEMBERED = 16

@@ -118,16 +118,16 @@ def _stack(outputs: list[Any]) -> Any:
     """The outputs as one tree with a leading time dimension, if all are trees of tensors."""
     if not outputs or not all(isinstance(x, Tensor) for x in _tree.leaves(outputs)):
         return outputs
-    first, spec = outputs[0], _tree.flatten(outputs[0])[1]
-    names = [f"the output of step {t}" for t in range(len(outputs))]
+    first, name = outputs[0], "the output of step {}".format
+    spec = _tree.flatten(first)[1]
     rows = [
-        _tree.leaves_like(output, spec, first, (name, names[0]))
-        for output, name in zip(outputs, names, strict=True)
+        _tree.leaves_like(output, spec, first, (name(t), name(0)))
+        for t, output in enumerate(outputs)
     ]
-    for row, name in zip(rows, names, strict=True):
+    for t, row in enumerate(rows):
         for i, (x, like) in enumerate(zip(row, rows[0], strict=True)):
             if x.shape != like.shape:
-                mine, theirs = (_tree.paths(first, path)[i] for path in (name, names[0]))
+                mine, theirs = (_tree.paths(first, name(step))[i] for step in (t, 0))
                 raise ValueError(
                     f"{mine} is {_tree.describe(x)}, but {theirs} is {_tree.describe(like)}: they "
                     "are stacked, so return tensors of the same shapes in all steps"

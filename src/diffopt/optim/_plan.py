@@ -69,7 +69,8 @@ class Plan:
             )
             members.setdefault(key, []).append(i)
         whole = len(members) == 1 and not self.absent
-        self.alike = len({key._replace(scalars=()) for key in members}) < len(members)
+        kinds = {key._replace(scalars=()) for key in members}
+        self.mergeable = len(kinds) < len(members)  # there are buckets that only counts keep apart
         self.buckets: list[Bucket] = []
         for key, indices in members.items():
             some = [params[i] for i in indices], [rows[i] for i in indices]
@@ -100,7 +101,7 @@ class Plan:
         for bucket in self.buckets:  # no generator: this runs at every step
             if not bucket.holds(*bucket.of(params, grads), options, lent=lent):
                 return False
-        return not self.alike or self._apart()
+        return not self.mergeable or self._apart()
 
     def _is_of(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters of the group, one by one."""

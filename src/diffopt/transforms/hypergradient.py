@@ -380,14 +380,7 @@ class Hypergradient(Wrapper[HypergradientState]):
         leaves = gather(params, grads)
         checks.undistributed(params, "params", "hypergradient")
         checks.instance(state, HypergradientState, "state", "init()")
-        check_tuple(hparams, 2, "hparams", "hparams(...)")
-        check_record(hparams[0], HypergradientHParams, "hparams[0]")
-        check_record(hparams[1], self.optimizer.hparams, "hparams[1]")
-        check_record(hparams[0].outer, self._outer.hparams, "hparams[0].outer")
-        _check_fractions(hparams[1], self.learn)
-        if not is_scalar(hparams[0].discount):
-            given = _tree.describe(hparams[0].discount)
-            raise ValueError(f"hparams[0].discount is {given}, but must be one number")
+        self._check_hparams(hparams)
         old: dict[str, Tensors] = {}
         for name in self.learn:
             path = f"state.derivatives[{name!r}]"
@@ -397,6 +390,16 @@ class Hypergradient(Wrapper[HypergradientState]):
             offset = state.offsets[name]
             checks.scalar(offset, f"state.offsets[{name!r}]", leaves.params, params)
         return leaves, old
+
+    def _check_hparams(self, hparams: Any) -> None:
+        check_tuple(hparams, 2, "hparams", "hparams(...)")
+        check_record(hparams[0], HypergradientHParams, "hparams[0]")
+        check_record(hparams[1], self.optimizer.hparams, "hparams[1]")
+        check_record(hparams[0].outer, self._outer.hparams, "hparams[0].outer")
+        _check_fractions(hparams[1], self.learn)
+        if not is_scalar(hparams[0].discount):
+            given = _tree.describe(hparams[0].discount)
+            raise ValueError(f"hparams[0].discount is {given}, but must be one number")
 
     def _learned(
         self, leaves: Leaves, old: dict[str, Tensors], state: HypergradientState, hparams: Any
