@@ -954,9 +954,8 @@ def put_in_a_buffer(optimizer):
 
 def replace_a_row(optimizer):
     first = optimizer.param_groups[0]["params"][0]
-    optimizer.state[first] = {k: x + 1 for k, x in optimizer.state[first].items() if x.dim()} | {
-        k: x for k, x in optimizer.state[first].items() if not x.dim()
-    }
+    row = optimizer.state[first]
+    optimizer.state[first] = {k: x + 1 if x.dim() else x for k, x in row.items()}
 
 
 def replace_the_state(optimizer):

@@ -320,6 +320,11 @@ class _Compiled:
     """A function, compiled at its first call; later ones run what was made of its graph.
 
     It is called only for what the key of `_found` says, so that torch.compile need not check it.
+
+    Attributes:
+        sizes: which inputs of the graph are the length of the vectors.
+        takes: for each input of the graph, its place in what a call is given, or a constant. Empty
+            before the first call, and where one of them is something else.
     """
 
     def __init__(self, function: Kernel) -> None:
@@ -327,7 +332,7 @@ class _Compiled:
         self.checked: Kernel = torch.compile(
             function, backend=self._backend, fullgraph=True, dynamic=True, options=options
         )
-        self.takes: list[Any] = []
+        self.sizes, self.takes = list[bool](), list[Any]()
         self.running = threading.local()  # its `pool`: what a call of this thread is given
 
     def __call__(self, given: list[Tensor], vectors: Sequence[Tensor]) -> None:
