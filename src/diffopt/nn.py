@@ -181,13 +181,7 @@ class _Apply:
         # torch caches parametrized tensors under the id of the original module.
         with _traceable_attention(), _torch.parametrized_anew():
             outputs = replica(*inputs, **kwargs)
-        after = _modes.versions(params.values())
-        for name, then, now in zip(params, before, after, strict=True):
-            if then != now:
-                raise RuntimeError(
-                    f"the module has written to params[{name!r}], but a function must not change "
-                    "its arguments: compute a new tensor in forward, or register a buffer"
-                )
+        _refuse_writes(params, before)
         if len(self.buffers) > len(self.frozen):
             tensors |= _places(_parts(replica))[1]
         return outputs, {name: tensors[name] for name in self.buffers}
@@ -308,6 +302,17 @@ def _refuse_kinds(parts: Mapping[str, nn.Module]) -> None:
         for own, tensor in vars(part)[_torch.MODULE_TABLES[0]].items():
             if is_lazy(tensor):
                 raise ValueError(f"{path}.{own} is not initialized yet: run the module once first")
+
+
+def _refuse_writes(params: Tensors, before: list[int]) -> None:
+    """Raise if a parameter has another version than before."""
+    after = _modes.versions(params.values())
+    for name, then, now in zip(params, before, after, strict=True):
+        if then != now:
+            raise RuntimeError(
+                f"the module has written to params[{name!r}], but a function must not change its "
+                "arguments: compute a new tensor in forward, or register a buffer"
+            )
 
 
 @contextlib.contextmanager

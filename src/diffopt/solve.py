@@ -226,7 +226,8 @@ def _until_done(
         elif is_compiled(step) and isinstance(xs, list):
             with torch.no_grad():
                 outputs = taken(step, carry, args, xs[1:])[1]
-            used += xs[1 : len(outputs) + 1 - bool(outputs and all_done(outputs[-1]))]
+            ended = bool(outputs) and all_done(outputs[-1])
+            used += xs[1 : 1 + len(outputs) - ended]
             break
     captured.check()
     ambient.restore()
