@@ -57,8 +57,8 @@ class Repeated:
         self._leaves, self._record, self._same = leaves, None, None
         self._small = False  # whether tensor by tensor is known to be the fastest way
         self._names = [number.name for number in work.numbers]
-        # Where autograd records a rule that is not brief, small tensors are updated as one vector:
-        # then each column of the buffers holds one, and this that of the params.
+        # Where gradients have a graph and a rule is not brief, small tensors are updated as one
+        # vector: then each column of the buffers holds one, and this that of the params.
         self._vector: list[Any] = []
         self._versions: list[int] = []  # those of the params, by which writes to them are noticed
         self._grads: Sequence[Any] = ()
@@ -99,8 +99,10 @@ class Repeated:
             self.params, self._vector = params, self._vector and [_joined(params)]
         columns: list[Any] = [self.params, [*grads], *self._buffers]
         differentiated = self._differentiated(columns)
-        if self._joinable and differentiated:
-            self._join(columns)
+        # Where gradients are constants, no tensor depends on another: derivatives with respect to
+        # that are None, not zero.
+        if self._joinable and differentiated and all(x.requires_grad for x in grads):
+            self._join()
         if self._vector:
             joined = [self._vector, [_joined(grads)], *self._buffers]
             if self._differentiated([]) and not _finite(joined[:2]):
@@ -120,14 +122,10 @@ class Repeated:
         safe = self._ours and self._record is not None
         return running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is, safe=safe)
 
-    def _join(self, columns: list[Any]) -> None:
-        """Update one vector from now on, unless only some of the tensors need a gradient."""
+    def _join(self) -> None:
         self._joinable = False
-        rows = zip(*filter(None, columns), strict=True)
-        needed = {any(x.requires_grad for x in row) for row in rows}
-        if len(needed) == 1 or self._differentiated([]):
-            columns = [self.params, *self._buffers]
-            self._vector, *self._buffers = (column and [_joined(column)] for column in columns)
+        columns: list[Any] = [self.params, *self._buffers]
+        self._vector, *self._buffers = (column and [_joined(column)] for column in columns)
 
     def _part(self) -> None:
         """Update tensor by tensor from now on.
