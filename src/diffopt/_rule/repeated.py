@@ -57,11 +57,11 @@ class Repeated:
         self._leaves, self._record, self._same = leaves, None, None
         self._small = False  # whether tensor by tensor is known to be the fastest way
         self._names = [number.name for number in work.numbers]
-        # Where gradients have a graph and a rule is not brief, small tensors are updated as one
-        # vector: then each column of the buffers holds one, and this that of the params.
-        self._vector: list[Any] = []
-        self._versions: list[int] = []  # those of the params, by which writes to them are noticed
         self._grads: Sequence[Any] = ()
+        # Where gradients have a graph and a rule is not brief, small tensors are updated as one
+        # vector: then each column of the buffers holds one. The params are joined in every step,
+        # as a loss may write to them.
+        self._as_vector = False
         self._joinable = self._can_join(leaves)
 
     @classmethod
@@ -93,21 +93,19 @@ class Repeated:
         if not (dense and usual and self._known(hparams)):
             return False
         self._t = self._t + 1 if isinstance(self._t, Tensor) else float(self._t + 1)
-        if params is None and self._vector and _modes.versions(self.params) != self._versions:
-            params = self.params
         if params is not None:
-            self.params, self._vector = params, self._vector and [_joined(params)]
+            self.params = params
         columns: list[Any] = [self.params, [*grads], *self._buffers]
         differentiated = self._differentiated(columns)
         # Where gradients are constants, no tensor depends on another: derivatives with respect to
         # that are None, not zero.
         if self._joinable and differentiated and all(x.requires_grad for x in grads):
             self._join()
-        if self._vector:
-            joined = [self._vector, [_joined(grads)], *self._buffers]
+        if self._as_vector:
+            joined = [[_joined(self.params)], [_joined(grads)], *self._buffers]
             if self._differentiated([]) and not _finite(joined[:2]):
                 self._part()
-            columns = joined if self._vector else [*columns[:2], *self._buffers]
+            columns = joined if self._as_vector else [*columns[:2], *self._buffers]
         self._keep(self._updated(hparams, columns, differentiated), columns[1])
         return True
 
@@ -123,9 +121,8 @@ class Repeated:
         return running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is, safe=safe)
 
     def _join(self) -> None:
-        self._joinable = False
-        columns: list[Any] = [self.params, *self._buffers]
-        self._vector, *self._buffers = (column and [_joined(column)] for column in columns)
+        self._joinable, self._as_vector = False, True
+        self._buffers = [column and [_joined(column)] for column in self._buffers]
 
     def _part(self) -> None:
         """Update tensor by tensor from now on.
@@ -134,7 +131,7 @@ class Repeated:
         not finite makes NaN of it, even where nothing depends on that tensor: 0 times infinity.
         """
         self._buffers = [column and self._split(column) for column in self._buffers]
-        self._vector = []
+        self._as_vector = False
 
     def _split(self, column: list[Tensor]) -> list[Tensor]:
         """A vector as tensors like the params, none of which shares memory with another."""
@@ -192,10 +189,7 @@ class Repeated:
         if not self._ours:
             new = [column and parts.apart(column, grads) for column in new]
         params, *buffers = new
-        if self._vector:
-            self._vector, params = params, self._split(params)
-            self._versions = _modes.versions(params)
-        self.params = params
+        self.params = self._split(params) if self._as_vector else params
         self.apart = self._ours  # others may return a parameter as it is
         self._buffers = [() if not c or unused(c[0]) else c for c in buffers]
         self._grads = grads  # which may stand in buffers
@@ -218,7 +212,7 @@ class Repeated:
             )
         step = step if count.dtype in WORKING_DTYPE else step.to(count.dtype)
         buffers = [column and parts.apart(column, self._grads) for column in self._buffers]
-        if self._vector:
+        if self._as_vector:
             buffers = [column and self._split(column) for column in buffers]
         columns = [column and _tree.unflatten(column, self.spec) for column in buffers]
         return _tree.unflatten(self.params, self.spec), self.rule.State(step, *columns)
