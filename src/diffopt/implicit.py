@@ -77,18 +77,19 @@ class ImplicitDerivative:
         x: Tree,
         *args: Any,
         symmetric: bool = False,
-        distance: bool = False,
+        loss: Callable[..., Any] | None = None,
     ) -> Tree:
         """A known solution x of residual(x, *args) = 0, made differentiable with respect to args.
 
         Any derivative that x already had is dropped. See `implicit_root` for `symmetric`; with
-        `distance`, for a symmetric d_x residual, `root_tolerance` bounds the distance of x from a
-        solution, relative to max(1, |x|), instead of the residual.
+        `loss`, whose gradient a symmetric residual is, `root_tolerance` bounds the distance of x
+        from a solution, relative to max(1, |x|), instead of the residual.
         """
         x = isolated(lambda x: x, x)
         vector, unravel = ravel(x, "x")
         inputs, merge = _tree.split(args)
-        like, captured = template(x), Captured("loss" if distance else "residual", residual)
+        like = template(x)
+        captured = Captured("loss", loss) if loss else Captured("residual", residual)
 
         def of_vectors(v: Tensor, *inputs: Tensor) -> Tensor:
             result = residual(unravel(v), *merge(inputs))
@@ -115,7 +116,7 @@ class ImplicitDerivative:
             evaluate = functools.partial(flat.keep, needed)
         refuse_captured(evaluate, captured, vector, *inputs)
         if finite and self.root_tolerance < math.inf:
-            self._check(_distance if distance else _residual_norm, flat, vector, inputs)
+            self._check(_distance if loss else _residual_norm, flat, vector, inputs)
         solver = self.solver
         jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
         solve = functools.partial(constant_solution, solver)

@@ -113,7 +113,7 @@ class Implicit(ImplicitDerivative, Adjoint):
         rest = inputs, batches, buffers
         unknowns, merge = _unknowns(loss, params, carry[0], rest)
         gradient = _compiled(step, lambda unknowns, rest: loss(merge(unknowns), rest))
-        unknowns = self.attach(gradient, unknowns, rest, symmetric=True, distance=True)
+        unknowns = self.attach(gradient, unknowns, rest, symmetric=True, loss=step.objective)
         params = merge(functions.independent(unknowns, (carry, hparams, own)))
         message = "Implicit gives derivatives of sol.params, not of losses, state, aux or buffers"
         values, aux, done = zip(*outputs, strict=True)
@@ -168,9 +168,11 @@ def _unknowns(
 
     A parameter that the loss does not use still has its initial value, and has no equation.
     """
-    grads = value_and_grad(lambda p, rest: (loss(p, rest), ()), params, rest, second_order=False)[2]
-    used = [grad is not None for grad in _tree.leaves(grads)]
     leaves, spec = _tree.flatten(params)
+    used = [True]  # had the loss used no parameter, its first step would have raised
+    if len(leaves) > 1:
+        results = value_and_grad(lambda *x: (loss(*x), ()), params, rest, second_order=False)
+        used = [grad is not None for grad in _tree.leaves(results[2])]
     pairs = [leaf.is_complex() for leaf in leaves]
     starts = _tree.leaves_like(start, spec, params, ("params", "params"))
 
