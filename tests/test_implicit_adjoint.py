@@ -354,6 +354,34 @@ def test_the_first_backward_pass_does_not_run_the_loss_again():
     assert len(runs) > taken  # the first pass has freed the graph
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_only_among_several_params_does_a_run_of_the_loss_look_for_unused_ones(several):
+    runs, zero = [], torch.tensor(0.0)
+
+    def counted(params, target):
+        runs.append(0)
+        return ((params[0] if several else params) - target) ** 2
+
+    diffopt.minimize(
+        counted, [zero, zero.clone()] if several else zero, torch.tensor(2.0, requires_grad=True),
+        optimizer=OPT, hparams=OPT.hparams(lr=0.5), steps=3, adjoint=Implicit(),
+    )  # fmt: skip
+    assert len(runs) == 3 + 1 + several
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad], ids=["autograd", "func"])
+def test_a_loss_that_uses_no_params_is_refused(transform, compile):
+    def solution(target):
+        return diffopt.minimize(
+            lambda w, target: target**2, torch.tensor(0.0), target, optimizer=OPT,
+            hparams=OPT.hparams(lr=0.1), steps=2, adjoint=Implicit(), compile=compile,
+        ).params  # fmt: skip
+
+    with pytest.raises(ValueError, match="loss does not depend on params"):
+        transform(solution)(torch.tensor(1.0, requires_grad=True))
+
+
 def test_many_backward_passes_at_once_are_those_one_by_one():
     leaves = inputs()
     params = solve(*leaves, Implicit(ConjugateGradient(rtol=1e-14))).params.flatten()
