@@ -303,6 +303,36 @@ def test_derivatives_of_first_order_are_none_where_a_tensor_does_not_depend_on_a
     assert [grad is None for grad in grads] == [False, True]
 
 
+class Root(torch.autograd.Function):
+    """To a function of a user's, torch passes zeros where there is no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / (2 * ctx.saved_tensors[0].sqrt())
+
+
+@pytest.mark.parametrize("rule", ["sgd", "no momentum", "momentum", "nesterov"])
+def test_no_gradient_reaches_a_tensor_that_nothing_in_use_depends_on(rule):
+    """A zero would become NaN, as the derivative of a root at 0 is infinite."""
+    opt, hparams = RULES[rule]
+    start = {"w": START["w"].clone().requires_grad_(), "b": torch.zeros(1, requires_grad=True)}
+    params = {"w": start["w"], "b": Root.apply(start["b"]).double()}
+
+    def separable(params):
+        return params["w"].square().sum() + (params["b"] - 1).square().sum()
+
+    found, _ = minimized(separable, params, opt, opt.hparams(**hparams), 3)
+    found["b"].register_hook(lambda grad: pytest.fail(f"a hook was given {grad}"))
+    found["w"].sum().backward()
+    assert start["w"].grad.isfinite().all()
+    assert start["b"].grad is None
+
+
 @pytest.mark.parametrize("rule", ["adam", "adamw", "plain rmsprop", "momentum"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e200])
 @pytest.mark.parametrize("late", [False, True])

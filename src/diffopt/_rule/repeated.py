@@ -118,6 +118,8 @@ class Repeated:
             return new
         numbers = self._numbers(hparams, columns)
         safe = self._ours and self._record is not None
+        # Not by foreach kernels, whose nodes tensors share: a backward pass would go on from each
+        # tensor, and pass zeros or None to functions and hooks of users that nothing depends on.
         return running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is, safe=safe)
 
     def _join(self) -> None:
