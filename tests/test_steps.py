@@ -254,26 +254,9 @@ class Linear(torch.autograd.Function):
         return ctx.constant, None
 
 
-@pytest.mark.parametrize("rule", ["adam", "rmsprop", "plain rmsprop", "adagrad"])
-def test_small_tensors_are_updated_as_one_vector_whose_parts_share_no_memory(rule):
-    opt, numbers = RULES[rule]
-    start = started()
-    params, state = minimized(loss, start, opt, opt.hparams(**numbers), 3)
-    parents = {p.grad_fn.next_functions[0][0] for p in params.values()}
-    assert len(parents) == 1
-    assert parents.pop().name().startswith("SplitWithSizes")
-    leaves = torch.utils._pytree.tree_leaves((params, state))
-    expected = [x.detach().clone() for x in leaves]
-    for i, leaf in enumerate(leaves):
-        with torch.no_grad():
-            leaf.add_(1)
-        expected[i] += 1
-        torch.testing.assert_close([x.detach() for x in leaves], expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("written", [torch.Tensor.detach, lambda x: x.data], ids=["detach", "data"])
 @pytest.mark.parametrize("rule", ["adam", "adamw", "plain rmsprop", "momentum"])
-def test_what_the_loss_writes_to_its_params_stays_in_small_tensors_too(rule, written):
+def test_what_the_loss_writes_to_its_params_stays(rule, written):
     opt, hparams = RULES[rule]
 
     def clamped(params):
@@ -316,7 +299,10 @@ class Root(torch.autograd.Function):
         return grad / (2 * ctx.saved_tensors[0].sqrt())
 
 
-@pytest.mark.parametrize("rule", ["sgd", "no momentum", "momentum", "nesterov"])
+NONE_REACHES = ["sgd", "no momentum", "momentum", "nesterov", "adam", "plain rmsprop", "adagrad"]
+
+
+@pytest.mark.parametrize("rule", NONE_REACHES)
 def test_no_gradient_reaches_a_tensor_that_nothing_in_use_depends_on(rule):
     """A zero would become NaN, as the derivative of a root at 0 is infinite."""
     opt, hparams = RULES[rule]
@@ -352,27 +338,6 @@ def test_a_tensor_that_diverges_leaves_the_derivatives_of_others_alone(rule, bad
         return torch.autograd.grad(sol.params["w"].sum(), [lr, params["w"]])
 
     torch.testing.assert_close(derivative(bad), derivative(1.0))
-
-
-@pytest.mark.parametrize(
-    ("shape", "lr"),
-    [
-        ((3,), {"w": 0.1, "b": 0.2}),
-        ((3,), torch.full((3,), 0.1)),
-        ((9000,), 0.1),
-        ((2, 3, 4, 4), 0.1),
-    ],
-)
-def test_large_tensors_layouts_and_rates_of_their_own_keep_tensors_apart(shape, lr):
-    opt, start = diffopt.adam(), {k: torch.ones(shape) for k in "wb"}
-    if len(shape) == 4:
-        start = {k: p.to(memory_format=torch.channels_last) for k, p in start.items()}
-    start = {k: p.requires_grad_() for k, p in start.items()}
-    hp = opt.hparams(lr=lr)
-    params, _ = minimized(lambda p: (p["w"] * p["b"]).sum(), start, opt, hp, 3)
-    for name, p in params.items():
-        assert not p.grad_fn.name().startswith("View")
-        assert p.stride() == start[name].stride()
 
 
 def test_a_state_shares_no_memory_with_a_gradient_that_the_loss_has_passed_through():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +15,6 @@ from diffopt._rule import parts, running
 from diffopt._rule.rule import WORKING_DTYPE, is_ours, unused
 from diffopt._rule.work import Work
 from diffopt._tree import Tree
-
-_SMALL = 4096  # elements of a tensor, on average: more take too long to copy
 
 
 class Repeated:
@@ -58,11 +55,6 @@ class Repeated:
         self._small = False  # whether tensor by tensor is known to be the fastest way
         self._names = [number.name for number in work.numbers]
         self._grads: Sequence[Any] = ()
-        # Where gradients have a graph and a rule is not brief, small tensors are updated as one
-        # vector: then each column of the buffers holds one. The params are joined in every step,
-        # as a loss may write to them.
-        self._as_vector = False
-        self._joinable = self._can_join(leaves)
 
     @classmethod
     def of(cls, work: Work, count: Tensor, hparams: Any) -> Repeated | None:
@@ -72,14 +64,6 @@ class Repeated:
         trees = all(number.per_parameter for number in work.numbers)
         usual = plain and trees and not work.numbers_of_state()
         return cls(work, count, hparams) if usual else None
-
-    def _can_join(self, leaves: list[Any]) -> bool:
-        """Whether the update of one vector gives the same, and copies of it cost little."""
-        elementwise = self._ours and self.rule.elementwise and self._as_is and not self.rule.brief
-        alike = len(self._groups) == 1 and all(map(running.is_scalar, leaves))
-        small = sum(map(Tensor.numel, self.params)) <= _SMALL * len(self.params)
-        dense = all(map(Tensor.is_contiguous, self.params))
-        return elementwise and alike and small and dense and len(self.params) > 1
 
     def update(
         self, grads: Sequence[Any], hparams: Any, *, params: list[Tensor] | None = None
@@ -97,15 +81,6 @@ class Repeated:
             self.params = params
         columns: list[Any] = [self.params, [*grads], *self._buffers]
         differentiated = self._differentiated(columns)
-        # Where gradients are constants, no tensor depends on another: derivatives with respect to
-        # that are None, not zero.
-        if self._joinable and differentiated and all(x.requires_grad for x in grads):
-            self._join()
-        if self._as_vector:
-            joined = [[_joined(self.params)], [_joined(grads)], *self._buffers]
-            if self._differentiated([]) and not _finite(joined[:2]):
-                self._part()
-            columns = joined if self._as_vector else [*columns[:2], *self._buffers]
         self._keep(self._updated(hparams, columns, differentiated), columns[1])
         return True
 
@@ -118,28 +93,10 @@ class Repeated:
             return new
         numbers = self._numbers(hparams, columns)
         safe = self._ours and self._record is not None
-        # Not by foreach kernels, whose nodes tensors share: a backward pass would go on from each
-        # tensor, and pass zeros or None to functions and hooks of users that nothing depends on.
+        # Not by foreach kernels or as one vector, whose nodes tensors share: a backward pass would go
+        # on from each tensor, and pass zeros to functions and hooks of users that nothing depends on:
+        # NaN, where a derivative is infinite.
         return running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is, safe=safe)
-
-    def _join(self) -> None:
-        self._joinable, self._as_vector = False, True
-        self._buffers = [column and [_joined(column)] for column in self._buffers]
-
-    def _part(self) -> None:
-        """Update tensor by tensor from now on.
-
-        The derivative with respect to a number is a sum over the vector, in which a tensor that is
-        not finite makes NaN of it, even where nothing depends on that tensor: 0 times infinity.
-        """
-        self._buffers = [column and self._split(column) for column in self._buffers]
-        self._as_vector = False
-
-    def _split(self, column: list[Tensor]) -> list[Tensor]:
-        """A vector as tensors like the params, none of which shares memory with another."""
-        sizes = [*map(Tensor.numel, self.params)]
-        pieces: Any = torch.split_with_sizes_copy(column[0], sizes)  # its stub says None
-        return [*map(Tensor.view_as, pieces, self.params)]
 
     def _batched(self, columns: list[Any]) -> list[Any] | None:
         """The new columns, where tensor by tensor is not the fastest way: after the first step."""
@@ -191,7 +148,7 @@ class Repeated:
         if not self._ours:
             new = [column and parts.apart(column, grads) for column in new]
         params, *buffers = new
-        self.params = self._split(params) if self._as_vector else params
+        self.params = params
         self.apart = self._ours  # others may return a parameter as it is
         self._buffers = [() if not c or unused(c[0]) else c for c in buffers]
         self._grads = grads  # which may stand in buffers
@@ -214,24 +171,12 @@ class Repeated:
             )
         step = step if count.dtype in WORKING_DTYPE else step.to(count.dtype)
         buffers = [column and parts.apart(column, self._grads) for column in self._buffers]
-        if self._as_vector:
-            buffers = [column and self._split(column) for column in buffers]
         columns = [column and _tree.unflatten(column, self.spec) for column in buffers]
         return _tree.unflatten(self.params, self.spec), self.rule.State(step, *columns)
 
     def _found_kinds(self) -> set[Any]:
         tensors = itertools.chain(self.params, *self._buffers)
         return {(type(x), x.device, x.dtype, x.layout) for x in tensors}
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([*map(torch.ravel, tensors)])
-
-
-def _finite(columns: list[Any]) -> bool:
-    """Whether vectors, and their squares, are known to be finite."""
-    squares = (_modes.number_of(x.detach().dot(x.detach())) for (x,) in columns)
-    return all(isinstance(x, float) and math.isfinite(x) for x in squares)
 
 
 def _form(leaf: Any) -> Any:

@@ -55,7 +55,6 @@ class Rule(ABC, Generic[S, H]):
             in front, as one tensor.
         proportional: whether the step is proportional to the hyperparameter `lr`: the new parameter
             is `p + lr * d`, where the state and d do not depend on `lr`.
-        brief: whether `rule` is so short that one vector is not updated faster than some tensors.
         maximize: ascend instead of descend.
         execution: see `Leafwise`.
     """
@@ -68,7 +67,6 @@ class Rule(ABC, Generic[S, H]):
     stackable = False
     batched = False
     proportional = False
-    brief = False
     maximize: bool = False
     execution: Execution = "auto"
     native: Callable[..., bool] | None = None

@@ -82,7 +82,6 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
     State = SGDState
     elementwise = True
     proportional = True
-    brief = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
