@@ -93,9 +93,9 @@ class Repeated:
             return new
         numbers = self._numbers(hparams, columns)
         safe = self._ours and self._record is not None
-        # Not by foreach kernels or as one vector, whose nodes tensors share: a backward pass would go
-        # on from each tensor, and pass zeros to functions and hooks of users that nothing depends on:
-        # NaN, where a derivative is infinite.
+        # Not by foreach kernels or as one vector, whose nodes tensors share: a backward pass would
+        # go on from each tensor, and pass zeros to functions and hooks of users that nothing
+        # depends on, which become NaN where a derivative is infinite.
         return running.leaf_by_leaf(self.rule, numbers, columns, as_is=self._as_is, safe=safe)
 
     def _batched(self, columns: list[Any]) -> list[Any] | None:
