@@ -354,7 +354,8 @@ def _attributes(value: Any, names: set[str] | None) -> list[tuple[str, Any]]:
     own = {name: getattr(value, name, None) for name in slots} | getattr(value, "__dict__", {})
     read = [(name, x) for name, x in own.items() if name in names]
     read += [("__dict__", _listed(value, read))] if hasattr(value, "__dict__") else []
-    return [*read, *((x, y) for k in kind.__mro__ for x, y in _attributes(k, names))]
+    classes = kind.__mro__[:-1]  # the last is object
+    return [*read, *((x, y) for k in classes for x, y in _attributes(k, names))]
 
 
 def _listed(value: Any, attributes: Iterable[tuple[str, Any]]) -> str:
@@ -399,7 +400,7 @@ def _read_by(kind: type) -> frozenset[str]:
 
 def _library(x: Any) -> bool:
     name = str(getattr(x, "__module__", None) or x.__name__).partition(".")[0]
-    return name in ("torch", "diffopt", "numpy", "math", "builtins")
+    return name in ("torch", "diffopt", "numpy", "math")
 
 
 def _names_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
