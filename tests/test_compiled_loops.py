@@ -1501,3 +1501,5 @@ def test_a_graph_that_fails_in_a_later_step_leaves_no_transform_active():
         found = run({"backend": "eager"})
     torch.testing.assert_close(found, run(False))
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        (found[0] + torch.ones(1, requires_grad=True)).sum()  # raises where hooks are disabled

@@ -404,11 +404,14 @@ def network():
 
 
 def advance(net, optimizer, steps):
-    x = draw(8, 3)
     for _ in range(steps):
-        optimizer.zero_grad()
-        (net(x).sum(1) - x[:, 0]).square().mean().backward()
-        optimizer.step()
+        advance_on(draw(8, 3), net, optimizer)
+
+
+def advance_on(x, net, optimizer):
+    optimizer.zero_grad()
+    (net(x).sum(1) - x[:, 0]).square().mean().backward()
+    optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -616,7 +619,7 @@ def scaled(net, optimizer):
 
 
 def compiled(net, optimizer):
-    torch.compile(lambda: advance(net, optimizer, 1), backend="eager")()
+    torch.compile(advance_on, backend="eager")(draw(8, 3), net, optimizer)
 
 
 def copied_group(net, optimizer):

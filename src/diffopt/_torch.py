@@ -62,8 +62,6 @@ interpreter_stack: Callable[[], list[Any] | None] = _functorch.get_interpreter_s
 """The active transforms, outermost first; None if there are none."""
 transforms_active: Callable[[], int] = _functorch.get_dynamic_layer_stack_depth
 """How many transforms are active."""
-end_transforms: Callable[[int], Any] = _functorch.pop_dynamic_layer_stack_and_undo_to_depth
-"""End the innermost transforms, until so many are active."""
 innermost_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
 """The innermost active transform, or None: cheaper than the whole stack."""
 is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
@@ -88,6 +86,12 @@ unwrap_batched: Callable[[Tensor, int], tuple[Tensor, int | None]] = _functorch.
 """The tensor inside the wrapper of a level of vmap, and its batch dimension, if it has those."""
 wrap_for_grad: Callable[[Tensor, int], Tensor] = _functorch._wrap_for_grad
 """The inverse of `unwrap_for_grad`."""
+
+
+def end_transforms(active: int) -> None:
+    """End the innermost transforms, until so many are active."""
+    with contextlib.suppress(RuntimeError):  # of torch 2.11, once none is active
+        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(active)
 
 
 def innermost_level() -> Any:

@@ -259,11 +259,13 @@ def _unwound(run: Callable[..., Any]) -> Callable[..., Any]:
     """What runs a graph, also one that begins and ends transforms itself, and may fail between."""
 
     def ran(*tensors: Any) -> Any:
-        active = _torch.transforms_active()
+        active, hooked = _torch.transforms_active(), _torch.saved_tensors_hooks_are_enabled()
         try:
             return run(*tensors)
         except BaseException:
             _torch.end_transforms(active)
+            if hooked:  # which the transforms disable on torch 2.11
+                _torch.enable_saved_tensors_hooks()
             raise
 
     return ran
