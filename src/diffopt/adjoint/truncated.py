@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from diffopt import _modes, _tree
 from diffopt._arguments import check_integer
 from diffopt._tree import Tree
-from diffopt.adjoint._base import Adjoint, GradientStep, Step, all_done, is_compiled
-from diffopt.adjoint._steps import Steps, taken
+from diffopt.adjoint._base import Adjoint, GradientStep, Step, all_done
+from diffopt.adjoint._steps import taken
 
 
 @dataclass(frozen=True)
@@ -51,47 +52,31 @@ class Truncated(Adjoint):
         check_integer(self.k, "k", 0)
 
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
-        if is_compiled(step) and isinstance(xs, list):
-            carry, outputs = self._together(step, carry, args, xs)
+        if isinstance(xs, list):
+            start = max(len(xs) - self.k, 0)
+            first, last = xs[:start], xs[start:]
         else:
-            carry, outputs = self._one_by_one(step, carry, args, xs)
+            last: Any = deque[Any]()
+            first = _but_last(xs, self.k, last, torch.is_grad_enabled())
+        with torch.no_grad():
+            end, outputs = taken(step, _tree.detach(carry), args, first)
+        outputs = [*map(_tree.detach, outputs)]
+        carry, more = taken(step, _tree.detach(end) if outputs else carry, args, [*last])
+        outputs += more
         if isinstance(step, GradientStep) and self.k and outputs:
             _refuse_steps_not_taken(outputs[-1])
         return carry, outputs
 
-    def _together(
-        self, step: Step, carry: Tree, args: Tree, xs: list[Any]
-    ) -> tuple[Tree, list[Any]]:
-        """Compiled steps, which are run together."""
-        start, outputs = max(len(xs) - self.k, 0), list[Any]()
-        if start:
-            with torch.no_grad():
-                inputs = _tree.detach(carry), args, xs[:start]
-                carry, outputs = _tree.detach(taken(step, *inputs))
-        carry, last = taken(step, carry, args, xs[start:])
-        return carry, [*outputs, *last]
 
-    def _one_by_one(
-        self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]
-    ) -> tuple[Tree, list[Any]]:
-        outputs: list[Any] = []
-        last: deque[Any] = deque()
-        steps: Steps | None = None
-        for x in xs:  # read k ahead: the number of steps may be unknown
-            last.append(x)
-            if len(last) > self.k:
-                steps = steps or Steps(step, _tree.detach(carry), args)
-                with torch.no_grad():
-                    outputs.append(steps.take(last.popleft()))
-                if steps.ended:
-                    break
-        # One by one: the list, whose length varies, would be a new structure each time.
-        outputs = [*map(_tree.detach, outputs)]
-        carry = _tree.detach(steps.carry()) if steps else carry
-        for x in last:
-            carry, output = step(carry, args, x)
-            outputs.append(output)
-        return carry, outputs
+def _but_last(xs: Iterable[Any], k: int, last: deque[Any], enabled: bool) -> Iterator[Any]:
+    """All but the last k, which are in `last` in the end: how many there are may be unknown."""
+    xs = iter(xs)
+    while True:
+        with torch.set_grad_enabled(enabled):  # as an iterator computes hyperparameters
+            last.extend(itertools.islice(xs, k + 1 - len(last)))
+        if len(last) <= k:
+            return
+        yield last.popleft()
 
 
 def _refuse_steps_not_taken(output: Any) -> None:
