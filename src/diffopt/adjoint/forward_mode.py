@@ -319,11 +319,9 @@ def _pushforward(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The values of a function, and its derivatives along each row of the directions."""
     with forward_mode("the loss or step has no forward derivative", _ADVICE):
-        if _vmapped():
-            return _one_by_one(function, primals, directions, inputs)
         if len(directions[0]) == 1 and not _modes.transformed():
             return _dual(function, primals, directions)
-        return _batched(function, primals, directions)
+        return _along(function, primals, directions, inputs)
 
 
 def _vmapped() -> bool:
@@ -347,46 +345,16 @@ def _dual(
     return values, tangents
 
 
-def _batched(
-    function: Callable[..., list[Tensor]], primals: list[Tensor], directions: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """For all directions at once."""
-    along, joined = _directional(function, primals)
-    results = torch.vmap(along, randomness="same")(*directions)
-    # Results that do not depend on the direction are expanded along it, as views.
-    values, tangents = joined(*results)
-    return [value[0] for value in values], tangents
-
-
-def _one_by_one(
+def _along(
     function: Callable[..., list[Tensor]],
     primals: list[Tensor],
     directions: list[Tensor],
     inputs: Tree,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """For one direction after another.
+    """For all directions at once; inside torch.vmap, for one after another.
 
-    Inside torch.vmap, a nested one over the directions may be wrong: in torch 2.13 it is for
+    There a nested one over the directions may be wrong: in torch 2.13 it is for
     `torch.linalg.lu_solve` with batched factors and several right-hand sides.
-    """
-    before = functions.AmbientState(inputs)
-    # Clones, as torch does not support tangents of tensors expanded along the batch.
-    along, joined = _directional(function, [x.clone() for x in primals])
-    runs: list[tuple[list[Tensor], list[Tensor | None]]] = []
-    for direction in zip(*directions, strict=True):
-        if runs:
-            before.restore()
-        runs.append(joined(*along(*direction)))
-    columns = zip(*(tangents for _, tangents in runs), strict=True)
-    return runs[0][0], [None if c[0] is None else torch.stack(c) for c in columns]
-
-
-def _directional(
-    function: Callable[..., list[Tensor]], primals: list[Tensor]
-) -> tuple[Callable[..., Any], Callable[..., tuple[list[Tensor], list[Tensor | None]]]]:
-    """The derivative of a function along a direction, and a function that joins its results.
-
-    The joined results are values and tangents; None where a value does not depend on the primals.
     """
     varies: list[bool] = []
 
@@ -399,18 +367,24 @@ def _directional(
     def along(*direction: Tensor) -> Any:
         return torch.func.jvp(parts, tuple(primals), direction, has_aux=True)
 
-    def joined(
-        values: list[Tensor], tangents: list[Tensor], rest: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        value, tangent, constant = map(iter, (values, tangents, rest))
-        results = [next(value if v else constant) for v in varies]
-        # torch makes the tangent of a number times a 0-d tensor float64.
-        return results, [
-            next(tangent).to(result.dtype) if v else None
-            for result, v in zip(results, varies, strict=True)
-        ]
-
-    return along, joined
+    if _vmapped():
+        # Clones, as torch does not support tangents of tensors expanded along the batch.
+        primals = [x.clone() for x in primals]
+        before, runs = functions.AmbientState(inputs), list[Any]()
+        for direction in zip(*directions, strict=True):
+            before.restore()
+            runs.append(along(*direction))
+        values, _, rest = runs[0]
+        tangents = map(torch.stack, zip(*(found for _, found, _ in runs), strict=True))
+    else:
+        batches, tangents, constants = torch.vmap(along, randomness="same")(*directions)
+        # Results that do not depend on the direction are expanded along it, as views.
+        values, rest = ([x[0] for x in found] for found in (batches, constants))
+    value, tangent, constant = map(iter, (values, tangents, rest))
+    results = [next(value if v else constant) for v in varies]
+    # torch makes the tangent of a number times a 0-d tensor float64.
+    pairs = zip(results, varies, strict=True)
+    return results, [next(tangent).to(y.dtype) if v else None for y, v in pairs]
 
 
 def _attach(inputs: _Inputs, tree: Tree, tangents: Sequence[Tensor | None]) -> Tree:
