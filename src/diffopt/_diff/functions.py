@@ -39,7 +39,10 @@ def custom(
     first part is returned here; the second is passed to the pullback, after the inputs.
     """
     tensors, join = _tree.split(inputs)
-    results = _Call(Flat(function, join), pullback, sparse, varies, keep).apply(tensors)
+    flat = Flat(function, join)
+    outputs: Any = _Custom.apply(_Call(flat, pullback, sparse, varies, keep), *tensors)
+    # Under vmap torch ignores that an output is marked as a constant.
+    results = flat.join(x if v else x.detach() for x, v in carriers(outputs, varies))
     return results[0] if keep else results
 
 
@@ -54,8 +57,7 @@ def recomputed(
     if not torch.is_grad_enabled():
         return function(inputs)
     ambient = AmbientState(inputs)
-    leaves, join = _tree.split(inputs)
-    flat = Flat(function, join)
+    flat = Flat(function, _tree.split(inputs)[1])
 
     def pullback(
         inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
@@ -74,7 +76,7 @@ def recomputed(
         # If the product is itself differentiated, it keeps only its inputs too.
         return recomputed(product, (list(inputs), list(cotangents)))
 
-    return _Call(flat, pullback, sparse=True, varies=varies).apply(leaves)
+    return custom(function, inputs, pullback, sparse=True, varies=varies)
 
 
 def independent(tree: Tree, others: Tree) -> Tree:
@@ -355,20 +357,15 @@ def _default_generators(device: torch.device) -> list[torch.Generator]:
     return [generators[device.index]] if generators else []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # a leaf, which no transform takes apart
 class _Call:
-    """One application of a function to a tree; for the attributes see `custom`."""
+    """One application of a function; for the attributes see `custom`."""
 
     function: Flat
     pullback: Pullback
     sparse: bool
     varies: Sequence[bool]
-    keep: bool = False
-
-    def apply(self, tensors: Sequence[Tensor]) -> Tree:
-        outputs: Any = _Custom.apply(self, *tensors)
-        # Under vmap torch ignores that an output is marked as a constant.
-        return self.function.join(x if v else x.detach() for x, v in carriers(outputs, self.varies))
+    keep: bool
 
 
 class _Custom(torch.autograd.Function):
