@@ -13,8 +13,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants
-from diffopt._diff.gradient import leaf_gradients, value_and_grad
-from diffopt._diff.lacking import Explained
+from diffopt._diff.gradient import value_and_grad
 from diffopt._diff.tasks import Task
 from diffopt._rule import checks
 from diffopt._tree import Tree
@@ -130,22 +129,11 @@ def _compiled(step: GradientStep, loss: Callable[[Tree, Tree], Tensor]) -> Calla
     compiler = step.compiler
     if compiler is None:
 
-        def by_autograd(params: Tree, rest: Tree) -> Tree:
-            if _modes.transformed() or _modes.forward_differentiated():
-                return torch.func.grad(loss)(params, rest)
-            # The params are pieces of one vector, on which nothing else depends.
-            leaves, spec = _tree.flatten(params)
-            with Explained():
-                grads = leaf_gradients(
-                    lambda p, rest: (loss(p, rest), ()), leaves, spec, rest,
-                    torch.is_grad_enabled(), apart=True,
-                )[2]  # fmt: skip
-            pairs = zip(leaves, grads, strict=True)
-            return _tree.unflatten(
-                [torch.zeros_like(p) if g is None else g for p, g in pairs], spec
-            )
+        def eager(params: Tree, rest: Tree) -> Tree:
+            grads = value_and_grad(lambda *x: (loss(*x), ()), params, rest)[2]
+            return _tree.map(lambda p, g: torch.zeros_like(p) if g is None else g, params, grads)
 
-        return by_autograd
+        return eager
 
     def gradient(_: Tree, params: Tree, rest: Tree) -> Tree:
         return torch.func.grad(loss)(params, rest)
