@@ -56,19 +56,13 @@ class Captured:
     @contextlib.contextmanager
     def noticed(self, arguments: Tree) -> Generator[None]:
         """Within, the function is run once, with these arguments."""
-        if _modes.compiling() or _modes.intercepted():
-            yield
-            self.settle()
-            return
-        with _Reads(arguments) as reads:
+        watch = not (_modes.compiling() or _modes.intercepted())
+        with _Reads(arguments) if watch else contextlib.nullcontext() as reads:
             yield
         self.settle()
-        self.kept = reads.kept()
-        self.versions = [
-            (reference, then)
-            for reference, then in reads.versions
-            if (x := reference()) is not None and stamp(x) == then
-        ]
+        if reads is not None:
+            self.kept = reads.kept()
+            self.versions = [pair for pair in reads.versions if _unchanged(*pair)]
 
     def settle(self) -> None:
         """After a run of the function: what that has replaced itself is not among the constants."""
@@ -90,31 +84,32 @@ class Captured:
         """
         for reference, then in self.versions:
             x = reference()
-            if x is not None and stamp(x) != then:
-                version = stamp(x)[0]
-                how = (
-                    "has been modified through .data since"
-                    if version == then[0]
-                    else "has been modified in place since "
-                    f"(its version is {version}, but was {then[0]})"
-                )
-                raise RuntimeError(
-                    f"{self.name} captures a tensor of shape {tuple(x.shape)} and {x.dtype} that "
-                    f"{how}, so the derivative cannot be recomputed: modify it after the backward "
-                    "pass, or let the function capture a clone"
-                )
-        for path in self._replaced()[:1] if self.settled else ():
-            if path[-1] == "training":
-                raise RuntimeError(
-                    f"{self.name} captures {'.'.join(map(str, path[1:]))}, which train() or eval() "
-                    "has switched since, so the derivative cannot be recomputed: switch it back "
-                    "before the backward pass"
-                )
-            raise RuntimeError(
-                f"{self.name} captures {'.'.join(map(str, path[1:]))}, which has been replaced "
-                "since, so the derivative cannot be recomputed: pass it as an argument, or create "
-                "a new function for each value, such as by functools.partial"
+            if x is None or _unchanged(reference, then):
+                continue
+            now, before = stamp(x)[0], then[0]
+            how = f"in place since (its version is {now}, but was {before})"
+            raise self._error(
+                f"a tensor of shape {tuple(x.shape)} and {x.dtype} that has been modified "
+                f"{'through .data since' if now == before else how}",
+                "modify it after the backward pass, or let the function capture a clone",
             )
+        for path in self._replaced()[:1] if self.settled else ():
+            name = ".".join(map(str, path[1:]))
+            if path[-1] == "training":
+                raise self._error(
+                    f"{name}, which train() or eval() has switched since",
+                    "switch it back before the backward pass",
+                )
+            raise self._error(
+                f"{name}, which has been replaced since",
+                "pass it as an argument, or create a new function for each value, such as by "
+                "functools.partial",
+            )
+
+    def _error(self, what: str, advice: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name} captures {what}, so the derivative cannot be recomputed: {advice}"
+        )
 
 
 class _Reads(_torch.DispatchMode):
@@ -164,6 +159,11 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 def stamp(x: Tensor) -> Stamp:
     """The number of writes to a tensor, and its memory, which `x.data = y` replaces."""
     return _torch.version(x), _memory(x)
+
+
+def _unchanged(reference: weakref.ref[Tensor], then: Stamp) -> bool:
+    x = reference()
+    return x is None or stamp(x) == then
 
 
 def _memory(x: Tensor) -> int | None:
@@ -240,12 +240,9 @@ def _contents(value: Any) -> Any:
     """The value; a checksum of memory that can be written to, such as that of a numpy array."""
     try:
         memory = memoryview(value)
-        if memory.nbytes > _MUCH:
-            sample: Any = memory.tobytes() if not memory.c_contiguous else memory.cast("B")
-            sample = sample[:: -(-memory.nbytes // _MUCH)]
-        else:
-            sample = memory
-        checksum = zlib.crc32(sample if sample.c_contiguous else sample.tobytes())
+        part = max(1, -(-memory.nbytes // _MUCH))
+        whole: Any = memory.cast("B") if part > 1 and memory.c_contiguous else memory.tobytes()
+        checksum = zlib.crc32(bytes(whole[::part]))
     except (TypeError, ValueError, BufferError, NotImplementedError):
         return value  # it has no such memory, or does not show it
     return f"{memory.format} {memory.shape} {checksum}"
@@ -268,28 +265,34 @@ def _names_read(whole: Any) -> set[str]:
             names.add(value.__name__)
         else:
             classes.add(value if isinstance(value, types.ModuleType) else type(value))
-    functions += _methods(classes, names)
-    while functions:
-        more = _names_of(functions.pop().__code__) - names
-        names |= more
-        functions += _methods(classes, more)
-    return names
+    return _reached(functions, classes, names)
+
+
+def _reached(
+    functions: Iterable[types.FunctionType],
+    classes: Iterable[Any],
+    names: Iterable[str],
+    library: bool = False,
+) -> set[str]:
+    """The names, and those in functions and in the methods and properties of these names."""
+    known, left = set[str](), {*names}.union(*(_names_of(f.__code__) for f in functions))
+    kinds = [kind for kind in classes if library or not _library(kind)]
+    while left:
+        known |= left
+        found = [getattr(kind, name, None) for kind in kinds for name in left]
+        found = [x.fget if isinstance(x, property) else x for x in found]
+        found = [x for x in found if isinstance(x, types.FunctionType)]
+        found = [y for x in found if library or not _library(x) for y in (x, inspect.unwrap(x))]
+        codes = [x.__code__ for x in found if isinstance(x, types.FunctionType)]
+        left = set[str]().union(*map(_names_of, codes)) - known
+    return known
 
 
 def _hooks(part: torch.nn.Module) -> list[types.FunctionType]:
     """The user's functions that run when a part of a module does."""
-    registries: list[Any] = [vars(part).get(name) for name in _REGISTRIES]
-    hooks = [
-        hook for registry in registries if isinstance(registry, dict) for hook in registry.values()
-    ]
+    registries = [x for name in _REGISTRIES if isinstance(x := vars(part).get(name), dict)]
+    hooks = itertools.chain(*(cast(dict[Any, Any], x).values() for x in registries))
     return [x for x in hooks if isinstance(x, types.FunctionType) and not _library(x)]
-
-
-def _methods(classes: Iterable[Any], names: Iterable[str]) -> list[types.FunctionType]:
-    """The methods and properties of the user's classes or modules with these names."""
-    found = [getattr(kind, name, None) for kind in classes for name in names if not _library(kind)]
-    found = [x.fget if isinstance(x, property) else x for x in found]
-    return [x for x in found if isinstance(x, types.FunctionType) and not _library(x)]
 
 
 def _walked(
@@ -389,13 +392,7 @@ _REGISTRIES = vars(torch.nn.Module()).keys() - {"training"}
 @functools.lru_cache(maxsize=1024)
 def _read_by(kind: type) -> frozenset[str]:
     """The names of attributes that the `forward` of a kind of module reads, or what it calls."""
-    names = left = frozenset({"forward"})
-    while left:
-        methods = [inspect.unwrap(x) for name in left if callable(x := getattr(kind, name, None))]
-        codes = [x.__code__ for x in methods if isinstance(x, types.FunctionType)]
-        left = frozenset[str]().union(*map(_names_of, codes)) - names
-        names |= left
-    return names
+    return frozenset(_reached((), [kind], {"forward"}, library=True))
 
 
 def _library(x: Any) -> bool:
