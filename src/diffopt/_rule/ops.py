@@ -142,6 +142,13 @@ def at_least(x: Any, least: Any) -> Any:
     return where(x < least, least, x)
 
 
+def over(x: Leaf, method: str, *arguments: Any, **options: Any) -> Leaf:
+    """`x.method(...)`; in the memory of x, an intermediate result, where no derivative needs it."""
+    plain = isinstance(x, Tensor) and _modes.ordinary(x) and not _modes.transformed()
+    name = f"{method}_" if plain and not _modes.differentiable() else method
+    return getattr(x, name)(*arguments, **options)
+
+
 def maximum(x: Leaf, y: Leaf) -> Leaf:
     """The greater of the two, element by element."""
     return torch.maximum(x, y)

@@ -177,11 +177,15 @@ def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     plain = as_is(columns)
     # Tensor.copy_ is faster, but asks for the device, which a machine with fake tensors may lack.
     copy_: Any = Tensor.copy_ if columns[0][0].is_cpu else torch.ops.aten.copy_.default
-    for row in _rows_of(columns):
+
+    def step_(row: Sequence[Any]) -> None:  # whose results are freed before the next step
         stepped = run(rule, numbers, row) if plain else apply(rule, numbers, row)
         for old, new in zip(written(row), stepped, strict=True):
             if isinstance(old, Tensor) and new is not old:
                 copy_(old, leave(new, old) if plain and new.shape != old.shape else new)
+
+    for row in _rows_of(columns):
+        step_(row)
 
 
 def sparse_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:

@@ -209,9 +209,9 @@ def _alike(params: list[Tensor]) -> Iterator[list[int]]:
 
 
 def _within_memory(params: list[Tensor], dtype: torch.dtype) -> Iterator[list[int]]:
-    """Indices of tensors in batches of one shape that take no more memory than all params."""
+    """Indices of tensors in batches of one shape that take no more memory than the largest."""
     stacks = _STACKED + 2 * (params[0].dtype != dtype)  # those that are converted
-    size = max(_LEAST, sum(x.nbytes for x in params)) // (stacks * dtype.itemsize)
+    size = max(_LEAST, *(x.nbytes for x in params)) // (stacks * dtype.itemsize)
     alike: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
         alike.setdefault(p.shape, []).append(i)

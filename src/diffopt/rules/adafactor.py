@@ -110,20 +110,20 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
     ) -> tuple[Any, AdafactorState]:
         rho, weight = c
         eps = hp.eps1 if self.eps1 else torch.finfo(p.dtype).eps
-        alpha = ops.at_least(_rms(p), hp.eps2) * rho
+        step = ops.at_least(_rms(p), hp.eps2) * -rho
         row_var, col_var, variance = s[1:]
         if p.dim() > 1:
-            rows, columns = _means_of_squares(g)
-            row_var = ops.lerp(row_var, rows, weight)
-            col_var = ops.lerp(col_var, columns, weight)
-            v = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
+            row_var, col_var = _averages(row_var, col_var, *_means_of_squares(g), weight)
+            u = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
+            u = ops.over(u, "clamp", eps * eps)
         else:
-            v = variance = ops.lerp(variance, g * g, weight)
-        u = g * v.clamp(min=eps * eps).rsqrt()
-        u = u * (-alpha / ops.at_least(_rms(u) / hp.d, 1))
+            variance = ops.lerp(variance, g * g, weight)
+            u = variance.clamp(min=eps * eps)
+        u = ops.over(ops.over(u, "rsqrt"), "mul", g)
+        u = ops.over(u, "mul", step / ops.at_least(_rms(u, hp.d), 1))
         if not ops.is_zero(hp.weight_decay):  # lr may be infinite
             p = p * (1 - hp.lr * hp.weight_decay)
-        return p + u, AdafactorState(s.step, row_var, col_var, variance)
+        return ops.over(u, "add", p), AdafactorState(s.step, row_var, col_var, variance)
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         if len(shape) < 2:
@@ -150,5 +150,11 @@ def _means_of_squares(x: Tensor) -> tuple[Tensor, Tensor]:
     return _mean(square, -1), _mean(square, -2)
 
 
-def _rms(x: Tensor) -> Any:
-    return ops.norm(x) / max(x.numel(), 1) ** 0.5
+def _averages(
+    row_var: Tensor, col_var: Tensor, rows: Tensor, columns: Tensor, weight: Any
+) -> tuple[Tensor, Tensor]:
+    return ops.lerp(row_var, rows, weight), ops.lerp(col_var, columns, weight)
+
+
+def _rms(x: Tensor, unit: Any = 1.0) -> Any:
+    return ops.norm(x) / (max(x.numel(), 1) ** 0.5 * unit)

@@ -118,10 +118,13 @@ class Muon(Leafwise[MuonState, MuonHParams]):
 
     def rule(self, p: Any, g: Any, s: MuonState, hp: MuonHParams, c: Any) -> tuple[Any, MuonState]:
         b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)
-        n = ops.lerp(g, b, hp.momentum) if self.nesterov else b
-        x = _newton_schulz(n.to(self.precision or n.dtype), hp, self.ns_steps).to(p.dtype)
+        x = _newton_schulz(self._direction(g, b, hp), hp, self.ns_steps)
         p = p * (1 - hp.lr * hp.weight_decay)
-        return ops.add(p, x, -hp.lr * self._ratio(*p.shape[-2:])), MuonState(s.step, b)
+        return _moved(p, x, -hp.lr * self._ratio(*p.shape[-2:])), MuonState(s.step, b)
+
+    def _direction(self, g: Any, b: Any, hp: MuonHParams) -> Any:
+        n = ops.lerp(g, b, hp.momentum) if self.nesterov else b
+        return n.to(self.precision or n.dtype)
 
     def _ratio(self, rows: int, columns: int) -> float:
         if self.adjust_lr_fn == "match_rms_adamw":
@@ -143,13 +146,21 @@ muon = Muon
 
 def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:
     """A matrix, or each of a batch, with its singular values brought near 1."""
-    if x.shape[-2] > x.shape[-1]:
-        return _newton_schulz(x.mT, hp, steps).mT
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
     x = x / _norm(x).clamp(min=hp.eps)
     for _ in range(steps):
         a = x @ x.mT
         x = _addmm(x, _addmm(a, a, a, hp.ns_b, hp.ns_c), x, hp.ns_a, 1)
-    return x
+    return x.mT if tall else x
+
+
+def _moved(p: Tensor, x: Tensor, rate: Any) -> Tensor:
+    """`p + rate * x`, in the dtype of p, an intermediate result."""
+    rate = _modes.number_of(rate)
+    if isinstance(rate, Tensor) or torch.promote_types(p.dtype, x.dtype) != p.dtype:
+        return ops.add(p, x.to(p.dtype), rate)
+    return ops.over(p, "add", x, alpha=rate)
 
 
 def _norm(x: Tensor) -> Tensor:
