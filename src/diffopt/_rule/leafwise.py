@@ -121,27 +121,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:
         work = gather(self, params, grads, state, hparams)
-        step, t = _modes.counted(state[0])
-        differentiated = _modes.differentiated(work.tensors(step))
-        if self.execution == "foreach" and differentiated:
-            raise ValueError(
-                'execution="foreach" is not differentiable, but a derivative may be needed here: '
-                "use update_, call it under torch.no_grad(), or use another execution"
-            )
-        new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
-        for indices, columns in work.parts(t, apart=differentiated or _modes.observed()):
-            as_written = differentiated or columns[1][0] is None
-            run = parts.leaf_by_leaf if as_written else parts.updated
-            results = run(self, t, work.values(indices), columns)
-            for k in work.numbers_of_state():
-                old = [work.buffers[k][i] for i in indices]
-                results[k + 1] = fields.left(columns[k + 2], old, columns[0][0])
-            results = [column and parts.apart(column, columns[1]) for column in results]
-            if len(indices) == len(work.params):
-                new = results
-                continue
-            parts.scatter(results, indices, new)
-        step = step if state[0].dtype in WORKING_DTYPE else step.to(state[0].dtype)
+        new, step = updated(work, state[0])
         return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
 
     def repeated(self, params: Tree, state: S, hparams: H) -> Repeated | None:
@@ -156,7 +136,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             super().update_(params, grads, state, hparams)
             return
         with torch.no_grad():
-            write_(work, state[0], functools.partial(_part_, work))
+            write_(work, state[0])
 
     def prepare_(self, params: Tree, grads: Tree, state: S, hparams: H) -> Write:
         work = prints.as_before(self, params, grads, state, hparams)
@@ -169,7 +149,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             if work.may_grow() and not _modes.all_plain(work.tensors(state[0])):
                 return super().prepare_(params, grads, state, hparams)
             prints.remember(work, [*itertools.chain(*used.values()), state[0]])
-        return functools.partial(write_, work, state[0], functools.partial(_part_, work))
+        return functools.partial(write_, work, state[0])
 
     def _pack(self, step: Tensor, buffers: list[list[Any]], spec: _tree.Spec) -> S:
         trees = [
@@ -178,8 +158,38 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         return self.State(step, *trees)
 
 
-def write_(work: Work, count: Tensor, step_: Callable[..., None]) -> None:
-    """Update what was gathered in place: `step_(indices, t, values, columns)` does one part."""
+def updated(work: Work, count: Tensor) -> tuple[list[list[Any]], Tensor]:
+    """The new params and buffers of what was gathered, and the new count of steps."""
+    rule = work.rule
+    step, t = _modes.counted(count)
+    differentiated = _modes.differentiated(work.tensors(step))
+    if rule.execution == "foreach" and differentiated:
+        raise ValueError(
+            'execution="foreach" is not differentiable, but a derivative may be needed here: '
+            "use update_, call it under torch.no_grad(), or use another execution"
+        )
+    new: list[list[Any]] = [list(work.params), *(list(column) for column in work.buffers)]
+    for indices, columns in work.parts(t, apart=differentiated or _modes.observed()):
+        as_written = differentiated or columns[1][0] is None
+        run = parts.leaf_by_leaf if as_written else parts.updated
+        results = run(rule, t, work.values(indices), columns)
+        for k in work.numbers_of_state():
+            old = [work.buffers[k][i] for i in indices]
+            results[k + 1] = fields.left(columns[k + 2], old, columns[0][0])
+        results = [column and parts.apart(column, columns[1]) for column in results]
+        if len(indices) == len(work.params):
+            new = results
+            continue
+        parts.scatter(results, indices, new)
+    return new, step if count.dtype in WORKING_DTYPE else step.to(count.dtype)
+
+
+def write_(work: Work, count: Tensor, step_: Callable[..., None] | None = None) -> None:
+    """Update what was gathered in place.
+
+    `step_(indices, t, values, columns)` does one part; by default as the rule says.
+    """
+    step_ = step_ or functools.partial(_part_, work)
     t = _modes.number_of(count)
     t = exact(t) + 1 if isinstance(t, Tensor) else t + 1
     for indices, columns in work.parts(t, apart=_modes.observed()):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY
+from dataclasses import KW_ONLY, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _tree
-from diffopt._modes import exact
-from diffopt._rule import checks, ops, running, ways
+from diffopt import _tree
+from diffopt._rule import checks, hyper, ops
 from diffopt._rule.hyper import Hyperparameter, check_flags, hparams, number
-from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.leafwise import Leafwise, updated, write_
 from diffopt._rule.rule import zero_for
+from diffopt._rule.work import Work
 from diffopt._tree import Tree
 from diffopt.optimizer import Write
-from diffopt.transforms._base import Leaves, Tensors, Wrapper, check_apart, gather, near, wide
+from diffopt.transforms._base import Wrapper, check_apart, gather, wide
 from diffopt.transforms._records import check_tuple
 
 
@@ -94,60 +94,41 @@ class EMA(Wrapper[EMAState]):
     def update(
         self, params: Tree, grads: Tree, state: EMAState, hparams: tuple[EMAHParams, Any]
     ) -> tuple[Tree, EMAState]:
-        leaves, old, records = self._gather(params, grads, state, hparams)
+        work = self._gather(params, grads, state, hparams)
         new, inner = self.optimizer.update(params, grads, state.inner, hparams[1])
-        step = exact(state.step) + 1
-        moved = leaves.moved(old), leaves.moved(_tree.leaves(new))
-        average = leaves.filled(self._averages(*moved, records, step), old)
-        return new, EMAState(step.to(state.step.dtype), average, inner)
+        pairs = zip(work.grads, _tree.leaves(new), strict=True)
+        moved = [None if grad is None else param for grad, param in pairs]
+        old = [*map(_widened, work.params, moved)]
+        (average,), step = updated(replace(work, params=old, grads=moved), state.step)
+        return new, EMAState(step, _tree.unflatten(average, work.spec), inner)
 
     def prepare_(
         self, params: Tree, grads: Tree, state: EMAState, hparams: tuple[EMAHParams, Any]
     ) -> Write:
-        leaves, old, records = self._gather(params, grads, state, hparams)
-        checks.writable({"params": leaves.params, "state.average": old}, params, state.step)
+        work = self._gather(params, grads, state, hparams)
+        written = {"params": _tree.leaves(params), "state.average": work.params}
+        checks.writable(written, params, state.step)
         check_apart({"params": params, "state": state}, {"hparams[0]": hparams[0]})
         update_ = self.optimizer.prepare_(params, grads, state.inner, hparams[1])
 
         def write() -> None:
             update_()
-            step = exact(state.step) + 1
-            moved = leaves.moved(old), leaves.moved(leaves.params)
-            self._average_(*moved, records, _modes.number_of(step))
-            state.step.copy_(step)
+            write_(work, state.step)
 
         return write
 
-    def _average_(self, old: Tensors, new: Tensors, records: list[EMAHParams], t: Any) -> None:
-        """In place, as an optimizer steps: tensors with the same decay together."""
-        rule, groups = _Average(bias_correction=self.bias_correction), dict[Any, list[Any]]()
-        for x, y, record in zip(old, new, records, strict=True):
-            groups.setdefault((id(record), x.dtype, y.dtype), []).append((x, y, record.decay))
-        for group in groups.values():
-            *columns, (decay, *_) = map(list, zip(*group, strict=True))
-            way = ways.choose(rule, ways.survey(columns), [decay])
-            numbers = running.numbers_at(rule, t, [decay], columns)
-            ways.RUN[way](rule, numbers, columns)
-
-    def _averages(
-        self, old: Tensors, new: Tensors, records: list[EMAHParams], step: Tensor
-    ) -> Tensors:
-        t = _modes.number_of(step)
-
-        def mean(old: Tensor, new: Tensor, decay: Any) -> Tensor:
-            dtype = torch.promote_types(old.dtype, wide(new).dtype)
-            weight = _weight(decay, near(t, new.device), self.bias_correction)
-            return ops.lerp(old.to(dtype), new.to(dtype), weight).to(dtype)
-
-        return [mean(x, y, r.decay) for x, y, r in zip(old, new, records, strict=True)]
-
-    def _gather(
-        self, params: Tree, grads: Tree, state: Any, hparams: Any
-    ) -> tuple[Leaves, Tensors, list[EMAHParams]]:
+    def _gather(self, params: Tree, grads: Tree, state: Any, hparams: Any) -> Work:
+        """A step of the averages, whose gradients are the params that move."""
         leaves = gather(params, grads)
         old = leaves.averages(state, EMAState, "average", params)
         check_tuple(hparams, 2, "hparams", "hparams(...)")
-        return leaves, old, leaves.records(EMAHParams, hparams[0], params)
+        checks.instance(hparams[0], EMAHParams, "hparams", "hparams(...)")
+        numbers = hyper.broadcast(hparams[0], leaves.spec, params)
+        checks.numbers(numbers, leaves.params, params)
+        pairs = zip(leaves.params, leaves.grads, strict=True)
+        moved = [None if grad is None else param for param, grad in pairs]
+        rule = _Average(bias_correction=self.bias_correction)
+        return Work(rule, leaves.spec, old, moved, [], numbers)
 
 
 ema = EMA
@@ -167,14 +148,17 @@ class _Average(Leafwise[_Step, EMAHParams]):
     elementwise = True
 
     def scalars(self, t: Any, hp: EMAHParams) -> Any:
-        return _weight(hp.decay, t, self.bias_correction)
+        """1 - d_t."""
+        if self.bias_correction:
+            return (1 - hp.decay) / (1 - hp.decay**t)
+        return 1 - hp.decay * ops.after_first(t)
 
     def rule(self, p: Any, g: Any, s: _Step, hp: EMAHParams, c: Any) -> tuple[Any, _Step]:
         return ops.lerp(p, g, c), s
 
 
-def _weight(decay: Any, t: Any, bias_correction: bool) -> Any:
-    """1 - d_t."""
-    if bias_correction:
-        return (1 - decay) / (1 - decay**t)
-    return 1 - decay * ops.after_first(t)
+def _widened(average: Tensor, param: Tensor | None) -> Tensor:
+    """An average in a dtype that holds the values of a param that moves, at least float32."""
+    if param is None:
+        return average
+    return average.to(torch.promote_types(average.dtype, wide(param).dtype))
