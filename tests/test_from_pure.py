@@ -29,6 +29,7 @@ from diffopt.transforms import (
     ema,
     flatten,
     freeze,
+    hypergradient,
     masked,
     partition,
     skip_nonfinite,
@@ -1024,3 +1025,39 @@ def test_a_composition_keeps_no_state_that_the_user_has_let_go(release):
     else:
         optimizer.state[params[0]].clear()
     assert buffer() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*ALL, "hypergradient", "hypergradient of beta1"])
+def test_a_composition_goes_on_where_its_parameters_get_another_dtype(name, dtype):
+    opt = {
+        "hypergradient": hypergradient(diffopt.adam()),
+        "hypergradient of beta1": hypergradient(diffopt.adam(), learn=("lr", "beta1")),
+        **ALL,
+    }[name]
+    start = dict(zip("01", [p.detach().float() for p in make_params()], strict=True))
+    twins = {key: torch.nn.Parameter(p.clone()) for key, p in start.items()}
+    optimizer = optim.from_pure(opt, twins)
+    params, state, hp = start, opt.init(start), optim.to_pure(optimizer).hparams
+    for t in range(4):
+        if t == 2:
+            params = {key: p.to(dtype) for key, p in params.items()}
+            for p in twins.values():
+                p.grad, p.data = None, p.data.to(dtype)
+        grads = {key: torch.full_like(p, t + 1.0) for key, p in params.items()}
+        params, state = opt.update(params, grads, state, hp)
+        for key, p in twins.items():
+            p.grad = grads[key].clone()
+        optimizer.step()
+    close = {"rtol": 1e-6, "atol": 1e-6} if dtype is torch.float64 else {}
+    torch.testing.assert_close({k: p.detach() for k, p in twins.items()}, params, **close)
+
+
+@pytest.mark.parametrize("change", [list.pop, lambda given: given.append(given[0])], ids=[0, 1])
+def test_a_named_tree_must_keep_its_parameters(change):
+    params = make_params()
+    optimizer = optim.from_pure(ALL["chain"], dict(zip("01", params, strict=True)), lr=0.1)
+    train(optimizer, params, 1)
+    change(optimizer.param_groups[0]["params"])
+    with pytest.raises(ValueError, match=r"has \d parameters, but from_pure was given 2, by name"):
+        optimizer.step()

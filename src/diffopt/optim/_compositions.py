@@ -143,7 +143,13 @@ class TreeOptimizer(Planned):
         """Leaves for the params of a group, in the structure in which the params were given."""
         if self.structure is None or i > 0:
             return leaves
-        return _tree.map(leaves.__getitem__, self.structure)
+        places, spec = _tree.flatten(self.structure)
+        if len(places) != len(leaves):
+            raise ValueError(
+                f"param_groups[0] has {len(leaves)} parameters, but from_pure was given "
+                f"{len(places)}, by name: create a new optimizer, or use add_param_group"
+            )
+        return _tree.unflatten(leaves, spec)
 
     def check_numbers(self) -> None:
         for i, group in enumerate(self.param_groups):

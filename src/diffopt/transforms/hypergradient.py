@@ -289,8 +289,11 @@ class Hypergradient(Wrapper[HypergradientState]):
         if known:
             return self._writing(*known, given)
         leaves, old = self._gather(*given)
-        half = any(wide(p) is not p for p in leaves.params)
-        if half or not (self._is_rate(*self.learn) and _modes.all_plain(leaves.params)):
+        if not (
+            self._is_rate(*self.learn)
+            and _modes.all_plain(leaves.params)
+            and _same_dtypes(leaves.params, old["lr"])
+        ):
             return super().prepare_(*given)
         self._check_writable(leaves, old, given)
         record = _moved(hparams[1], state.offsets, ops.coefficient)
@@ -446,6 +449,12 @@ hypergradient = Hypergradient
 
 _DEFAULTS = {up: adagrad(maximize=up) for up in (False, True)}
 """The outer optimizers of inner ones that descend, and of those that ascend."""
+
+
+def _same_dtypes(params: Tensors, derivatives: Tensors) -> bool:
+    """Whether nothing is converted: params may have been since the state was made."""
+    pairs = zip(params, derivatives, strict=True)
+    return all(wide(p) is p and z.dtype == p.dtype for p, z in pairs)
 
 
 def _directions(optimizer: Optimizer[Any, Any]) -> set[bool]:
