@@ -150,7 +150,7 @@ def _meet(a: Tensor, b: Tensor) -> bool:
 
 def _offsets(tensor: Tensor) -> Tensor:
     """The offsets of the elements from the first one."""
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
     return offsets.flatten()

@@ -74,6 +74,14 @@ def number_of(value: Any) -> Any:
     return value.item()
 
 
+def tensor_of(value: Any) -> Tensor:
+    """A number as an exact 0-d tensor of the CPU, whatever the default device; tensors as given."""
+    if isinstance(value, Tensor):
+        return value
+    dtype = torch.float64 if isinstance(value, float) else None
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def counted(count: Tensor) -> tuple[Tensor, Any]:
     """The step after a count of steps, exactly, and `number_of` that."""
     if count.device.type == "cpu" and not (differentiated([count]) or intercepted()):

@@ -284,9 +284,9 @@ class _WatchedStep(GradientStep):
 
 def _steps(outputs: list[Any]) -> Tensor:
     done = [done for _, _, done in outputs if done is not None]
-    return (
-        (~torch.stack(done)).sum() if done else torch.scalar_tensor(len(outputs), dtype=torch.long)
-    )
+    if done:
+        return (~torch.stack(done)).sum()
+    return torch.scalar_tensor(len(outputs), dtype=torch.long, device="cpu")
 
 
 def _check_loop(steps: Any, batches: Any, tol: Any) -> None:

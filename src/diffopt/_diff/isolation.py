@@ -59,7 +59,7 @@ def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
         if all(isinstance(leaf, Tensor) for leaf in leaves):
             stacked = torch.stack(leaves)
         elif all(isinstance(leaf, numbers.Real) for leaf in leaves):
-            stacked = torch.tensor(leaves)
+            stacked = torch.tensor(leaves, device="cpu")
         elif all(leaf is leaves[0] for leaf in leaves):
             return leaves[0]
         else:

@@ -282,12 +282,11 @@ def _recording(
 
 def _tensors(values: list[Any], dtype: torch.dtype) -> list[Tensor]:
     """The values as 0-d tensors of this dtype, but for those that are true or false."""
-    floats = iter(
-        torch.tensor([x for x in values if type(x) in (float, int)], dtype=dtype).unbind()
-    )
+    numbers = [x for x in values if type(x) in (float, int)]
+    floats = iter(torch.tensor(numbers, dtype=dtype, device="cpu").unbind())
     tensors: list[Tensor] = []
     for x in values:
-        x = next(floats) if type(x) in (float, int) else torch.as_tensor(x)
+        x = next(floats) if type(x) in (float, int) else _modes.tensor_of(x)
         x = x if x.dtype == torch.bool else x.to(dtype)
         # One tensor in two places would need its own kernel.
         tensors.append(x.clone() if any(x is other for other in tensors) else x)

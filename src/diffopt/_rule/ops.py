@@ -116,7 +116,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
 def clamp(x: Leaf, least: Any, greatest: Any) -> Leaf:
     """`x`, but no less than `least` and no more than `greatest`."""
     if isinstance(least, Tensor) or isinstance(greatest, Tensor):
-        least, greatest = (torch.as_tensor(v) for v in (least, greatest))
+        least, greatest = map(_modes.tensor_of, (least, greatest))
         return torch.minimum(torch.maximum(x, least), greatest)
     return x.clamp(least, greatest)
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt import _modes
 from diffopt._rule.symbols import Symbol
 
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
@@ -166,13 +167,8 @@ class Recorded:
 
 def _as_tensor(x: Any) -> Any:
     if isinstance(x, Symbol):
-        return x.then(_exact)
-    return _exact(x) if isinstance(x, (int, float)) else x
-
-
-def _exact(x: float) -> Any:
-    """A number as a 0-d tensor, which takes the dtype of what it is combined with."""
-    return torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
+        return x.then(_modes.tensor_of)
+    return _modes.tensor_of(x) if isinstance(x, (int, float)) else x
 
 
 @functools.cache

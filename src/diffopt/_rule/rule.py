@@ -152,7 +152,9 @@ def _buffers_of(
         example = torch.empty(shape, dtype=dtype, device="meta")
         state = begun(rule, example, torch.empty((), device="meta"))
     except Exception:  # a user's `begin` may depend on values
-        state = begun(rule, torch.zeros(shape, dtype=dtype), torch.zeros(()))
+        state = begun(
+            rule, torch.zeros(shape, dtype=dtype, device="cpu"), torch.zeros((), device="cpu")
+        )
     return _used(rule, state)
 
 

@@ -234,4 +234,4 @@ def _product(
         for v, a, b in zip(vectors, ahead, behind, strict=True)
         if _modes.has_derivative(a)
     ]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    return torch.stack(terms).sum() if terms else torch.zeros((), device="cpu")

@@ -141,7 +141,7 @@ def mean_loss(
 
     if torch.is_grad_enabled():
         refuse_closed_over("function (with theta held fixed)", run, pairs[0].ahead, frozen)
-    value, gradient = torch.zeros(()), dict[int, Tensor]()
+    value, gradient = torch.zeros((), device="cpu"), dict[int, Tensor]()
     for pair in pairs:
         _check_total(pair.total, frozen)
     calls = ((pair, {i: normal(x) for i, x in enumerate(frozen)}) for pair in pairs)
@@ -169,7 +169,7 @@ def _check_theta(theta: Tree) -> None:
 def _check_result(result: Any) -> tuple[Tree, Tensor]:
     carry, loss = check_result(result, "function", "carry", "loss")
     if isinstance(loss, numbers.Real):
-        return carry, torch.tensor(float(loss), dtype=torch.float64)
+        return carry, _modes.tensor_of(float(loss))
     if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.is_complex():
         raise TypeError(
             f"the loss must be a real 0-d tensor or a number, not {_tree.describe(loss)}"

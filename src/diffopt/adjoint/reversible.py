@@ -423,7 +423,7 @@ def _integral_numerator(momentum: Any, faults: Faults) -> tuple[Any, int]:
 def _differ(old: Tree, new: Tree) -> Tensor | None:
     """Whether any leaf of one tree differs from that of the other, of the same structure."""
     unequal = [
-        torch.as_tensor(isinstance(x, Tensor) != isinstance(y, Tensor) or x != y).any()
+        _modes.tensor_of(isinstance(x, Tensor) != isinstance(y, Tensor) or x != y).any()
         for x, y in zip(_tree.leaves(old), _tree.leaves(new), strict=True)
         if x is not y
     ]

@@ -113,8 +113,8 @@ class Run:
     def series(self, quantity: str, length: int) -> Tensor:
         """The norms at all steps; NaN where unknown."""
         if length == 0:
-            return torch.empty(0, dtype=torch.float64)
-        nan = torch.tensor(torch.nan, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64, device="cpu")
+        nan = _modes.tensor_of(torch.nan)
         rows = [self.values(quantity, step) for step in range(length)]
         rows = [nan if row is None else row.double() for row in rows]
         return torch.stack(torch.broadcast_tensors(*rows))

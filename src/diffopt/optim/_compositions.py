@@ -240,7 +240,7 @@ class Layout(NamedTuple):
         first = rows[0][name]
         for i, (row, own) in enumerate(zip(rows, self.owned, strict=True)):
             if name in own and row[name] is not first:
-                if not torch.equal(torch.as_tensor(row[name]), torch.as_tensor(first)):
+                if not torch.equal(*map(_modes.tensor_of, (row[name], first))):
                     params = names()
                     raise ValueError(
                         f"{name} of {params[i]} is {row[name]}, but {name} of {params[0]} is "

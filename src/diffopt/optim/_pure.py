@@ -254,11 +254,11 @@ def _lbfgs_to_pure(optimizer: torch.optim.Optimizer, names: list[list[str]] | No
     if row.get("n_iter"):
         for name in PAIRS if row["old_dirs"] else ():
             rows = row[name][-opt.history_size :]  # which may have been lowered
-            kept = torch.stack([torch.as_tensor(x) for x in rows])
+            kept = torch.stack([*map(_modes.tensor_of, rows)])
             getattr(state, name)[-len(kept) :] = kept
         state = state._replace(
             step=torch.full_like(state.step, row["n_iter"]),
-            H_diag=torch.as_tensor(row["H_diag"]).to(state.H_diag, copy=True),
+            H_diag=_modes.tensor_of(row["H_diag"]).to(state.H_diag, copy=True),
             prev_flat_grad=copied(row["prev_flat_grad"]),
             prev_flat_step=copied(row["d"] * row["t"]),
         )

@@ -233,7 +233,7 @@ class Counts:
             return
         for tensor in written:
             # See running.leaf_.
-            torch.ops.aten.copy_.default(tensor, torch.as_tensor(value))
+            torch.ops.aten.copy_.default(tensor, _modes.tensor_of(value))
 
     def _written(self, i: int | None) -> list[Tensor]:
         if i is not None:

@@ -420,7 +420,7 @@ def _length(problem: _Problem, state: LBFGSState, hparams: LBFGSHParams) -> Any:
 
 def _constant(scalar: Tensor) -> Tensor:
     """Its value on the CPU, detached from every derivative."""
-    return torch.tensor(float(scalar), dtype=torch.float64)
+    return _modes.tensor_of(float(scalar))
 
 
 def _move(
