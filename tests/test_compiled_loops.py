@@ -346,6 +346,62 @@ def test_a_wrong_term_that_zeros_hide_in_the_first_steps_is_noticed(way, adjoint
     same(derivatives(traceless, 0.5), derivatives(False, 0.5))
 
 
+def twice_by_autograd(outer, params, lr, x, y, decay):
+    leaves = [z.clone().requires_grad_() for z in (lr, decay, params["b"])]
+    grads = torch.autograd.grad(
+        outer({**params, "b": leaves[2]}, leaves[0], x, y, leaves[1]), leaves, create_graph=True
+    )
+    return torch.autograd.grad(sum((g**2).sum() for g in grads), leaves)
+
+
+def twice_by_func(outer, params, lr, x, y, decay):
+    return torch.func.jacrev(torch.func.jacrev(outer, (0, 1, 4)), (0, 1, 4))(
+        params, lr, x, y, decay
+    )
+
+
+def twice_over_rates(outer, *arguments):
+    def norm(*inputs):
+        return (torch.func.grad(outer, 1)(*inputs) ** 2).sum()
+
+    return over_rates(norm, *arguments)
+
+
+def twice_around_rates(outer, params, lr, x, y, decay):
+    grad = torch.func.grad(outer, (0, 1))
+    batched = torch.vmap(lambda rate, decay: grad(params, rate, x, y, decay)[1], (0, None))
+    rates = torch.stack([lr, 2 * lr])
+    return torch.func.jacrev(batched, (0, 1))(rates, decay)
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed()], ids=repr)
+@pytest.mark.parametrize(
+    "way", [twice_by_autograd, twice_by_func, twice_over_rates, twice_around_rates]
+)
+def test_second_derivatives_are_not_those_of_a_graph(way, adjoint, traceless):
+    runs = []
+
+    def backend(graph, inputs, **_):
+        run = misled(graph, inputs)
+        return lambda *args: runs.append(1) or run(*args)
+
+    def cubed(x):
+        """The same values and first two derivatives, with a wrong third where it runs compiled."""
+        return x + (x - x.detach()) ** 3 if MISLED.get() else x
+
+    def wrong_at_last(params, x, y, decay):
+        moved = {name: cubed(p) for name, p in params.items()}
+        return loss(moved, x, y, decay)
+
+    traceless["backend"] = backend
+    outer = meta_loss(PLAIN, adjoint, traceless, loss=wrong_at_last)
+    with pytest.warns(UserWarning, match="a derivative of its derivative is not compiled") as seen:
+        found = way(outer, *problem())
+    assert runs  # the loop and its first derivatives
+    assert len(seen) == 1
+    same(found, way(meta_loss(PLAIN, adjoint, False, loss=wrong_at_last), *problem()))
+
+
 @pytest.mark.slow
 def test_each_graph_is_compared_whatever_others_depend_on():
     scaled = []
