@@ -25,16 +25,18 @@ register_node = pytree.register_pytree_node
 def flatten(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> tuple[list[Any], Spec]:
     """The leaves and the structure; much faster than torch's for structures seen before.
 
-    `is_leaf` says which containers to treat as leaves.
+    ParameterDicts are dicts, and ParameterLists lists. `is_leaf` says which containers to treat as
+    leaves.
     """
-    if is_leaf is not None or _modes.compiling():
-        return pytree.tree_flatten(tree, is_leaf)
-    key = _key(tree)
-    seen = _seen_before(tree, key)
+    quick = is_leaf is None and not _modes.compiling()
+    key = _key(tree) if quick else ()
+    seen = _seen_before(tree, key) if quick else None
     if seen is not None:
         return seen
-    values, spec = pytree.tree_flatten(tree)
-    node = _node(spec)
+    values, spec = pytree.tree_flatten(tree, is_leaf)
+    if _has_modules(values):
+        return flatten(plain(tree), is_leaf)
+    node = _node(spec) if quick else None
     if node is not None:
         first, *rest = node, *_KNOWN.get(key, ())
         for forgotten in rest[_REMEMBERED - 1 :]:
@@ -47,7 +49,10 @@ def flatten(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> tuple[
 def leaves(tree: Tree) -> list[Any]:
     """The leaves; much faster than torch's for structures that `flatten` has seen before."""
     seen = None if _modes.compiling() else _seen_before(tree, _key(tree))
-    return pytree.tree_leaves(tree) if seen is None else seen[0]
+    if seen is not None:
+        return seen[0]
+    values = pytree.tree_leaves(tree)
+    return flatten(tree)[0] if _has_modules(values) else values
 
 
 def _seen_before(tree: Tree, key: tuple[Any, ...]) -> tuple[list[Any], Spec] | None:
@@ -97,10 +102,9 @@ def map(
     is_leaf: Callable[[Tree], bool] | None = None,
 ) -> Tree:
     """The tree of `function(leaf, *leaves)`, for trees of the same structure."""
-    if others:
-        return pytree.tree_map(function, tree, *others, is_leaf=is_leaf)
     values, spec = flatten(tree, is_leaf)
-    return unflatten([function(value) for value in values], spec)
+    rows = [values, *(spec.flatten_up_to(plain(other)) for other in others)]
+    return unflatten([function(*row) for row in zip(*rows, strict=True)], spec)
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
@@ -124,6 +128,7 @@ class _Node(NamedTuple):
 
 
 _LEAVES = {Tensor, nn.Parameter, int, float, bool, str, type(None)}  # that no registry has
+_MODULES = (nn.ParameterDict, nn.ParameterList)  # containers that are leaves to torch
 _SEQUENCES = (list, tuple, pytree.namedtuple)
 _LEAF = _Node(pytree.tree_structure(0), None, None, ())
 _REMEMBERED = 4
@@ -152,8 +157,7 @@ def _collect(tree: Tree, node: _Node, values: list[Any], *, unchecked: bool = Fa
     _, kind, context, children, flat = node
     if kind is None:
         values.append(tree)
-        known = unchecked or isinstance(tree, Tensor) or type(tree) in _LEAVES
-        return known or pytree.tree_is_leaf(tree)
+        return unchecked or type(tree) in _LEAVES or is_leaf(tree)
     if type(tree) is not (context if kind is pytree.namedtuple else kind):
         return False
     mine: Any = tree
@@ -219,12 +223,14 @@ def count(tree: Tree) -> int:
 
 def is_leaf(node: Tree) -> bool:
     """Whether `node` is not a container."""
-    known = isinstance(node, Tensor) or type(node) in (int, float)
-    return known or pytree.tree_is_leaf(node)
+    if isinstance(node, Tensor) or type(node) in (int, float):
+        return True
+    return pytree.tree_is_leaf(node) and not isinstance(node, _MODULES)
 
 
 def paths(tree: Tree, name: str) -> list[str]:
     """One name per leaf, such as `params['layers'][0].weight`."""
+    tree = as_dict(tree)
     if is_leaf(tree):
         return [name]
     return [path for key, child in _children(tree) for path in paths(child, name + key)]
@@ -239,7 +245,8 @@ def leaves_like(tree: Tree, spec: Spec, like: Tree, names: tuple[str, str]) -> l
     found, structure = flatten(tree)
     if structure == spec:
         return found
-    difference = _difference(tree, like, names[0], prefix=False)
+    tree = plain(tree)
+    difference = _difference(tree, plain(like), names[0], prefix=False)
     if difference:
         raise ValueError(f"{names[0]} must have the structure of {names[1]}: {difference}")
     return spec.flatten_up_to(tree)
@@ -251,7 +258,7 @@ def column(node: Tree, spec: Spec) -> list[Any] | None:
     None for other trees.
     """
     try:
-        values = spec.flatten_up_to(node)
+        values = spec.flatten_up_to(plain(node))
     except ValueError:
         return None
     return values if all(isinstance(x, Tensor) or x == [] for x in values) else None
@@ -278,6 +285,7 @@ def broadcast_prefix(
     values, structure = flatten(prefix)
     if structure == spec:
         return values, range(len(values))
+    prefix, like = plain(prefix), plain(like)
     difference = _difference(_spelled_out(prefix, like, names[0]), like, names[0], prefix=True)
     if difference:
         raise ValueError(f"{names[0]} must be a prefix tree of {names[1]}: {difference}")
@@ -337,8 +345,17 @@ def as_dict(value: Any) -> Any:
 
 
 def plain(tree: Tree) -> Tree:
-    """A tree with ParameterDicts and ParameterLists in it as dicts and lists."""
-    return map(as_dict, tree)
+    """A tree with ParameterDicts and ParameterLists in it as dicts and lists; or itself."""
+    if not _modes.compiling() and _seen_before(tree, _key(tree)) is not None:
+        return tree
+    values, spec = pytree.tree_flatten(tree)
+    if not _has_modules(values):
+        return tree
+    return plain(pytree.tree_unflatten([as_dict(x) for x in values], spec))
+
+
+def _has_modules(values: list[Any]) -> bool:
+    return any(isinstance(value, _MODULES) for value in values)
 
 
 def trained(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
@@ -32,6 +32,14 @@ class Optimizer(ABC, Generic[S, H]):
 
     hparams: ClassVar[Any]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__module__.startswith("diffopt."):  # which looks at trees through `_tree` alone
+            return
+        for name in ("init", "update", "update_", "prepare_"):
+            if name in vars(cls):
+                setattr(cls, name, _of_plain(vars(cls)[name]))
+
     @abstractmethod
     def init(self, params: Tree) -> S:
         """The state before the first step, for params of these shapes and dtypes."""
@@ -41,7 +49,9 @@ class Optimizer(ABC, Generic[S, H]):
         """One step. Pure, and differentiable in every argument.
 
         Args:
-            params: a pytree of tensors.
+            params: a pytree of tensors. Here and in every tree, an `nn.ParameterDict` stands for a
+                dict and an `nn.ParameterList` for a list; what is returned has dicts and lists.
+                Another module is refused: pass `diffopt.nn.functionalize(module).params`.
             grads: the same structure; `None` for a leaf that must not change.
             state: what `init` or the last `update` returned.
             hparams: what `self.hparams(...)` returned.
@@ -87,6 +97,17 @@ class Optimizer(ABC, Generic[S, H]):
         new_params, new_state = self.update(params, grads, state, hparams)
         old, new = {"params": params, "state": state}, {"params": new_params, "state": new_state}
         return partial(copy_, overwriting(old, new))
+
+
+def _of_plain(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, also for trees with ParameterDicts and ParameterLists in them."""
+
+    @wraps(method)
+    def converted(self: Any, *trees: Tree, **named: Tree) -> Any:
+        named = {name: _tree.plain(tree) for name, tree in named.items()}
+        return method(self, *map(_tree.plain, trees), **named)
+
+    return converted
 
 
 def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:

@@ -40,9 +40,6 @@ def params(
 
 
 def _not_a_tensor(leaf: Any, path: str) -> str:
-    if isinstance(leaf, (torch.nn.ParameterDict, torch.nn.ParameterList)):
-        kind = "dict" if isinstance(leaf, torch.nn.ParameterDict) else "list"
-        return f"{path} is a {type(leaf).__name__}, not a pytree: pass {kind}({path})"
     if isinstance(leaf, torch.nn.Module):
         return (
             f"{path} is a module, {type(leaf).__name__}: turn it into a function with model = "

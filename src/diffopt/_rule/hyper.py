@@ -298,11 +298,10 @@ def broadcast(record: Any, spec: _tree.Spec, params: _tree.Tree) -> list[Covered
 def _check(record: Any) -> None:
     for field in FIELDS[type(record)]:
         value = getattr(record, field.name)
-        leaves = _tree.leaves(value)
-        if any(isinstance(leaf, torch.nn.Module) for leaf in leaves):
+        if not _tree.is_leaf(value):
             value = _tree.plain(value)
             object.__setattr__(record, field.name, value)
-            leaves = _tree.leaves(value)
+        leaves = _tree.leaves(value)
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) and (fault := fault_of(leaf, field.bounds)):
                 path = _tree.paths(value, f"hparams.{field.name}")[i]

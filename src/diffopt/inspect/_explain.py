@@ -128,7 +128,7 @@ def explain(
     check_type(outer, (Tensor, type(None)), "outer", "the tensor that is differentiated")
     if outer is not None and not _modes.has_derivative(outer):
         raise ValueError(f"outer has dtype {outer.dtype}, which has no derivative")
-    inputs = _tree.plain(inputs)
+    inputs = _tree.plain(_tree.trained(inputs))
     names = named(inputs)
     grads = _grads(meta_grads, inputs, names)
     picture = graph(outer, inputs) if outer is not None and outer.requires_grad else None

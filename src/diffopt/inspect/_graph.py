@@ -214,7 +214,7 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
             "outer does not require a gradient: it depends on nothing that does, or was "
             "computed under torch.no_grad() or from detached tensors"
         )
-    names = named(_tree.plain(inputs))
+    names = named(_tree.plain(_tree.trained(inputs)))
     starts: dict[Any, list[Node]] = {}
     for name, leaf in names:
         if isinstance(leaf, Tensor) and leaf.requires_grad:

@@ -72,6 +72,7 @@ class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
         return InOrder(dict(enumerate(part.hparams for part in self.parts)))
 
     def init(self, params: Tree) -> tuple[Any, ...]:
+        params = _tree.plain(params)
         return tuple(part.init(params) for part in self.parts)
 
     def update(

@@ -257,6 +257,7 @@ class MaskedTransformation(Value, Transformation[Any, Any]):
 
 def _owned(prefix: Tree | Callable[[Tree], Tree]) -> Tree | Callable[[Tree], Tree]:
     """A copy of a prefix tree, which its owner may change later; a function as it is."""
+    prefix = _tree.plain(prefix)
     return prefix if callable(prefix) else _tree.map(lambda leaf: leaf, prefix)
 
 
@@ -264,7 +265,8 @@ def _spread(
     prefix: Tree | Callable[[Tree], Tree], params: Tree, spec: _tree.Spec, name: str
 ) -> list[Any]:
     """For each leaf of params, the leaf of a prefix tree that covers it."""
-    tree = prefix(params) if callable(prefix) and not isinstance(prefix, type) else prefix
+    function = callable(prefix) and not isinstance(prefix, type)
+    tree = prefix(_tree.plain(params)) if function else prefix
     values, cover = _tree.broadcast_prefix(tree, spec, params, (name, "params"))
     return [values[i] for i in cover]
 
