@@ -775,7 +775,7 @@ def _functional() -> Call:
 
 # Looking at loops.
 
-INPUTS = TENSORS | NUMBERS - {"complex"}
+INPUTS = TENSORS | NUMBERS - {"complex"} | {"module"}
 
 
 @row("inspect.explain")

@@ -349,6 +349,11 @@ def tied(x, view):
 @every_way
 @every_class
 def test_parameters_over_one_memory_are_stepped_one_after_the_other(name, flags, overlap):
+    """As torch does, unless with `foreach=True`: then results depend on how kernels are grouped.
+
+    torch's foreach AdamW lets every parameter decay before the first one moves, which differs from
+    its own loop by lr * weight_decay * update, 1e-6 a step.
+    """
     runs = [OVERLAPS[overlap]() for _ in BOTH]
     sequential = flags if not flags.get("foreach") else {"foreach": False}
     for library, params in zip(BOTH, runs, strict=True):

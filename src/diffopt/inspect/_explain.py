@@ -95,7 +95,7 @@ def explain(
         meta_grads: a tree like `inputs`, or the tuple that `torch.autograd.grad(outer, leaves)`
             returns; pass that `allow_unused=True`, or it raises if an input has none.
         inputs: a pytree of the tensors the derivative is with respect to, such as `{"lr": lr,
-            "params": params}`.
+            "params": params}`; or a module, for the parameters that it trains.
         outer: the tensor that was differentiated. If given, its graph is searched for every input.
         trace: the `Trace` that the loop was run with. If given, the step at which things went wrong
             is reported.

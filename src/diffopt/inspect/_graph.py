@@ -182,7 +182,7 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
     Args:
         outer: the tensor that is differentiated.
         inputs: a pytree of the tensors it is differentiated with respect to, such as
-            `{"lr": lr, "params": params}`.
+            `{"lr": lr, "params": params}`; or a module, for the parameters that it trains.
 
     Returns:
         A `Graph` to print, to `plot()`, or to pass to Graphviz as `dot`. `merged()` has fewer
