@@ -68,24 +68,22 @@ def varying(
 ) -> list[bool]:
     """Which tensors of the carry depend on what may be differentiated, after any number of steps.
 
-    Others, such as step counts and the running statistics of batch normalization, are constants.
-    The step is one of `minimize`; the first is run with a graph, usually twice. Where it leaves a
-    parameter alone, which a later step may use, all state but step counts counts as varying.
+    The step is one of `minimize`: params and state do. Step counts and buffers, such as the running
+    statistics of batch normalization, do if a run of the first step with a graph shows it.
 
     Raises:
         ValueError: run again, the first step returns values other than `results`.
     """
     tensors, join = _tree.split((carry, args, xs[0]))
-    everything = [_modes.has_derivative(tensor) for tensor in tensors]
-    starts = _tree.split(carry)[0]
+    varies = [*map(_modes.has_derivative, tensors)]
+    size = _tree.count(carry)
     if len({_tree.count(x) for x in xs}) > 1:  # later steps may depend on other tensors
-        return everything[: len(starts)]
-    varies = list(everything)
-    params, state = map(_tree.count, carry[:2])
+        return varies[:size]
     pairs = zip(_tree.paths(carry[1], "state"), _tree.leaves(carry[1]), strict=True)
     counts = [path.endswith(".step") for path, leaf in pairs if isinstance(leaf, Tensor)]
-    for i in range(params, len(starts)):  # params always do
-        varies[i] &= _modes.needs_gradient(tensors[i])
+    unsure = [*counts, *[True] * _tree.count(carry[2])]
+    for i, unknown in enumerate(unsure, _tree.count(carry[0])):
+        varies[i] &= not unknown or _modes.needs_gradient(tensors[i])
     depends: list[bool] = []
 
     def run(*chosen: Tensor) -> list[Tensor]:
@@ -95,10 +93,7 @@ def varying(
             for x, varied in zip(tensors, varies, strict=True)
         ]
         outputs = _tree.split(step(*join(inputs)))[0]
-        depends[:] = [x.requires_grad for x in outputs[: len(starts)]]
-        alone = any(new is old for new, old in zip(outputs, inputs[:params], strict=False))
-        for i in range(params, min(params + state, len(depends))):
-            depends[i] |= alone and everything[i] and not counts[i - params]
+        depends[:] = [x.requires_grad for x in outputs[:size]]
         refuse_other(results, outputs)
         return [x for x in outputs if _modes.has_derivative(x)]
 
@@ -109,12 +104,10 @@ def varying(
                 torch.func.vjp(run, *chosen)
             else:
                 run(*(functions.alias(x, attached=False) for x in chosen))
-        if len(depends) != len(starts):
-            return everything[: len(starts)]
         grown = [v or d for v, d in zip(varies, depends, strict=False)]
-        if grown == varies[: len(starts)]:
-            return grown
-        varies[: len(starts)] = grown
+        if grown == varies[: len(depends)]:
+            return varies[:size]
+        varies[: len(depends)] = grown
 
 
 def detach_constants(

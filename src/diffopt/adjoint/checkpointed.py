@@ -118,10 +118,7 @@ class Checkpointed(Adjoint):
         if isinstance(step, GradientStep):
             # Compiled, it copies params that it leaves alone.
             varies = varying(replace(step, compiler=None), carry, args, xs, results)
-            buffers = varies[_tree.count(carry[:2]) :]
-            step = replace(step, hvp=self.hvp, varies=tuple(buffers))
-            if self.hvp == "forward-over-reverse":  # all gradients count as varying there
-                varies = varying(step, carry, args, xs, results)
+            step = replace(step, hvp=self.hvp, varies=tuple(varies[_tree.count(carry[:2]) :]))
         else:
             varies = [_modes.has_derivative(x) for x in _tree.split(carry)[0]]
             with torch.no_grad(), AmbientState((carry, args, xs[0])).restored():
@@ -130,7 +127,8 @@ class Checkpointed(Adjoint):
         small = frugal or is_compiled(step)  # the graph of a step holds little but its inputs
         whole = small or self.graph == "segment"
         ratio = 1.0 if small or not whole else _ratio(step, carry, captured.kept)
-        pieces = self.segments or _root(len(xs) * ratio, self.levels + 1)
+        least = (len(xs) * ratio) ** (1 / (self.levels + 1)) - 1e-9  # what rounding may add
+        pieces = self.segments or math.ceil(least)
         loop = _Loop(step, pieces, frugal, whole, varies, captured, self.offload is not None)
         with self._offloaded(args, xs):
             return loop.by_pieces(self.levels, (carry, args, xs))
@@ -250,11 +248,3 @@ def _ratio(step: Step, carry: Tree, kept: int) -> float:
     whole = sum(_modes.all_samples(x).nbytes for x in _tree.split(carry)[0])
     known = isinstance(step, GradientStep) and kept and whole
     return 4.0 ** max(0, round(math.log(kept / whole, 4))) if known else 4.0
-
-
-def _root(number: float, degree: int) -> int:
-    """The smallest integer whose power of this degree is at least the number."""
-    root = 1
-    while root**degree < number:
-        root += 1
-    return root
