@@ -221,7 +221,26 @@ def implicit_root(
     """
     check_function(residual, "residual")
     derivative = ImplicitDerivative(solver, root_tolerance, on_failure, on_solve, warm_start)
-    return _differentiable(residual, solve, derivative, symmetric, has_aux, sequential)
+    check_function(solve, "solve")
+    check_bool(symmetric, "symmetric")
+    check_bool(has_aux, "has_aux")
+    check_bool(sequential, "sequential")
+
+    def solution(init: Tree, *args: Any) -> Any:
+        refuse_tracing("implicit_root")
+        init, args = _tree.plain((init, args))
+        try:
+            result = isolated(solve, init, *args, plain=True, sequential=sequential)
+        except RuntimeError as error:
+            if _modes.transformed():
+                error.add_note(_UNDER_TRANSFORMS)
+            raise
+        if not has_aux:
+            return derivative.attach(residual, result, *args, symmetric=symmetric)
+        x, aux = check_result(result, "solve", "x", "aux")
+        return derivative.attach(residual, x, *args, symmetric=symmetric), aux
+
+    return solution
 
 
 @explains_keywords
@@ -282,38 +301,11 @@ def implicit_fixed_point(
 
     if solve is None:
         solve = fixed_point_iteration(step, on_failure=on_failure)
-    derivative = ImplicitDerivative(solver, root_tolerance, on_failure, on_solve, warm_start)
-    return _differentiable(residual, solve, derivative, symmetric, has_aux, sequential)
-
-
-def _differentiable(
-    residual: Callable[..., Tree],
-    solve: Callable[..., Any],
-    derivative: ImplicitDerivative,
-    symmetric: bool,
-    has_aux: bool,
-    sequential: bool,
-) -> Callable[..., Any]:
-    check_function(solve, "solve")
-    check_bool(symmetric, "symmetric")
-    check_bool(has_aux, "has_aux")
-    check_bool(sequential, "sequential")
-
-    def solution(init: Tree, *args: Any) -> Any:
-        refuse_tracing("implicit_root")
-        init, args = _tree.plain((init, args))
-        try:
-            result = isolated(solve, init, *args, plain=True, sequential=sequential)
-        except RuntimeError as error:
-            if _modes.transformed():
-                error.add_note(_UNDER_TRANSFORMS)
-            raise
-        if not has_aux:
-            return derivative.attach(residual, result, *args, symmetric=symmetric)
-        x, aux = check_result(result, "solve", "x", "aux")
-        return derivative.attach(residual, x, *args, symmetric=symmetric), aux
-
-    return solution
+    return implicit_root(
+        residual, solve, solver=solver, symmetric=symmetric, has_aux=has_aux,
+        sequential=sequential, root_tolerance=root_tolerance, on_failure=on_failure,
+        on_solve=on_solve, warm_start=warm_start,
+    )  # fmt: skip
 
 
 @explains_keywords
