@@ -230,10 +230,9 @@ def _hvp(
         terms = [(v.conj() * y).real.sum() for y, v in pairs if _modes.has_derivative(y)]
         return outputs[0] + e * torch.stack(terms).sum()
 
-    gradient_jvp = _functorch_jvp if _modes.transformed() else _autograd_jvp
     fault = "the loss cannot be differentiated with hvp='forward-over-reverse'"
     with functions.noticed() as aliases, forward_mode(fault, "use hvp='reverse-over-reverse'"):
-        results = gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
+        results = _gradient_jvp(total, [zero, *(xs[i] for i in chosen)], [one, *vectors])
     return functions.replaced([None] * len(xs), chosen, results)
 
 
@@ -275,28 +274,22 @@ def _lacks_forward(error: RuntimeError) -> str | None:
 # (logdet), or with operations that have no forward derivative (silu, group_norm).
 
 
-def _functorch_jvp(
+def _gradient_jvp(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     one, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[0])
-    rest = map(torch.zeros_like, inputs[len(tangents) :])
+    tangents = [zero, *tangents, *map(torch.zeros_like, inputs[len(tangents) :])]
 
     def gradients(one: Tensor, e: Tensor, *xs: Tensor) -> Any:
         return torch.func.vjp(functools.partial(function, e), *xs)[1](one)
 
-    with torch.enable_grad():
-        return torch.func.jvp(gradients, (one, *inputs), (zero, *tangents, *rest))[1]
-
-
-def _autograd_jvp(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    one, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[0])
-    rest = map(torch.zeros_like, inputs[len(tangents) :])
+    if _modes.transformed():
+        with torch.enable_grad():
+            return torch.func.jvp(gradients, (one, *inputs), tuple(tangents))[1]
     # Inside a torch.autograd.Function forward mode is disabled as well.
     with torch.enable_grad(), _torch.forward_enabled(True), forward_ad.dual_level():
         aliases = [functions.alias(x, attached=False) for x in inputs]
-        one, e, *xs = map(forward_ad.make_dual, (one, *aliases), (zero, *tangents, *rest))
+        one, e, *xs = map(forward_ad.make_dual, (one, *aliases), tangents)
         grads = torch.autograd.grad(
             function(e, *xs), xs, one, create_graph=True, materialize_grads=True
         )
