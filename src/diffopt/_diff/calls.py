@@ -10,7 +10,6 @@ import sys
 import weakref
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,20 +39,6 @@ class UnevenError(UnfitError):
     """Why the steps of a loop are not run together: they are not steps of one function."""
 
 
-class Done(NamedTuple):
-    """What a step has computed.
-
-    Attributes:
-        results: its results.
-        pull: its vector-Jacobian product, if that was asked for.
-        again: does the same for tensors like these; None if torch.compile must check them.
-    """
-
-    results: list[Tensor]
-    pull: Pull | None
-    again: Again | None
-
-
 @dataclass(frozen=True, eq=False)
 class Call:
     """What operators have made of a step, as a function of tensors that a kernel computes.
@@ -71,8 +56,11 @@ class Call:
         """The function as it is."""
         return composed(self.routine.function, self.operators)(*tensors)
 
-    def __call__(self, tensors: Sequence[Tensor]) -> Done:
-        """The results; the first ones are compared."""
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Pull | None, Again | None]:
+        """The results; their vector-Jacobian product, if asked for; what computes more of them.
+
+        The first results are compared, and torch.compile checks the tensors until they are known.
+        """
         known: list[Seen] = kept(("seen", self.routine.key), list)
         if not known:
             self._refuse_effects(tensors)
@@ -89,7 +77,7 @@ class Call:
         if run.pull and kernel.replays:  # comparisons have overwritten what it needs
             run = self._run(kernel, tensors, seen.used)
         self._note(run)
-        return Done(run.results, run.pull, None if tests else kernel.again(run))
+        return run.results, run.pull, None if tests else kernel.again(run)
 
     def _tested(self, kernel: Kernel, run: Run, tensors: Sequence[Tensor], seen: Seen) -> int:
         """How many more results are compared, now that these have been if they had to be."""

@@ -121,9 +121,14 @@ class Joint:
     @classmethod
     def of(cls, tree: Tree) -> Joint:
         """How to join tensors to a tree like this one."""
-        leaves, spec = _tree.flatten(tree)
+        return cls.of_leaves(*_tree.flatten(tree), {})
+
+    @classmethod
+    def of_leaves(cls, leaves: Sequence[Any], spec: _tree.Spec, numbers: dict[int, Any]) -> Joint:
+        """The same for the leaves, of which some stand for numbers."""
         places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-        return cls(spec, [None if isinstance(x, Tensor) else x for x in leaves], places, {})
+        rest = [None if isinstance(x, Tensor) else x for x in leaves]
+        return cls(spec, rest, places, numbers)
 
     def __call__(self, tensors: Iterable[Tensor], plain: bool = False) -> Tree:
         """The tree; `plain` with the numbers as they were."""
@@ -172,10 +177,9 @@ class Numbering:
         """The tensors of a tree, whose first leaves remain numbers, and how to join them."""
         leaves, spec = _tree.flatten(tree)
         numbers = {i: leaf for i, leaf in enumerate(leaves) if i >= skip and type(leaf) is float}
-        tensors = [self._tensor(x) if i in numbers else x for i, x in enumerate(leaves)]
-        places = [i for i, x in enumerate(tensors) if isinstance(x, Tensor)]
-        rest = [None if isinstance(x, Tensor) else x for x in tensors]
-        return [tensors[i] for i in places], Joint(spec, rest, places, numbers)
+        values = [self._tensor(x) if i in numbers else x for i, x in enumerate(leaves)]
+        joint = Joint.of_leaves(values, spec, numbers)
+        return [values[i] for i in joint.places], joint
 
     def element(self, x: Any) -> tuple[list[Tensor], Joint]:
         """The same for the last of the inputs."""
