@@ -236,6 +236,11 @@ def paths(tree: Tree, name: str) -> list[str]:
     return [path for key, child in _children(tree) for path in paths(child, name + key)]
 
 
+def named(tree: Tree, name: str) -> list[tuple[str, Any]]:
+    """The leaves with their paths."""
+    return list(zip(paths(tree, name), leaves(tree), strict=True))
+
+
 def leaves_like(tree: Tree, spec: Spec, like: Tree, names: tuple[str, str]) -> list[Any]:
     """The leaves of `tree` in the order of `spec`, the structure of `like`.
 

@@ -79,8 +79,8 @@ def varying(
     size = _tree.count(carry)
     if len({_tree.count(x) for x in xs}) > 1:  # later steps may depend on other tensors
         return varies[:size]
-    pairs = zip(_tree.paths(carry[1], "state"), _tree.leaves(carry[1]), strict=True)
-    counts = [path.endswith(".step") for path, leaf in pairs if isinstance(leaf, Tensor)]
+    state = _tree.named(carry[1], "state")
+    counts = [path.endswith(".step") for path, leaf in state if isinstance(leaf, Tensor)]
     unsure = [*counts, *[True] * _tree.count(carry[2])]
     for i, unknown in enumerate(unsure, _tree.count(carry[0])):
         varies[i] &= not unknown or _modes.needs_gradient(tensors[i])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffopt import _torch, _tree
-from diffopt._arguments import check_integer, check_number
+from diffopt._arguments import check_integer, check_number, check_type
 from diffopt._diff.functions import AmbientState, Flat, replaced
 from diffopt._tree import Tree
 
@@ -131,5 +131,4 @@ def check_sampling(samples: int, sigma: float, generator: Any, chunk_size: int) 
     check_integer(samples, "samples", 1)
     check_integer(chunk_size, "chunk_size", 1)
     check_number(sigma, "sigma", positive=True)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator is {_tree.describe(generator)}, not a torch.Generator")
+    check_type(generator, (torch.Generator, type(None)), "generator", "a torch.Generator")

@@ -101,7 +101,7 @@ def _elements(xs: Tree, length: int | None) -> list[Any]:
     leaves, spec = _tree.flatten(xs)
     if not leaves:
         raise ValueError(f"xs is {xs!r}, which holds no tensor: give length without xs")
-    for leaf, path in zip(leaves, _tree.paths(xs, "xs"), strict=True):
+    for path, leaf in _tree.named(xs, "xs"):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             raise ValueError(
                 f"{path} is {_tree.describe(leaf)}, but must be a tensor with a leading time "

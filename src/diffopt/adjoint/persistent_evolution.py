@@ -156,10 +156,10 @@ def mean_loss(
 
 
 def _check_theta(theta: Tree) -> None:
-    leaves = _tree.leaves(theta)
+    leaves = _tree.named(theta, "theta")
     if not leaves:
         raise ValueError("theta has no leaves: there is nothing to perturb")
-    for leaf, path in zip(leaves, _tree.paths(theta, "theta"), strict=True):
+    for path, leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise ValueError(f"{path} is {_tree.describe(leaf)}, not a tensor")
         if not _modes.has_derivative(leaf):

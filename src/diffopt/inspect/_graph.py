@@ -236,16 +236,15 @@ def graph(outer: Tensor, inputs: Tree) -> Graph:
 def named(inputs: Tree) -> list[tuple[str, Any]]:
     """Name and value of every leaf: `lr` and `params['w']` of `{"lr": ..., "params": {...}}`."""
     if type(inputs) is dict and all(isinstance(key, str) for key in inputs):
-        names = [path for key, child in inputs.items() for path in _tree.paths(child, key)]
+        leaves = [pair for key, child in inputs.items() for pair in _tree.named(child, key)]
     else:
-        names = _tree.paths(inputs, "inputs")
-    leaves = _tree.leaves(inputs)
+        leaves = _tree.named(inputs, "inputs")
     if not leaves:
         raise ValueError(f"inputs is {inputs!r}, which holds no tensor")
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, leaf in leaves:
         if not isinstance(leaf, (Tensor, float, int, type(None))) or isinstance(leaf, bool):
             raise TypeError(f"{name} of the inputs is {_tree.describe(leaf)}, not a tensor")
-    return list(zip(names, leaves, strict=True))
+    return leaves
 
 
 def _walk(outer: Tensor, starts: dict[Any, tuple[Node, ...]]) -> tuple[set[Any], list[Tensor]]:

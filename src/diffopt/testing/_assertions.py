@@ -19,9 +19,7 @@ def same(
     same_structure(actual, expected, name)
     if rtol is not None and atol is None:
         atol = rtol / 10
-    for path, mine, theirs in zip(
-        _tree.paths(expected, name), _tree.leaves(actual), _tree.leaves(expected), strict=True
-    ):
+    for (path, theirs), mine in zip(_tree.named(expected, name), _tree.leaves(actual), strict=True):
         try:
             torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
         except AssertionError as error:
@@ -69,5 +67,4 @@ class Snapshot:
 
 def named(tree: Tree, name: str) -> list[tuple[str, Tensor]]:
     """The path and value of every tensor."""
-    pairs = zip(_tree.paths(tree, name), _tree.leaves(tree), strict=True)
-    return [(path, leaf) for path, leaf in pairs if isinstance(leaf, Tensor)]
+    return [(path, leaf) for path, leaf in _tree.named(tree, name) if isinstance(leaf, Tensor)]

@@ -140,9 +140,7 @@ def smooth(tree: Tree, name: str) -> list[tuple[int, str]]:
     """Index and path of every leaf except step counts, other integers and empty tensors."""
     return [
         (i, path)
-        for i, (path, leaf) in enumerate(
-            zip(_tree.paths(tree, name), _tree.leaves(tree), strict=True)
-        )
+        for i, (path, leaf) in enumerate(_tree.named(tree, name))
         if leaf.is_floating_point() and leaf.numel() and not path.endswith(".step")
     ]
 

@@ -103,9 +103,7 @@ def kept(case: Case, point: Point) -> None:
     for dtype in (None, torch.float64, torch.float32):
         new = case.optimizer.update(*point._replace(hparams=scalars_as(dtype, point.hparams)))
         same_structure(new, old, "result")
-        for path, mine, theirs in zip(
-            _tree.paths(old, "result"), _tree.leaves(new), _tree.leaves(old), strict=True
-        ):
+        for (path, theirs), mine in zip(_tree.named(old, "result"), _tree.leaves(new), strict=True):
             for attribute in ("shape", "dtype", "device", "layout"):
                 now, before = getattr(mine, attribute), getattr(theirs, attribute)
                 if now != before:
