@@ -119,9 +119,8 @@ class ImplicitDerivative:
             self._check(_distance if loss else _residual_norm, flat, vector, inputs)
         solver = self.solver
         jacobian = operator_of(solver, None, transposed_at, unravel, vector, symmetric=symmetric)
-        solve = functools.partial(constant_solution, solver)
-        method = Method(solve, unravel, self.on_solve, start)
-        equation = Equation(flat, jacobian, method)
+        method = Method(functools.partial(constant_solution, solver), unravel, self.on_solve)
+        equation = Equation(flat, jacobian, method, start)
         return unravel(attach(equation, vector, *inputs))
 
     def _check(

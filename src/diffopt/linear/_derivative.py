@@ -68,14 +68,11 @@ class Method:
         constant: `constant(operator, b, x0, *point)` is the solution as a constant.
         unravel: converts a vector like x to the user's tree.
         report: called with every solution.
-        start: the initial guess for the solve of a backward pass, given tensors with the batches of
-            that solve; None, or a result of None, for zeros.
     """
 
     constant: Callable[..., LinearSolution]
     unravel: Callable[[Tensor], Tree]
     report: Callable[[LinearSolution], object] | None = None
-    start: Callable[[Sequence[Tensor]], Tensor | None] | None = None
 
 
 class Residual:
@@ -123,11 +120,14 @@ class Equation:
         residual: the residual.
         jacobian: its derivative with respect to x, at the point `(x, *inputs)`.
         method: for the linear systems with that operator.
+        start: the initial guess for the solve of a backward pass, given tensors with the batches of
+            that solve; None, or a result of None, for zeros.
     """
 
     residual: Residual
     jacobian: Operator
     method: Method
+    start: Callable[[Sequence[Tensor]], Tensor | None] | None = None
 
 
 def solve(
@@ -147,8 +147,8 @@ def solve(
         at=lambda u, b, *point: operator.at(*point),
         transposed_at=lambda u, b, *point: operator.transposed_at(*point),
     )
-    equation = Equation(Residual(residual), jacobian, replace(method, start=None))
-    return solution._replace(value=attach(equation, solution.value, b, *point))
+    value = attach(Equation(Residual(residual), jacobian, method), solution.value, b, *point)
+    return solution._replace(value=value)
 
 
 def attach(equation: Equation, x: Tensor, *inputs: Tensor) -> Tensor:
@@ -177,8 +177,7 @@ class _Attach(torch.autograd.Function):
         needed = _differentiable(inputs, ctx.needs_input_grad[2:])
 
         def pull(grad: Tensor) -> Sequence[Tensor]:
-            start = equation.method.start
-            x0 = start((grad, x, *inputs)) if start else None
+            x0 = equation.start((grad, x, *inputs)) if equation.start else None
             u = solve(equation.method, equation.jacobian.T, grad, x0, x, *inputs).value
             return _pullback(equation, x, inputs, needed)(-u)
 
