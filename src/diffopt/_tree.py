@@ -216,9 +216,14 @@ def split(tree: Tree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Tree]]
     return [values[i] for i in places], join
 
 
+def tensors(tree: Tree) -> list[Tensor]:
+    """The tensors of a tree."""
+    return [value for value in flatten(tree)[0] if isinstance(value, Tensor)]
+
+
 def count(tree: Tree) -> int:
     """The number of tensors in a tree."""
-    return sum(isinstance(value, Tensor) for value in flatten(tree)[0])
+    return len(tensors(tree))
 
 
 def is_leaf(node: Tree) -> bool:

@@ -250,12 +250,12 @@ class _Watch:
             seen = _tree.map_tensors(
                 lambda x: _modes.all_samples(x).detach(), (output[0], carry[0], carry[1])
             )
-            before = _modes.versions(_tree.split(seen)[0])
+            before = _modes.versions(_tree.tensors(seen))
             try:
                 self.callback(self.steps, *seen)
             except StopIteration:
                 self.stopped = True
-            if _modes.versions(_tree.split(seen)[0]) != before:
+            if _modes.versions(_tree.tensors(seen)) != before:
                 raise RuntimeError(
                     "callback has written to a tensor that it was given, which is one of the "
                     "loop's: clone it first; params are changed by the optimizer alone"

@@ -186,7 +186,7 @@ class Call:
         tensors = tensors[: routine.count]
         dims = [(name, (d[: routine.count],)) for name, (d, *_) in self.operators if name == "vmap"]
         function = composed(
-            lambda *xs: _tree.split(routine.make(noted)(*routine.join(xs, plain=True)))[0], dims
+            lambda *xs: _tree.tensors(routine.make(noted)(*routine.join(xs, plain=True))), dims
         )
 
         def run(constants: Iterable[int]) -> tuple[list[Tensor], list[Tensor]]:

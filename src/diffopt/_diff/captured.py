@@ -36,7 +36,7 @@ def refuse_closed_over(
             leaves = {id(x): x for x in graph_leaves(outputs) if id(x) not in aliases}
         found = leaves if run == 0 else {key: leaves[key] for key in found.keys() & leaves.keys()}
         if not found:
-            return _tree.detach(_tree.split(outputs)[0])
+            return _tree.detach(_tree.tensors(outputs))
     leaf = next(iter(found.values()))
     raise ValueError(
         f"{name} closes over a tensor of shape {tuple(leaf.shape)} that requires a gradient (or "
@@ -92,7 +92,7 @@ def varying(
             next(aliases) if varied else x.detach()
             for x, varied in zip(tensors, varies, strict=True)
         ]
-        outputs = _tree.split(step(*join(inputs)))[0]
+        outputs = _tree.tensors(step(*join(inputs)))
         depends[:] = [x.requires_grad for x in outputs[:size]]
         refuse_other(results, outputs)
         return [x for x in outputs if _modes.has_derivative(x)]
@@ -120,7 +120,7 @@ def detach_constants(
     tensors, join = _tree.split(buffers)
     if not tensors:
         return buffers
-    varies = varying(step, carry, args, xs, [])[len(_tree.split(carry[:2])[0]) :]
+    varies = varying(step, carry, args, xs, [])[_tree.count(carry[:2]) :]
     return join(x if v else x.detach() for x, v in zip(tensors, varies, strict=True))
 
 
@@ -178,7 +178,7 @@ def _magnitude(tensor: Tensor) -> float:
 def graph_leaves(tree: Tree) -> Iterator[Tensor]:
     """Leaves of the graphs of a tree's tensors, of autograd's and at every level of torch.func."""
     nodes: list[Any] = []
-    for tensor in _tree.split(tree)[0]:
+    for tensor in _tree.tensors(tree):
         for level in _modes.levels(tensor):
             if level.grad_fn is not None:
                 nodes.append(level.grad_fn)

@@ -83,7 +83,7 @@ def independent(tree: Tree, others: Tree) -> Tree:
     """The tree, connected by zero derivatives to `others`, on which it does not depend."""
     if _modes.forward_differentiated() or _modes.compiling():
         return tree
-    if not any(map(_modes.needs_gradient, _tree.split(others)[0])):
+    if not any(map(_modes.needs_gradient, _tree.tensors(others))):
         return tree
     count = _tree.count(tree)
 
@@ -378,7 +378,7 @@ class _Custom(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
-        kept = _tree.split(ctx.call.function.join(output)[1])[0] if ctx.call.keep else ()
+        kept = _tree.tensors(ctx.call.function.join(output)[1]) if ctx.call.keep else ()
         ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(not ctx.call.sparse)
         ctx.mark_non_differentiable(*(x for x, v in carriers(output, ctx.call.varies) if not v))

@@ -176,7 +176,7 @@ def _forward_over_reverse(
 
     def outputs(xs: Sequence[Tensor]) -> list[Tensor]:
         value, aux = function(*join(xs))
-        results = [value, *_tree.split(aux)[0]]
+        results = [value, *_tree.tensors(aux)]
         refuse_varying(results, (True, *varies))
         return results
 

@@ -33,13 +33,13 @@ def isolated(
         trees = _tree.map_tensors(_constant, trees)
         if sequential:
             return _each_sample(function, trees)
-        if plain and not any(map(_torch.is_batched, _tree.split(trees)[0])):
+        if plain and not any(map(_torch.is_batched, _tree.tensors(trees))):
             stack.enter_context(_torch.outside_transforms())
         return _tree.map_tensors(_constant, function(*trees))
 
 
 def _each_sample(function: Callable[..., Tree], trees: Tree) -> Tree:
-    batched = [x for x in _tree.split(trees)[0] if _torch.is_batched(x)]
+    batched = [x for x in _tree.tensors(trees) if _torch.is_batched(x)]
     if not batched:
         with _torch.outside_transforms():
             return _tree.map_tensors(_constant, function(*trees))
@@ -123,7 +123,7 @@ def refuse_captured(function: Callable[..., Tree], captured: Captured, *trees: T
         outputs = function(*inputs)
     plain = not (_modes.transformed() or _modes.forward_differentiated())
     own = plain and all(id(leaf) in aliases for leaf in graph_leaves(outputs))
-    if not own and any(map(_belongs, _tree.split(outputs)[0])):
+    if not own and any(map(_belongs, _tree.tensors(outputs))):
         raise ValueError(
             f"{captured.name} closes over a tensor that needs a gradient or is batched by vmap: "
             "pass it as an argument (a module's params by diffopt.nn.functionalize), or detach it; "

@@ -166,8 +166,7 @@ class Numbering:
     """
 
     def __init__(self, inputs: tuple[Any, ...], integer: bool) -> None:
-        tensors = (x for x in _tree.flatten(inputs)[0] if isinstance(x, Tensor))
-        first = next(filter(_modes.has_derivative, tensors), None)
+        first = next(filter(_modes.has_derivative, _tree.tensors(inputs)), None)
         wide = first is not None and first.dtype in (torch.float64, torch.complex128)
         self.dtype = torch.float64 if wide else torch.float32
         self.device = None if first is None else first.device
@@ -264,7 +263,7 @@ class Routine:
 
     def function(self, *tensors: Tensor) -> list[Tensor]:
         """The function as it is, of tensors."""
-        return _tree.split(self.make(())(*self.join(tensors, plain=True)))[0]
+        return _tree.tensors(self.make(())(*self.join(tensors, plain=True)))
 
     def at(self, element: Joint) -> Routine:
         """The same for another last input, with the same facts."""

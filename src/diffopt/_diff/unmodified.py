@@ -117,7 +117,7 @@ class _Reads(_torch.DispatchMode):
 
     def __init__(self, arguments: Tree) -> None:
         super().__init__()
-        inner = (list(_modes.levels(x))[-1] for x in _tree.split(arguments)[0])
+        inner = (list(_modes.levels(x))[-1] for x in _tree.tensors(arguments))
         self.known = {None, *map(_memory, inner)}
         self.versions: list[tuple[weakref.ref[Tensor], Stamp]] = []
         self.given = {*self.known}

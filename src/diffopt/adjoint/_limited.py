@@ -40,7 +40,7 @@ def without_derivative(tree: Tree, sources: Tree, message: str) -> Tree:
     forward = _modes.forward_differentiated()
     inputs = [
         x
-        for x in _tree.split(sources)[0]
+        for x in _tree.tensors(sources)
         if _modes.has_derivative(x) and (forward or _modes.needs_gradient(x))
     ]
     if _modes.compiling() or not chosen or not inputs:

@@ -69,7 +69,7 @@ def each(function: Callable[[Any], Tree], items: Iterable[Any], size: int) -> It
             yield function(chunk[0])
             continue
         flat = Flat(function, _tree.split(chunk[0])[1])
-        columns = zip(*(_tree.split(item)[0] for item in chunk), strict=True)
+        columns = zip(*(_tree.tensors(item) for item in chunk), strict=True)
         results = torch.func.vmap(flat, randomness="same")(*map(torch.stack, columns))
         yield from map(flat.join, zip(*results, strict=True))
 

@@ -120,9 +120,9 @@ class Checkpointed(Adjoint):
             varies = varying(replace(step, compiler=None), carry, args, xs, results)
             step = replace(step, hvp=self.hvp, varies=tuple(varies[_tree.count(carry[:2]) :]))
         else:
-            varies = [_modes.has_derivative(x) for x in _tree.split(carry)[0]]
+            varies = [_modes.has_derivative(x) for x in _tree.tensors(carry)]
             with torch.no_grad(), AmbientState((carry, args, xs[0])).restored():
-                refuse_other(results, _tree.split(step(carry, args, xs[0]))[0])
+                refuse_other(results, _tree.tensors(step(carry, args, xs[0])))
         frugal = isinstance(step, GradientStep) and self.hvp == "forward-over-reverse"
         small = frugal or is_compiled(step)  # the graph of a step holds little but its inputs
         whole = small or self.graph == "segment"
@@ -139,7 +139,7 @@ class Checkpointed(Adjoint):
             return contextlib.nullcontext()
         if _modes.transformed():
             raise ValueError("offload='cpu' does not work under torch.func transforms: use None")
-        return Offloaded(x.data_ptr() for x in _tree.split((args, xs))[0])
+        return Offloaded(x.data_ptr() for x in _tree.tensors((args, xs)))
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _Loop:
         _refuse_change(inputs[0], carry)
         if isinstance(self.step, GradientStep):
             self._compare(first, _modes.concrete(outputs[0][0]))
-        starts, ends = (_tree.split(tree)[0] for tree in (inputs[0], carry))
+        starts, ends = (_tree.tensors(tree) for tree in (inputs[0], carry))
         constants = [x for x, v in zip(starts, self.varies, strict=True) if not v]
         if torch.is_grad_enabled() and not any(x.requires_grad for x in constants):
             refuse_varying(ends, self.varies)
@@ -245,6 +245,6 @@ def _ratio(step: Step, carry: Tree, kept: int) -> float:
     A power of 4, so that the segments, and with them the order of sums, depend on little else. A
     step of `unroll` has been run without its graph.
     """
-    whole = sum(_modes.all_samples(x).nbytes for x in _tree.split(carry)[0])
+    whole = sum(_modes.all_samples(x).nbytes for x in _tree.tensors(carry))
     known = isinstance(step, GradientStep) and kept and whole
     return 4.0 ** max(0, round(math.log(kept / whole, 4))) if known else 4.0

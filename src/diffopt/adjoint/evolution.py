@@ -214,7 +214,7 @@ class _Loops:
         carry, args, xs = self.join(theta)
         for start in range(0, len(xs), self.size):
             trees = () if start else carry, args, xs[start : start + self.size]
-            yield sorted({index[id(x)] for x in _tree.split(trees)[0]})
+            yield sorted({index[id(x)] for x in _tree.tensors(trees)})
 
     def run(self, start: int, carry: Tree, theta: Sequence[Tensor]) -> tuple[Tree, list[Tensor]]:
         """The carry after a truncation, and the loop's results that are computed there."""
@@ -222,7 +222,7 @@ class _Loops:
         steps = xs[start : start + self.size]
         carry, outputs = Unrolled().run(self.step, carry if start else first, args, steps)
         last = start + self.size >= len(xs)
-        return carry, _tree.split((outputs, carry if last else ()))[0]
+        return carry, _tree.tensors((outputs, carry if last else ()))
 
 
 def _product(

@@ -186,7 +186,7 @@ class _Inputs:
 
     def meet(self, tree: Tree) -> None:
         """Add the tensors that need a gradient, by autograd or at a level of torch.func."""
-        for tensor in _tree.split(tree)[0]:
+        for tensor in _tree.tensors(tree):
             if id(tensor) in self.rows or not _modes.needs_gradient(tensor):
                 continue
             size = tensor.numel() * (2 if tensor.is_complex() else 1)
@@ -229,7 +229,7 @@ def _together(
 ) -> tuple[Tree, list[Any]] | None:
     """The results of compiled steps between which nothing else runs, with derivatives."""
     inputs.meet(xs)
-    start = map(inputs.basis, _tree.split(carry)[0])
+    start = map(inputs.basis, _tree.tensors(carry))
     found = pushforward(step, (carry, args, xs), inputs.count, start, inputs.basis)
     return found and _attach(inputs, *found)
 
@@ -237,7 +237,7 @@ def _together(
 def _points(
     step: Step, carry: Tree, args: Tree, xs: Iterable[Any], inputs: _Inputs, discount: float
 ) -> Iterator[_Point]:
-    tangents = [_start(inputs, tensor) for tensor in _tree.split(carry)[0]]
+    tangents = [_start(inputs, tensor) for tensor in _tree.tensors(carry)]
     carry = _tree.detach(carry)
     for t, x in enumerate(xs):
         if t > 0 and discount != 1:
@@ -268,7 +268,7 @@ def _advance(
     first: bool,
 ) -> _Point:
     """One step of values and tangents."""
-    others = _tree.split((args, x))[0]
+    others = _tree.tensors((args, x))
     directions = [None if t is None else _extended(t, inputs.count) for t in carry_tangents]
     compiled = pushforward(step, (carry, args, [x]), inputs.count, directions, inputs.basis)
     if compiled is not None:

@@ -169,7 +169,7 @@ def _varying(carry: Tree) -> list[bool]:
     return [
         _modes.has_derivative(x) and (moves or _modes.needs_gradient(x))
         for tree, moves in parts
-        for x in _tree.split(tree)[0]
+        for x in _tree.tensors(tree)
     ]
 
 

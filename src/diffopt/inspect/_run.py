@@ -74,8 +74,8 @@ class Run:
         """Keep the norms of a tree, unless they are known: the step is being recomputed."""
         if self.seen.setdefault(quantity, {}).get(step):
             return
-        norms = [_norm(x) for x in _tree.leaves(tree) if isinstance(x, Tensor)]
-        self.seen[quantity][step] = {i: x for i, x in enumerate(norms) if x is not None}
+        norms = enumerate(map(_norm, _tree.tensors(tree)))
+        self.seen[quantity][step] = {i: x for i, x in norms if x is not None}
 
     def enter(self, carry: Tree) -> Tree:
         """The initial carry, watched by the backward pass."""

@@ -116,8 +116,7 @@ def pure(case: Case, point: Point) -> None:
     exempt = {id(leaf) for _, leaf in staying(case, point, point.params, point.state)}
     if any(grad is None for grad in _tree.leaves(point.grads)):  # so may be vectors of params
         like_params = {id(x) for column in columns(point, point.state) for x in column}
-        tensors = [x for x in _tree.leaves(point.state) if isinstance(x, Tensor) and x.dim() > 0]
-        exempt |= {*map(id, tensors)} - like_params
+        exempt |= {id(x) for x in _tree.tensors(point.state) if x.dim() > 0} - like_params
     for hparams in (point.hparams, scalars_as(torch.float64, point.hparams), least(point.hparams)):
         arguments = point._replace(hparams=hparams)
         before = Snapshot(arguments)
