@@ -184,7 +184,8 @@ def minimize(
         xs = list(xs)  # no code of the user's runs between the steps, which may run at once
     count = None
     watch = None if callback is None else _Watch(callback)
-    once = _runs_once(adjoint)
+    # Whether it takes each step once and in order, and needs no more than one x at a time.
+    once = type(adjoint) in (Unrolled, FirstOrder) or adjoint == Truncated(0)
     ends = once or (type(adjoint) is Implicit and watch is None)
     if (tol is not None and not _modes.compiling() and not ends) or (watch and not once):
         xs, count = _until_done(step, carry, arguments, xs, watch)
@@ -232,11 +233,6 @@ def _until_done(
     captured.check()
     ambient.restore()
     return used or idle, len(used)
-
-
-def _runs_once(adjoint: Adjoint) -> bool:
-    """Whether it takes each step once and in order, and needs no more than one x at a time."""
-    return type(adjoint) in (Unrolled, FirstOrder) or adjoint == Truncated(0)
 
 
 class _Watch:

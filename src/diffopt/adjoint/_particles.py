@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,22 +97,16 @@ class Normal:
         if device not in self.generators:
             self.generators[device] = torch.Generator(device).manual_seed(self.seed)
         generator = self.generators[device]
-        with _outside_vmap():
+        # Random numbers are drawn outside every vmap, even that of is_grads_batched.
+        with _torch.outside_transforms(), _torch.outside_gradient_batch():
             noise = torch.randn(like.shape, generator=generator, dtype=dtype, device=device)
             return noise * math.sqrt(2) if dtype.is_complex else noise  # each part of variance 1
-
-
-@contextlib.contextmanager
-def _outside_vmap() -> Generator[None]:
-    """Outside every vmap, even that of is_grads_batched, so that random numbers can be drawn."""
-    with _torch.outside_transforms(), _torch.outside_gradient_batch():
-        yield
 
 
 def seeds(count: int, generator: torch.Generator | None) -> list[int]:
     """Seeds for `Normal`, drawn from this generator or torch's default one."""
     device = "cpu" if generator is None else generator.device
-    with _outside_vmap():
+    with _torch.outside_transforms(), _torch.outside_gradient_batch():
         return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
 
 

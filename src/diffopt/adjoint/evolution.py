@@ -166,13 +166,9 @@ class _Loops:
         self, inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """The estimate, linear in the cotangents and differentiable with respect to them only."""
-
-        def of_cotangents(trees: Tree) -> list[Tensor | None]:
-            return self.estimate(trees[0], needed, trees[1])
-
         with self.ambient.restored():
-            frozen = _tree.detach(list(inputs))
-            grads = functions.recomputed(of_cotangents, (frozen, list(cotangents)))
+            trees = _tree.detach(list(inputs)), list(cotangents)
+            grads = functions.recomputed(lambda x: self.estimate(x[0], needed, x[1]), trees)
         return [g if g is None else constant_in(g, inputs, NO_SECOND) for g in grads]
 
     def estimate(

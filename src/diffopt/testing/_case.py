@@ -34,18 +34,17 @@ MARGIN = 0.05  # least distance of hyperparameters from the ends of their range 
 class Case:
     """An optimizer in one configuration: the argument of every check.
 
+    The attributes are arguments of `check`.
+
     Attributes:
-        optimizer: see `check`.
-        hparams: see `check`. Values are compared at these. So are derivatives, except that a number
+        hparams: values are compared at these. So are derivatives, except that a number
             within 0.05 of the end of its range is moved to a distance of 0.05, so that finite
             differences stay inside.
-        reference: see `check`; None if there is nothing to compare with.
-        shapes: see `check`. The first two are those of the trees on which derivatives are checked.
-        dtypes: see `check`.
-        backend: see `check`. "aot_eager" traces everything and generates no code; "inductor" takes
-            ten times as long.
-        elementwise: see `check`.
-        frozen: see `check`. Frozen tensors are returned as the very same tensors.
+        reference: None if there is nothing to compare with.
+        shapes: the first two are those of the trees on which derivatives are checked.
+        backend: "aot_eager" traces everything and generates no code; "inductor" takes ten times as
+            long.
+        frozen: frozen tensors are returned as the very same tensors.
     """
 
     optimizer: Optimizer[Any, Any]
