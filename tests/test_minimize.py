@@ -220,6 +220,16 @@ def test_compiles_as_a_whole():
     torch.testing.assert_close(compiled(START, lr), meta_gradient(START, lr))
 
 
+def test_compiles_with_a_truncated_derivative():
+    def last(w, lr):
+        return quadratic(run(w, steps=2, lr=lr, adjoint=Truncated(1)).params, -TARGET)
+
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    function = torch.func.grad(last, argnums=(0, 1))
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(START, lr), function(START, lr))
+
+
 @pytest.mark.parametrize("opt", [diffopt.sgd(), diffopt.transforms.chain(diffopt.adam())], ids=type)
 def test_compiles_with_a_tolerance_buffers_and_hparams_of_each_step(opt):
     def solve(w, lr):

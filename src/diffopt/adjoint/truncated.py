@@ -56,7 +56,7 @@ class Truncated(Adjoint):
             start = max(len(xs) - self.k, 0)
             first, last = xs[:start], xs[start:]
         else:
-            last: Any = deque[Any]()
+            last: Any = deque()  # torch.compile traces no deque[Any]()
             first = _but_last(xs, self.k, last, torch.is_grad_enabled())
         with torch.no_grad():
             end, outputs = taken(step, _tree.detach(carry), args, first)
