@@ -26,11 +26,11 @@ def step_(
         ways.RUN["leaf"](rule, running.numbers_at(rule, t, values, columns), columns)
         return
     kernel_values = values if alike else _for_kernels(values, columns[0][0])
-    way = _known_way(rule, t, kernel_values, columns, alike)
+    way = _way(rule, t, kernel_values, columns, alike)
     if way == "native":
         if _native_(rule, t, kernel_values, columns):
             return
-        way = _way(rule, t, kernel_values, columns, alike and alike.kind, kernel=False)
+        way = _way(rule, t, kernel_values, columns, alike, kernel=False)
     numbers = running.numbers_at(rule, t, values, columns)
     if way in ways.PIECEWISE and alike:
         alike.layout = ways.PIECEWISE[way](rule, numbers, columns, alike.layout)
@@ -70,38 +70,35 @@ def leaf_by_leaf(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -
     return running.leaf_by_leaf(rule, numbers, columns, as_is=running.as_is(columns))
 
 
-def _known_way(
-    rule: AnyRule, t: Any, values: list[Any], columns: list[Any], alike: ways.Alike | None
-) -> ways.Way:
-    """The way to run the rule, which is the same for all counts that are whole numbers."""
-    whole = not isinstance(t, Tensor) and float(t).is_integer()
-    if alike is None or not whole:
-        return _way(rule, t, values, columns, alike and alike.kind)
-    if alike.way is None:
-        alike.way = _way(rule, t, values, columns, alike.kind)
-    return alike.way
-
-
 def _way(
     rule: AnyRule,
     t: Any,
     values: list[Any],
     columns: list[Any],
-    kind: ways.Kind | None = None,
+    alike: ways.Alike | None = None,
     *,
     kernel: bool = True,
 ) -> ways.Way:
-    """The way to run the rule; never "native" where that kernel has refused."""
-    # Kernels take the step in float32, which is exact for whole numbers only.
-    kernel = kernel and (isinstance(t, Tensor) or float(t).is_integer())
-    wanted = "unfused" if rule.execution == "auto" and not kernel else rule.execution
+    """The way to run the rule; never "native" where that kernel has refused.
+
+    It is the same for all whole numbers of steps: kernels read them in float32, which is exact for
+    these only.
+    """
+    whole = not isinstance(t, Tensor) and float(t).is_integer()
+    if alike and alike.way and whole and kernel:
+        return alike.way
+    exact = whole or isinstance(t, Tensor)
+    wanted = "unfused" if rule.execution == "auto" and not (kernel and exact) else rule.execution
     if isinstance(t, Tensor) and t.is_meta:
         wanted = "leaf"  # foreach kernels ask for the value of a scalar
     lr, *rest = values
     numeric = isinstance(lr, Tensor) and _takes_rate(lr, columns[0][0])
     rest += [column.value for column in columns if isinstance(column, running.Shared)]
-    kind = kind or ways.survey(columns)
-    return ways.choose(rule, kind, [0.0 if numeric else lr, *rest], wanted)
+    kind = alike.kind if alike else ways.survey(columns)
+    way = ways.choose(rule, kind, [0.0 if numeric else lr, *rest], wanted)
+    if alike and whole and kernel:
+        alike.way = way
+    return way
 
 
 def _native_(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> bool:
