@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
             if new.numel():
                 _torch.foreach_copy_(old, new.unbind())
 
-    for batch in _alike(columns[0]) if on_cpu else _within_memory(columns[0], widest(columns)):
+    for batch in _of_one_shape(columns[0], widest(columns)):
         if len(batch) < (_FEW if on_cpu else 2):
             alone += batch
         else:
@@ -194,28 +195,21 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     leaf_(rule, numbers, [pick(column, whole) for column in columns])
 
 
-def _alike(params: list[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors in batches, with small tensors of the same shape together if many."""
-    if len(params) < _FEW:
-        yield [*range(len(params))]
-        return
-    size = torch.get_num_threads() * TILE
+def _of_one_shape(params: list[Tensor], dtype: torch.dtype) -> Iterator[list[int]]:
+    """Indices of tensors in batches of one shape: on a CPU small ones, others alone.
+
+    On a device a batch takes no more memory than the largest.
+    """
+    if params[0].is_cpu:
+        size, most = torch.get_num_threads() * TILE, _SMALL
+    else:
+        stacks = _STACKED + 2 * (params[0].dtype != dtype)  # those that are converted
+        memory = max(_LEAST, *(x.nbytes for x in params))
+        size, most = memory // (stacks * dtype.itemsize), math.inf
     lengths = list(map(Tensor.numel, params))
     alike: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
-        alike.setdefault(p.shape if lengths[i] <= _SMALL else i, []).append(i)
-    for indices in alike.values():
-        yield from _batches(indices, lengths, size)
-
-
-def _within_memory(params: list[Tensor], dtype: torch.dtype) -> Iterator[list[int]]:
-    """Indices of tensors in batches of one shape that take no more memory than the largest."""
-    stacks = _STACKED + 2 * (params[0].dtype != dtype)  # those that are converted
-    size = max(_LEAST, *(x.nbytes for x in params)) // (stacks * dtype.itemsize)
-    alike: dict[Any, list[int]] = {}
-    for i, p in enumerate(params):
-        alike.setdefault(p.shape, []).append(i)
-    lengths = list(map(Tensor.numel, params))
+        alike.setdefault(p.shape if lengths[i] <= most else i, []).append(i)
     for indices in alike.values():
         yield from _batches(indices, lengths, size)
 
