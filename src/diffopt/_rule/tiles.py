@@ -200,7 +200,7 @@ def _of_one_shape(params: list[Tensor], dtype: torch.dtype) -> Iterator[list[int
 
     On a device a batch takes no more memory than the largest.
     """
-    if params[0].is_cpu:
+    if params[0].device.type == "cpu":
         size, most = torch.get_num_threads() * TILE, _SMALL
     else:
         stacks = _STACKED + 2 * (params[0].dtype != dtype)  # those that are converted
