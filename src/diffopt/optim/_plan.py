@@ -8,11 +8,12 @@ so a step that makes a new plan gives the same bits. A plan that is kept
 - is checked before each step, and used only if the parameters are the same objects, the flags, the
   rule and the missing gradients are the same, every parameter, gradient and tensor of the state has
   the type, dtype, device, layout, shape and strides that it had, all but the gradients have the
-  address that they had, and the step counts that were equal, and only those, are equal. If a
-  native kernel of a CPU steps all parameters of the group, they may move: it takes one after the
-  other, so that it makes no difference which of them share memory. Tensors of
-  the state that no user has read or put in are not checked: nobody else can change them. If one
-  has, counts on a device are used one by one: what `.data` writes there cannot be seen.
+  address that they had, and the step counts that were equal are equal. If a native kernel of a CPU
+  steps all parameters of the group, they may move: it takes one after the other, so that it makes
+  no difference which of them share memory. Tensors of the state that no user has read or put in
+  are not checked: nobody else can change them. If one has, counts on a device are used one by one:
+  what `.data` writes there cannot be seen. Parameters whose counts differed may have equal ones
+  now, as a user may write them: they are still stepped apart, which makes no difference to any bit.
 
 Anything that cannot be checked this way is planned anew at every step: subclasses of tensors,
 rows that are not ours, the first step of a momentum, steps that are recorded or traced.
@@ -50,7 +51,6 @@ class Plan:
         self.options = options
         self.inference = torch.is_inference_mode_enabled()
         self.absent = _missing(grads)
-        self.complete = not self.absent
         live = [i for i, grad in enumerate(grads) if grad is not None]
         new = _begin(optimizer, group, opt, [params[i] for i in live])
         rows = {i: _row(optimizer, group, params[i]) for i in live}
@@ -69,8 +69,6 @@ class Plan:
             )
             members.setdefault(key, []).append(i)
         whole = len(members) == 1 and not self.absent
-        kinds = {key._replace(scalars=()) for key in members}
-        self.mergeable = len(kinds) < len(members)  # there are buckets that only counts keep apart
         self.buckets: list[Bucket] = []
         for key, indices in members.items():
             some = [params[i] for i in indices], [rows[i] for i in indices]
@@ -92,7 +90,7 @@ class Plan:
         params, lent = group["params"], optimizer.state.plans.lent
         if (
             not self._is_of(params)
-            or not (self.complete or self.absent == _missing(grads))  # else a guard finds it
+            or (self.absent and self.absent != _missing(grads))  # else a guard finds it
             or (before.flags, before.opt) != (options.flags, options.opt)
             or self.inference != torch.is_inference_mode_enabled()
             or _modes.observed()
@@ -101,18 +99,13 @@ class Plan:
         for bucket in self.buckets:  # no generator: this runs at every step
             if not bucket.holds(*bucket.of(params, grads), options, lent=lent):
                 return False
-        return not self.mergeable or self._apart()
+        return True
 
     def _is_of(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters of the group, one by one."""
         if self.ids:
             return list(map(id, params)) == self.ids
         return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
-
-    def _apart(self) -> bool:
-        """Whether no two buckets, which only counts keep apart, have become one."""
-        kinds = [bucket.kind() for bucket in self.buckets]
-        return len(set(kinds)) == len(kinds)
 
     def step_(self, optimizer: Any, group: Group, grads: list[Any]) -> None:
         """One step of all buckets."""
@@ -192,10 +185,6 @@ class Bucket:
             and addresses_of(self.counted) == self.addresses
             and all(counts.equal() for counts in self.scalars.values())
         )
-
-    def kind(self) -> tuple[Any, ...]:
-        """What keeps it apart from other buckets."""
-        return (*self.key._replace(scalars=()), *(x.value for x in self.scalars.values()))
 
     def step_(self, optimizer: Any, options: Options, params: Any, grads: Any) -> None:
         if options is not self.options:

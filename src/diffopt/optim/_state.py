@@ -187,18 +187,11 @@ class Counts:
         count = self.tensors[i]
         return count if count.dim() == 0 else count.reshape(())
 
-    @property
-    def value(self) -> Any:
-        """What tells it from other counts."""
-        if self.marks:
-            return self.marks[0].value_of(self.tensors[0])
-        return self.tensors[0].item() if self.tensors[0].device.type == "cpu" else id(self)
-
     def equal(self) -> bool:
         """Whether they still are; a device is not waited for, their versions tell."""
         if self.marks:
-            value, pairs = self.value, zip(self.marks, self.tensors, strict=True)
-            return value is not None and all(mark.value_of(x) == value for mark, x in pairs)
+            first, *others = map(marks.Mark.value_of, self.marks, self.tensors)
+            return first is not None and all(value == first for value in others)
         if len(self.tensors) == 1 or self.tensors[0].device.type != "cpu":
             return True
         values = self.vector
@@ -259,10 +252,6 @@ class Integers:
 
     def at(self, i: int) -> int:
         return dict.__getitem__(self.rows[i], self.name)  # which lends nothing
-
-    @property
-    def value(self) -> int:
-        return self.at(0)
 
     def equal(self) -> bool:
         return len({*map(self.at, range(len(self.rows)))}) == 1
