@@ -154,15 +154,6 @@ class InnerLoop:
         ended: whether the context has been left, after which there are no more steps.
     """
 
-    steps: int
-    losses: list[Tensor]
-    optimizer: Optimizer[Any, Any]
-    hparams: Any
-    first_order: bool
-    grad_callback: Callable[[Gradients], Gradients] | None
-    track_graph: bool
-    ended: bool
-
     def __init__(
         self,
         fmodel: nn.Module,
@@ -176,9 +167,8 @@ class InnerLoop:
         self._repeats = True  # until an update must be checked
         self._gatherer = source.optimizer  # which has gathered what it repeats
         self.first_order, self.track_graph, self.ended = False, track_graph, False
-        self.grad_callback = None
-        self.steps = 0
-        self.losses = []
+        self.grad_callback: Callable[[Gradients], Gradients] | None = None
+        self.steps, self.losses = 0, list[Tensor]()
         self._fmodel, self._module, self._source = fmodel, module, source
         self._override: dict[str, Any] = {}
         self._params, self._firsts = [params], list[int]()
