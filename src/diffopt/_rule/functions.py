@@ -116,7 +116,8 @@ def leafwise(
         tensor([-0.5000,  0.5000])
     """
     check_classes(state, hparams, "state")
-    required = {"init": init, "rule": rule}
+    check_function(init, "init")
+    check_function(rule, "rule")
     optional = {
         "scalars": scalars,
         "initial": initial,
@@ -124,20 +125,13 @@ def leafwise(
         "shapes": shapes,
         "refuse": refuse,
     }
+    for name, function in optional.items():
+        check_function(function, name, optional=True)
     flags = {"elementwise": elementwise, "batchable": batchable, "stackable": stackable}
-    for name, function in {**required, **optional}.items():
-        check_function(function, name, optional=name in optional)
     hyper.check_flags(maximize=maximize, **flags)
     if not _modes.compiling():  # it cannot be traced
         torch.serialization.add_safe_globals([state])  # checkpoints load with weights_only=True
-    given = {name: function for name, function in optional.items() if function is not None}
-    constants = {**flags, "per_hyperparameter": per_hyperparameter}
-    members = {
-        "State": state,
-        "hparams": hparams,
-        "begin": init,
-        "rule": rule,
-        **given,
-        **constants,
-    }
+    members = {"State": state, "hparams": hparams, "begin": init, "rule": rule}
+    members |= {name: function for name, function in optional.items() if function is not None}
+    members |= {**flags, "per_hyperparameter": per_hyperparameter}
     return FunctionRule(members=(*members.items(),), maximize=maximize, execution=execution)
