@@ -27,22 +27,18 @@ _ALIGNED = 64  # elements: pieces begin where kernels load several at once
 _LEAST = 1 << 24  # bytes: to save less is not worth further launches
 
 
-def foreach(
-    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, widen: bool = False
-) -> list[Any]:
-    """The new params and buffers: what `running.apply` returns for each row."""
+def foreach(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
+    """The new params and buffers: what `running.apply` with `widen` returns for each row."""
     program, lists = _noted(rule, numbers, columns)
     new: list[list[Tensor]] = [[] for _ in columns]
     for batch in _batches(program, lists, widest(columns)):
         for column, tensors in zip(new, program.run(batch), strict=True):
             column += tensors
-    wide = columns[0][0].dtype if widen else None
-    result = list(written(columns))
-    for k, column in enumerate(result):
-        if isinstance(column, list):
-            pairs = zip(written(new)[k], column, strict=True)
-            result[k] = [leave(x, old, wide) for x, old in pairs]
-    return result
+    wide = columns[0][0].dtype
+    return [
+        [leave(x, y, wide) for x, y in zip(tensors, old, strict=True)] if tensors else old
+        for tensors, old in zip(written(new), written(columns), strict=True)
+    ]
 
 
 def foreach_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:

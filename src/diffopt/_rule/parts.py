@@ -60,7 +60,7 @@ def batched(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> lis
         return running.written(copies)
     if way == "foreach":
         numbers = running.numbers_at(rule, t, values, columns)
-        return lists.foreach(rule, numbers, columns, widen=True)
+        return lists.foreach(rule, numbers, columns)
     return None
 
 

@@ -99,14 +99,14 @@ def in_pieces_(
     lists: list[list[Tensor]],
     size: int,
     update_: Callable[[Sequence[Tensor]], None],
-    layout: Layout | None = None,
+    layout: Layout,
 ) -> None:
     """Update big tensors in pieces of at most `size` elements, and small ones concatenated.
 
     `update_` changes one piece of each column in place, but for the second, of gradients.
     """
     length = min(size, torch.get_num_threads() * TILE // 2)  # more causes page faults
-    for batch in (layout or Layout(lists)).batches(lists, length):
+    for batch in layout.batches(lists, length):
         pieces = lists if batch.indices is None else [pick(c, batch.indices) for c in lists]
         if len(batch.lengths) > 1:
             together_(update_, pieces, batch)

@@ -128,7 +128,7 @@ _TABLE: tuple[tuple[Way, Callable[[_Asked], bool], tuple[Wanted, ...]], ...] = (
 """Each way, whether it applies, and the wishes that allow it; the first that fits is taken."""
 
 
-def choose(rule: AnyRule, kind: Kind, values: Sequence[Any], wanted: Wanted = "auto") -> Way:
+def choose(rule: AnyRule, kind: Kind, values: Sequence[Any], wanted: Wanted) -> Way:
     """The way to run a rule in place where no derivative is needed.
 
     Args:

@@ -131,7 +131,7 @@ def unread(state: Any) -> Generator[None]:
         _unread.reset(token)
 
 
-def mark_unlent(state: Any, names: Iterable[str] = ()) -> None:
+def mark_unlent(state: Any, names: Iterable[str]) -> None:
     """Say that all tensors of a state were made by this package, and nobody else holds one.
 
     The 0-d tensors of these names are looked at, so that the next step does not wait for them.
