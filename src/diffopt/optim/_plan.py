@@ -217,7 +217,7 @@ class Bucket:
     def _read(self, options: Options) -> None:
         """Take the numbers of a group, and choose how to step with them."""
         chosen, self.options = self._chosen(options), options
-        self.values = self.numbers = filled(options.values, self.key.dtype)
+        self.values = self.numbers = filled(options.values, self.key.kind.dtype)
         if chosen:
             return
         self.numbers, wanted = self._for_kernels(self.values)
@@ -254,7 +254,7 @@ class Bucket:
         rest = [_modes.number_of(value) for value in rest]
         fused_here = self.wanted == "fused" and self.key.device.type == "cpu"
         if isinstance(lr, Tensor) and lr.device.type == "cpu" and not fused_here:
-            if lr.dtype != self.key.dtype == torch.float64 and self.wanted == "auto":
+            if lr.dtype != self.key.kind.dtype == torch.float64 and self.wanted == "auto":
                 return [lr, *rest], "unfused"
             lr = _modes.number_of(lr)
         if isinstance(lr, Tensor) and self.key.device.type != "cpu":  # whose kernels read float32
@@ -428,7 +428,6 @@ class _Key(NamedTuple):
 
     kind: ways.Kind
     device: torch.device
-    dtype: torch.dtype
     dtypes: tuple[Any, ...]
     scalars: tuple[Any, ...]
     fresh: bool = False
@@ -458,7 +457,7 @@ def _key(
         else:
             scalars.append(value)  # SparseAdam's
     dtypes = (*names, *(x.dtype for x in tensors))
-    return _Key(kind, param.device, param.dtype, dtypes, tuple(scalars))
+    return _Key(kind, param.device, dtypes, tuple(scalars))
 
 
 def _wanted(group: Group) -> ways.Wanted:
