@@ -25,8 +25,6 @@ AnyRule: TypeAlias = Rule[Any, Any]
 AS_IS = (torch.float32, torch.float64)
 """The dtypes that rules compute in."""
 
-_AS_IS = {*AS_IS}
-
 _MANY = 100  # tensors, for which it pays to leave autograd's checks out
 _WIDE = (torch.float64, torch.complex128)
 _MOVING = ("weight_decay", "momentum")  # these move a parameter whose gradient is zero
@@ -103,18 +101,12 @@ def _columns(rows: list[list[Any]]) -> list[list[Any]]:
 
 def as_is(columns: Sequence[Any]) -> bool:
     """Whether the rule sees the tensors as they are, and all have gradients."""
-    if _modes.compiling():
+    if _modes.compiling() or any(isinstance(column, Shared) for column in columns):
         return False
-    dtypes = {columns[0][0].dtype}
-    for column in columns:
-        if isinstance(column, list):
-            tensors = all(isinstance(x, Tensor) for x in column)
-            if not tensors or not all(map(Tensor.dim, column)):
-                return False
-            dtypes |= {x.dtype for x in column}
-        elif isinstance(column, Shared):
-            return False
-    return len(dtypes) == 1 and dtypes <= _AS_IS
+    every = [*itertools.chain(*(column for column in columns if isinstance(column, list)))]
+    if not all(isinstance(x, Tensor) for x in every) or not all(map(Tensor.dim, every)):
+        return False
+    return len({x.dtype for x in every}) == 1 and every[0].dtype in AS_IS
 
 
 def _alike(new: list[Any], old: Any) -> bool:
