@@ -1187,6 +1187,27 @@ def test_what_has_been_read_is_looked_at(name):
     assert torch.equal(*ends)
 
 
+@every_way
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("size", [6, 100], ids=["small", "programs"])
+def test_counts_made_equal_leave_all_bits_as_they_are(name, flags, size, monkeypatch):
+    ends = []
+    for kept in (True, False):
+        monkeypatch.setattr(_plan, "KEPT", kept)
+        params = parameters((size, 200), (size, 200))
+        optimizer = make(optim, name, params, **flags)
+        step(optimizer, params[:1])
+        for t in (1, 2):
+            step(optimizer, params, t)
+        for row in optimizer.state.values():
+            row["step"].fill_(7)
+        for t in (3, 4):
+            step(optimizer, params, t)
+        ends.append([x for p in params for x in (p.detach(), *optimizer.state[p].values())])
+    for x, y in zip(*ends, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_what_was_loaded_is_this_packages_own_and_what_was_put_in_is_not():
     p, optimizer = adam_after_two_steps()
     optimizer.load_state_dict(optimizer.state_dict())

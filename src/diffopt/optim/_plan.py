@@ -12,8 +12,8 @@ so a step that makes a new plan gives the same bits. A plan that is kept
   steps all parameters of the group, they may move: it takes one after the other, so that it makes
   no difference which of them share memory. Tensors of the state that no user has read or put in
   are not checked: nobody else can change them. If one has, counts on a device are used one by one:
-  what `.data` writes there cannot be seen. Parameters whose counts differed may have equal ones
-  now, as a user may write them: they are still stepped apart, which makes no difference to any bit.
+  what `.data` writes there cannot be seen. Parameters whose counts differed and have been made
+  equal are still stepped apart: no bit depends on that.
 
 Anything that cannot be checked this way is planned anew at every step: subclasses of tensors,
 rows that are not ours, the first step of a momentum, steps that are recorded or traced.
