@@ -26,12 +26,10 @@ _TENSORS = (Tensor, TensorList, Recorded, Unknown)
 
 def is_zero(coefficient: Any) -> bool:
     """Whether it is the Python number 0; the values of a tensor are never read."""
-    return _is(coefficient, 0)
+    return coefficient == 0 if type(coefficient) is float else _is(coefficient, 0)
 
 
 def _is(coefficient: Any, number: int) -> bool:
-    if type(coefficient) is float:  # most are
-        return coefficient == number
     known = isinstance(coefficient, (int, float, Symbol)) and not isinstance(coefficient, Unknown)
     return known and coefficient == number
 
@@ -60,16 +58,12 @@ def kept(grad: Leaf) -> Leaf:
     return grad if isinstance(grad, Tensor) else 1 * grad
 
 
-def _varies(coefficient: Any) -> bool:
-    """Whether plain arithmetic is needed."""
-    return type(coefficient) is not float and isinstance(coefficient, _TENSORS)
-
-
 def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * y`."""
-    coefficient = _modes.number_of(coefficient)
-    if _varies(coefficient):
-        return x + y * coefficient
+    if type(coefficient) is not float:  # most are
+        coefficient = _modes.number_of(coefficient)
+        if isinstance(coefficient, _TENSORS):
+            return x + y * coefficient
     return torch.add(x, y, alpha=coefficient)
 
 
@@ -80,29 +74,32 @@ def add_decay(grad: Leaf, param: Leaf, weight_decay: Any) -> Leaf:
 
 def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
     """`x + weight * (y - x)`."""
-    weight = _modes.number_of(weight)
+    if type(weight) is not float:
+        weight = _modes.number_of(weight)
+        if isinstance(weight, _TENSORS):
+            return x + weight * (y - x)
     if _is(weight, 1):
         return y if isinstance(y, Recorded) else copy(y)
-    if _varies(weight):
-        return x + weight * (y - x)
     return torch.lerp(x, y, weight)
 
 
 def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a * b`."""
-    coefficient = _modes.number_of(coefficient)
-    if _varies(coefficient):
-        return x + a * coefficient * b
+    if type(coefficient) is not float:
+        coefficient = _modes.number_of(coefficient)
+        if isinstance(coefficient, _TENSORS):
+            return x + a * coefficient * b
     return torch.addcmul(x, a, b, value=coefficient)
 
 
 def addcdiv(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a / b`."""
-    coefficient = _modes.number_of(coefficient)
-    if isinstance(coefficient, Tensor) and any(isinstance(v, TensorList) for v in (x, a, b)):
-        b, coefficient = b / coefficient, 1  # in place, where b is not needed again
-    if isinstance(coefficient, _TENSORS):
-        return x + a * coefficient / b
+    if type(coefficient) is not float:
+        coefficient = _modes.number_of(coefficient)
+        if isinstance(coefficient, Tensor) and any(isinstance(v, TensorList) for v in (x, a, b)):
+            b, coefficient = b / coefficient, 1  # in place, where b is not needed again
+        if isinstance(coefficient, _TENSORS):
+            return x + a * coefficient / b
     return torch.addcdiv(x, a, b, value=coefficient)
 
 
