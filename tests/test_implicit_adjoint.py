@@ -120,9 +120,12 @@ def test_losses_and_state_have_no_derivative():
         (diffopt.adamw(), {}),
     ],
 )
-def test_an_optimizer_that_decays_is_refused(opt, numbers):
-    with pytest.raises(ValueError, match="put the decay into the loss"):
-        solve(*inputs(), opt=opt, **numbers)
+def test_an_optimizer_that_decays_is_refused_each_time_and_no_other_is(opt, numbers):
+    for _ in range(2):
+        still = Implicit(root_tolerance=torch.inf)
+        solve(*inputs(), still, opt=opt, steps=1, weight_decay=0.0)
+        with pytest.raises(ValueError, match="put the decay into the loss"):
+            solve(*inputs(), opt=opt, **numbers)
 
 
 def test_an_optimizer_that_decays_is_refused_where_the_params_are_zero():

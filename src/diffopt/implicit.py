@@ -355,7 +355,7 @@ def fixed_point_iteration(
             after = ravel_like(step(unravel(x), *args), init, ("the output of step", "init"))
             unit = magnitude(after)  # scaled by it, norms stay in the range of the dtype
             change, size = norm((after - x) / unit), norm(after / unit)
-            moved = change > torch.maximum(relative * size, atol / unit)
+            moved = change > (relative * size).clamp(min=atol / unit)
             x = torch.where(active, after, x)
             active = active & moved & torch.isfinite(x).all()
             if not anywhere(active):
@@ -394,8 +394,10 @@ def _distance(residual: Residual, x: Tensor, *inputs: Tensor) -> Tensor:
     size = norm(r)
     b = torch.where(size > 0, r / size, 0.0)
     system = LinearSystem(product, lambda: product, same, same, b, torch.full_like(size, 0.1))
-    step = ConjugateGradient(max_steps=10).run(system, torch.zeros_like(b), b).x
-    length = norm(step)
+    # One cycle alone, without the product that tells how exact it was.
+    cycle = ConjugateGradient()._cycle  # pyright: ignore[reportPrivateUsage] (of this package)
+    step = cycle(system, torch.zeros_like(b), b, _modes.number_of(size > 0), 0.1, 10).x
+    length = torch.where(torch.isfinite(step).all(), norm(step), 0.0)
     if anywhere(length == 0):
         length = torch.where(length > 0, length, 1 / (b @ product(b)).abs())
     return torch.where(size > 0, size * length, size) / norm(x).clamp(min=1)

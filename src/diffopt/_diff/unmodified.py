@@ -128,13 +128,14 @@ class _Reads(_torch.DispatchMode):
         return True  # else torch.compile would never compile a function that runs here first
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in _tensors((args, kwargs)):
+        kwargs = kwargs or {}
+        for x in _tensors(*args, *kwargs.values()):
             memory = _memory(x)
             if memory not in self.known:
                 self.known.add(memory)
                 self.given.add(memory)
                 self.versions.append((weakref.ref(x), stamp(x)))
-        results = func(*args, **(kwargs or {}))
+        results = func(*args, **kwargs)
         for x in _tensors(results):
             memory = _memory(x)
             self.known.add(memory)
@@ -147,13 +148,15 @@ class _Reads(_torch.DispatchMode):
         return sum(x.nbytes() for x in (reference() for reference in self.made) if x is not None)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments or results of an operation, which are few and not nested."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (tuple, list, dict)):
-        for value in cast(Any, values.values() if isinstance(values, dict) else values):
-            yield from _tensors(value)
+def _tensors(*values: Any) -> list[Tensor]:
+    """The tensors among the arguments or results of an operation, or in lists among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(*cast(Any, value))
+    return found
 
 
 def stamp(x: Tensor) -> Stamp:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants
 from diffopt._diff.gradient import value_and_grad
 from diffopt._diff.tasks import Task
-from diffopt._rule import checks
+from diffopt._rule import checks, hyper
+from diffopt._rule.leafwise import Leafwise
+from diffopt._rule.rule import is_ours
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step, all_done
 from diffopt.adjoint._limited import without_derivative
@@ -182,6 +185,32 @@ def _unknowns(
 
 def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) -> None:
     """Raise if params move although the gradient is zero, or would for other tensor hparams."""
+    with torch.no_grad():
+        if _known_moves(optimizer, params, hparams):
+            raise ValueError(
+                "the optimizer moves params whose gradient is zero (by weight decay?), so it does "
+                "not end at a stationary point of the loss: put the decay into the loss"
+            )
+
+
+def _known_moves(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) -> bool:
+    """`_moves`; with numbers for a rule of this package it depends on little, and is remembered."""
+    leaves = _tree.leaves(params)
+    ours = isinstance(optimizer, Leafwise) and is_ours(optimizer)
+    if ours and _modes.all_plain(leaves) and {*map(type, vars(hparams).values())} <= {int, float}:
+        kinds = tuple((x.shape, x.dtype, x.device) for x in leaves)
+        return _moves_ones(optimizer, tuple(vars(hparams).values()), kinds)
+    return _moves(optimizer, params, hparams)
+
+
+@functools.lru_cache(maxsize=256)
+def _moves_ones(optimizer: Any, numbers: tuple[float, ...], kinds: tuple[Any, ...]) -> bool:
+    params = [torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
+    return _moves(optimizer, params, hyper.assemble(optimizer.hparams, numbers))
+
+
+def _moves(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) -> bool:
+    """Whether params move although the gradient is zero, or would for other tensor hparams."""
 
     def other(leaf: Tensor) -> Tensor:
         return 0.05 + 0.9 * leaf
@@ -189,14 +218,9 @@ def _refuse_decay(optimizer: Optimizer[Any, Any], params: Tree, hparams: Any) ->
     def movable(leaf: Tensor) -> Tensor:  # decay has no effect at zero or infinity
         return torch.where(torch.isfinite(leaf) & (leaf != 0), leaf, 1.0)
 
-    with torch.no_grad():
-        params = _tree.map(movable, params)
-        zeros = _tree.map(torch.zeros_like, params)
-        hparams = _tree.map_tensors(other, _tree.detach(hparams))
-        moved, _ = optimizer.update(params, zeros, optimizer.init(params), hparams)
-    for before, after in zip(_tree.leaves(params), _tree.leaves(moved), strict=True):
-        if _modes.holds_anywhere(before != after):
-            raise ValueError(
-                "the optimizer moves params whose gradient is zero (by weight decay?), so it does "
-                "not end at a stationary point of the loss: put the decay into the loss"
-            )
+    params = _tree.map(movable, params)
+    zeros = _tree.map(torch.zeros_like, params)
+    hparams = _tree.map_tensors(other, _tree.detach(hparams))
+    moved, _ = optimizer.update(params, zeros, optimizer.init(params), hparams)
+    pairs = zip(_tree.leaves(params), _tree.leaves(moved), strict=True)
+    return any(_modes.holds_anywhere(before != after) for before, after in pairs)

@@ -21,6 +21,7 @@ from diffopt.linear._failure import OnFailure, check_on_failure, fail, refuse_tr
 from diffopt.linear._vectors import (
     Linear,
     anywhere,
+    chosen,
     greatest,
     magnitude,
     norm,
@@ -234,8 +235,9 @@ def constant_solution(
     solver: LinearSolver, operator: Operator, b: Tensor, x0: Tensor | None, *point: Tensor
 ) -> LinearSolution:
     """The solution as a constant; warns or raises on failure."""
-    finite, scale = torch.isfinite(b).all(), magnitude(b)
-    b = torch.where(finite, b / scale, 0.0)
+    # What there is one of for each sample is a number where there is only one, as in `krylov`.
+    finite, scale = _modes.number_of(torch.isfinite(b).all()), magnitude(b)
+    b = chosen(finite, b / scale, 0.0)
     size = norm(b)
     rtol = torch.finfo(b.dtype).eps ** 0.5 if solver.rtol is None else solver.rtol
     system = LinearSystem(
@@ -244,32 +246,33 @@ def constant_solution(
         operator.precondition,
         operator.adjoint_precondition,
         b,
-        torch.maximum(rtol * size, solver.atol / scale),
+        (rtol * size).clamp(min=solver.atol / scale),
     )
     if x0 is None:
         run = solver.run(system, torch.zeros_like(b), b)
     else:
-        x0 = x0 / scale
-        x0 = torch.where((size > 0) & torch.isfinite(x0).all(), x0, 0.0)  # x is known if b = 0
-        run = solver.run(system, x0, system.residual(x0))
+        start = x0 / scale
+        start = torch.where((size > 0) & torch.isfinite(start).all(), start, 0.0)  # 0 if b = 0
+        run = solver.run(system, start, system.residual(start))
     x, iterations, obstacle, residual = run
     residual = norm(system.residual(x) if residual is None else residual)
-    x = torch.where(finite, x * scale, torch.nan)
-    residual = torch.where(torch.isfinite(x).all(), residual, torch.inf)
-    within = residual <= system.tolerance
-    if anywhere(~finite):
+    x = chosen(finite, x * scale, torch.nan)
+    residual = chosen(_modes.number_of(torch.isfinite(x).all()), residual, torch.inf)
+    within = _modes.number_of(residual <= system.tolerance)
+    if anywhere(finite ^ True):
         fail(
             f"{type(solver).__name__} returns NaN, since b is not finite: in a backward pass, b is "
             "the incoming gradient",
             solver.on_failure,
         )
-    if anywhere(finite & ~within):
-        worst = greatest(torch.where(finite & ~within, residual / size, 0.0))
+    if anywhere(finite & (within ^ True)):
+        worst = greatest(chosen(finite & (within ^ True), residual / size, 0.0))
         fail(
             f"{type(solver).__name__} stopped after {greatest(iterations)} iterations at a "
             f"residual of {worst:.2g} times the norm of b, above the tolerance of "
             f"rtol={rtol:.2g}, atol={solver.atol:.2g}" + (f": {obstacle}" if obstacle else ""),
             solver.on_failure,
         )
-    residual = torch.where(finite, residual * scale, torch.nan)
-    return LinearSolution(x, residual, iterations, finite & within)
+    residual = chosen(finite, residual * scale, torch.nan)
+    converged = torch.as_tensor(finite & within, device=x.device)
+    return LinearSolution(x, residual, iterations, converged)

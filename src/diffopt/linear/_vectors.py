@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -81,11 +82,16 @@ def _has_values(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_meta
 
 
-def magnitude(vector: Tensor) -> Tensor:
-    """A power of two near its largest entry, to divide by without rounding; 1 if not finite."""
+def magnitude(vector: Tensor) -> Any:
+    """A power of two near its largest entry, to divide by without rounding; 1 if not finite.
+
+    It is a number where `dot` is.
+    """
     # At most half of the entry, since log2 of the largest number rounds up.
     smallest = vector.new_full((1,), 4 * torch.finfo(vector.dtype).tiny)
-    largest = torch.cat([vector.abs(), smallest]).max()
+    largest = _modes.number_of(torch.cat([vector.abs(), smallest]).max())
+    if not isinstance(largest, Tensor):
+        return 2.0 ** (math.frexp(largest)[1] - 2) if math.isfinite(largest) else 1.0
     return torch.where(largest.isfinite(), torch.exp2(torch.floor(torch.log2(largest / 2))), 1.0)
 
 
@@ -109,6 +115,11 @@ def quotient(mask: Any, x: Any, y: Any) -> Any:
     if isinstance(mask, bool):
         return x / y if mask else 0.0
     return torch.where(mask, x / y, 0.0)
+
+
+def chosen(mask: Any, x: Tensor, other: float) -> Tensor:
+    """`x` where the mask, a tensor or a bool, holds, else the number."""
+    return x if mask is True else torch.where(torch.as_tensor(mask, device=x.device), x, other)
 
 
 def anywhere(mask: Tensor | bool) -> bool:
