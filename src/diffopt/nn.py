@@ -179,7 +179,8 @@ class _Apply:
         replica = _replica.replica(parts, given)
         before = _modes.versions(params.values())
         # torch caches parametrized tensors under the id of the original module.
-        with _traceable_attention(), _torch.parametrized_anew():
+        attention = _traceable_attention() if _modes.transformed() else contextlib.nullcontext()
+        with attention, _torch.parametrized_anew():
             outputs = replica(*inputs, **kwargs)
         _refuse_writes(params, before)
         if len(self.buffers) > len(self.frozen):
@@ -187,7 +188,7 @@ class _Apply:
         return outputs, {name: tensors[name] for name in self.buffers}
 
     def _check(self, argument: str, given: Any, own: Tensors) -> None:
-        if not isinstance(given, Mapping):
+        if type(given) is not dict and not isinstance(given, Mapping):  # of an ABC: slow
             call = "params, buffers" if self.buffers else "params"
             raise TypeError(
                 f"{argument} is {_tree.describe(given)}, not a dictionary of the module's "
@@ -233,7 +234,8 @@ class _Apply:
 
 def _stands_for_buffers(first: Any, *others: Any) -> bool:
     """Whether the first input of a module without buffers stands where buffers would be."""
-    return first is None or (isinstance(first, Mapping) and (not first or bool(others)))
+    mapping = type(first) is not Tensor and isinstance(first, Mapping)  # of an ABC: slow
+    return first is None or (mapping and (not first or bool(others)))
 
 
 def _misfit(tensor: Tensor, own: Tensor) -> str | None:
@@ -319,7 +321,7 @@ def _refuse_writes(params: Tensors, before: list[int]) -> None:
 def _traceable_attention() -> Generator[None]:
     """Attention in operations that torch.func knows: an encoder's fast path in eval mode is not."""
     mha = torch.backends.mha
-    changed = _modes.transformed() and mha.get_fastpath_enabled()
+    changed = mha.get_fastpath_enabled()
     if changed:
         mha.set_fastpath_enabled(False)
     try:

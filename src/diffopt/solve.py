@@ -22,6 +22,7 @@ from diffopt._arguments import (
     too_large,
 )
 from diffopt._diff.functions import AmbientState
+from diffopt._diff.gradient import NOTHING
 from diffopt._diff.unmodified import Captured
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
@@ -166,8 +167,8 @@ def minimize(
     def objective(params: Tree, inputs: Any) -> tuple[Tensor, Any]:
         buffers, args, batch = inputs
         inputs = (buffers, *args, *batch) if stateful else (*args, *batch)
-        value, (new, aux) = _outputs(loss(params, *inputs), stateful, has_aux)
-        return value, (_like_buffers(new, buffers) if stateful else (), aux)
+        value, others = _outputs(loss(params, *inputs), stateful, has_aux)
+        return value, (_like_buffers(others[0], buffers), others[1]) if stateful else others
 
     def of_step(number: int) -> Any:
         return of_one_step(hparams(number), number, optimizer.hparams)
@@ -407,7 +408,7 @@ def _like_buffers(new: Tree, old: Tree) -> Tree:
 def _outputs(result: Any, stateful: bool, has_aux: bool) -> tuple[Tensor, Any]:
     """What the loss returned as `(value, (buffers, aux))`."""
     if isinstance(result, Tensor) and not (stateful or has_aux):
-        return _real(result), ((), None)
+        return _real(result), NOTHING
     parts = ["value", *(["buffers"] * stateful), *(["aux"] * has_aux)]
     values: Any = (result,) if len(parts) == 1 else result
     named = dict(zip(parts, check_result(values, "loss", *parts), strict=True))

@@ -20,11 +20,17 @@ from diffopt._diff.captured import graph_leaves, refuse_closed_over, refuse_vary
 from diffopt._diff.lacking import Explained, remedy
 from diffopt._tree import Tree
 
+_NO_CONTEXT = contextlib.nullcontext(dict[int, Tensor]())
+
 HVP: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse"]
 """How the derivative of a gradient (a Hessian-vector product) is computed."""
 
 Objective: TypeAlias = Callable[[Tree, Tree], tuple[Tensor, Any]]
 """`(params, inputs) -> (value, aux)`"""
+
+
+NOTHING: Any = ((), None)
+"""The auxiliary output of a loss without buffers that returns its value alone."""
 
 
 def check_hvp(value: Any) -> None:
@@ -114,16 +120,17 @@ def leaf_gradients(
     """
     recording, forward = torch.is_grad_enabled(), _modes.forward_differentiated()
     needed = create_graph and recording
-    unknown = needed and not any(leaf.requires_grad for leaf in leaves)
-    enabled = contextlib.nullcontext() if recording else torch.enable_grad()
-    with enabled, functions.noticed() if unknown else contextlib.nullcontext({}) as own:
+    require = [leaf.requires_grad for leaf in leaves]
+    unknown = needed and not any(require)
+    enabled = _NO_CONTEXT if recording else torch.enable_grad()
+    with enabled, functions.noticed() if unknown else _NO_CONTEXT as own:
         # Aliases, so that the gradient is partial: not through params that depend on one another,
         # nor through arguments of the loss that depend on params.
         aliases = leaves
-        if not (apart and create_graph and all(leaf.requires_grad for leaf in leaves)):
+        if not (apart and create_graph and all(require)):
             aliases = [functions.alias(leaf, create_graph) for leaf in leaves]
         first = _torch.next_node()
-        with repairs.mended() if forward else contextlib.nullcontext():
+        with repairs.mended() if forward else _NO_CONTEXT:
             value, aux = function(_tree.unflatten(aliases, spec), inputs)
         if not value.requires_grad:
             if torch.is_inference_mode_enabled():
@@ -140,7 +147,7 @@ def leaf_gradients(
         with torch.no_grad():
             value, aux, found = _tree.clone((value, aux, found))
     elif not needed:
-        value, aux = value.detach(), _tree.detach(aux)
+        value, aux = value.detach(), aux if aux is NOTHING else _tree.detach(aux)
     return value, aux, _dependent(found)
 
 

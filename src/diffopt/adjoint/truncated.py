@@ -12,6 +12,7 @@ import torch
 
 from diffopt import _modes, _tree
 from diffopt._arguments import check_integer
+from diffopt._diff import functions
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step, all_done
 from diffopt.adjoint._steps import taken
@@ -60,7 +61,9 @@ class Truncated(Adjoint):
             first = _but_last(xs, self.k, last, torch.is_grad_enabled())
         with torch.no_grad():
             end, outputs = taken(step, _tree.detach(carry), args, first)
-        outputs = [*map(_tree.detach, outputs)]
+            known = isinstance(step, GradientStep) and step.compiler is None
+            if not (known and functions.constant()):  # else its gradient has detached them
+                outputs = [*map(_tree.detach, outputs)]
         carry, more = taken(step, _tree.detach(end) if outputs else carry, args, [*last])
         outputs += more
         if isinstance(step, GradientStep) and self.k and outputs:
