@@ -27,6 +27,8 @@ from diffopt.solve import check_hparams, check_state, of_one_step
 
 M = TypeVar("M", bound=nn.Module)
 
+_PARAMETERS = _torch.MODULE_TABLES[0]
+
 Gradients: TypeAlias = dict[str, Tensor | None]
 """By the name of the parameter; None where the loss does not depend on it."""
 
@@ -331,7 +333,11 @@ class InnerLoop:
 
     def _check_same(self) -> None:
         """Raise if the copy has parameters that no step would move."""
-        known = {id(tensor) for tensor in self._params[-1].values()}
+        known = {*map(id, self._params[-1].values())}
+        parts = self._fmodel.modules()
+        found = [id(p) for part in parts for p in vars(part)[_PARAMETERS].values() if p is not None]
+        if known.issuperset(found):
+            return
         for name, tensor in self._fmodel.named_parameters():
             if tensor.requires_grad and id(tensor) not in known:
                 raise ValueError(
@@ -353,8 +359,12 @@ class InnerLoop:
     def _put(self, params: dict[str, Tensor]) -> None:
         """Make these the parameters of the copy, and its buffers new ones of the same values."""
         old, track = self._params[-1], self.track_graph
+        # Where no parameter depends on another, the next gradient is partial without aliases.
+        apart = track and self._updates is not None and self._updates.apart
         new = {
-            name: functions.alias(p, track) if old[name].requires_grad else p
+            name: functions.alias(p, track)
+            if old[name].requires_grad and not (apart and p is not old[name])
+            else p
             for name, p in params.items()
         }
         tensors = {id(old[name]): tensor for name, tensor in new.items()}
@@ -408,12 +418,11 @@ class _Parameters(dict[str, Tensor]):
 def _keep_past(fmodel: nn.Module, past: _Past) -> None:
     """Let the parts of a copy see their parameters as they were in what runs again."""
     names = {id(tensor): name for name, tensor in past.params[0].items()}
-    parameters, *_ = _torch.MODULE_TABLES
     for part in fmodel.modules():
-        table = vars(part)[parameters]
+        table = vars(part)[_PARAMETERS]
         own = {key: names[id(p)] for key, p in table.items() if id(p) in names}
         if own:
-            vars(part)[parameters] = _Parameters(table, own, past)
+            vars(part)[_PARAMETERS] = _Parameters(table, own, past)
 
 
 def _check_modes() -> None:
