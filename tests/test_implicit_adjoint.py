@@ -138,6 +138,22 @@ def test_a_diverged_loop_is_no_minimum():
         solve(*inputs(), lr=10.0)
 
 
+@pytest.mark.parametrize("power", [0.5, 0.9], ids=["nan", "infinite"])
+def test_an_end_where_the_gradient_is_not_finite_is_no_minimum(power):
+    def loss(w, scale):
+        return (w**2 + 0.0 * scale).sum() + (w - 0.5).pow(power).sum()
+
+    scale = torch.tensor(1.0, requires_grad=True)
+    start = torch.full((2,), 1.0)
+    (slope,) = torch.autograd.grad(loss(x := start.clone().requires_grad_(), scale), x)
+    lr = (0.6 if power == 0.5 else 0.5) / slope[0].item()
+    with pytest.warns(ConvergenceWarning, match="x is not a solution: its distance"):
+        diffopt.minimize(
+            loss, start, scale, optimizer=OPT, hparams=OPT.hparams(lr=lr), steps=1,
+            adjoint=Implicit(),
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("solver", [ConjugateGradient(), Direct()], ids=str)
 def test_an_outer_gradient_that_is_not_finite_stays_so(solver):
     leaves = inputs()

@@ -26,6 +26,7 @@ from diffopt._arguments import (
 )
 from diffopt._diff.isolation import isolated, refuse_captured
 from diffopt._diff.unmodified import Captured
+from diffopt._rule.ops import where
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
 from diffopt.linear._base import LinearSystem, constant_solution, operator_of
@@ -34,7 +35,9 @@ from diffopt.linear._failure import OnFailure, check_on_failure, fail, refuse_tr
 from diffopt.linear._vectors import (
     Linear,
     anywhere,
+    chosen,
     greatest,
+    length,
     magnitude,
     norm,
     ravel,
@@ -391,16 +394,16 @@ def _distance(residual: Residual, x: Tensor, *inputs: Tensor) -> Tensor:
     def same(v: Tensor) -> Tensor:
         return v
 
-    size = norm(r)
-    b = torch.where(size > 0, r / size, 0.0)
-    system = LinearSystem(product, lambda: product, same, same, b, torch.full_like(size, 0.1))
+    size = length(r)  # a number where there is one sample, as in `krylov`
+    b = chosen(size > 0, r / size, 0.0)
+    system = LinearSystem(product, lambda: product, same, same, b, b.new_full((), 0.1))
     # One cycle alone, without the product that tells how exact it was.
     cycle = ConjugateGradient()._cycle  # pyright: ignore[reportPrivateUsage] (of this package)
-    step = cycle(system, torch.zeros_like(b), b, _modes.number_of(size > 0), 0.1, 10).x
-    length = torch.where(torch.isfinite(step).all(), norm(step), 0.0)
-    if anywhere(length == 0):
-        length = torch.where(length > 0, length, 1 / (b @ product(b)).abs())
-    return torch.where(size > 0, size * length, size) / norm(x).clamp(min=1)
+    step = cycle(system, torch.zeros_like(b), b, size > 0, 0.1, 10).x
+    reached = chosen(_modes.number_of(torch.isfinite(step).all()), norm(step), 0.0)
+    if anywhere(reached == 0):
+        reached = torch.where(reached > 0, reached, 1 / (b @ product(b)).abs())
+    return where(size > 0, size * reached, size) / norm(x).clamp(min=1)
 
 
 _MEASURED = {

@@ -34,7 +34,7 @@ def ravel(tree: Tree, name: str) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     def unravel(vector: Tensor) -> Tree:
         pieces = [vector] if len(sizes) == 1 else vector.split(sizes)
         pairs = zip(pieces, kinds, strict=True)
-        return _tree.unflatten([x.reshape(shape).to(dtype) for x, (shape, dtype) in pairs], spec)
+        return _tree.unflatten([_shaped(x, shape).to(dtype) for x, (shape, dtype) in pairs], spec)
 
     return torch.cat([leaf.reshape(-1) for leaf in leaves]), unravel
 
@@ -74,8 +74,13 @@ def ravel_like(
                 f"floating-point tensor of shape {tuple(reference.shape)}, as in {names[1]}"
             )
     pairs = zip(leaves, references, strict=True)
-    pieces = [leaf.to(ref.dtype).reshape(-1) for leaf, ref in pairs]
+    pieces = [_shaped(leaf.to(ref.dtype), (leaf.numel(),)) for leaf, ref in pairs]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor itself where it has this shape: a view would cost time in each product."""
+    return x if x.shape == shape else x.reshape(shape)
 
 
 def _has_values(tensor: Tensor) -> bool:
