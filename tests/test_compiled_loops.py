@@ -1239,6 +1239,13 @@ def test_inductor_keeps_what_few_elements_of_a_large_result_depend_on():
     torch.testing.assert_close(found, scaled(*inputs))
 
 
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+def test_inductor_tests_instructions_only_where_torch_does_not_use_them(monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    options = _compiler.backend_of({}).config
+    assert options.get("cpp.vec_isa_ok") == (True if capability == "AVX512" else None)
+
+
 @pytest.mark.slow
 def test_what_batches_change_between_steps_is_seen():
     class Temperature(torch.nn.Module):

@@ -92,6 +92,10 @@ def backend_of(options: Mapping[str, Any]) -> Any:
         given.setdefault("layout_optimization", False)
         # These take a tenth of the time of a step on small tensors; inputs are checked before.
         given.setdefault("size_asserts", False)
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":
+            # Torch uses these instructions. Otherwise inductor tests them in each process, and from
+            # an empty cache a quarter of the time to compile a small step is for three such tests.
+            given.setdefault("cpp.vec_isa_ok", True)
         scalars = _torch.graph_pass(_compute_scalars_once, "diffopt: scalars once, 2")
         given.setdefault("post_grad_custom_post_pass", scalars)
     return _torch.compiler(backend, options.get("mode"), given, options.get("dynamic"))
