@@ -57,6 +57,43 @@ def test_a_loss_that_closes_over_a_tensor_that_needs_a_gradient_is_refused_by_na
         )
 
 
+def minimum(weight, scale):
+    return diffopt.minimize(
+        lambda w, a: (weight() * (w - a) ** 2).sum(), torch.zeros(3), scale,
+        optimizer=OPT, hparams=OPT.hparams(lr=0.1), steps=2, adjoint=Implicit(on_failure="raise"),
+    ).params  # fmt: skip
+
+
+RANDOM = {
+    "loss": minimum,
+    "residual": lambda weight, a: diffopt.implicit_root(
+        lambda x, a: weight() * (x - a), lambda x, a: a
+    )(torch.zeros(3), a),
+    "operator": lambda weight, a: ConjugateGradient().solve(lambda v: weight() * v, a).value,
+}
+
+
+@pytest.mark.parametrize("what", RANDOM)
+@pytest.mark.parametrize(
+    "transform", [lambda f: f, lambda f: torch.func.grad(lambda a: f(a).sum())]
+)
+def test_random_numbers_that_differ_between_samples_are_told_from_captured_tensors(what, transform):
+    def solved(weight):
+        function = transform(lambda a: RANDOM[what](weight, a))
+        return torch.vmap(function, randomness="different")(torch.rand(2, 3) + 1)
+
+    with pytest.raises(ValueError, match=f"^{what} draws random numbers, which differ between"):
+        solved(lambda: 1 + torch.rand(()))
+    captured = torch.ones((), requires_grad=True)
+    for weight in (lambda: captured, lambda: captured * torch.rand(())):
+        with pytest.raises(ValueError, match=f"^{what} closes over a tensor"):
+            solved(weight)
+    with pytest.raises(ValueError, match=f"^{what} closes over a tensor"):
+        torch.vmap(
+            lambda a, b: transform(lambda a: RANDOM[what](lambda: b, a))(a), randomness="different"
+        )(torch.ones(2, 3), torch.ones(2))
+
+
 def test_it_works_under_transforms_in_any_nesting():
     def outer(adjoint):
         return lambda target, decay: solve(target, decay, adjoint).params.sin().sum()

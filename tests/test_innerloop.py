@@ -70,6 +70,16 @@ def test_meta_gradients_equal_those_of_minimize(opt):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("opt", "given"),
+    [(diffopt.sgd(), torch.optim.SGD), (diffopt.adamw(), torch.optim.AdamW)],
+    ids=["sgd", "adamw"],
+)
+def test_the_defaults_of_a_pure_optimizer_are_those_of_torch(opt, given):
+    net = mlp()
+    torch.testing.assert_close(adapted(net, opt), adapted(net, given(net.parameters())))
+
+
 class FromStart(transforms.Wrapper):
     """Pulls the parameters back to where they started, which is its state."""
 

@@ -203,7 +203,8 @@ def implicit_root(
             tensor, or with `sequential` aux cannot be stacked.
         ValueError: `on_failure` or `root_tolerance` is invalid; residual's output is not a tree
             like x; residual closes over a tensor that needs a gradient or is batched by vmap: pass
-            it as an argument (not detected if residual disables gradients itself).
+            it as an argument (not detected if residual disables gradients itself); or it draws
+            random numbers that differ between samples.
         ConvergenceError: with `on_failure="raise"`, here or in `solver`.
         RuntimeError: under torch.compile.
 

@@ -67,8 +67,8 @@ def innerloop(
             module, whose groups, hyperparameters and state are the initial ones. It moves only the
             parameters it was given.
         hparams: hyperparameters from `optimizer.hparams(...)` of the pure optimizer, or a function
-            of the step 0, 1, ... that returns them; by default those of the groups, or the
-            defaults of a pure optimizer.
+            of the step 0, 1, ... that returns them; by default those of the groups, or of a pure
+            optimizer `optimizer.hparams()`: the defaults of torch.optim, such as lr=1e-3 for SGD.
         state: the state of a pure optimizer; `optimizer.init(params)` if None.
         override: hyperparameters to replace, by name, such as `{"lr": lr, "betas": (b1, b2)}`. A
             value is a number, a tensor, a dict by name of a parameter or a part of the module, or a

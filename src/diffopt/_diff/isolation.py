@@ -123,7 +123,14 @@ def refuse_captured(function: Callable[..., Tree], captured: Captured, *trees: T
         outputs = function(*inputs)
     plain = not (_modes.transformed() or _modes.forward_differentiated())
     own = plain and all(id(leaf) in aliases for leaf in graph_leaves(outputs))
-    if not own and any(map(_belongs, _tree.tensors(outputs))):
+    results = _tree.tensors(outputs)
+    if not own and any(map(_belongs, results)):
+        if not any(map(_differentiated, results)) and _draws_batches(function, inputs):
+            raise ValueError(
+                f"{captured.name} draws random numbers, which differ between the samples of "
+                'torch.vmap(randomness="different"): draw them beforehand, and pass them as an '
+                "argument"
+            )
         raise ValueError(
             f"{captured.name} closes over a tensor that needs a gradient or is batched by vmap: "
             "pass it as an argument (a module's params by diffopt.nn.functionalize), or detach it; "
@@ -133,12 +140,25 @@ def refuse_captured(function: Callable[..., Tree], captured: Captured, *trees: T
 
 def _belongs(tensor: Tensor) -> bool:
     """Whether it takes part in an active derivative or batch, at any level."""
+    return _differentiated(tensor) or any(map(_torch.is_batched, _modes.levels(tensor)))
+
+
+def _differentiated(tensor: Tensor) -> bool:
     return any(
         level.requires_grad
-        or _torch.is_batched(level)
         or (_torch.forward_level() >= 0 and forward_ad.unpack_dual(level).tangent is not None)
         for level in _modes.levels(tensor)
     )
+
+
+def _draws_batches(function: Callable[..., Tree], inputs: Tree) -> bool:
+    """Whether it draws random numbers where each sample of a batch has its own."""
+    before = functions.AmbientState(inputs)
+    with before.restored():
+        function(*inputs)
+        after = functions.AmbientState(inputs).states
+        drawn = not all(map(torch.equal, before.states, after))
+        return drawn and any(map(_torch.is_batched, _modes.levels(torch.rand(()))))
 
 
 def _constant(tensor: Tensor) -> Tensor:
