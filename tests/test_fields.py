@@ -403,6 +403,18 @@ def test_a_wrong_number_is_refused(number, message):
             update(params, params, state, opt.hparams())
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [*RULES, "adam", "rprop"])
+def test_negated_views_are_written_to(name, way):
+    opt, params = getattr(diffopt, name)(execution=way), tree()
+    hp, grads = opt.hparams(**RULES.get(name, {"lr": 0.1})), tree(9)
+    state = opt.update(params, grads, opt.init(params), hp)[1]
+    expected = opt.update(params, grads, state, hp)
+    params, state = pytree.tree_map(lambda x: torch._neg_view(-x), (params, state))
+    opt.update_(params, grads, state, hp)
+    torch.testing.assert_close((params, state), expected)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_state_survives_copies_and_files(name, tmp_path):
     opt, params = rule(name), tree()

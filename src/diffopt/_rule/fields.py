@@ -80,7 +80,7 @@ def write_(column: Any, old: list[Tensor], like: Tensor) -> None:
             overwrite_(y, _left(x.new, y, like))
         return
     new = _left(column.new, old[0], like)
-    if new.shape != old[0].shape:
+    if new.shape != old[0].shape or any(map(Tensor.is_neg, old)):  # foreach kernels refuse those
         for x in old:
             overwrite_(x, new)
         return
