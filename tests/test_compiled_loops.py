@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import diffopt
 from diffopt import _compiler
 from diffopt._diff import functions, kernels
+from diffopt._diff.series import Series
 from diffopt.adjoint import (
     Checkpointed,
     FirstOrder,
@@ -881,6 +882,62 @@ def test_torch_compile_checks_a_loop_once_and_not_every_step(way, calls):
             calls.clear()
             same(meta_gradient(adjoint, {"backend": "eager"}), right)
         assert len(calls) <= most
+
+
+def stepping(opt, compile, needs, **options):
+    """A loop with auxiliary outputs, and what needs a gradient in it."""
+    w = {"a": torch.ones(2, dtype=torch.float64), "b": torch.full((2,), 0.5, dtype=torch.float64)}
+    given = {"lr": torch.tensor(0.1, dtype=torch.float64), **w}
+    given[needs].requires_grad_()
+
+    def loss(w):
+        value = ((w["a"] - 1) ** 2).sum() + (w["a"] * w["b"]).sum()
+        return value, (value.sin(), w["b"].sum())
+
+    sol = diffopt.minimize(
+        loss, w, optimizer=opt, hparams=opt.hparams(lr=given["lr"]),
+        has_aux=True, compile=compile, **options,
+    )  # fmt: skip
+    return sol, given[needs]
+
+
+ONE_BY_ONE = {
+    "a step": {"steps": 1},
+    "callback": {"steps": 3, "callback": lambda *_: None},
+    "tol": {"steps": 3, "tol": 1e-9, "callback": lambda *_: None},
+}
+
+
+@pytest.mark.parametrize("needs", ["lr", "a"])
+@pytest.mark.parametrize("how", ONE_BY_ONE)
+@pytest.mark.parametrize("opt", [PLAIN, diffopt.adam()], ids=["sgd", "adam"])
+def test_the_first_outputs_of_steps_taken_one_by_one_are_constants_where_they_are(
+    opt, how, needs, traceless
+):
+    (found, x), (right, y) = (
+        stepping(opt, compile, needs, **ONE_BY_ONE[how]) for compile in (traceless, False)
+    )
+    outputs = [diffopt._tree.leaves((s.aux, s.losses, s.params, s.state)) for s in (found, right)]
+    assert [o.requires_grad for o in outputs[0]] == [o.requires_grad for o in outputs[1]]
+    same(*outputs)
+    for mine, theirs in zip(*outputs, strict=True):
+        if mine.requires_grad:
+            same(
+                torch.autograd.grad(mine.sum(), x, retain_graph=True, allow_unused=True),
+                torch.autograd.grad(theirs.sum(), y, retain_graph=True, allow_unused=True),
+            )
+
+
+def test_steps_taken_one_by_one_run_once_though_the_first_outputs_are_constants(
+    traceless, monkeypatch
+):
+    runs, computed = [], Series.computed
+    monkeypatch.setattr(Series, "computed", lambda *a: runs.append(0) or computed(*a))
+    for _ in range(2):  # the first time, it is not known which derivatives will be taken
+        runs.clear()
+        sol, lr = stepping(PLAIN, traceless, "lr", **ONE_BY_ONE["callback"])
+        torch.autograd.grad(sum(x for aux in sol.aux for x in aux), lr)
+    assert len(runs) == 3
 
 
 def data_and_rates(data, rates, t):

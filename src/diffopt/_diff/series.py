@@ -101,14 +101,9 @@ class Series(Applied):
 
     def differentiable(self) -> list[bool]:
         steady, split = self.routine.steady, self.routine.split
-        depends = self.routine.facts.seen.depends
         carry, fixed = [*self.needed[:steady]], _chosen(self.needed[:split]) - {*range(steady)}
         outputs, before = list[bool](), None
         found = list[bool]()
-        if len(self.elements) == 1:
-            # In a loop taken step by step, cotangents of other outputs would take another kernel.
-            moving = self.routine.moving(depends, self.needed)
-            carry = [i in moving for i in range(steady)]
         for x in _chunks(self.needed[split:], self.each, len(self.elements)):
             if (carry, x) != before:
                 before = carry, x
@@ -170,6 +165,8 @@ class Series(Applied):
     def pulled(
         self, inputs: list[Tensor], needed: Sequence[bool], given: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
+        reached = self._reached([x is not None for x in given])
+        given = self._completed(given)
         pullback = Pullback.of(self, given)
         self._known()[:] = [pullback.outputs]
         pairs = [*zip(given, pullback.whole.there, strict=True)]
@@ -182,8 +179,24 @@ class Series(Applied):
         ]
         grads = iter(pullback([*inputs, *cotangents]))
         found = [next(grads) if want else None for want in pullback.whole.wanted]
-        wanted = map(operator.and_, needed, self._reached([x is not None for x in given]))
+        wanted = map(operator.and_, needed, reached)
         return [g if want else None for g, want in zip(found, wanted, strict=True)]
+
+    def _completed(self, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The cotangents, with zeros for constants among the outputs whose cotangents others took.
+
+        In the first steps of a loop a loss may be a constant. Taken one by one, such a step would
+        be asked for another derivative than the others, and run again.
+        """
+        last = self.kept[0] if self.kept else None
+        if len(self.elements) > 1 or last is None or last.operators != self.operators:
+            return given
+        known, carries = frozenset[int]().union(*self._known()), self.differentiable()
+        rows = zip(given, last.results, carries, strict=True)
+        return [
+            torch.zeros_like(y) if o in known and not carry else x
+            for o, (x, y, carry) in enumerate(rows)
+        ]
 
     def _reached(self, given: Sequence[bool]) -> list[bool]:
         """Which inputs the results depend on that are given a cotangent."""
