@@ -48,6 +48,22 @@ def test_lbfgs_refuses_dtensors(mesh):
         diffopt.lbfgs().init(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
 
 
+def test_the_class_lbfgs_refuses_dtensors_beside_others(mesh):
+    sharded = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    elsewhere = distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1, 1)), [Shard(0)] * 2)
+
+    def closure():
+        pytest.fail("the closure was called")
+
+    for pair in ((sharded, torch.ones(2)), (torch.ones(2), sharded), (sharded, elsewhere)):
+        optimizer = diffopt.optim.LBFGS(map(torch.nn.Parameter, pair))
+        with pytest.raises(ValueError, match=r"'params'\]\[0\] is .*'params'\]\[1\] is .*DTensor"):
+            optimizer.step(closure)
+        assert not optimizer.state
+    both = diffopt.optim.LBFGS([torch.nn.Parameter(sharded), torch.nn.Parameter(sharded.clone())])
+    both.step(lambda: both.param_groups[0]["params"][0].full_tensor().square().sum())
+
+
 def test_precision_refuses_dtensors(mesh):
     opt, params = diffopt.transforms.precision(diffopt.adam()), {"w": torch.ones(4, 3)}
     state, record = opt.init(params), opt.hparams(lr=0.1)

@@ -12,9 +12,10 @@ from diffopt import _torch, _tree
 from diffopt._arguments import check_function
 from diffopt._modes import number_of, real
 from diffopt.optim._checkpoints import Checkpoints
-from diffopt.optim._groups import is_number, plain_number
+from diffopt.optim._groups import is_number, name_of, plain_number
 from diffopt.rules._line_search import Point, strong_wolfe
 from diffopt.rules.lbfgs import LEAST_CURVATURE, curvature, direction, first_length, flat
+from diffopt.transforms._sharded import mesh_of
 
 PAIRS = ("old_dirs", "old_stps", "ro")  # one entry for each pair that is kept
 _MEMORY = ("d", "t", *PAIRS, "H_diag", "prev_flat_grad", "prev_loss")
@@ -75,7 +76,8 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
 
         Raises:
             RuntimeError: `line_search_fn` is neither None nor "strong_wolfe".
-            ValueError: there is more than one parameter group.
+            ValueError: there is more than one parameter group, or some of the parameters are
+                DTensors and others are not, or their device meshes differ.
         """
         check_function(closure, "closure")
         if len(self.param_groups) != 1:
@@ -93,6 +95,7 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
             raise RuntimeError(f"line_search_fn is {found}, but only 'strong_wolfe' is supported")
         if not group["params"]:
             return torch.enable_grad()(closure)()
+        _check_meshes(group)
         state = self.state[group["params"][0]]  # for all parameters, as in torch
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)
@@ -139,6 +142,19 @@ class LBFGS(Checkpoints, torch.optim.LBFGS):
                 _check_vector(vector, size, f"{key} of {name}")
         for number in (row["t"], row["H_diag"], row["prev_loss"], *row["ro"]):
             plain_number(number, f"t, H_diag, prev_loss or ro of {name}")
+
+
+def _check_meshes(group: dict[str, Any]) -> None:
+    """Raise where the parameters cannot be one vector: torch joins DTensors of one mesh only."""
+    first, *rest = map(mesh_of, group["params"])
+    for i, mesh in enumerate(rest, 1):
+        if mesh != first:
+            a, b = ("a plain tensor" if m is None else f"a DTensor on {m}" for m in (first, mesh))
+            raise ValueError(
+                f"{name_of(group, 0, 0)} is {a}, but {name_of(group, 0, i)} is {b}: LBFGS joins "
+                "all parameters in one vector, so make all of them DTensors on one mesh (with "
+                "torch.distributed.tensor.distribute_tensor), or none"
+            )
 
 
 def _check_vector(vector: Any, size: int, name: str) -> None:
