@@ -107,8 +107,8 @@ def minimize(
         callback: `callback(step, loss, params, state)` is called after each step 0, 1, ... with the
             loss before the step and the params and state after it, detached; under torch.vmap with
             those of all examples, batch dimensions first. They are the loop's own tensors: it may
-            keep them, but must not write to them, also not later, when only autograd may notice:
-            clone what is to be changed. What it returns is ignored; if it raises
+            keep them, but must never write to them (in a later call nothing notices that), so clone
+            what is to be changed. What it returns is ignored; if it raises
             StopIteration, that step is the last. `Unrolled`, `FirstOrder` and None call it as the
             loop runs; other adjoints, which may run steps again, call it in a run without a graph
             before their own.
