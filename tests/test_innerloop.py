@@ -864,6 +864,24 @@ def test_checkpoints_recompute_with_the_parameters_of_their_step(part, way):
     torch.testing.assert_close(found(way), found("plain"))
 
 
+def doubled(grads):
+    return {name: None if grad is None else 2 * grad for name, grad in grads.items()}
+
+
+@pytest.mark.parametrize("opt", [diffopt.sgd(), diffopt.lbfgs()], ids=repr)
+def test_a_step_under_no_grad_is_differentiated(opt):
+    def found(grad_enabled):
+        net, lr = mlp(), leaf(0.1)
+        with diffopt.innerloop(net, opt, override={"lr": lr}, grad_callback=doubled) as (f, inner):
+            for _ in range(2):
+                loss = loss_of(f)
+                with torch.set_grad_enabled(grad_enabled):
+                    inner.step(loss)
+            return gradients(loss_of(f, NEW_X, NEW_Y), net, lr)
+
+    torch.testing.assert_close(found(False), found(True), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_parameters_that_are_replaced_in_the_copy_are_used(steps):
     net, opt, other = mlp(), diffopt.sgd(), nn.Linear(3, 1).double()
@@ -1104,6 +1122,21 @@ def test_transforms_point_to_minimize(run):
 def test_inference_mode_is_rejected():
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
         enter(mlp(), diffopt.sgd())
+
+
+@pytest.mark.parametrize("run", [
+    lambda step: torch.func.grad(lambda x: step() or x)(torch.tensor(0.1)),
+    lambda step: torch.vmap(lambda x: step() or x)(torch.ones(2)),
+    lambda step: torch.inference_mode()(step)(),
+])  # fmt: skip
+def test_a_step_is_refused_where_its_loop_would_be(run):
+    with diffopt.innerloop(mlp(), diffopt.sgd()) as (f, inner):
+        inner.step(loss_of(f))
+        loss = loss_of(f)
+        with pytest.raises(RuntimeError, match=r"use (diffopt\.minimize|torch\.no_grad)"):
+            run(lambda: inner.step(loss))
+        inner.step(loss)
+        assert inner.steps == 2
 
 
 def test_copying_back_is_refused_where_it_cannot_be():

@@ -903,6 +903,36 @@ def test_modules_whose_tensors_cannot_be_replaced_are_refused():
         diffopt.nn.functionalize(nn.Sequential(traced))
 
 
+def enter(net):
+    diffopt.innerloop(net, diffopt.sgd()).__enter__()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("make", [diffopt.nn.functionalize, enter])
+def test_a_scripted_container_is_refused(make):
+    with pytest.raises(TypeError, match=r"^module is a torch.jit.ScriptModule"):
+        make(torch.jit.script(nn.Sequential(nn.Linear(2, 2))))
+
+
+@pytest.mark.parametrize("make", [diffopt.nn.functionalize, enter])
+@pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer, lambda x: nn.Parameter(x, False)])
+def test_a_parameter_in_the_memory_of_another_tensor_is_refused(kind, make):
+    """torch.optim, which steps in place, would change both."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    del net[1].weight
+    net[1].weight = kind(net[0].weight.data.t())
+    with pytest.raises(ValueError, match=r"'1.weight' and '0.weight' of the module share memory"):
+        make(net)
+
+
+def test_parameters_side_by_side_in_one_memory_are_taken():
+    net, flat = nn.Linear(2, 3), torch.arange(9.0)
+    net.weight.data, net.bias.data = flat[:6].view(3, 2), flat[6:]
+    model = diffopt.nn.functionalize(net)
+    x = torch.ones(1, 2)
+    torch.testing.assert_close(model(model.params, x), net(x))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
 def test_a_functional_is_a_value(copied):
     torch.manual_seed(0)

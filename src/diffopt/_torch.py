@@ -412,7 +412,8 @@ def forget_parametrized() -> None:
 
 def uncompiled(module: Any) -> Any:
     """The module itself, of one that `torch.compile` returned."""
-    return vars(module).get("_modules", {}).get("_orig_mod", module)
+    parts = vars(module).get("_modules")
+    return parts.get("_orig_mod", module) if isinstance(parts, dict) else module
 
 
 def run_uncompiled(module: Any) -> None:

@@ -181,6 +181,7 @@ class InnerLoop:
             _keep_past(fmodel, _Past(self._firsts, self._params))
         self._firsts.append(_torch.next_node())
 
+    @torch.enable_grad()  # as when it was entered, whatever surrounds this call
     def step(
         self,
         loss: Tensor,
@@ -203,9 +204,12 @@ class InnerLoop:
             ValueError: `loss` is not a real 0-d tensor, or does not depend on the parameters of the
                 copy as they are now; the copy has got other parameters; also what
                 `optimizer.update` raises. Nothing has changed.
-            RuntimeError: the context has been left.
+            RuntimeError: the context has been left; or a transform of torch.func or
+                torch.inference_mode is active.
         """
         _refuse_keywords(others)
+        if _modes.transformed() or torch.is_inference_mode_enabled():
+            _check_modes()
         if self.ended:
             raise RuntimeError(
                 "the innerloop has ended: take steps inside its `with` block, or begin another one"

@@ -14,7 +14,7 @@ from torch import Tensor, jit, nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parameter import is_lazy
 
-from diffopt import _arguments, _modes, _replica, _torch, _tree
+from diffopt import _arguments, _memory, _modes, _replica, _torch, _tree
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 """Tensors of a module by name."""
@@ -91,8 +91,9 @@ def functionalize(module: nn.Module) -> Functional:
         TypeError: `module` is not a module, or a part of it is a `torch.jit.ScriptModule`; (from
             the call) `params` or `buffers` are not dictionaries of tensors.
         ValueError: the module has parameters that are not initialized yet, is sharded by FSDP,
-            whose hooks replace the given parameters with its own, or has an embedding that writes
-            to its weight (`max_norm`); (from the call) `params` or
+            whose hooks replace the given parameters with its own, has an embedding that writes to
+            its weight (`max_norm`), or a parameter that shares memory with another tensor, being
+            another object; (from the call) `params` or
             `buffers` has missing or unexpected names, the shape of a parameter differs from the
             module's, an attribute refers to a tensor or submodule and cannot be copied, or the
             module has changed: a parameter has been replaced
@@ -118,6 +119,7 @@ def functionalize(module: nn.Module) -> Functional:
     own = {name: tensor for name, tensor in places.items() if canonical[id(tensor)] == name}
     params = {k: t for k, t in own.items() if k in parameters and t.requires_grad}
     buffers = {k: t for k, t in own.items() if k not in params}
+    _refuse_aliases(params, buffers)
     names = {place: canonical[id(tensor)] for place, tensor in places.items()}
     frozen = frozenset(buffers.keys() & parameters.keys())
     held = [*parts.values()], _contents(parts.values())
@@ -304,6 +306,18 @@ def _refuse_kinds(parts: Mapping[str, nn.Module]) -> None:
         for own, tensor in vars(part)[_torch.MODULE_TABLES[0]].items():
             if is_lazy(tensor):
                 raise ValueError(f"{path}.{own} is not initialized yet: run the module once first")
+
+
+def _refuse_aliases(params: Tensors, buffers: Tensors) -> None:
+    """Raise if a parameter shares memory with another tensor, which a step would not change."""
+    tensors = [*params.values()], [*buffers.values()]
+    pair = None if _modes.observed() else _memory.overlap(*tensors)
+    if pair and pair[0] != pair[1]:
+        first, second = ([*params, *buffers][i] for i in pair)
+        raise ValueError(
+            f"{second!r} and {first!r} of the module share memory, which steps on separate tensors "
+            "would not: give both places the same Parameter, or clone one"
+        )
 
 
 def _refuse_writes(params: Tensors, before: list[int]) -> None:
