@@ -8,7 +8,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import diffopt
 from diffopt.adjoint import Checkpointed, Evolution, ForwardMode, Implicit, Reversible, Unrolled
-from diffopt.linear import GMRES, Direct
+from diffopt.linear import GMRES, Direct, NormalCG
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")
 
@@ -41,6 +41,14 @@ def test_adjoints_refuse_dtensors(adjoint, mesh):
 
     with pytest.raises(ValueError, match="is a DTensor, which is not supported by"):
         run(lambda t: distribute_tensor(t, mesh, [Shard(0)]), adjoint, loss)
+
+
+@pytest.mark.parametrize("solver", [GMRES(), Direct(), NormalCG()], ids=repr)
+@pytest.mark.parametrize("wrap", [diffopt.implicit_root, diffopt.implicit_fixed_point])
+def test_implicit_functions_refuse_dtensors(wrap, solver, mesh):
+    w = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]).requires_grad_()
+    with pytest.raises(ValueError, match=r"^x is a DTensor, .* by a \w+ \(ConjugateGradient"):
+        wrap(lambda x, w: 0 * x + w, lambda _, w: w.detach(), solver=solver)(None, w)
 
 
 def test_lbfgs_refuses_dtensors(mesh):

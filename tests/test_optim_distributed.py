@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 import diffopt
 from diffopt import optim, transforms as t
+from diffopt.linear import BiCGStab, ConjugateGradient, Neumann
 from diffopt.testing import Case
 from registry import COMPOSITIONS, REGISTRY, SKIPPED
 
@@ -254,6 +255,25 @@ def skipped(place, mesh):
     return full((new, params)), (expected, expected)
 
 
+def solved(solver, mesh):
+    """The fixed point x = a cos(x) / 2 and its derivative; products of the solver are sharded."""
+
+    def iterated(_, a):
+        x = a.detach() * 0
+        for _ in range(60):
+            x = 0.5 * x.cos() * a.detach()
+        return x
+
+    def run(place):
+        a = place(torch.linspace(-1, 1, 12).double().reshape(4, 3)).requires_grad_()
+        root = diffopt.implicit_fixed_point(lambda x, a: 0.5 * x.cos() * a, iterated, solver=solver)
+        x = root(None, a)
+        (grad,) = torch.autograd.grad(full(x.square().sum()), a)
+        return full((x, grad))
+
+    return run(lambda x: shard(x, mesh)), run(lambda x: x)
+
+
 ALL = torch.full((2, 3), 0.5)
 MIXES = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 CASES = {
@@ -263,6 +283,10 @@ CASES = {
         )
         for clip in (t.clip_by_global_norm(), t.clip_by_norm(), t.clip_by_value())
         for places in MIXES
+    },
+    **{
+        ("solved", type(solver).__name__, torch.float32): functools.partial(solved, solver)
+        for solver in (ConjugateGradient(rtol=1e-12), BiCGStab(rtol=1e-12), Neumann(60))
     },
     **{
         ("skipped", place, torch.float32): functools.partial(skipped, place)

@@ -26,6 +26,7 @@ from diffopt._arguments import (
 )
 from diffopt._diff.isolation import isolated, refuse_captured
 from diffopt._diff.unmodified import Captured
+from diffopt._rule import checks
 from diffopt._rule.ops import where
 from diffopt._tree import Tree
 from diffopt.linear import ConjugateGradient, LinearSolution, LinearSolver
@@ -44,7 +45,8 @@ from diffopt.linear._vectors import (
     ravel_like,
     template,
 )
-from diffopt.linear.krylov import GMRES
+from diffopt.linear.direct import Direct
+from diffopt.linear.krylov import GMRES, NormalCG
 
 _UNDER_TRANSFORMS = (
     "This happened inside `solve`, under transforms of torch.func. Tensors that were created "
@@ -89,6 +91,9 @@ class ImplicitDerivative:
         from a solution, relative to max(1, |x|), instead of the residual.
         """
         x = isolated(lambda x: x, x)
+        if isinstance(self.solver, (Direct, GMRES, NormalCG)):
+            who = f"a {type(self.solver).__name__} (ConjugateGradient supports it)"
+            checks.undistributed(x, "x", who)
         vector, unravel = ravel(x, "x")
         inputs, merge = _tree.split(args)
         like = template(x)

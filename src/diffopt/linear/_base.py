@@ -25,6 +25,7 @@ from diffopt.linear._vectors import (
     greatest,
     magnitude,
     norm,
+    number,
     ravel,
     ravel_like,
     template,
@@ -236,7 +237,7 @@ def constant_solution(
 ) -> LinearSolution:
     """The solution as a constant; warns or raises on failure."""
     # What there is one of for each sample is a number where there is only one, as in `krylov`.
-    finite, scale = _modes.number_of(torch.isfinite(b).all()), magnitude(b)
+    finite, scale = number(torch.isfinite(b).all()), magnitude(b)
     b = chosen(finite, b / scale, 0.0)
     size = norm(b)
     rtol = torch.finfo(b.dtype).eps ** 0.5 if solver.rtol is None else solver.rtol
@@ -257,8 +258,8 @@ def constant_solution(
     x, iterations, obstacle, residual = run
     residual = norm(system.residual(x) if residual is None else residual)
     x = chosen(finite, x * scale, torch.nan)
-    residual = chosen(_modes.number_of(torch.isfinite(x).all()), residual, torch.inf)
-    within = _modes.number_of(residual <= system.tolerance)
+    residual = chosen(number(torch.isfinite(x).all()), residual, torch.inf)
+    within = number(residual <= system.tolerance)
     if anywhere(finite ^ True):
         fail(
             f"{type(solver).__name__} returns NaN, since b is not finite: in a backward pass, b is "

@@ -94,20 +94,31 @@ def magnitude(vector: Tensor) -> Any:
     """
     # At most half of the entry, since log2 of the largest number rounds up.
     smallest = vector.new_full((1,), 4 * torch.finfo(vector.dtype).tiny)
-    largest = _modes.number_of(torch.cat([vector.abs(), smallest]).max())
+    largest = number(torch.cat([vector.abs(), smallest]).max())
     if not isinstance(largest, Tensor):
         return 2.0 ** (math.frexp(largest)[1] - 2) if math.isfinite(largest) else 1.0
     return torch.where(largest.isfinite(), torch.exp2(torch.floor(torch.log2(largest / 2))), 1.0)
 
 
+def gathered(value: Tensor) -> Tensor:
+    """Of a DTensor the whole value, of which each process may hold a term of a sum."""
+    full: Any = getattr(value, "full_tensor", None)
+    return value if full is None else full()
+
+
+def number(value: Tensor) -> Any:
+    """A number for a 0-d tensor that is the same in all processes; see `_modes.number_of`."""
+    return _modes.number_of(gathered(value))
+
+
 def norm(vector: Tensor) -> Tensor:
     """The 2-norm."""
-    return torch.linalg.vector_norm(vector)
+    return gathered(torch.linalg.vector_norm(vector))
 
 
 def dot(x: Tensor, y: Tensor) -> Any:
     """The dot product; a number where that needs no synchronization: then there is one sample."""
-    return _modes.number_of(x.dot(y))
+    return number(x.dot(y))
 
 
 def length(vector: Tensor) -> Any:
@@ -129,11 +140,11 @@ def chosen(mask: Any, x: Tensor, other: float) -> Tensor:
 
 def anywhere(mask: Tensor | bool) -> bool:
     """Whether a constant boolean tensor is True for any sample."""
-    return mask if isinstance(mask, bool) else bool(_modes.all_samples(mask).any())
+    return mask if isinstance(mask, bool) else bool(gathered(_modes.all_samples(mask)).any())
 
 
 def greatest(constant: Tensor | float) -> Any:
     """The largest value of a constant 0-d tensor among all samples, as a number."""
     if not isinstance(constant, Tensor):
         return constant
-    return _modes.all_samples(constant).max().item()
+    return gathered(_modes.all_samples(constant)).max().item()

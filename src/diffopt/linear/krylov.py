@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from diffopt._arguments import check_function, check_integer
-from diffopt._modes import number_of
 from diffopt._rule.ops import where
 from diffopt._tree import Tree
 from diffopt.linear._base import LinearSolver, LinearSystem, Run
-from diffopt.linear._vectors import anywhere, dot, greatest, length, norm, quotient
+from diffopt.linear._vectors import anywhere, dot, greatest, length, norm, number, quotient
 
 # What there is one of for each sample, such as a dot product, is a number where there is only one
 # sample, on a CPU: arithmetic with numbers is much faster. Elsewhere it is a 0-d tensor.
@@ -61,14 +60,14 @@ class Krylov(LinearSolver):
     def run(self, system: LinearSystem, x0: Tensor, residual: Tensor) -> Run:
         x, limit = x0, self.max_steps
         limit = min(10 * x0.numel(), 1000) if limit is None else limit
-        size, tolerance = length(residual), number_of(system.tolerance)
+        size, tolerance = length(residual), number(system.tolerance)
         steps: Any = 0
         hopeless: Any = False
         active, taken = size > tolerance, 0
         while taken < limit and anywhere(active):
             cycle = self._cycle(system, x, residual, active, tolerance, limit - taken)
             taken += max(1, greatest(cycle.steps))
-            finite = active & number_of(torch.isfinite(cycle.x).all())
+            finite = active & number(torch.isfinite(cycle.x).all())
             x = where(finite, cycle.x, x)
             steps, hopeless = steps + cycle.steps, hopeless | cycle.hopeless
             before, residual = size, system.residual(x)
