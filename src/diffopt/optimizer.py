@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
@@ -31,14 +31,6 @@ class Optimizer(ABC, Generic[S, H]):
     """
 
     hparams: ClassVar[Any]
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if cls.__module__.startswith("diffopt."):  # which looks at trees through `_tree` alone
-            return
-        for name in ("init", "update", "update_", "prepare_"):
-            if name in vars(cls):
-                setattr(cls, name, _of_plain(vars(cls)[name]))
 
     @abstractmethod
     def init(self, params: Tree) -> S:
@@ -97,17 +89,6 @@ class Optimizer(ABC, Generic[S, H]):
         new_params, new_state = self.update(params, grads, state, hparams)
         old, new = {"params": params, "state": state}, {"params": new_params, "state": new_state}
         return partial(copy_, overwriting(old, new))
-
-
-def _of_plain(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, also for trees with ParameterDicts and ParameterLists in them."""
-
-    @wraps(method)
-    def converted(self: Any, *trees: Tree, **named: Tree) -> Any:
-        named = {name: _tree.plain(tree) for name, tree in named.items()}
-        return method(self, *map(_tree.plain, trees), **named)
-
-    return converted
 
 
 def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:
