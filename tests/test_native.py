@@ -108,14 +108,40 @@ def test_tensors_on_the_cpu_are_numbers_for_the_kernel(kernel, dtype, calls):
     ("opt", "numbers", "expected"),
     [
         (diffopt.sgd(), {"momentum": 0.9, "dampening": 0.3}, 2),
-        (diffopt.sgd(), {"momentum": 0.0}, 0),
+        (diffopt.sgd(), {"momentum": 0.0, "weight_decay": 0.1}, 0),
+        (diffopt.sgd(maximize=True), {"momentum": 0.0}, 0),
         (diffopt.adagrad(), {"initial_accumulator_value": 0.2}, 2),
     ],
-    ids=["dampening", "no momentum", "initial value"],
+    ids=["dampening", "decay in the buffer", "ascent in the buffer", "initial value"],
 )
 def test_the_rule_runs_where_the_kernel_computes_something_else(opt, numbers, expected, calls):
     agree(opt, opt.hparams(lr=0.1, **numbers), {"a": draw(3)})
     assert len(calls) == expected
+
+
+def test_without_momentum_gradients_are_copied_to_the_buffers(calls):
+    opt = diffopt.sgd()
+    agree(opt, opt.hparams(lr=0.1), {"a": draw(3), "b": draw(2, 2)})
+    assert calls == [2, 2, 2]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_many_small_tensors_take_the_kernel_where_a_compiled_one_is_asked_for(kernel, calls):
+    opt, numbers = KERNELS[kernel]
+    opt = dataclasses.replace(opt, execution="compiled")
+    agree(opt, opt.hparams(lr=0.1, **numbers), [draw(2) for _ in range(100)], steps=2)
+    assert calls == [100, 100]
+
+
+def test_small_buffers_lie_side_by_side_with_versions_of_their_own():
+    params = [draw(*shape) for shape in [(), (3, 2), (4,), (1,)] * 5]
+    buffers = diffopt.rmsprop().init(params).square_avg
+    assert tiles.adjacent(buffers)
+    assert [x.shape for x in buffers] == [x.shape for x in params]
+    before = [x._version for x in buffers]
+    buffers[1].fill_(5.0)
+    assert [x._version for x in buffers[2:]] == before[2:]
+    assert [x.sum() for x in buffers] == [30.0 * (i == 1) for i in range(20)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._arguments import check_choice
 from diffopt._modes import exact
-from diffopt._rule import checks, fields, hyper, parts, prints, ways
+from diffopt._rule import checks, fields, hyper, parts, prints, tiles, ways
 from diffopt._rule.repeated import Repeated
 from diffopt._rule.rule import (
     EXECUTIONS,
@@ -47,9 +47,10 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
             differentiable; "auto": the fastest way that applies, see `diffopt._rule.ways`, whose
             results may differ in the last bits; in `update` where no derivative is needed.
             "compiled": `update_` of an elementwise rule runs as one kernel made by `torch.compile`,
-            which takes seconds at the first step, and is the same for all shapes; that of other
-            rules, such as Adafactor and Muon, runs as by "auto". `update` runs as "leaf", to be
-            compiled together with the code around it.
+            which takes seconds at the first step, and is the same for all shapes; 100 small tensors
+            or more take torch's fused kernel, if it has one. That of other rules, such as Adafactor
+            and Muon, runs as by "auto". `update` runs as "leaf", to be compiled together with the
+            code around it.
 
     Raises:
         TypeError: a flag is not a bool, or has no hash.
@@ -115,8 +116,9 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         step = zero_for(tensors)
         states = [begun(self, p, step) for p in tensors]
         columns = [[state[k + 1] for state in states] for k in range(len(self.buffer_names))]
-        for k in fields.places(self, columns):
-            columns[k] = fields.packed(columns[k])
+        numbers = fields.places(self, columns)
+        for k, column in enumerate(columns):
+            columns[k] = fields.packed(column) if k in numbers else tiles.side_by_side(column)
         return self._pack(step, columns, spec)
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:

@@ -95,10 +95,23 @@ def _way(
     numeric = isinstance(lr, Tensor) and _takes_rate(lr, columns[0][0])
     rest += [column.value for column in columns if isinstance(column, running.Shared)]
     kind = alike.kind if alike else ways.survey(columns)
+    if (
+        wanted == "compiled"
+        and kernel
+        and exact
+        and kind.layout == "regular"
+        and _short(columns[0])
+    ):
+        wanted = "fused"  # torch's kernel, if there is one, takes tensors as they lie
     way = ways.choose(rule, kind, [0.0 if numeric else lr, *rest], wanted)
     if alike and whole and kernel:
         alike.way = way
     return way
+
+
+def _short(params: list[Tensor]) -> bool:
+    """Whether there are so many small tensors that a step mostly strings them together."""
+    return len(params) >= 100 and sum(map(Tensor.numel, params)) < len(params) << 14
 
 
 def _native_(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> bool:

@@ -115,14 +115,19 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
         return ops.add(p, d, -hp.lr), SGDState(s.step, b)
 
     def native(self, p: Any, g: Any, s: SGDState, hp: Any, first: bool | None, amp: Any) -> bool:
-        if self.momentum and (ops.is_zero(hp.momentum) or (first is None and hp.dampening != 0)):
-            return False  # it would not update the buffer, or might dampen the first gradient
+        kept = self.momentum and ops.is_zero(hp.momentum)  # the gradient is the buffer
+        if kept and (self.maximize or not ops.is_zero(hp.weight_decay) or amp):
+            return False
+        if self.momentum and not kept and first is None and hp.dampening != 0:
+            return False  # it might dampen the first gradient
         if p[0].dtype in WORKING_DTYPE and p[0].device.type == "cpu":
             return False  # it does not update most elements (pytorch#191763)
+        if kept:
+            _torch.foreach_copy_(s.momentum_buffer, g)
         _torch.fused_sgd_(
             p,
             g,
-            list(s.momentum_buffer),
+            [] if kept else list(s.momentum_buffer),
             lr=hp.lr,
             weight_decay=hp.weight_decay,
             momentum=hp.momentum if self.momentum else 0.0,
