@@ -72,15 +72,15 @@ def add_decay(grad: Leaf, param: Leaf, weight_decay: Any) -> Leaf:
     return grad if is_zero(weight_decay) else add(grad, param, weight_decay)
 
 
-def lerp(x: Leaf, y: Leaf, weight: Any) -> Leaf:
-    """`x + weight * (y - x)`."""
+def lerp(x: Leaf, y: Leaf, weight: Any, *, into: bool = False) -> Leaf:
+    """`x + weight * (y - x)`; `into` says that it may overwrite x."""
     if type(weight) is not float:
         weight = _modes.number_of(weight)
         if isinstance(weight, _TENSORS):
             return x + weight * (y - x)
     if _is(weight, 1):
         return y if isinstance(y, Recorded) else copy(y)
-    return torch.lerp(x, y, weight)
+    return x.lerp_(y, weight) if into else torch.lerp(x, y, weight)
 
 
 def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
@@ -124,11 +124,25 @@ def total(x: Any) -> Any:
     return _modes.number_of(result) if type(result) is Tensor else result  # not for DTensor
 
 
-def norm(x: Any) -> Any:
-    """The square root of the sum of squares, with derivative 0 at 0; a number where `total` is."""
-    if isinstance(x, Tensor) and _modes.ordinary(x) and not _modes.differentiated([x]):
+def reusable(x: Any) -> bool:
+    """Whether results like this tensor may be overwritten: nobody sees or differentiates them."""
+    plain = isinstance(x, Tensor) and _modes.ordinary(x)
+    return plain and not (_modes.differentiable() or _modes.observed())
+
+
+def over(x: Leaf, own: bool, method: str, *arguments: Any) -> Leaf:
+    """`x.method(*arguments)`, in the memory of x if that is `own`."""
+    return getattr(x, f"{method}_" if own else method)(*arguments)
+
+
+def norm(x: Any, *, plain: bool = False) -> Any:
+    """The square root of the sum of squares, with derivative 0 at 0; a number where `total` is.
+
+    `plain` says that it is known to be `reusable`.
+    """
+    if plain or (isinstance(x, Tensor) and _modes.ordinary(x) and not _modes.differentiated([x])):
         result = torch.linalg.vector_norm(x)  # one kernel instead of three
-        return result.item() if x.is_cpu and not _modes.intercepted() else result
+        return result.item() if x.is_cpu and (plain or not _modes.intercepted()) else result
     return sqrt(total(x * x))
 
 
@@ -137,13 +151,6 @@ def at_least(x: Any, least: Any) -> Any:
     if isinstance(x, Tensor) and not (isinstance(least, Tensor) or _modes.differentiable()):
         return x.clamp(min=least)  # by one kernel instead of three
     return where(x < least, least, x)
-
-
-def over(x: Leaf, method: str, *arguments: Any, **options: Any) -> Leaf:
-    """`x.method(...)`; in the memory of x, an intermediate result, where no derivative needs it."""
-    plain = isinstance(x, Tensor) and _modes.ordinary(x) and not _modes.transformed()
-    name = f"{method}_" if plain and not _modes.differentiable() else method
-    return getattr(x, name)(*arguments, **options)
 
 
 def maximum(x: Leaf, y: Leaf) -> Leaf:

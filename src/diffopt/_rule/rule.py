@@ -53,6 +53,8 @@ class Rule(ABC, Generic[S, H]):
         elementwise, batchable, stackable, native: see `leafwise`.
         batched: whether `rule` also takes a batch of tensors of one shape, with one dimension more
             in front, as one tensor.
+        overwrites: whether `rule` takes `into=True`, which lets it overwrite the parameter and its
+            state and return them.
         proportional: whether the step is proportional to the hyperparameter `lr`: the new parameter
             is `p + lr * d`, where the state and d do not depend on `lr`.
         maximize: ascend instead of descend.
@@ -66,6 +68,7 @@ class Rule(ABC, Generic[S, H]):
     batchable = True
     stackable = False
     batched = False
+    overwrites = False
     proportional = False
     maximize: bool = False
     execution: Execution = "auto"

@@ -117,7 +117,12 @@ def _alike(new: list[Any], old: Any) -> bool:
 
 
 def apply(
-    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, widen: bool = False
+    rule: AnyRule,
+    numbers: Numbers,
+    columns: Sequence[Any],
+    *,
+    widen: bool = False,
+    into: bool = False,
 ) -> list[Any]:
     """The new params and buffers of one row of columns.
 
@@ -128,7 +133,7 @@ def apply(
     if columns[1] is None:
         return _raised(rule, numbers, columns, dtype, wide)
     given = [enter(column, dtype) for column in columns]
-    new = [x.clone() if x is given[1] else x for x in run(rule, numbers, given)]
+    new = [x.clone() if x is given[1] else x for x in run(rule, numbers, given, into=into)]
     return [leave(x, old, wide) for x, old in zip(new, written(columns), strict=True)]
 
 
@@ -146,14 +151,20 @@ def _raised(
     return [columns[0], *old._replace(**new)[1:]]
 
 
-def run(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> list[Any]:
-    """What the rule returns for tensors in the form that it sees, as columns."""
+def run(
+    rule: AnyRule, numbers: Numbers, columns: Sequence[Any], *, into: bool = False
+) -> list[Any]:
+    """What the rule returns for tensors in the form that it sees, as columns.
+
+    `into` says that it may overwrite all but the gradient.
+    """
     p, g, *buffers = columns
     t, hparams, scalars, initial = numbers
     s = rule.State(t, *buffers)
     if initial:
         s = s._replace(**{name: getattr(s, name) + value for name, value in initial.items()})
-    new = rule.rule(p, -g if rule.maximize else g, s, hparams, scalars)
+    options = {"into": True} if into and rule.overwrites else {}
+    new = rule.rule(p, -g if rule.maximize else g, s, hparams, scalars, **options)
     if type(new) is not tuple or len(new) != 2:
         check_result(new, "the rule", "new_param", "new_state")
     new_p, new_s = new
@@ -171,7 +182,7 @@ def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
     copy_: Any = Tensor.copy_ if columns[0][0].is_cpu else torch.ops.aten.copy_.default
 
     def step_(row: Sequence[Any]) -> None:  # whose results are freed before the next step
-        stepped = run(rule, numbers, row) if plain else apply(rule, numbers, row)
+        stepped = (run if plain else apply)(rule, numbers, row, into=True)
         for old, new in zip(written(row), stepped, strict=True):
             if isinstance(old, Tensor) and new is not old:
                 copy_(old, leave(new, old) if plain and new.shape != old.shape else new)

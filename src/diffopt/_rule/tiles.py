@@ -189,7 +189,8 @@ def stacked_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
 
     def leaf(*tensors: Tensor) -> list[Tensor]:
         row = in_place_of_lists(tensors, columns)
-        return [x for x in apply(rule, numbers, row) if isinstance(x, Tensor)]
+        new = apply(rule, numbers, row, into=rule.batched)
+        return [x for x in new if isinstance(x, Tensor)]
 
     together: Any = leaf if rule.batched else torch.func.vmap(leaf)
 

@@ -93,6 +93,7 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
     State = AdafactorState
     batchable = False
     stackable = True
+    overwrites = True
 
     @property
     def hparams(self) -> type[AdafactorHParams]:  # pyright: ignore[reportIncompatibleVariableOverride] (it depends on a flag)
@@ -106,24 +107,29 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
         return ops.where(hp.lr > bound, bound, hp.lr), t**hp.beta2_decay
 
     def rule(
-        self, p: Any, g: Any, s: AdafactorState, hp: Any, c: Any
+        self, p: Any, g: Any, s: AdafactorState, hp: Any, c: Any, *, into: bool = False
     ) -> tuple[Any, AdafactorState]:
         rho, weight = c
         eps = hp.eps1 if self.eps1 else torch.finfo(p.dtype).eps
-        step = ops.at_least(_rms(p), hp.eps2) * -rho
+        own = ops.reusable(p)
+        into = into and own
+        step = ops.at_least(_rms(p, own), hp.eps2) * -rho
         row_var, col_var, variance = s[1:]
         if p.dim() > 1:
-            row_var, col_var = _averages(row_var, col_var, *_means_of_squares(g), weight)
+            rows, columns = _means_of_squares(g)
+            row_var = ops.lerp(row_var, rows, weight, into=into)
+            col_var = ops.lerp(col_var, columns, weight, into=into)
+            del rows, columns  # to free them
             u = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
-            u = ops.over(u, "clamp", eps * eps)
+            u = ops.over(u, own, "clamp", eps * eps)
         else:
-            variance = ops.lerp(variance, g * g, weight)
+            variance = ops.lerp(variance, g * g, weight, into=into)
             u = variance.clamp(min=eps * eps)
-        u = ops.over(ops.over(u, "rsqrt"), "mul", g)
-        u = ops.over(u, "mul", step / ops.at_least(_rms(u, hp.d), 1))
+        u = ops.over(ops.over(u, own, "rsqrt"), own, "mul", g)
+        u = ops.over(u, own, "mul", step / ops.at_least(_rms(u, own, hp.d), 1))
         if not ops.is_zero(hp.weight_decay):  # lr may be infinite
-            p = p * (1 - hp.lr * hp.weight_decay)
-        return ops.over(u, "add", p), AdafactorState(s.step, row_var, col_var, variance)
+            p = ops.over(p, into, "mul", 1 - hp.lr * hp.weight_decay)
+        return ops.over(p, into, "add", u), AdafactorState(s.step, row_var, col_var, variance)
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         if len(shape) < 2:
@@ -150,11 +156,5 @@ def _means_of_squares(x: Tensor) -> tuple[Tensor, Tensor]:
     return _mean(square, -1), _mean(square, -2)
 
 
-def _averages(
-    row_var: Tensor, col_var: Tensor, rows: Tensor, columns: Tensor, weight: Any
-) -> tuple[Tensor, Tensor]:
-    return ops.lerp(row_var, rows, weight), ops.lerp(col_var, columns, weight)
-
-
-def _rms(x: Tensor, unit: Any = 1.0) -> Any:
-    return ops.norm(x) / (max(x.numel(), 1) ** 0.5 * unit)
+def _rms(x: Tensor, plain: bool, unit: Any = 1.0) -> Any:
+    return ops.norm(x, plain=plain) / (max(x.numel(), 1) ** 0.5 * unit)

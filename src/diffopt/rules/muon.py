@@ -105,6 +105,7 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     hparams: ClassVar[type[MuonHParams]] = MuonHParams
     batchable = False
     batched = True
+    overwrites = True
     proportional = True
 
     def __post_init__(self) -> None:
@@ -116,11 +117,19 @@ class Muon(Leafwise[MuonState, MuonHParams]):
         if self.precision is not None and not self.precision.is_floating_point:
             raise ValueError(f"precision is {self.precision}, but must be a floating-point dtype")
 
-    def rule(self, p: Any, g: Any, s: MuonState, hp: MuonHParams, c: Any) -> tuple[Any, MuonState]:
-        b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum)
+    def rule(
+        self, p: Any, g: Any, s: MuonState, hp: MuonHParams, c: Any, *, into: bool = False
+    ) -> tuple[Any, MuonState]:
+        into = into and ops.reusable(p)
+        b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum, into=into)
         x = _newton_schulz(self._direction(g, b, hp), hp, self.ns_steps)
-        p = p * (1 - hp.lr * hp.weight_decay)
-        return _moved(p, x, -hp.lr * self._ratio(*p.shape[-2:])), MuonState(s.step, b)
+        p = ops.over(p, into, "mul", 1 - hp.lr * hp.weight_decay)
+        rate = _modes.number_of(-hp.lr * self._ratio(*p.shape[-2:]))
+        if isinstance(rate, Tensor) or torch.promote_types(p.dtype, x.dtype) != p.dtype:
+            x = x.to(p.dtype)
+        if into and not isinstance(rate, Tensor):
+            return p.add_(x, alpha=rate), MuonState(s.step, b)
+        return ops.add(p, x, rate), MuonState(s.step, b)
 
     def _direction(self, g: Any, b: Any, hp: MuonHParams) -> Any:
         n = ops.lerp(g, b, hp.momentum) if self.nesterov else b
@@ -153,14 +162,6 @@ def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:
         a = x @ x.mT
         x = _addmm(x, _addmm(a, a, a, hp.ns_b, hp.ns_c), x, hp.ns_a, 1)
     return x.mT if tall else x
-
-
-def _moved(p: Tensor, x: Tensor, rate: Any) -> Tensor:
-    """`p + rate * x`, in the dtype of p, an intermediate result."""
-    rate = _modes.number_of(rate)
-    if isinstance(rate, Tensor) or torch.promote_types(p.dtype, x.dtype) != p.dtype:
-        return ops.add(p, x.to(p.dtype), rate)
-    return ops.over(p, "add", x, alpha=rate)
 
 
 def _norm(x: Tensor) -> Tensor:
