@@ -202,3 +202,33 @@ def test_coefficients_for_each_weight_are_refused_and_rates_are_not():
 def test_wrong_flags_are_refused(flags, error, message):
     with pytest.raises(error, match=message):
         diffopt.muon(**flags)
+
+
+@pytest.mark.parametrize("kind", [diffopt.adafactor, diffopt.muon])
+def test_a_subclass_may_have_a_rule_that_overwrites_nothing(kind):
+    class Halved(kind):
+        def rule(self, p, g, s, hp, c):
+            return super().rule(p, g * 0.5, s, hp, c)
+
+    own, opt = Halved(), kind()
+    stepped = []
+    for rule, grad in ((own, torch.full((3, 4), 2.0)), (opt, torch.ones(3, 4))):
+        params = [torch.ones(3, 4)]
+        state, hp = rule.init(params), rule.hparams(lr=0.1)
+        for _ in range(2):
+            rule.update_(params, [grad], state, hp)
+        stepped.append([*params, *state[1:]])
+    torch.testing.assert_close(*stepped)
+
+
+@pytest.mark.parametrize("opt", [diffopt.adafactor(), diffopt.muon(nesterov=False)])
+def test_what_a_step_out_of_place_is_given_stays_where_nothing_is_differentiated(opt):
+    params = [torch.randn(4, 3), torch.randn(3, 4)]
+    grads = [torch.randn(4, 3), torch.randn(3, 4)]
+    hp = opt.hparams(lr=0.1, weight_decay=0.1)
+    with torch.no_grad():
+        state = opt.update(params, grads, opt.init(params), hp)[1]
+        given = params, grads, state
+        before = torch.utils._pytree.tree_map(torch.clone, given)
+        opt.update(*given, hp)
+    torch.testing.assert_close(given, before, rtol=0, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -158,9 +159,10 @@ def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / _norm(x).clamp(min=hp.eps)
+    outer, inner = _addmm(x.dim(), hp.ns_a), _addmm(x.dim(), hp.ns_b, hp.ns_c)
     for _ in range(steps):
         a = x @ x.mT
-        x = _addmm(x, _addmm(a, a, a, hp.ns_b, hp.ns_c), x, hp.ns_a, 1)
+        x = outer(x, inner(a, a, a, beta=hp.ns_b, alpha=hp.ns_c), x, beta=hp.ns_a)
     return x.mT if tall else x
 
 
@@ -173,8 +175,8 @@ def _norm(x: Tensor) -> Tensor:
     return torch.where(zero, 0, norm(torch.where(zero, 1, x)))
 
 
-def _addmm(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
-    """`beta * x + alpha * a @ b`, rounded once where the coefficients are numbers."""
-    if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
-        return beta * x + alpha * (a @ b)
-    return (torch.addmm if x.dim() == 2 else torch.baddbmm)(x, a, b, beta=beta, alpha=alpha)
+def _addmm(dim: int, *coefficients: Any) -> Callable[..., Tensor]:
+    """`beta * x + alpha * a @ b`, rounded once where these coefficients are numbers."""
+    if any(isinstance(x, Tensor) for x in coefficients):
+        return lambda x, a, b, *, beta, alpha=1: beta * x + alpha * (a @ b)
+    return torch.addmm if dim == 2 else torch.baddbmm
