@@ -93,17 +93,12 @@ def _way(
         wanted = "leaf"  # foreach kernels ask for the value of a scalar
     lr, *rest = values
     numeric = isinstance(lr, Tensor) and _takes_rate(lr, columns[0][0])
-    rest += [column.value for column in columns if isinstance(column, running.Shared)]
+    shared = [column.value for column in columns if isinstance(column, running.Shared)]
     kind = alike.kind if alike else ways.survey(columns)
-    if (
-        wanted == "compiled"
-        and kernel
-        and exact
-        and kind.layout == "regular"
-        and _short(columns[0])
-    ):
+    regular = kernel and exact and kind.layout == "regular"
+    if wanted == "compiled" and regular and _short(columns[0]):
         wanted = "fused"  # torch's kernel, if there is one, takes tensors as they lie
-    way = ways.choose(rule, kind, [0.0 if numeric else lr, *rest], wanted)
+    way = ways.choose(rule, kind, [0.0 if numeric else lr, *rest, *shared], wanted)
     if alike and whole and kernel:
         alike.way = way
     return way
