@@ -133,17 +133,6 @@ def test_many_small_tensors_take_the_kernel_where_a_compiled_one_is_asked_for(ke
     assert calls == [100, 100]
 
 
-def test_small_buffers_lie_side_by_side_with_versions_of_their_own():
-    params = [draw(*shape) for shape in [(), (3, 2), (4,), (1,)] * 5]
-    buffers = diffopt.rmsprop().init(params).square_avg
-    assert tiles.adjacent(buffers)
-    assert [x.shape for x in buffers] == [x.shape for x in params]
-    before = [x._version for x in buffers]
-    buffers[1].fill_(5.0)
-    assert [x._version for x in buffers[2:]] == before[2:]
-    assert [x.sum() for x in buffers] == [30.0 * (i == 1) for i in range(20)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 def test_tiles_equal_the_rule_tensor_by_tensor(dtype, monkeypatch, programs):
     monkeypatch.setattr(tiles, "TILE", 7)

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffopt import _modes, _tree
 from diffopt._arguments import check_choice
 from diffopt._modes import exact
-from diffopt._rule import checks, fields, hyper, parts, prints, tiles, ways
+from diffopt._rule import checks, fields, hyper, parts, prints, ways
 from diffopt._rule.repeated import Repeated
 from diffopt._rule.rule import (
     EXECUTIONS,
@@ -116,9 +116,8 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         step = zero_for(tensors)
         states = [begun(self, p, step) for p in tensors]
         columns = [[state[k + 1] for state in states] for k in range(len(self.buffer_names))]
-        numbers = fields.places(self, columns)
-        for k, column in enumerate(columns):
-            columns[k] = fields.packed(column) if k in numbers else tiles.side_by_side(column)
+        for k in fields.places(self, columns):
+            columns[k] = fields.packed(columns[k])
         return self._pack(step, columns, spec)
 
     def update(self, params: Tree, grads: Tree, state: S, hparams: H) -> tuple[Tree, S]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _torch
+from diffopt import _torch
 from diffopt._rule import hyper, recording
 from diffopt._rule.rule import is_ours
 from diffopt._rule.running import (
@@ -143,24 +143,6 @@ def together_(
             torch.split_with_sizes_copy(new, lengths, out=old)
         else:
             _torch.foreach_copy_(old, new.split_with_sizes(lengths))
-
-
-def side_by_side(tensors: list[Any]) -> list[Any]:
-    """The same values; those of many small tensors on a CPU laid out as one vector.
-
-    Each keeps a version of its own, unlike views of the vector.
-    """
-    if _modes.compiling() or len(tensors) < _FEW or not _modes.all_plain(tensors):
-        return tensors
-    lengths = list(map(Tensor.numel, tensors))
-    kinds = {(x.device.type, x.dtype, x.requires_grad, x.is_contiguous()) for x in tensors}
-    usual = {("cpu", tensors[0].dtype, False, True)}
-    if kinds != usual or sum(lengths) > TILE // 16 * len(tensors):
-        return tensors
-    vector = torch.cat([*map(Tensor.ravel, tensors)])
-    memory = vector.untyped_storage()
-    pairs = zip(tensors, itertools.accumulate(lengths, initial=0), strict=False)
-    return [vector.new_empty(0).set_(memory, at, x.shape, x.stride()) for x, at in pairs]
 
 
 def adjacent(tensors: Sequence[Tensor]) -> bool:
