@@ -5,17 +5,16 @@
 The data are the 1,797 digits that scikit-learn ships. A small network is trained with Adam, with
 momentum and by gradient descent, from rates that are up to 100 times smaller or larger than a good
 one: once as they are, and once inside `diffopt.transforms.hypergradient`, which takes a step on the
-rate before each step on the weights. The two lines that differ are the optimizer's. The rate of
-gradient descent is learned with `discount=0.9`, which looks further ahead than the next step.
+rate before each step on the weights. The two lines that differ are the optimizer's.
 
 Baydin et al., "Online Learning Rate Adaptation with Hypergradient Descent", 2018; Chandra et al.,
 "Gradient Descent: The Ultimate Optimizer", 2022.
 
 Seed 0, torch 2.13.0, losses in the last epoch, from a rate that is 0.01, 1 and 100 times a good
-one: Adam 2.08, 0.0102 and 5.62, and 0.0009, 0.0008 and 0.0007 with a learned rate; momentum 2.21,
-0.0366 and 313, and 0.0026, 0.0016 and 0.0011 with a learned rate; gradient descent 2.21, 0.0417 and
-920, and 0.0380, 0.1008 and 0.1173 with a learned rate (its accuracies: 47.4%, 95.4% and 9.3%, and
-96.1%, 95.7% and 96.1%).
+one: Adam 2.08, 0.0102 and 5.62, and 0.0038, 0.0035 and 0.0027 with a learned rate; momentum 2.21,
+0.0366 and 313, and 0.0109, 0.0058 and 0.0046 with a learned rate; gradient descent 2.21, 0.0417 and
+920, and 0.0392, 0.0338 and 0.0363 with a learned rate. The accuracies with a learned rate are 95.9
+to 98.3%; with the good rate kept they are 97.3%, 97.5% and 95.4%.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from common import Size, Study, main
 from diffopt.transforms import hypergradient
 
 FACTORS = 0.01, 0.1, 1.0, 10.0, 100.0  # of a good rate
-INNER: dict[str, tuple[Any, float, dict[str, float], dict[str, float]]] = {
-    "Adam": (diffopt.adam(), 3e-3, {}, {}),
-    "momentum": (diffopt.sgd(), 0.03, {"momentum": 0.9}, {}),
-    "gradient descent": (diffopt.sgd(momentum=False), 0.3, {}, {"discount": 0.9}),
+INNER: dict[str, tuple[Any, float, dict[str, float]]] = {
+    "Adam": (diffopt.adam(), 3e-3, {}),
+    "momentum": (diffopt.sgd(), 0.03, {"momentum": 0.9}),
+    "gradient descent": (diffopt.sgd(momentum=False), 0.3, {}),
 }
-"""Optimizers, good rates, other hyperparameters, and those of learning the rate."""
+"""Optimizers, good rates, and other hyperparameters."""
 
 
 class Run:
@@ -80,14 +79,13 @@ def study(options: Namespace) -> Study:
         nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
     )
     picture, rows = Figure(figsize=(14, 4), layout="constrained"), []
-    for axes, (name, (opt, good, numbers, learning)) in zip(
+    for axes, (name, (opt, good, numbers)) in zip(
         picture.subplots(1, 3), INNER.items(), strict=True
     ):
         for factor in FACTORS:
             row: dict[str, Any] = {"optimizer": name, "first rate": good * factor}
-            ways = ("fixed", opt, {}), ("learned", hypergradient(opt), learning)
-            for way, used, more in ways:
-                run = Run(net, used, lr=good * factor, **numbers, **more)
+            for way, used in (("fixed", opt), ("learned", hypergradient(opt))):
+                run = Run(net, used, lr=good * factor, **numbers)
                 for i in track(batches, f"{name}, {way} rate from {good * factor:.2g}"):
                     run.step(x[i], y[i])
                 row[f"{way}: loss"] = sum(run.losses[-20:]) / 20

@@ -40,7 +40,7 @@ def slope(p):
 def test_the_rate_of_gradient_descent_moves_as_by_hand(in_place):
     outer = diffopt.sgd(momentum=False)
     opt = t.hypergradient(diffopt.sgd(momentum=False), outer=outer)
-    hp = opt.hparams(lr=0.1, outer=outer.hparams(lr=0.3))
+    hp = opt.hparams(lr=0.1, discount=0.0, outer=outer.hparams(lr=0.3))
     start = torch.tensor([1.0, -2.0], dtype=F64)
     p, x, moved = start, 0.0, torch.zeros(2, dtype=F64)
     for _ in range(5):
@@ -57,7 +57,8 @@ def test_the_outer_optimizer_learns_its_own_rate(in_place):
     inner, top = diffopt.sgd(momentum=False), diffopt.sgd(momentum=False)
     outer = t.hypergradient(inner, outer=top)
     opt = t.hypergradient(inner, outer=outer)
-    hp = opt.hparams(lr=0.1, outer=outer.hparams(lr=0.3, outer=top.hparams(lr=0.7)))
+    above = outer.hparams(lr=0.3, discount=0.0, outer=top.hparams(lr=0.7))
+    hp = opt.hparams(lr=0.1, discount=0.0, outer=above)
     start = torch.tensor([1.0, -2.0], dtype=F64)
     p, moved = start, torch.zeros(2, dtype=F64)
     x = y = x_moved = 0.0
@@ -114,7 +115,7 @@ def test_a_derivative_is_that_of_the_next_loss_by_finite_differences(name, learn
     inner, numbers = LEARNED[name]
     learns = (learn,) if learn == "lr" else ("lr", learn)
     opt = t.hypergradient(inner, learn=learns)
-    hp = opt.hparams(**numbers)
+    hp = opt.hparams(discount=0.0, **numbers)
     params = {"a": draw(3, 2), "b": draw(2, 2, seed=1)}
 
     def loss(params):
@@ -514,7 +515,7 @@ def tower(levels):
 def test_a_discount_adds_up_the_derivatives_of_past_steps(learn, in_place):
     outer = diffopt.sgd(momentum=False)
     plain = t.hypergradient(diffopt.sgd(), learn=learn, outer=outer)
-    hp = plain.hparams(lr=0.1, momentum=0.5, outer=outer.hparams(lr=0.0))
+    hp = plain.hparams(lr=0.1, momentum=0.5, discount=0.0, outer=outer.hparams(lr=0.0))
     discounted = plain.hparams(lr=0.1, momentum=0.5, discount=0.8, outer=outer.hparams(lr=0.0))
     params, expected = torch.tensor([1.0, -2.0], dtype=F64), dict.fromkeys(learn, 0.0)
     state = plain.init(params)
@@ -638,3 +639,127 @@ def test_the_class_takes_the_same_steps_however_they_are_called(way):
             step(net, optimizer)
         ends.append([p.detach() for p in net.parameters()])
     torch.testing.assert_close(*ends)
+
+
+UPHILL = -20.0
+FACTORS = [1.0, 0.9, UPHILL, 0.8, 0.7, 0.6, UPHILL, 0.9, 1.0]
+"""What multiplies params in the gradient of each step: where negative, the step before overshot."""
+
+
+def along(opt, hp, start, *, in_place=False):
+    """Params and state after each step with these gradients."""
+    params, state = start.clone(), opt.init(start)
+    for factor in FACTORS:
+        grads = factor * params
+        if in_place:
+            opt.update_(params, grads, state, hp)
+        else:
+            params, state = opt.update(params, grads, state, hp)
+        yield params, state
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("sign", [1, -1], ids=["descent", "ascent"])
+@pytest.mark.parametrize("discount", [0.0, 0.9])
+def test_where_a_step_overshot_params_go_back_as_by_hand(discount, sign, in_place):
+    outer = diffopt.sgd(momentum=False, maximize=sign < 0)
+    opt = t.hypergradient(diffopt.sgd(maximize=sign < 0), outer=outer)
+    hp = opt.hparams(lr=0.1, momentum=0.5, discount=discount, outer=outer.hparams(lr=0.3))
+    start = torch.tensor([1.0, -2.0], dtype=F64)
+    p, x, squares, overshot = start, 0.0, 0.0, 0
+    z, momentum = torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64)
+    steps = along(opt, hp, start, in_place=in_place)
+    for factor, (params, state) in zip(FACTORS, steps, strict=True):
+        g = factor * p
+        d = (g @ z).item()
+        far = 0 < 2 * squares**0.5 < sign * d
+        d = sign * 2 * squares**0.5 if far else d
+        x, squares, overshot = x - sign * 0.3 * d, squares + d * d, overshot + far
+        if far:
+            p, z = p - z, 0 * z
+        else:
+            momentum = 0.5 * momentum + sign * g
+            step = -0.1 * math.exp(x) * momentum
+            p, z = p + step, discount * z + step
+        torch.testing.assert_close(params, p)
+        torch.testing.assert_close(state.derivatives["lr"], z)
+        torch.testing.assert_close(state.offsets["lr"].item(), x)
+        torch.testing.assert_close(state.squares.item(), squares)
+    assert overshot == 2
+
+
+@pytest.mark.parametrize("outer", [diffopt.adagrad(), tower(1)], ids=["adagrad", "tower"])
+def test_a_loop_is_differentiated_through_steps_that_overshot(outer):
+    opt = t.hypergradient(diffopt.sgd(), outer=outer)
+
+    def final(start, lr, momentum, discount, outer_lr):
+        hp = opt.hparams(
+            lr=lr, momentum=momentum, discount=discount, outer=outer.hparams(lr=outer_lr)
+        )
+        *_, (params, state) = along(opt, hp, start)
+        return params, state.squares
+
+    inputs = [draw(2), *(torch.tensor(x, dtype=F64) for x in (0.02, 0.5, 0.9, 0.3))]
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(final, inputs)
+    assert torch.autograd.gradgradcheck(final, inputs)
+    jacobians = torch.autograd.functional.jacobian(final, tuple(inputs))
+    torch.testing.assert_close(torch.func.jacrev(final, tuple(range(5)))(*inputs), jacobians)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "opt",
+    [
+        t.hypergradient(diffopt.adamw()),
+        t.hypergradient(diffopt.sgd(), outer=tower(1)),
+        t.hypergradient(t.chain(t.clip_by_global_norm(), diffopt.sgd())),
+        t.hypergradient(diffopt.sgd(), learn=("lr", "momentum")),
+    ],
+    ids=["adamw", "tower", "chain", "two"],
+)
+def test_in_place_params_go_back_as_in_the_pure_function(opt, dtype):
+    hp, start = opt.hparams(lr=0.1), draw(3, 2).to(dtype)
+    pairs = zip(along(opt, hp, start), along(opt, hp, start, in_place=True), strict=True)
+    returned = 0
+    for step, (pure, in_place) in enumerate(pairs):
+        torch.testing.assert_close(in_place, pure)
+        returned += step > 0 and not any(z.any() for z in pure[1].derivatives.values())
+    assert returned == 2
+
+
+def test_under_vmap_each_model_goes_back_or_skips_by_itself():
+    opt = t.hypergradient(diffopt.adam())
+    hp, start = opt.hparams(lr=0.1), torch.tensor([1.0, -2.0], dtype=F64)
+    params, state = trained(opt, hp, start, slope, 3)
+    factors = torch.tensor([1.0, UPHILL, math.nan], dtype=F64)
+
+    def step(factor):
+        return opt.update(params, factor * params, state, hp)
+
+    batched = torch.vmap(step)(factors)
+    for i, factor in enumerate(factors):
+        single = step(factor)
+        row = torch.utils._pytree.tree_map(lambda x: x[i], batched)  # noqa: B023 (used at once)
+        torch.testing.assert_close(row, single, equal_nan=True)
+    torch.testing.assert_close(batched[0][1], params - state.derivatives["lr"])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_has_no_gradient_stays_where_the_others_go_back(in_place):
+    opt = t.hypergradient(diffopt.sgd())
+    params, hp = {"a": draw(2), "b": draw(3, seed=1)}, opt.hparams(lr=0.1)
+    state = opt.init(params)
+    for _ in range(3):
+        params, state = opt.update(params, params, state, hp)
+    grads = {"a": UPHILL * params["a"], "b": None}
+    new = {name: p.clone() for name, p in params.items()}
+    after = torch.utils._pytree.tree_map(torch.clone, state)
+    if in_place:
+        opt.update_(new, grads, after, hp)
+    else:
+        new, after = opt.update(params, grads, state, hp)
+    z, left = state.derivatives["lr"], after.derivatives["lr"]
+    torch.testing.assert_close(new, {"a": params["a"] - z["a"], "b": params["b"]})
+    torch.testing.assert_close(left, {"a": torch.zeros_like(z["a"]), "b": z["b"]})
+    torch.testing.assert_close(after.inner, state.inner)

@@ -53,7 +53,7 @@ class SkipNonfinite(Wrapper[Any]):
         finite = _all_finite(leaves)
         if _modes.number_of(finite) is True:
             return self.optimizer.update(params, grads, state, hparams)
-        grads = leaves.filled(_finite_only(finite, leaves.gradients()))
+        grads = leaves.filled(finite_only(finite, leaves.gradients()))
         new = self.optimizer.update(params, grads, state, hparams)
         return select(finite, new, (params, state))
 
@@ -85,7 +85,7 @@ def _all_finite(leaves: Leaves) -> Tensor:
     return finite
 
 
-def _finite_only(finite: Tensor, grads: list[Tensor]) -> list[Tensor]:
+def finite_only(finite: Tensor, grads: list[Tensor]) -> list[Tensor]:
     """The gradients, or zeros if they are not finite."""
     if _modes.observed() or _modes.forward_differentiated():
         return _chosen(finite, grads)
