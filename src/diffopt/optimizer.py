@@ -32,6 +32,13 @@ class Optimizer(ABC, Generic[S, H]):
 
     hparams: ClassVar[Any]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        update = _definer(cls, "update")
+        for name in ("repeated", "update_", "prepare_"):
+            if not issubclass(_definer(cls, name), update):  # it does what another update does
+                setattr(cls, name, vars(Optimizer)[name])
+
     @abstractmethod
     def init(self, params: Tree) -> S:
         """The state before the first step, for params of these shapes and dtypes."""
@@ -89,6 +96,10 @@ class Optimizer(ABC, Generic[S, H]):
         new_params, new_state = self.update(params, grads, state, hparams)
         old, new = {"params": params, "state": state}, {"params": new_params, "state": new_state}
         return partial(copy_, overwriting(old, new))
+
+
+def _definer(cls: type, name: str) -> type:
+    return next(base for base in cls.__mro__ if name in vars(base))
 
 
 def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:

@@ -82,6 +82,13 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()  # Generic's, which notes the type variables
+        for name in ("init", "update", "update_", "prepare_"):
+            if getattr(cls, name) is not vars(Leafwise)[name]:
+                raise TypeError(
+                    f"{cls.__name__} overrides `{name}` of Leafwise, which loops, steps in place "
+                    "and torch.optim classes do not call: override `begin` or `rule`, or subclass "
+                    "diffopt.Optimizer or diffopt.transforms.Wrapper"
+                )
         if isinstance(vars(cls).get("State"), type):  # checkpoints load with weights_only=True
             torch.serialization.add_safe_globals([cls.State])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
@@ -27,6 +28,16 @@ WORKING_DTYPE = {
     torch.complex32: torch.complex64,
 }
 """The precision in which half-precision params are updated."""
+
+_CLAIMS = {
+    "elementwise": False,
+    "stackable": False,
+    "batched": False,
+    "overwrites": False,
+    "proportional": False,
+    "native": None,
+}
+"""What a class may say about its methods, and what holds for every rule."""
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}  # `to_real` won't trace
 
@@ -57,6 +68,8 @@ class Rule(ABC, Generic[S, H]):
             state and return them.
         proportional: whether the step is proportional to the hyperparameter `lr`: the new parameter
             is `p + lr * d`, where the state and d do not depend on `lr`.
+            A subclass that overrides a method says these again, from `elementwise` on: they need
+            not hold for what it does instead.
         maximize: ascend instead of descend.
         execution: see `Leafwise`.
     """
@@ -73,6 +86,12 @@ class Rule(ABC, Generic[S, H]):
     maximize: bool = False
     execution: Execution = "auto"
     native: Callable[..., bool] | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name, default in _CLAIMS.items():
+            if _outdated(cls, name):
+                setattr(cls, name, default)
 
     @property
     def buffer_names(self) -> tuple[str, ...]:
@@ -135,6 +154,17 @@ class Rule(ABC, Generic[S, H]):
     def refuse(self, p: Tensor) -> str | None:
         """Why the rule cannot update this parameter, such as "is complex"; None where it can."""
         return None
+
+
+def _outdated(cls: type, claim: str) -> bool:
+    """Whether methods have been overridden since a class of its bases, or itself, claimed this."""
+    for i, base in enumerate(cls.__mro__):
+        if claim in vars(base):
+            return False
+        methods = {k for k, v in vars(base).items() if inspect.isfunction(v) and k[:2] != "__"}
+        if any(methods & vars(later).keys() for later in cls.__mro__[i + 1 :]):
+            return True
+    return False
 
 
 def begun(rule: Rule[Any, Any], p: Tensor, step: Tensor) -> Any:

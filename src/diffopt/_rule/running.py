@@ -18,7 +18,7 @@ from torch import Tensor
 from diffopt import _modes, _torch
 from diffopt._arguments import check_result
 from diffopt._rule import hyper, ops
-from diffopt._rule.rule import Rule, is_ours, unused, working_real
+from diffopt._rule.rule import Rule, unused, working_real
 
 AnyRule: TypeAlias = Rule[Any, Any]
 
@@ -163,7 +163,7 @@ def run(
     s = rule.State(t, *buffers)
     if initial:
         s = s._replace(**{name: getattr(s, name) + value for name, value in initial.items()})
-    options = {"into": True} if into and rule.overwrites and is_ours(rule) else {}
+    options = {"into": True} if into and rule.overwrites else {}
     new = rule.rule(p, -g if rule.maximize else g, s, hparams, scalars, **options)
     if type(new) is not tuple or len(new) != 2:
         check_result(new, "the rule", "new_param", "new_state")

@@ -127,6 +127,8 @@ class EntriesAdam(Leafwise[SparseAdamState, SparseAdamHParams]):
 class MaskedAdam(EntriesAdam):
     """What `sparse_adam(masked=True)` returns: the same where a dense gradient is nonzero."""
 
+    elementwise = True
+
     def rule(
         self, p: Any, g: Any, s: SparseAdamState, hp: SparseAdamHParams, c: Any
     ) -> tuple[Any, SparseAdamState]:

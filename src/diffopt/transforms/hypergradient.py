@@ -20,7 +20,7 @@ from diffopt._modes import real
 from diffopt._rule import checks, hyper, ops, prints, ways
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise, repeat_, repeatable
-from diffopt._rule.rule import is_ours, zero_for
+from diffopt._rule.rule import zero_for
 from diffopt._rule.running import is_scalar
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, Write, check_optimizer
@@ -400,10 +400,7 @@ class Hypergradient(Wrapper[HypergradientState]):
     def _is_rate(self, *names: str) -> bool:
         """Whether the only derivative is the step itself, that with respect to log(lr)."""
         rule = self.optimizer
-        if names != ("lr",) or not isinstance(rule, Leafwise):
-            return False
-        # What a class inherits need not hold for the rule that it has instead.
-        return rule.proportional and (is_ours(rule) or "proportional" in vars(type(rule)))
+        return names == ("lr",) and isinstance(rule, Leafwise) and rule.proportional
 
     def _gather(
         self, params: Tree, grads: Tree, state: Any, hparams: Any

@@ -1,0 +1,105 @@
+"""A subclass of an optimizer that overrides one method does so in every way of taking a step."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import diffopt
+
+t = diffopt.transforms
+START = {"a": torch.linspace(-1, 1, 70_000), "b": torch.ones(3)}  # one in pieces, one whole
+
+
+class Bounded:
+    """Steps by the hyperbolic tangent of the gradient."""
+
+    def rule(self, p: Any, g: Any, s: Any, hp: Any, c: Any):
+        return p - torch.tanh(hp.lr * g), s
+
+
+class Normed(diffopt.sgd):
+    """Steps of the length of the learning rate: elements of a tensor are not apart."""
+
+    def rule(self, p: Any, g: Any, s: Any, hp: Any, c: Any):
+        return p - hp.lr * g / g.norm(), s
+
+
+class Bent(diffopt.adam):
+    """Overrides what the rule calls."""
+
+    def scalars(self, t: Any, hp: Any):
+        return (-0.5, *super().scalars(t, hp)[1:])
+
+
+SUBCLASSES = {
+    "rule": type("BoundedSGD", (diffopt.sgd,), {"rule": Bounded.rule}),
+    "mixture": type("MixedAdam", (Bounded, diffopt.adam), {}),
+    "norm": Normed,
+    "of a subclass": type("Again", (Normed,), {}),
+    "scalars": Bent,
+    "adagrad": type("BoundedAdagrad", (diffopt.adagrad,), {"rule": Bounded.rule}),
+    "muon": type("PlainMuon", (diffopt.muon,), {"rule": Bounded.rule}),
+}
+
+
+def trained(params):
+    return {name: p.clone().requires_grad_() for name, p in params.items()}
+
+
+@pytest.mark.parametrize("name", SUBCLASSES)
+def test_what_a_subclass_overrides_holds_in_every_way(name):
+    start = {"a": torch.ones(260, 270)} if name == "muon" else START
+    opt, grads = SUBCLASSES[name](), {k: p.cos() for k, p in start.items()}
+    hp, state = opt.hparams(lr=0.1), opt.init(start)
+    expected = type(opt)(execution="leaf").update(start, grads, state, hp)[0]
+
+    with torch.no_grad():
+        torch.testing.assert_close(opt.update(start, grads, state, hp)[0], expected)
+    params = {k: p.clone() for k, p in start.items()}
+    opt.update_(params, grads, opt.init(params), hp)
+    torch.testing.assert_close(params, expected)
+
+    params = trained(start)
+    stateful = diffopt.optim.from_pure(opt, params.values(), lr=0.1)
+    for k, p in params.items():
+        p.grad = grads[k]
+    stateful.step()
+    torch.testing.assert_close(params, expected)
+
+    params = trained(start)
+    sol = diffopt.minimize(
+        lambda p: sum(x.sin().sum() for x in p.values()), params, optimizer=opt, hparams=hp, steps=1
+    )
+    torch.testing.assert_close(sol.params, expected)
+
+
+class Doubled(t.ema):
+    def update(self, params, grads, state, hparams):
+        new, state = super().update(params, grads, state, hparams)
+        return {name: 2 * p for name, p in new.items()}, state
+
+
+def test_steps_in_place_are_those_of_an_update_that_is_overridden():
+    opt, start = Doubled(diffopt.sgd()), {"a": torch.ones(3)}
+    hp = opt.hparams(lr=0.5)
+    params, _ = opt.update(start, start, opt.init(start), hp)
+    torch.testing.assert_close(params, {"a": torch.ones(3)})
+    given = {"a": torch.ones(3)}
+    opt.update_(given, start, opt.init(start), hp)
+    torch.testing.assert_close(given, params)
+    trained_ = trained(start)
+    stateful = diffopt.optim.from_pure(opt, trained_, lr=0.5)
+    trained_["a"].grad = torch.ones(3)
+    stateful.step()
+    torch.testing.assert_close(trained_, params)
+    sol = diffopt.minimize(
+        lambda p: p["a"].sum(), trained(start), optimizer=opt, hparams=hp, steps=1
+    )
+    torch.testing.assert_close(sol.params, params)
+
+
+@pytest.mark.parametrize("name", ["init", "update", "update_", "prepare_"])
+def test_rules_are_changed_by_their_own_methods_only(name):
+    with pytest.raises(TypeError, match=f"Own overrides `{name}` of Leafwise.* override `begin`"):
+        type("Own", (diffopt.adam,), {name: lambda self, *args: None})
