@@ -138,12 +138,16 @@ class Squashed(Leafwise):
 
 
 class Choosy(Squashed):
+    elementwise = True
+
     def rule(self, p, g, s, hp, c):
         return (p - hp.lr * g if hp.lr > 0 else p), s
 
 
 class Guarded(Squashed):
     """Divides by what depends on the dtype of the parameter and of a comparison."""
+
+    elementwise = True
 
     def rule(self, p, g, s, hp, c):
         assert (g > 0).dtype == torch.bool
@@ -422,6 +426,8 @@ def test_threads_share_a_kernel(uncompiled):
 
 class Clamped(Squashed):
     """With a constant that is the length of the sample on which a kernel is tried."""
+
+    elementwise = True
 
     def rule(self, p, g, s, hp, c):
         return p - hp.lr * (g * 100_000).clamp(max=compiled._SAMPLE), s

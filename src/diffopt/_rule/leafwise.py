@@ -82,15 +82,14 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()  # Generic's, which notes the type variables
-        for name in ("init", "update", "update_", "prepare_"):
-            if getattr(cls, name) is not vars(Leafwise)[name]:
-                raise TypeError(
-                    f"{cls.__name__} overrides `{name}` of Leafwise, which loops, steps in place "
-                    "and torch.optim classes do not call: override `begin` or `rule`, or subclass "
-                    "diffopt.Optimizer or diffopt.transforms.Wrapper"
-                )
         if isinstance(vars(cls).get("State"), type):  # checkpoints load with weights_only=True
             torch.serialization.add_safe_globals([cls.State])
+
+    @property
+    def steps_by_rule(self) -> bool:
+        """Whether `init` and `update` are these, so that a step is what `begin` and `rule` say."""
+        kind = type(self)
+        return kind.init is Leafwise.init and kind.prepare_ is Leafwise.prepare_
 
     def __post_init__(self) -> None:
         if _modes.compiling():  # which does not trace dataclasses.fields
@@ -222,7 +221,7 @@ def repeatable(rule: Any, params: Tree, grads: Tree, state: Any, hparams: Any) -
     None where it cannot repeat the update: it takes a rule of this package, plain numbers, a count
     on the CPU, and tensors that share device and dtype.
     """
-    leafwise = isinstance(rule, Leafwise) and type(rule).prepare_ is Leafwise.prepare_
+    leafwise = isinstance(rule, Leafwise) and rule.steps_by_rule
     if not leafwise or not is_ours(rule) or state[0].device.type != "cpu":
         return None
     plain = {*map(type, vars(hparams).values())} <= {float, int}

@@ -98,8 +98,9 @@ def from_pure(
     groups = [with_betas(group.copy(), numbers) for group in params if isinstance(group, dict)]
     values = [v for group in [numbers, *groups] for k, v in group.items() if k in numbers]
     scalar = all(running.is_scalar(x) for v in values for x in (v if type(v) is tuple else (v,)))
-    if isinstance(optimizer, Leafwise) and optimizer.execution == "auto" and scalar:
-        return LeafwiseOptimizer(optimizer, params, numbers)
+    rule = optimizer if isinstance(optimizer, Leafwise) and optimizer.steps_by_rule else None
+    if rule and rule.execution == "auto" and scalar:
+        return LeafwiseOptimizer(rule, params, numbers)
     return TreeOptimizer(optimizer, params, template, numbers, structure)
 
 

@@ -122,7 +122,7 @@ class Hypergradient(Wrapper[HypergradientState]):
     each part of the model use one `hypergradient` for each in a `partition`. `current` returns the
     hyperparameters as they are now.
 
-    Where <g_t, z_t> is greater than c_t, and c_t > 0, the last step went too far. Then params go
+    Where this product is greater than c_t, and c_t > 0, the last step went too far. Then params go
     back to p_t - z_t, z becomes 0, and the inner optimizer takes no step. If steps are proportional
     to the rate, that is p_{t-1} without a discount, and with one the average of earlier params,
     whose weights decay by `discount`. All this is for `lr`: the d of other hyperparameters has no

@@ -147,7 +147,7 @@ class Precision(Wrapper[PrecisionState]):
         leaves, masters = self._gather(params, grads, state)
         rule = self.optimizer
         foreign = _modes.observed() or not _modes.all_ordinary(leaves.params)
-        if foreign or not isinstance(rule, Leafwise):
+        if foreign or not isinstance(rule, Leafwise) or not rule.steps_by_rule:
             return super().prepare_(params, grads, state, hparams)
         work = gather_work(rule, params, grads, state.inner, hparams)
         if work.may_grow():
