@@ -1,5 +1,6 @@
 """A subclass of an optimizer that overrides one method does so in every way of taking a step."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -32,12 +33,22 @@ class Bent(diffopt.adam):
         return (-0.5, *super().scalars(t, hp)[1:])
 
 
+def bent(self: Any, t: Any, hp: Any):
+    return (-0.5, *diffopt.adam.scalars(self, t, hp)[1:])
+
+
+def bounded(p: Any, g: Any, s: Any, hp: Any, c: Any):
+    return p - torch.tanh(hp.lr * g), s
+
+
 SUBCLASSES = {
     "rule": type("BoundedSGD", (diffopt.sgd,), {"rule": Bounded.rule}),
     "mixture": type("MixedAdam", (Bounded, diffopt.adam), {}),
     "norm": Normed,
     "of a subclass": type("Again", (Normed,), {}),
     "scalars": Bent,
+    "cached": type("Cached", (diffopt.adam,), {"scalars": functools.lru_cache(bent)}),
+    "static": type("Static", (diffopt.sgd,), {"rule": staticmethod(bounded)}),
     "adagrad": type("BoundedAdagrad", (diffopt.adagrad,), {"rule": Bounded.rule}),
     "muon": type("PlainMuon", (diffopt.muon,), {"rule": Bounded.rule}),
 }

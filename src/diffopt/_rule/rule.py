@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
@@ -161,10 +161,16 @@ def _outdated(cls: type, claim: str) -> bool:
     for i, base in enumerate(cls.__mro__):
         if claim in vars(base):
             return False
-        methods = {k for k, v in vars(base).items() if inspect.isfunction(v) and k[:2] != "__"}
-        if any(methods & vars(later).keys() for later in cls.__mro__[i + 1 :]):
+        if any(_methods(later) & vars(base).keys() for later in cls.__mro__[i + 1 :]):
             return True
     return False
+
+
+def _methods(kind: type) -> set[str]:
+    """The names of a class's own methods, which a subclass may override by anything callable."""
+    kinds = types.FunctionType, staticmethod, classmethod
+    own = {name for name, value in vars(kind).items() if isinstance(value, kinds)}
+    return {name for name in own - _CLAIMS.keys() if not name.startswith("__")}
 
 
 def begun(rule: Rule[Any, Any], p: Tensor, step: Tensor) -> Any:
