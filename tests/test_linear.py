@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffopt import linear
+from diffopt import fixed_point_iteration, linear
 from diffopt.linear import (
     GMRES,
     BiCGStab,
@@ -361,6 +361,14 @@ def test_atol_is_that_of_the_system_as_it_is_given():
     small = B * 1e-30
     assert not ConjugateGradient(atol=1e-20).solve(lambda v: v, small).value.any()
     assert ConjugateGradient(atol=1e-40).solve(lambda v: v, small).value.all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-40])
+def test_atol_may_be_out_of_range_beside_a_small_system(size):
+    solution = GMRES(atol=100.0).solve(lambda v: 2 * v, torch.full((2,), size))
+    assert solution.converged
+    found = fixed_point_iteration(lambda x: size * x, atol=100.0)(torch.ones(2))
+    torch.testing.assert_close(found, torch.full((2,), size))
 
 
 def test_nothing_to_solve_for():

@@ -364,7 +364,7 @@ def fixed_point_iteration(
             after = ravel_like(step(unravel(x), *args), init, ("the output of step", "init"))
             unit = magnitude(after)  # scaled by it, norms stay in the range of the dtype
             change, size = norm((after - x) / unit), norm(after / unit)
-            moved = change > (relative * size).clamp(min=atol / unit)
+            moved = change > torch.maximum(relative * size, size.new_full((), atol) / unit)
             x = torch.where(active, after, x)
             active = active & moved & torch.isfinite(x).all()
             if not anywhere(active):

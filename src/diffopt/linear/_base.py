@@ -247,7 +247,7 @@ def constant_solution(
         operator.precondition,
         operator.adjoint_precondition,
         b,
-        (rtol * size).clamp(min=solver.atol / scale),
+        torch.maximum(rtol * size, size.new_full((), solver.atol) / scale),
     )
     if x0 is None:
         run = solver.run(system, torch.zeros_like(b), b)
