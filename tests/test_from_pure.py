@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 import weakref
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -292,6 +293,24 @@ def test_labels_refer_to_names():
         loss_of([torch.zeros(1), theirs[1]]).backward()
         other.step()
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+CLIPPED = partial(chain, clip_by_global_norm())
+
+
+@pytest.mark.parametrize("wrap", [hypergradient, CLIPPED, ema, skip_nonfinite])
+def test_options_have_the_names_that_hparams_takes(wrap):
+    opt = partition({"x": wrap(diffopt.adamw()), "y": wrap(diffopt.sgd())}, {"a": "x", "b": "y"})
+    given = {"x.lr": 0.1, "y.lr": 0.02}
+    optimizer = optim.from_pure(opt, dict(zip("ab", make_params(), strict=True)), **given)
+    assert optimizer.param_groups[0].items() >= given.items()
+    assert repr(optim.to_pure(optimizer)[3]) == repr(opt.hparams(**given))
+
+
+def test_positions_tell_parts_of_equal_names_apart():
+    opt = chain(add_decayed_weights(), add_decayed_weights(), diffopt.sgd())
+    options = optim.from_pure(opt, make_params()).param_groups[0]
+    assert options.keys() >= {"lr", "0.weight_decay", "1.weight_decay", "2.weight_decay"}
 
 
 FROM_PURE = {

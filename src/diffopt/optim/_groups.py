@@ -258,9 +258,20 @@ def _numbers(template: Any) -> dict[str, Any]:
 
 
 def short_names(paths: Sequence[Sequence[str]]) -> list[str]:
-    """The last component of each path if it is unique, otherwise the whole path."""
+    """The last component of each path if it is unique, or the path without positions, or all of it.
+
+    "m.lr" is the name of "m.1.lr", as in `hparams(**{"m.lr": 0.1})`, if nothing else has it.
+    """
     ends = Counter(path[-1] for path in paths)
-    return [path[-1] if ends[path[-1]] == 1 else ".".join(path) for path in paths]
+    labels = [tuple(part for part in path if not part.isdecimal()) for path in paths]
+    counts = Counter(labels)
+
+    def short(path: Sequence[str], labels: Sequence[str]) -> str:
+        if ends[path[-1]] == 1:
+            return path[-1]
+        return ".".join(labels if len(labels) > 1 and counts[tuple(labels)] == 1 else path)
+
+    return list(map(short, paths, labels))
 
 
 def _records(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
