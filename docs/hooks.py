@@ -23,14 +23,14 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 def on_page_content(html: str, **kwargs: Any) -> str:
     """The page with places in long names, after dots and the like, where lines may break.
 
-    Lines of blocks stay whole.
+    Lines of blocks and numbers stay whole.
     """
     return re.sub(
         r"<pre.*?</pre>|(?<=<code>)[^<]{20,}(?=</code>)",
         lambda found: (
             found[0]
             if found[0].startswith("<pre")
-            else re.sub(r"(?<=[.(/])(?=.)", "<wbr>", found[0])
+            else re.sub(r"(?<=[.(/])(?=\D)", "<wbr>", found[0])
         ),
         html,
         flags=re.DOTALL,

@@ -87,10 +87,11 @@ class Captured:
             if x is None or _unchanged(reference, then):
                 continue
             now, before = stamp(x)[0], then[0]
-            how = f"in place since (its version is {now}, but was {before})"
+            how = f"that has been modified in place since (its version is {now}, but was {before})"
+            if now == before:
+                how = "that has been modified through .data since"
             raise self._error(
-                f"a tensor of shape {tuple(x.shape)} and {x.dtype} that has been modified "
-                f"{'through .data since' if now == before else how}",
+                f"a tensor of shape {tuple(x.shape)} and {x.dtype} {how}",
                 "modify it after the backward pass, or let the function capture a clone",
             )
         for path in self._replaced()[:1] if self.settled else ():

@@ -59,8 +59,9 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
     of more than two dimensions is a batch of matrices, which share the two RMS.
 
     Hyperparameters, each a number, a tensor or a prefix tree of the params: `lr` >= 0 (1e-2), the
-    largest relative step; `beta2_decay` <= 0 (-0.8), one for each tensor; `eps2` >= 0 (1e-3), `d`
-    >= 1 (1), `weight_decay` >= 0 (0); with `eps1=True`, `eps1` >= 0 (float32's machine epsilon).
+    largest relative step; `beta2_decay` <= 0 (-0.8), one for each tensor; `eps2` >= 0 (1e-3);
+    `d` >= 1 (1), `weight_decay` >= 0 (0); with `eps1=True`, `eps1` >= 0 (the machine epsilon of
+    float32).
 
     Buffers that a parameter does not need are empty tensors: `variance` for a matrix, `row_var` and
     `col_var` otherwise. RMS has derivative 0 at zero. Where the sides of a max or min are equal,

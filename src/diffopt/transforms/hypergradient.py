@@ -102,9 +102,9 @@ class HypergradientHParams:
 class Hypergradient(Wrapper[HypergradientState]):
     """Learn hyperparameters, such as the learning rate, while they are used: hypergradient descent.
 
-    The last step made p_t = optimizer(p_{t-1}, g_{t-1}, s_{t-1}, h_{t-1}). So the derivative of the
-    loss at p_t with respect to h_{t-1} is a product of the gradient that is there anyway, and
-    another optimizer can take a step with it before the next step of the first:
+    The last step was `p_t, s_t = optimizer(p_{t-1}, g_{t-1}, s_{t-1}, h_{t-1})`. So the derivative
+    of the loss at `p_t` with respect to `h_{t-1}` is a product with the gradient, which is there
+    anyway, and another optimizer can take a step with it before the next step of the first:
 
         z_t  = discount z_{t-1} + dp_t / dx_{t-1}
         d_t  = min(<g_t, z_t>, c_t),   c_t = 2 sqrt(d_1^2 + ... + d_{t-1}^2)
@@ -112,31 +112,33 @@ class Hypergradient(Wrapper[HypergradientState]):
         h_t  = h exp(x_t),   or, in [0, 1],   h_t / (1 - h_t) = h / (1 - h) exp(x_t)
         p_{t+1}, s_{t+1} = optimizer(p_t, g_t, s_t, h_t)
 
-    x_0 is log(start) for `lr`, and 0 for others. The hyperparameters h that are passed may still
-    follow a schedule. No step of `outer` makes a rate negative, or `momentum` and `alpha` greater
-    than 1. The first step has d = 0. If d is not finite, `outer` takes no step: an optimizer may
-    skip such gradients, or clip them. A tensor without a gradient keeps its z, and counts again
-    when it has one.
+    `x_0` is `log(start)` for `lr`, and 0 for others. The hyperparameters `h` that are passed may
+    still follow a schedule. No step of `outer` makes a rate negative, or `momentum` and `alpha`
+    greater than 1. The first step has `d` = 0. If `d` is not finite, `outer` takes no step: an
+    optimizer may skip such gradients, or clip them. A tensor without a gradient keeps its `z`, and
+    counts again when it has one.
 
     `outer` may be a `hypergradient` itself, which learns its own rate, and so on. For a rate for
-    each part of the model use one `hypergradient` for each in a `partition`. `current` returns the
-    hyperparameters as they are now.
+    each part of the model use a `partition` with one `hypergradient` for each. `current` returns
+    the hyperparameters as they are now.
 
-    Where this product is greater than c_t, and c_t > 0, the last step went too far. Then params go
-    back to p_t - z_t, z becomes 0, and the inner optimizer takes no step. If steps are proportional
-    to the rate, that is p_{t-1} without a discount, and with one the average of earlier params,
-    whose weights decay by `discount`. All this is for `lr`: the d of other hyperparameters has no
-    bound. For optimizers that ascend the signs are reversed. Buffers of a model, such as running
-    averages, do not go back. `update_` waits for the device to decide.
+    Where `<g_t, z_t>` is greater than `c_t`, and `c_t` > 0, the last step went too far. Then params
+    go back to `p_t - z_t`, `z` becomes 0, and the inner optimizer takes no step. If steps are
+    proportional to the rate, `p_t - z_t` is `p_{t-1}` without a discount, and with one an average
+    of earlier params, whose weights decay by `discount`. All this is for `lr`: the `d` of other
+    hyperparameters has no bound, so they are learned less safely. For optimizers that ascend the
+    signs are reversed. Buffers of a model, such as running averages, do not go back, nor does the
+    state of the inner optimizer: `lbfgs`, which compares successive gradients, may diverge
+    afterwards. `update_` waits for the device, to decide.
 
-    With `discount=0`, d is the exact derivative of the loss, but short-sighted: it reduces the loss
-    of the very next step, which on noisy or ill-conditioned losses asks for smaller rates than the
-    end of the run does. Steps that undo each other cancel in z, so that a discount of 0.9 looks
+    With `discount=0`, `d` is the exact derivative of the loss, but short-sighted: it reduces the
+    loss of the very next step, which on noisy or ill-conditioned losses asks for smaller rates than
+    the end of the run does. Steps that undo each other cancel in `z`, so a discount of 0.9 looks
     some ten steps ahead. It leaves out how earlier steps change later ones.
 
     By default a learning rate begins at a hundredth of the one that is passed, and grows by a
     factor of up to exp(0.5) a step: a first step that is too long can ruin a network before any
-    derivative tells. Larger rates of `outer` are faster, and risk more.
+    derivative warns of it. Larger rates of `outer` are faster, and risk more.
 
     On digits (400 steps of 64, torch 2.13.0, seeds 0 to 2), from rates 0.01 and 100 times a tuned
     one, none of 108 runs of gradient descent, momentum and Adam ended more than 1.2 points below
@@ -149,17 +151,17 @@ class Hypergradient(Wrapper[HypergradientState]):
     hyperparameters, half precision, and rules whose steps are not proportional to the rate cost
     more.
 
-    Hyperparameters: a record with `outer`, the record of the outer optimizer, and `discount`, in
-    [0, 1) (0.9), and the optimizer's, in a tuple:
-    `hparams(lr=0.1, discount=0.5, outer=diffopt.adagrad().hparams(lr=1.0))`.
+    Hyperparameters: `hparams(lr=0.1, discount=0.5, outer=diffopt.adagrad().hparams(lr=1.0))` is a
+    tuple of two records: one of `outer`, the record of the outer optimizer, and `discount`, in
+    [0, 1) (0.9); and the optimizer's own.
 
     Args:
         optimizer: any optimizer.
         learn: the names of the hyperparameters to learn. Each is >= 0, or in [0, 1].
-        outer: the optimizer of the offsets x, a dict of 0-d tensors by name. None is
+        outer: the optimizer of the offsets `x`, a dict of 0-d tensors by name. None is
             `diffopt.adagrad()` with `lr=0.5`.
         start: the part of `lr` that the first step takes, > 0. None is 0.01 with the default
-            `outer`, whose steps do not depend on the scale of d, and 1 with others.
+            `outer`, whose steps do not depend on the scale of `d`, and 1 with others.
 
     Raises:
         TypeError: an optimizer is not one, or `learn` is not a sequence of names.
