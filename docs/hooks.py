@@ -25,6 +25,7 @@ def on_page_content(html: str, **kwargs: Any) -> str:
 
     Lines of blocks and numbers stay whole.
     """
+    html = re.sub(r"(?<=\de-)(?=\d+</td>)", "&NoBreak;", html)
     return re.sub(
         r"<pre.*?</pre>|(?<=<code>)[^<]{20,}(?=</code>)",
         lambda found: (

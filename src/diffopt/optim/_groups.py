@@ -211,8 +211,10 @@ def overridden(record: Any, given: Mapping[str, Any], owners: Sequence[Sequence[
         columns = zip(pair, zip(*each, strict=True), strict=True) if pair else [(name, each)]
         values.update((field, _of_groups(column, owners)) for field, column in columns)
     if unknown := values.keys() - known.keys():
+        momentum = min(unknown) in ("momentum", "dampening")
+        why = ": create the optimizer with a momentum other than 0" if momentum else ""
         raise TypeError(
-            f"override has {min(unknown)!r}, but the hyperparameters are {', '.join(known)}"
+            f"override has {min(unknown)!r}, but the hyperparameters are {', '.join(known)}{why}"
         )
     return checked(records(record, known | values))
 
