@@ -230,18 +230,13 @@ def repeatable(rule: Any, params: Tree, grads: Tree, state: Any, hparams: Any) -
 
 
 def repeat_(
-    rule: Any,
-    known: ways.Alike,
-    params: list[Tensor],
-    grads: list[Tensor],
-    state: Any,
-    numbers: dict[str, Any],
+    rule: Any, known: ways.Alike, params: Tree, grads: Tree, state: Any, hparams: Any
 ) -> None:
     """Update in place, unchecked: all but the numbers must be what `repeatable` was given."""
-    count, *buffers = state
+    count = state[0]
     t = count.item() + 1
-    columns = [() if unused(tree) else _tree.flatten(tree)[0] for tree in buffers]
-    parts.step_(rule, t, [*numbers.values()], [params, grads, *columns], known)
+    columns = [() if unused(x) else _tree.leaves(x) for x in (params, grads, *state[1:])]
+    parts.step_(rule, t, [*vars(hparams).values()], columns, known)
     count.fill_(t)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -64,31 +63,20 @@ class _Given(NamedTuple):
     hparams: tuple[Any, Any]
 
 
-@dataclass
-class _Facts:
-    """What has been found out about the arguments of an update in place that passed all checks."""
+class _Known(NamedTuple):
+    """What holds for the arguments of an update in place where tensors like them passed all checks.
 
-    owner: Callable[[], Any]
-    """A weak reference to the optimizer: once it is freed, another one may have its id."""
+    Attributes:
+        optimizer: whose arguments they are, kept so that no other one gets its id.
+        kinds: the structures of the arguments. All hyperparameters are numbers.
+        outer: what `repeat_` needs to know to step the outer optimizer; None if it cannot.
+        inner: the same for the inner optimizer.
+    """
+
+    optimizer: Hypergradient
     kinds: list[_tree.Spec]
-    """The structures of grads and state."""
-    hparams_kind: _tree.Spec
     outer: ways.Alike | None
-    """What `repeat_` needs to know to step the outer optimizer; None if it cannot."""
     inner: ways.Alike | None
-    """The same for the inner optimizer."""
-    hparams: Any = None
-    """The last ones with which these held, if nothing in them can change."""
-
-    def holds(self, hparams: Any) -> bool:
-        """Whether these hyperparameters are numbers in the same structure."""
-        if hparams is self.hparams:
-            return True
-        values, structure = _tree.flatten(hparams)
-        if structure is not self.hparams_kind or not {*map(type, values)} <= {float, int}:
-            return False
-        self.hparams = hparams if self.outer and self.inner else None  # records of numbers
-        return True
 
 
 @hparams
@@ -146,7 +134,7 @@ class Hypergradient(Wrapper[HypergradientState]):
     GELU, or of ReLU and BatchNorm, or were convolutional. With four hidden layers of SiLU, which
     stay on a plateau for hundreds of steps, gradient descent ended up to 10 points below.
 
-    In the class that `diffopt.optim.from_pure` makes of AdamW, learning the rate costs 11 to 13% of
+    In the class that `diffopt.optim.from_pure` makes of AdamW, learning the rate costs 11 to 15% of
     a training step of a small convolutional network on 64 digits (one CPU core). Other
     hyperparameters, half precision, and rules whose steps are not proportional to the rate cost
     more.
@@ -236,7 +224,7 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     @cached_property
     def _outer(self) -> Optimizer[Any, Any]:
-        return self.outer or _DEFAULTS[True in _directions(self.optimizer)]
+        return self.outer or adagrad(maximize=self._sign < 0)
 
     def current(self, state: HypergradientState, hparams: tuple[Any, Any]) -> Any:
         """The hyperparameters of the inner optimizer as this state has changed them."""
@@ -303,76 +291,91 @@ class Hypergradient(Wrapper[HypergradientState]):
         self, params: Tree, grads: Tree, state: HypergradientState, hparams: tuple[Any, Any]
     ) -> Write:
         given = _Given(params, grads, state, hparams)
-        if _modes.capturing():  # when nothing can be read
+        # Where graphs are captured nothing can be read.
+        if _modes.capturing() or not self._is_rate(*self.learn):
             return super().prepare_(*given)
         known = self._as_before(given)
         if known:
             return self._writing(*known, given)
         leaves, old = self._gather(*given)
+        lists = leaves.moved(leaves.params), leaves.gradients(), leaves.moved(old["lr"])
         if not (
-            self._is_rate(*self.learn)
+            lists[0]
             and _modes.all_plain(leaves.params)
-            and _same_dtypes(leaves.params, old["lr"])
+            and all(z.dtype == p.dtype for p, z in zip(leaves.params, old["lr"], strict=True))
         ):
             return super().prepare_(*given)
         self._check_writable(leaves, old, given)
         record = _moved(hparams[1], state.offsets, ops.coefficient)
         self.optimizer.prepare_(params, grads, state.inner, record)
-        lists = leaves.moved(leaves.params), leaves.gradients(), leaves.moved(old["lr"])
         write = self._writing(lists, None, given)  # which checks the outer optimizer's state
         if _tree.flatten(state.derivatives["lr"])[1] is leaves.spec:
-            others, facts = _tree.flatten(state)[0], partial(self._facts, given)
+            others, facts = _tree.flatten(state)[0], partial(self._found, given)
             prints.keep((id(self),), leaves.params, others, leaves.grads, facts)
         return write
 
-    def _as_before(self, given: _Given) -> tuple[tuple[Tensors, Tensors, Tensors], _Facts] | None:
-        """Params, gradients, derivatives and facts, if arguments like these passed all checks."""
-        rows, kinds = zip(*map(_tree.flatten, given[:3]), strict=True)
-        known = prints.found((id(self),), rows[0])
-        if known is None:
+    def _as_before(self, given: _Given) -> tuple[tuple[Tensors, Tensors, Tensors], _Known] | None:
+        """Params, gradients, derivatives and what is known, if tensors like these passed."""
+        (params, grads, state, numbers), kinds = zip(*map(_tree.flatten, given), strict=True)
+        found = prints.found((id(self),), params)
+        if found is None:
             return None
-        passed, facts = known
+        passed, known = found
         if not (
-            facts.owner() is self
-            and all(map(operator.is_, kinds[1:], facts.kinds))
-            and facts.holds(given.hparams)
-            and passed.by(rows[0], rows[2], rows[1])
+            all(map(operator.is_, kinds, known.kinds))
+            and {*map(type, numbers)} <= {float, int}
+            and passed.by(params, state, grads)
         ):
             return None
         first = len(given.state.offsets)  # then come the derivatives
-        return (rows[0], rows[1], rows[2][first : first + len(rows[0])]), facts
+        return (params, grads, state[first : first + len(params)]), known
+
+    def _found(self, given: _Given) -> _Known:
+        params, grads, state, hparams = given
+        offsets = state.offsets
+        return _Known(
+            self,
+            [_tree.flatten(tree)[1] for tree in given],
+            repeatable(self._outer, offsets, offsets, state.outer, hparams[0].outer),
+            repeatable(self.optimizer, params, grads, state.inner, hparams[1]),
+        )
 
     def _writing(
-        self, lists: tuple[Tensors, Tensors, Tensors], known: _Facts | None, given: _Given
+        self, lists: tuple[Tensors, Tensors, Tensors], known: _Known | None, given: _Given
     ) -> Write:
-        """What takes the step, without checks where arguments like these are known."""
-        params, grads, state, hparams = given
+        """What takes the step where only the rate is learned; it waits for the device."""
+        params, grads, state, (own, hparams) = given
         moved, gradients, derivatives = lists
-        learn_, overshot = self._learning(gradients, derivatives, state, hparams[0].outer, known)
-        discount = float(hparams[0].discount)
-
-        def step_() -> None:
-            if known and known.inner:
-                factor = math.exp(min(state.offsets["lr"].item(), 709))  # larger ones overflow
-                numbers = {**vars(hparams[1]), "lr": hparams[1].lr * factor}
-                repeat_(self.optimizer, known.inner, moved, gradients, state.inner, numbers)
-            else:  # it cannot fail where another record has not
-                record = _moved(hparams[1], state.offsets, ops.coefficient)
-                self.optimizer.prepare_(params, grads, state.inner, record)()
+        offset = state.offsets["lr"]
+        dots = _dots(gradients, derivatives)
+        on_cpu = all(dot.is_cpu for dot in dots)  # where each can be read at once
+        product = sum([x.item() for x in dots]) if on_cpu else _total(dots, offset).item()
+        finite = math.isfinite(product)
+        overshot, product = self._bounded(product, state.squares.item())
+        slope = {"lr": torch.full_like(offset, product)}
+        learning = known and known.outer, state.offsets, slope, state.outer, own.outer
+        learn_ = _stepping(self._outer, *learning)
 
         def write() -> None:
-            learn_()
-            if overshot:
+            if finite:
+                learn_()
+                state.squares.add_(product * product)
+            if finite and overshot:
                 _torch.foreach["sub"][1](moved, derivatives)
                 _torch.foreach["mul"][1](derivatives, 0.0)
-            elif moved:
-                steps = _torch.foreach["neg"][0](moved)
-                step_()
-                _torch.foreach["add"][1](steps, moved)
-                _torch.foreach["add"][1](steps, derivatives, alpha=discount)
-                _torch.foreach_copy_(derivatives, steps)
-            else:
-                step_()
+                return
+            steps = _torch.foreach["neg"][0](moved)
+            inner = known and known.inner
+            if inner:
+                factor = math.exp(min(offset.item(), 709))  # larger ones overflow
+                numbers = {**vars(hparams), "lr": hparams.lr * factor}
+                record = hyper.assemble(type(hparams), numbers.values())
+            else:  # the step cannot fail where it has not with another record
+                record = _moved(hparams, state.offsets, ops.coefficient)
+            _stepping(self.optimizer, inner, params, grads, state.inner, record)()
+            _torch.foreach["add"][1](steps, moved)
+            _torch.foreach["add"][1](steps, derivatives, alpha=float(own.discount))
+            _torch.foreach_copy_(derivatives, steps)
 
         return write
 
@@ -380,24 +383,11 @@ class Hypergradient(Wrapper[HypergradientState]):
         """Raise unless all that is written can be."""
         params, grads, state, hparams = given
         written = {f"state.derivatives[{name!r}]": column for name, column in old.items()}
-        written["state.squares"] = [given.state.squares]
+        written["state.squares"] = [state.squares]
         checks.writable({"params": leaves.params, **written}, params)
-        first = (
-            "derivatives",
-            "offsets",
-            "outer",
-            "squares",
-        )  # which are written before the rest is read
-        own = {f"state.{name}": getattr(state, name) for name in first}
+        # All but the inner state is written before the rest is read.
+        own = {f"state.{k}": v for k, v in state._asdict().items() if k != "inner"}
         check_apart(own, {"state.inner": state.inner, "grads": grads, "hparams": hparams})
-
-    def _facts(self, given: _Given) -> _Facts:
-        params, grads, state, hparams = given
-        kinds = [_tree.flatten(tree)[1] for tree in (grads, state, hparams)]
-        offsets = state.offsets
-        outer = repeatable(self._outer, offsets, offsets, state.outer, hparams[0].outer)
-        inner = repeatable(self.optimizer, params, grads, state.inner, hparams[1])
-        return _Facts(weakref.ref(self), kinds[:2], kinds[2], outer, inner)
 
     def _is_rate(self, *names: str) -> bool:
         """Whether the only derivative is the step itself, that with respect to log(lr)."""
@@ -455,40 +445,6 @@ class Hypergradient(Wrapper[HypergradientState]):
         after: Any = *outer, squares
         return *(after if finite is True else select(finite, after, before)), overshot
 
-    def _learning(
-        self,
-        grads: Tensors,
-        derivatives: Tensors,
-        state: HypergradientState,
-        hparams: Any,
-        known: _Facts | None,
-    ) -> tuple[Write, bool]:
-        """What takes that step in place, where only the rate is learned, and whether to go back.
-
-        It waits for the device.
-        """
-        offset, squares = state.offsets["lr"], state.squares
-        if not grads:
-            return self._outer.prepare_(state.offsets, {"lr": None}, state.outer, hparams), False
-        dots = _dots(grads, derivatives)
-        on_cpu = all(dot.is_cpu for dot in dots)
-        product = sum([dot.item() for dot in dots]) if on_cpu else _total(dots, offset).item()
-        if not math.isfinite(product):
-            return _nothing, False
-        overshot, product = self._bounded(product, squares.item())
-        products = torch.full_like(offset, product)
-        if known and known.outer:
-            repeated = self._outer, known.outer, [offset], [products], state.outer
-            learn_ = partial(repeat_, *repeated, vars(hparams))
-        else:
-            learn_ = self._outer.prepare_(state.offsets, {"lr": products}, state.outer, hparams)
-
-        def write() -> None:
-            learn_()
-            squares.add_(product * product)
-
-        return write, overshot
-
     def _bounded(self, product: Any, squares: Any) -> tuple[Any, Any]:
         """Whether the last step overshot, and the derivative as it counts."""
         sign = self._sign
@@ -498,15 +454,6 @@ class Hypergradient(Wrapper[HypergradientState]):
 
 
 hypergradient = Hypergradient
-
-_DEFAULTS = {up: adagrad(maximize=up) for up in (False, True)}
-"""The outer optimizers of inner ones that descend, and of those that ascend."""
-
-
-def _same_dtypes(params: Tensors, derivatives: Tensors) -> bool:
-    """Whether nothing is converted: params may have been since the state was made."""
-    pairs = zip(params, derivatives, strict=True)
-    return all(wide(p) is p and z.dtype == p.dtype for p, z in pairs)
 
 
 def _directions(optimizer: Optimizer[Any, Any]) -> set[bool]:
@@ -572,6 +519,15 @@ def _moved(
     return hyper.map_fields(value, hparams)
 
 
+def _stepping(
+    rule: Optimizer[Any, Any], known: ways.Alike | None, params: Tree, grads: Tree, *others: Any
+) -> Write:
+    """What takes a step in place, without checks where it is known how."""
+    if known:
+        return partial(repeat_, rule, known, params, grads, *others)
+    return rule.prepare_(params, grads, *others)
+
+
 def _derivatives(
     stepped: Callable[[dict[str, Tensor]], Tensors],
     offsets: dict[str, Tensor],
@@ -615,7 +571,3 @@ def _total(dots: Tensors, like: Tensor) -> Tensor:
     if len({(dot.dtype, dot.device) for dot in dots}) > 1:
         dots = [dot.to(like) for dot in dots]
     return torch.stack(dots).to(like).sum()
-
-
-def _nothing() -> None:
-    """What writes nothing."""
