@@ -58,13 +58,13 @@ def kept(grad: Leaf) -> Leaf:
     return grad if isinstance(grad, Tensor) else 1 * grad
 
 
-def add(x: Leaf, y: Leaf, coefficient: Any) -> Leaf:
-    """`x + coefficient * y`."""
+def add(x: Leaf, y: Leaf, coefficient: Any, *, into: bool = False) -> Leaf:
+    """`x + coefficient * y`; `into` says that it may overwrite x."""
     if type(coefficient) is not float:  # most are
         coefficient = _modes.number_of(coefficient)
         if isinstance(coefficient, _TENSORS):
             return x + y * coefficient
-    return torch.add(x, y, alpha=coefficient)
+    return x.add_(y, alpha=coefficient) if into else torch.add(x, y, alpha=coefficient)
 
 
 def add_decay(grad: Leaf, param: Leaf, weight_decay: Any) -> Leaf:
@@ -81,6 +81,11 @@ def lerp(x: Leaf, y: Leaf, weight: Any, *, into: bool = False) -> Leaf:
     if _is(weight, 1):
         return y if isinstance(y, Recorded) else copy(y)
     return x.lerp_(y, weight) if into else torch.lerp(x, y, weight)
+
+
+def mul(x: Leaf, y: Any, *, into: bool = False) -> Leaf:
+    """`x * y`; `into` says that it may overwrite x."""
+    return x.mul_(y) if into else x * y
 
 
 def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
@@ -124,25 +129,11 @@ def total(x: Any) -> Any:
     return _modes.number_of(result) if type(result) is Tensor else result  # not for DTensor
 
 
-def reusable(x: Any) -> bool:
-    """Whether results like this tensor may be overwritten: nobody sees or differentiates them."""
-    plain = isinstance(x, Tensor) and _modes.ordinary(x)
-    return plain and not (_modes.differentiable() or _modes.observed())
-
-
-def over(x: Leaf, own: bool, method: str, *arguments: Any) -> Leaf:
-    """`x.method(*arguments)`, in the memory of x if that is `own`."""
-    return getattr(x, f"{method}_" if own else method)(*arguments)
-
-
-def norm(x: Any, *, plain: bool = False) -> Any:
-    """The square root of the sum of squares, with derivative 0 at 0; a number where `total` is.
-
-    `plain` says that it is known to be `reusable`.
-    """
-    if plain or (isinstance(x, Tensor) and _modes.ordinary(x) and not _modes.differentiated([x])):
+def norm(x: Any) -> Any:
+    """The square root of the sum of squares, with derivative 0 at 0; a number where `total` is."""
+    if isinstance(x, Tensor) and _modes.ordinary(x) and not _modes.differentiated([x]):
         result = torch.linalg.vector_norm(x)  # one kernel instead of three
-        return result.item() if x.is_cpu and (plain or not _modes.intercepted()) else result
+        return result.item() if x.is_cpu and not _modes.intercepted() else result
     return sqrt(total(x * x))
 
 

@@ -64,8 +64,8 @@ class Rule(ABC, Generic[S, H]):
         elementwise, batchable, stackable, native: see `leafwise`.
         batched: whether `rule` also takes a batch of tensors of one shape, with one dimension more
             in front, as one tensor.
-        overwrites: whether `rule` takes `into=True`, which lets it overwrite the parameter and its
-            state and return them.
+        overwrites: whether `rule` takes `into=True`, with which functions of `ops` overwrite the
+            parameter and its state; then nothing is differentiated or observed.
         proportional: whether the step is proportional to the hyperparameter `lr`: the new parameter
             is `p + lr * d`, where the state and d do not depend on `lr`.
             A subclass that overrides a method says these again, from `elementwise` on: they need

@@ -163,7 +163,8 @@ def run(
     s = rule.State(t, *buffers)
     if initial:
         s = s._replace(**{name: getattr(s, name) + value for name, value in initial.items()})
-    options = {"into": True} if into and rule.overwrites else {}
+    into = into and rule.overwrites and not (_modes.differentiable() or _modes.observed())
+    options = {"into": True} if into and _modes.all_ordinary([p]) else {}
     new = rule.rule(p, -g if rule.maximize else g, s, hparams, scalars, **options)
     if type(new) is not tuple or len(new) != 2:
         check_result(new, "the rule", "new_param", "new_state")

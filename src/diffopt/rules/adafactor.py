@@ -112,9 +112,7 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
     ) -> tuple[Any, AdafactorState]:
         rho, weight = c
         eps = hp.eps1 if self.eps1 else torch.finfo(p.dtype).eps
-        own = ops.reusable(p)
-        into = into and own
-        step = ops.at_least(_rms(p, own), hp.eps2) * -rho
+        step = ops.at_least(_rms(p), hp.eps2) * -rho
         row_var, col_var, variance = s[1:]
         if p.dim() > 1:
             rows, columns = _means_of_squares(g)
@@ -122,15 +120,14 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
             col_var = ops.lerp(col_var, columns, weight, into=into)
             del rows, columns  # to free them
             u = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
-            u = ops.over(u, own, "clamp", eps * eps)
         else:
-            variance = ops.lerp(variance, g * g, weight, into=into)
-            u = variance.clamp(min=eps * eps)
-        u = ops.over(ops.over(u, own, "rsqrt"), own, "mul", g)
-        u = ops.over(u, own, "mul", step / ops.at_least(_rms(u, own, hp.d), 1))
+            u = variance = ops.lerp(variance, g * g, weight, into=into)
+        u = u.clamp(min=eps * eps)
+        u = ops.mul(u.rsqrt(), g, into=into)
+        u = ops.mul(u, step / ops.at_least(_rms(u, hp.d), 1), into=into)
         if not ops.is_zero(hp.weight_decay):  # lr may be infinite
-            p = ops.over(p, into, "mul", 1 - hp.lr * hp.weight_decay)
-        return ops.over(p, into, "add", u), AdafactorState(s.step, row_var, col_var, variance)
+            p = ops.mul(p, 1 - hp.lr * hp.weight_decay, into=into)
+        return ops.add(p, u, 1.0, into=into), AdafactorState(s.step, row_var, col_var, variance)
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
         if len(shape) < 2:
@@ -157,5 +154,5 @@ def _means_of_squares(x: Tensor) -> tuple[Tensor, Tensor]:
     return _mean(square, -1), _mean(square, -2)
 
 
-def _rms(x: Tensor, plain: bool, unit: Any = 1.0) -> Any:
-    return ops.norm(x, plain=plain) / (max(x.numel(), 1) ** 0.5 * unit)
+def _rms(x: Tensor, unit: Any = 1.0) -> Any:
+    return ops.norm(x) / (max(x.numel(), 1) ** 0.5 * unit)

@@ -121,16 +121,13 @@ class Muon(Leafwise[MuonState, MuonHParams]):
     def rule(
         self, p: Any, g: Any, s: MuonState, hp: MuonHParams, c: Any, *, into: bool = False
     ) -> tuple[Any, MuonState]:
-        into = into and ops.reusable(p)
         b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum, into=into)
         x = _newton_schulz(self._direction(g, b, hp), hp, self.ns_steps)
-        p = ops.over(p, into, "mul", 1 - hp.lr * hp.weight_decay)
+        p = ops.mul(p, 1 - hp.lr * hp.weight_decay, into=into)
         rate = _modes.number_of(-hp.lr * self._ratio(*p.shape[-2:]))
         if isinstance(rate, Tensor) or torch.promote_types(p.dtype, x.dtype) != p.dtype:
             x = x.to(p.dtype)
-        if into and not isinstance(rate, Tensor):
-            return p.add_(x, alpha=rate), MuonState(s.step, b)
-        return ops.add(p, x, rate), MuonState(s.step, b)
+        return ops.add(p, x, rate, into=into), MuonState(s.step, b)
 
     def _direction(self, g: Any, b: Any, hp: MuonHParams) -> Any:
         n = ops.lerp(g, b, hp.momentum) if self.nesterov else b
