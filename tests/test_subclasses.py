@@ -115,3 +115,16 @@ def test_steps_in_place_are_those_of_an_update_that_is_overridden(name):
         lambda p: p["a"].sum(), trained(start), optimizer=opt, hparams=hp, steps=1
     )
     torch.testing.assert_close(sol.params, params)
+
+
+def test_steps_in_place_may_come_from_a_mixture():
+    taken = []
+
+    class Noted:
+        def prepare_(self, *args: Any) -> Any:
+            taken.append(True)
+            return super().prepare_(*args)
+
+    opt, p = type("NotedEMA", (Noted, t.ema), {})(diffopt.sgd()), torch.ones(3)
+    opt.update_(p, p.clone(), opt.init(p), opt.hparams(lr=0.5))
+    assert taken == [True]

@@ -34,9 +34,8 @@ class Optimizer(ABC, Generic[S, H]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        update = _definer(cls, "update")
         for name in ("repeated", "update_", "prepare_"):
-            if not issubclass(_definer(cls, name), update):  # it does what another update does
+            if _place(cls, name) > _place(cls, "update"):  # it does what another update does
                 setattr(cls, name, vars(Optimizer)[name])
 
     @abstractmethod
@@ -98,8 +97,9 @@ class Optimizer(ABC, Generic[S, H]):
         return partial(copy_, overwriting(old, new))
 
 
-def _definer(cls: type, name: str) -> type:
-    return next(base for base in cls.__mro__ if name in vars(base))
+def _place(cls: type, name: str) -> int:
+    """The position of the class that defines this in the method resolution order."""
+    return next(i for i, base in enumerate(cls.__mro__) if name in vars(base))
 
 
 def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:

@@ -29,15 +29,8 @@ WORKING_DTYPE = {
 }
 """The precision in which half-precision params are updated."""
 
-_CLAIMS = {
-    "elementwise": False,
-    "stackable": False,
-    "batched": False,
-    "overwrites": False,
-    "proportional": False,
-    "native": None,
-}
-"""What a class may say about its methods, and what holds for every rule."""
+_CLAIMS = ("elementwise", "stackable", "batched", "overwrites", "proportional", "native")
+"""What a class may say about its methods; what `Rule` says holds for all."""
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}  # `to_real` won't trace
 
@@ -89,9 +82,9 @@ class Rule(ABC, Generic[S, H]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name, default in _CLAIMS.items():
+        for name in _CLAIMS:
             if _outdated(cls, name):
-                setattr(cls, name, default)
+                setattr(cls, name, vars(Rule)[name])
 
     @property
     def buffer_names(self) -> tuple[str, ...]:
@@ -170,7 +163,7 @@ def _methods(kind: type) -> set[str]:
     """The names of a class's own methods, which a subclass may override by anything callable."""
     kinds = types.FunctionType, staticmethod, classmethod
     own = {name for name, value in vars(kind).items() if isinstance(value, kinds)}
-    return {name for name in own - _CLAIMS.keys() if not name.startswith("__")}
+    return {name for name in own - {*_CLAIMS} if not name.startswith("__")}
 
 
 def begun(rule: Rule[Any, Any], p: Tensor, step: Tensor) -> Any:
