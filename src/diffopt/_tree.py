@@ -370,7 +370,7 @@ def _has_modules(values: list[Any]) -> bool:
 
 def trained(value: Any) -> Any:
     """The parameters by name that a module trains, or what `as_dict` returns."""
-    if isinstance(value, nn.Module) and not isinstance(value, (nn.ParameterDict, nn.ParameterList)):
+    if isinstance(value, nn.Module) and not isinstance(value, _MODULES):
         return {name: p for name, p in value.named_parameters() if p.requires_grad}
     return as_dict(value)
 

@@ -35,6 +35,7 @@ from diffopt.linear._derivative import Equation, Method, Residual, attach
 from diffopt.linear._failure import OnFailure, check_on_failure, fail, refuse_tracing
 from diffopt.linear._vectors import (
     Linear,
+    all_finite,
     anywhere,
     chosen,
     greatest,
@@ -406,7 +407,7 @@ def _distance(residual: Residual, x: Tensor, *inputs: Tensor) -> Tensor:
     # One cycle alone, without the product that tells how exact it was.
     cycle = ConjugateGradient()._cycle  # pyright: ignore[reportPrivateUsage] (of this package)
     step = cycle(system, torch.zeros_like(b), b, size > 0, 0.1, 10).x
-    reached = chosen(_modes.number_of(torch.isfinite(step).all()), norm(step), 0.0)
+    reached = chosen(all_finite(step), norm(step), 0.0)
     if anywhere(reached == 0):
         reached = torch.where(reached > 0, reached, 1 / (b @ product(b)).abs())
     return where(size > 0, size * reached, size) / norm(x).clamp(min=1)

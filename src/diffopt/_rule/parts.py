@@ -96,7 +96,7 @@ def _way(
     shared = [column.value for column in columns if isinstance(column, running.Shared)]
     kind = alike.kind if alike else ways.survey(columns)
     regular = kernel and exact and kind.layout == "regular"
-    if wanted == "compiled" and regular and _short(columns[0]):
+    if wanted == "compiled" and regular and _many_small(columns[0]):
         wanted = "fused"  # torch's kernel, if there is one, takes tensors as they lie
     way = ways.choose(rule, kind, [0.0 if numeric else lr, *rest, *shared], wanted)
     if alike and whole and kernel:
@@ -104,8 +104,8 @@ def _way(
     return way
 
 
-def _short(params: list[Tensor]) -> bool:
-    """Whether there are so many small tensors that a step mostly strings them together."""
+def _many_small(params: list[Tensor]) -> bool:
+    """Whether there are so many small tensors that a compiled step mostly concatenates them."""
     return len(params) >= 100 and sum(map(Tensor.numel, params)) < len(params) << 14
 
 

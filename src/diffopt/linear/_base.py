@@ -20,6 +20,7 @@ from diffopt.linear._derivative import LinearSolution, Method, Operator, solve
 from diffopt.linear._failure import OnFailure, check_on_failure, fail, refuse_tracing
 from diffopt.linear._vectors import (
     Linear,
+    all_finite,
     anywhere,
     chosen,
     greatest,
@@ -237,7 +238,7 @@ def constant_solution(
 ) -> LinearSolution:
     """The solution as a constant; warns or raises on failure."""
     # What there is one of for each sample is a number where there is only one, as in `krylov`.
-    finite, scale = number(torch.isfinite(b).all()), magnitude(b)
+    finite, scale = all_finite(b), magnitude(b)
     b = chosen(finite, b / scale, 0.0)
     size = norm(b)
     rtol = torch.finfo(b.dtype).eps ** 0.5 if solver.rtol is None else solver.rtol
@@ -258,16 +259,17 @@ def constant_solution(
     x, iterations, obstacle, residual = run
     residual = norm(system.residual(x) if residual is None else residual)
     x = chosen(finite, x * scale, torch.nan)
-    residual = chosen(number(torch.isfinite(x).all()), residual, torch.inf)
+    residual = chosen(all_finite(x), residual, torch.inf)
     within = number(residual <= system.tolerance)
+    missed = finite & (within ^ True)  # `^ True` negates bools and tensors
     if anywhere(finite ^ True):
         fail(
             f"{type(solver).__name__} returns NaN, since b is not finite: in a backward pass, b is "
             "the incoming gradient",
             solver.on_failure,
         )
-    if anywhere(finite & (within ^ True)):
-        worst = greatest(chosen(finite & (within ^ True), residual / size, 0.0))
+    if anywhere(missed):
+        worst = greatest(chosen(missed, residual / size, 0.0))
         fail(
             f"{type(solver).__name__} stopped after {greatest(iterations)} iterations at a "
             f"residual of {worst:.2g} times the norm of b, above the tolerance of "

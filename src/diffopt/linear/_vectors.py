@@ -111,6 +111,11 @@ def number(value: Tensor) -> Any:
     return _modes.number_of(gathered(value))
 
 
+def all_finite(vector: Tensor) -> Any:
+    """Whether all entries are finite: a bool where `dot` is a number."""
+    return number(torch.isfinite(vector).all())
+
+
 def norm(vector: Tensor) -> Tensor:
     """The 2-norm."""
     return gathered(torch.linalg.vector_norm(vector))

@@ -14,7 +14,16 @@ from diffopt._arguments import check_function, check_integer
 from diffopt._rule.ops import where
 from diffopt._tree import Tree
 from diffopt.linear._base import LinearSolver, LinearSystem, Run
-from diffopt.linear._vectors import anywhere, dot, greatest, length, norm, number, quotient
+from diffopt.linear._vectors import (
+    all_finite,
+    anywhere,
+    dot,
+    greatest,
+    length,
+    norm,
+    number,
+    quotient,
+)
 
 # What there is one of for each sample, such as a dot product, is a number where there is only one
 # sample, on a CPU: arithmetic with numbers is much faster. Elsewhere it is a 0-d tensor.
@@ -67,7 +76,7 @@ class Krylov(LinearSolver):
         while taken < limit and anywhere(active):
             cycle = self._cycle(system, x, residual, active, tolerance, limit - taken)
             taken += max(1, greatest(cycle.steps))
-            finite = active & number(torch.isfinite(cycle.x).all())
+            finite = active & all_finite(cycle.x)
             x = where(finite, cycle.x, x)
             steps, hopeless = steps + cycle.steps, hopeless | cycle.hopeless
             before, residual = size, system.residual(x)
