@@ -132,7 +132,7 @@ class Leafwise(Flags, Rule[S, H], Optimizer[S, H]):
         return _tree.unflatten(new[0], work.spec), self._pack(step, new[1:], work.spec)
 
     def repeated(self, params: Tree, state: S, hparams: H) -> Repeated | None:
-        if type(self).update is not Leafwise.update or self.execution == "foreach":
+        if self.execution == "foreach":
             return None
         work = gather(self, params, params, state, hparams)  # gradients are like params
         return Repeated.of(work, state[0], hparams)
@@ -221,8 +221,7 @@ def repeatable(rule: Any, params: Tree, grads: Tree, state: Any, hparams: Any) -
     None where it cannot repeat the update: it takes a rule of this package, plain numbers, a count
     on the CPU, and tensors that share device and dtype.
     """
-    leafwise = isinstance(rule, Leafwise) and rule.steps_by_rule
-    if not leafwise or not is_ours(rule) or state[0].device.type != "cpu":
+    if not (isinstance(rule, Leafwise) and is_ours(rule)) or state[0].device.type != "cpu":
         return None
     plain = {*map(type, vars(hparams).values())} <= {float, int}
     work = gather(rule, params, grads, state, hparams)

@@ -48,6 +48,10 @@ class Rule(ABC, Generic[S, H]):
     optimizer, and tensors in what the methods here see. A field that a configuration does not need
     holds `()`. Tensors are real, at least float32 and at least one-dimensional.
 
+    What a class says of its methods (`elementwise`, `stackable`, `batched`, `overwrites`,
+    `proportional`, `native`) is not inherited by a subclass that overrides one of them: it need not
+    hold for what that does instead, so the subclass says it again.
+
     Attributes:
         State: the class of the state.
         hparams: the class of the record of hyperparameters, made by `diffopt.rules.hparams`.
@@ -61,8 +65,6 @@ class Rule(ABC, Generic[S, H]):
             parameter and its state; then nothing is differentiated or observed.
         proportional: whether the step is proportional to the hyperparameter `lr`: the new parameter
             is `p + lr * d`, where the state and d do not depend on `lr`.
-            A subclass that overrides a method says these again, from `elementwise` on: they need
-            not hold for what it does instead.
         maximize: ascend instead of descend.
         execution: see `Leafwise`.
     """

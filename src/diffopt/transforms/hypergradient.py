@@ -19,12 +19,12 @@ from diffopt._modes import real
 from diffopt._rule import checks, hyper, ops, prints, ways
 from diffopt._rule.hyper import Hyperparameter, hparams, number
 from diffopt._rule.leafwise import Leafwise, repeat_, repeatable
-from diffopt._rule.rule import zero_for
+from diffopt._rule.rule import zero_for, zeros_like
 from diffopt._rule.running import is_scalar
 from diffopt._tree import Tree
 from diffopt.optimizer import Optimizer, Write, check_optimizer
 from diffopt.rules.adagrad import adagrad
-from diffopt.transforms._base import Leaves, Tensors, Wrapper, check_apart, gather, select, wide
+from diffopt.transforms._base import Leaves, Tensors, Wrapper, check_apart, gather, select
 from diffopt.transforms._records import InOrder, check_record, check_tuple
 from diffopt.transforms.chain import Chain
 from diffopt.transforms.maximize import Maximize
@@ -237,10 +237,7 @@ class Hypergradient(Wrapper[HypergradientState]):
         zero = zero_for(_tree.leaves(params))
         start = (1.0 if self.outer else 0.01) if self.start is None else self.start
         offsets = {name: zero + math.log(start) * (name == "lr") for name in self.learn}
-        zeros = {
-            name: _tree.map(lambda p: torch.zeros_like(wide(p), requires_grad=False), params)
-            for name in self.learn
-        }
+        zeros = {name: _tree.map(zeros_like, params) for name in self.learn}
         return HypergradientState(offsets, zeros, self._outer.init(offsets), inner, zero)
 
     def update(
@@ -257,8 +254,8 @@ class Hypergradient(Wrapper[HypergradientState]):
             return new, inner, leaves.moved(_tree.leaves(new))
 
         new, inner, after = step(offsets)
-        used = _tree.leaves((before, wide_grads, state.inner, hparams[1], offsets))
-        attached = _modes.differentiated(x for x in used if isinstance(x, Tensor))
+        used = before, wide_grads, state.inner, hparams[1], offsets
+        attached = _modes.differentiated(_tree.tensors(used))
 
         def derivative(name: str) -> Tensors:
             if self._is_rate(name):
