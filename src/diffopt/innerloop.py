@@ -366,9 +366,9 @@ class InnerLoop:
         # Where no parameter depends on another, the next gradient is partial without aliases.
         apart = track and self._updates is not None and self._updates.apart
         new = {
-            name: functions.alias(p, track)
-            if old[name].requires_grad and not (apart and p is not old[name])
-            else p
+            name: p
+            if not old[name].requires_grad or (apart and p is not old[name])
+            else functions.alias(p, track)
             for name, p in params.items()
         }
         tensors = {id(old[name]): tensor for name, tensor in new.items()}

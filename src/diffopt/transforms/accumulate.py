@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffopt import _modes, _tree
 from diffopt._rule import checks
+from diffopt._rule.rule import zeros_like
 from diffopt._tree import Tree
 from diffopt.optimizer import Write, copy_, overwriting
 from diffopt.transforms._base import (
@@ -82,7 +83,7 @@ class Accumulate(Wrapper[AccumulateState]):
     def init(self, params: Tree) -> AccumulateState:
         inner = super().init(params)
         step = torch.zeros((), dtype=torch.float64, device="cpu")
-        return AccumulateState(step, _tree.map(lambda p: torch.zeros_like(wide(p)), params), inner)
+        return AccumulateState(step, _tree.map(zeros_like, params), inner)
 
     def update(
         self, params: Tree, grads: Tree, state: AccumulateState, hparams: Any
