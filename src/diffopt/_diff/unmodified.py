@@ -62,7 +62,11 @@ class Captured:
         self.settle()
         if reads is not None:
             self.kept = reads.kept()
-            self.versions = [pair for pair in reads.versions if _unchanged(*pair)]
+            self.versions = [
+                (reference, then)
+                for reference, then in reads.versions
+                if (x := reference()) is not None and stamp(x) == then
+            ]
 
     def settle(self) -> None:
         """After a run of the function: what that has replaced itself is not among the constants."""
@@ -84,7 +88,7 @@ class Captured:
         """
         for reference, then in self.versions:
             x = reference()
-            if x is None or _unchanged(reference, then):
+            if x is None or stamp(x) == then:
                 continue
             now, before = stamp(x)[0], then[0]
             how = f"that has been modified in place since (its version is {now}, but was {before})"
@@ -163,11 +167,6 @@ def _tensors(*values: Any) -> list[Tensor]:
 def stamp(x: Tensor) -> Stamp:
     """The number of writes to a tensor, and its memory, which `x.data = y` replaces."""
     return _torch.version(x), _memory(x)
-
-
-def _unchanged(reference: weakref.ref[Tensor], then: Stamp) -> bool:
-    x = reference()
-    return x is None or stamp(x) == then
 
 
 def _memory(x: Tensor) -> int | None:

@@ -85,22 +85,23 @@ def _way(
     these only.
     """
     whole = not isinstance(t, Tensor) and float(t).is_integer()
-    if alike and alike.way and whole and kernel:
-        return alike.way
-    exact = whole or isinstance(t, Tensor)
-    wanted = "unfused" if rule.execution == "auto" and not (kernel and exact) else rule.execution
+    known = alike if whole and kernel else None
+    if known and known.way:
+        return known.way
+    kernel = kernel and (whole or isinstance(t, Tensor))
+    wanted = "unfused" if rule.execution == "auto" and not kernel else rule.execution
     if isinstance(t, Tensor) and t.is_meta:
         wanted = "leaf"  # foreach kernels ask for the value of a scalar
     lr, *rest = values
     numeric = isinstance(lr, Tensor) and _takes_rate(lr, columns[0][0])
     shared = [column.value for column in columns if isinstance(column, running.Shared)]
     kind = alike.kind if alike else ways.survey(columns)
-    regular = kernel and exact and kind.layout == "regular"
+    regular = kernel and kind.layout == "regular"
     if wanted == "compiled" and regular and _many_small(columns[0]):
         wanted = "fused"  # torch's kernel, if there is one, takes tensors as they lie
     way = ways.choose(rule, kind, [0.0 if numeric else lr, *rest, *shared], wanted)
-    if alike and whole and kernel:
-        alike.way = way
+    if known:
+        known.way = way
     return way
 
 
