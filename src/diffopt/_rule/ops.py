@@ -88,6 +88,11 @@ def mul(x: Leaf, y: Any, *, into: bool = False) -> Leaf:
     return x.mul_(y) if into else x * y
 
 
+def rsqrt(x: Leaf, *, into: bool = False) -> Leaf:
+    """`1 / sqrt(x)`; `into` says that it may overwrite x."""
+    return x.rsqrt_() if into else x.rsqrt()
+
+
 def addcmul(x: Leaf, a: Leaf, b: Leaf, coefficient: Any) -> Leaf:
     """`x + coefficient * a * b`."""
     if type(coefficient) is not float:
@@ -137,10 +142,11 @@ def norm(x: Any) -> Any:
     return sqrt(total(x * x))
 
 
-def at_least(x: Any, least: Any) -> Any:
-    """`x`, but no less than `least`; both may be numbers."""
+def at_least(x: Any, least: Any, *, into: bool = False) -> Any:
+    """`x`, but no less than `least`; both may be numbers. `into`: it may overwrite x."""
     if isinstance(x, Tensor) and not (isinstance(least, Tensor) or _modes.differentiable()):
-        return x.clamp(min=least)  # by one kernel instead of three
+        clamp = x.clamp_ if into else x.clamp
+        return clamp(min=least)  # by one kernel instead of three
     return where(x < least, least, x)
 
 

@@ -119,11 +119,12 @@ class Adafactor(Leafwise[AdafactorState, AdafactorHParams]):
             row_var = ops.lerp(row_var, rows, weight, into=into)
             col_var = ops.lerp(col_var, columns, weight, into=into)
             del rows, columns  # to free them
-            u = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
+            v = row_var / _mean(row_var, -2).clamp(min=eps) * col_var
+            v = ops.at_least(v, eps * eps, into=into)
         else:
-            u = variance = ops.lerp(variance, g * g, weight, into=into)
-        u = u.clamp(min=eps * eps)
-        u = ops.mul(u.rsqrt(), g, into=into)
+            variance = ops.lerp(variance, g * g, weight, into=into)
+            v = ops.at_least(variance, eps * eps)
+        u = ops.mul(ops.rsqrt(v, into=into), g, into=into)
         u = ops.mul(u, step / ops.at_least(_rms(u, hp.d), 1), into=into)
         if not ops.is_zero(hp.weight_decay):  # lr may be infinite
             p = ops.mul(p, 1 - hp.lr * hp.weight_decay, into=into)

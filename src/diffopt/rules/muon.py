@@ -122,16 +122,24 @@ class Muon(Leafwise[MuonState, MuonHParams]):
         self, p: Any, g: Any, s: MuonState, hp: MuonHParams, c: Any, *, into: bool = False
     ) -> tuple[Any, MuonState]:
         b = ops.lerp(s.momentum_buffer, g, 1 - hp.momentum, into=into)
-        x = _newton_schulz(self._direction(g, b, hp), hp, self.ns_steps)
+        x = self._orthogonalized(ops.lerp(g, b, hp.momentum) if self.nesterov else b, hp)
         p = ops.mul(p, 1 - hp.lr * hp.weight_decay, into=into)
         rate = _modes.number_of(-hp.lr * self._ratio(*p.shape[-2:]))
         if isinstance(rate, Tensor) or torch.promote_types(p.dtype, x.dtype) != p.dtype:
             x = x.to(p.dtype)
         return ops.add(p, x, rate, into=into), MuonState(s.step, b)
 
-    def _direction(self, g: Any, b: Any, hp: MuonHParams) -> Any:
-        n = ops.lerp(g, b, hp.momentum) if self.nesterov else b
-        return n.to(self.precision or n.dtype)
+    def _orthogonalized(self, x: Tensor, hp: MuonHParams) -> Tensor:
+        """A matrix, or each of a batch, with its singular values brought near 1."""
+        x = x.to(self.precision or x.dtype)
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.mT if tall else x
+        x = x / _norm(x).clamp(min=hp.eps)
+        outer, inner = _addmm(x.dim(), hp.ns_a), _addmm(x.dim(), hp.ns_b, hp.ns_c)
+        for _ in range(self.ns_steps):
+            a = x @ x.mT
+            x = outer(x, inner(a, a, a, beta=hp.ns_b, alpha=hp.ns_c), x, beta=hp.ns_a)
+        return x.mT if tall else x
 
     def _ratio(self, rows: int, columns: int) -> float:
         if self.adjust_lr_fn == "match_rms_adamw":
@@ -149,18 +157,6 @@ class Muon(Leafwise[MuonState, MuonHParams]):
 
 
 muon = Muon
-
-
-def _newton_schulz(x: Tensor, hp: MuonHParams, steps: int) -> Tensor:
-    """A matrix, or each of a batch, with its singular values brought near 1."""
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / _norm(x).clamp(min=hp.eps)
-    outer, inner = _addmm(x.dim(), hp.ns_a), _addmm(x.dim(), hp.ns_b, hp.ns_c)
-    for _ in range(steps):
-        a = x @ x.mT
-        x = outer(x, inner(a, a, a, beta=hp.ns_b, alpha=hp.ns_c), x, beta=hp.ns_a)
-    return x.mT if tall else x
 
 
 def _norm(x: Tensor) -> Tensor:
