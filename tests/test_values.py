@@ -620,6 +620,13 @@ def test_a_begin_that_returns_no_state_is_named(returned, call):
         call(Unfinished(returned=returned), torch.zeros(2))
 
 
+@pytest.mark.parametrize("shape", [(2, 8), (1, 2), ()])
+def test_a_begin_that_returns_a_buffer_of_another_shape_is_named(shape):
+    opt = Unfinished(returned=Started(None, torch.zeros(shape)))
+    with pytest.raises(ValueError, match=r"begin returned exp_avg of shape \(.* define shapes\(\)"):
+        opt.init(torch.zeros(2))
+
+
 def test_an_init_of_leafwise_that_returns_no_state_is_named():
     opt = leafwise(Started, StartedHParams, lambda p, step: None, lambda p, g, s, hp, c: (p, s))
     with pytest.raises(TypeError, match=r"^init must return a Started, not None"):

@@ -171,9 +171,19 @@ def _methods(kind: type) -> set[str]:
 def begun(rule: Rule[Any, Any], p: Tensor, step: Tensor) -> Any:
     """The state of one tensor before its first step; raises where a user's rule returns none."""
     state = rule.begin(p, step)
+    maker = "init" if "begin" in vars(rule) else f"{type(rule).__name__}.begin"
     if not isinstance(state, rule.State):
-        name = "init" if "begin" in vars(rule) else f"{type(rule).__name__}.begin"
-        raise TypeError(f"{name} must return a {rule.State.__name__}, not {_tree.describe(state)}")
+        raise TypeError(f"{maker} must return a {rule.State.__name__}, not {_tree.describe(state)}")
+    shapes = rule.shapes(p.shape) or [p.shape] * len(rule.buffer_names)
+    for name, buffer, shape in zip(rule.buffer_names, state[1:], shapes, strict=True):
+        if unused(buffer) or name in rule.per_hyperparameter:
+            continue
+        if isinstance(buffer, Tensor) and buffer.shape != shape:
+            raise ValueError(
+                f"{maker} returned {name} of shape {tuple(buffer.shape)} for a parameter of "
+                f"shape {tuple(p.shape)}, not of {tuple(shape)}: define shapes() if buffers differ "
+                "in shape from the parameter"
+            )
     return state
 
 
