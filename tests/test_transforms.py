@@ -473,6 +473,23 @@ def test_keywords_of_other_makers_of_records_are_found_by_their_signature():
     torch.testing.assert_close(new, torch.tensor([-0.125]))
 
 
+class Forgetful(t.Transformation):
+    hparams = tuple
+
+    def init(self, params):
+        return ()
+
+    def apply(self, grads, params, state, hparams):
+        return grads
+
+
+@pytest.mark.parametrize("part", [Forgetful(), t.masked(Forgetful(), True)])
+def test_an_apply_that_returns_no_state_is_named(part):
+    params = {"a": torch.zeros(1), "b": torch.zeros(1)}  # which two names could stand for
+    with pytest.raises(TypeError, match=r"^Forgetful\.apply must return \(grads, state\), not"):
+        run(t.chain(part, diffopt.sgd()), params, [params], lr=0.1)
+
+
 def both(*optimizers):
     return t.partition(dict(enumerate(optimizers)), 0)
 

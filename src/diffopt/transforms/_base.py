@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -72,6 +72,18 @@ class Transformation(ABC, Generic[S, H]):
         Returns:
             The new gradients, `None` where they were, and the new state.
         """
+
+
+def applied(
+    part: Transformation[S, H], grads: Tree, params: Tree, state: S, hparams: H
+) -> tuple[Tree, S]:
+    """What a transformation makes of gradients; raises where a user's returns no pair."""
+    pair: Any = part.apply(grads, params, state, hparams)
+    if not (type(pair) is tuple and len(cast(tuple[Any, ...], pair)) == 2):
+        raise TypeError(
+            f"{type(part).__name__}.apply must return (grads, state), not {_tree.describe(pair)}"
+        )
+    return pair
 
 
 def stateless(

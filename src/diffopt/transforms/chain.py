@@ -9,7 +9,7 @@ from diffopt._arguments import explains_calls
 from diffopt._tree import Tree
 from diffopt._value import Value
 from diffopt.optimizer import Optimizer, Write, check_optimizer, copy_, overwriting
-from diffopt.transforms._base import Leaves, Transformation, gather
+from diffopt.transforms._base import Leaves, Transformation, applied, gather
 from diffopt.transforms._records import InOrder, check_tuple
 
 
@@ -107,6 +107,6 @@ class Chain(Value, Optimizer[tuple[Any, ...], tuple[Any, ...]]):
         params, grads = leaves.wide()
         states: list[Any] = []
         for part, old, record in zip(self.parts[:-1], state[:-1], hparams[:-1], strict=True):
-            grads, new = part.apply(grads, params, old, record)
+            grads, new = applied(part, grads, params, old, record)
             states.append(new)
         return params, grads, tuple(states)

@@ -15,6 +15,7 @@ from diffopt.transforms._base import (
     Leaves,
     Transformation,
     Wrapper,
+    applied,
     check_apart,
     gather,
     matched,
@@ -251,7 +252,7 @@ class MaskedTransformation(Value, Transformation[Any, Any]):
         leaves = matched(grads, params)
         chosen = _flags(self.mask, params, leaves.spec, "mask")
         part = _part(leaves, chosen)
-        new, new_state = self.transformation.apply(part[1], part[0], state, hparams)
+        new, new_state = applied(self.transformation, part[1], part[0], state, hparams)
         return leaves.tree(_replaced(leaves.grads, new, chosen, part[1])), new_state
 
 
