@@ -606,6 +606,40 @@ def test_batches_carry_derivatives():
     assert torch.autograd.gradgradcheck(solve, data)
 
 
+@pytest.mark.parametrize("tol", [None, 0.0])
+@pytest.mark.parametrize(
+    "name", ["Checkpointed", "Truncated", "Reversible", "Evolution", "Implicit", "OneStep", "None"]
+)
+def test_batches_in_one_buffer_are_refused_where_they_are_kept(name, tol):
+    given = {"Truncated": {"k": 2}, "Implicit": {"root_tolerance": 1e9}}.get(name, {})
+    adjoint = None if name == "None" else getattr(diffopt.adjoint, name)(**given)
+
+    def refilled():
+        buffer = torch.empty_like(TARGET)
+        for t in range(6):
+            yield buffer.copy_(TARGET * t)
+
+    def solve(batches):
+        opt = diffopt.sgd(momentum=name == "Reversible")
+        momentum = {"momentum": 0.9} if name == "Reversible" else {}
+        return diffopt.minimize(
+            quartic,
+            START.clone().requires_grad_(),
+            optimizer=opt,
+            hparams=opt.hparams(lr=0.01, **momentum),
+            batches=batches,
+            tol=tol,
+            adjoint=adjoint,
+        )
+
+    if adjoint is None:
+        expected = solve([TARGET * t for t in range(6)])
+        torch.testing.assert_close(solve(refilled()).params, expected.params)
+        return
+    with pytest.raises(RuntimeError, match="of a batch"):
+        solve(refilled())
+
+
 @pytest.mark.parametrize("transform", [lambda f: f, lambda f: torch.func.grad_and_value(f)])
 def test_aux_may_be_anything(transform):
     opt = diffopt.sgd()

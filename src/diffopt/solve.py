@@ -23,7 +23,7 @@ from diffopt._arguments import (
 )
 from diffopt._diff.functions import AmbientState
 from diffopt._diff.gradient import NOTHING
-from diffopt._diff.unmodified import Captured
+from diffopt._diff.unmodified import Captured, noted, unwritten
 from diffopt._rule import checks, hyper
 from diffopt._tree import Tree
 from diffopt.adjoint import Adjoint, FirstOrder, GradientStep, Implicit, Truncated, Unrolled
@@ -93,7 +93,8 @@ def minimize(
             ... that returns them, for schedules and learning rates learned per step.
         steps: the number of steps. With `batches`, the number of batches used.
         batches: an iterable with one entry per step. A tuple or list holds several arguments of the
-            loss; anything else is a single argument.
+            loss; anything else is a single argument. Adjoints keep them for the derivative: yield
+            clones of a buffer that is filled again, since what numpy or `.data` writes is not seen.
         state: the optimizer's initial state; `optimizer.init(params)` if None.
         buffers: state of the model that the loss passes on from step to step, such as the running
             statistics of batch normalization (for which torch's kernel has no derivative).
@@ -132,7 +133,7 @@ def minimize(
             iterable, a leaf of params is not a tensor, `hparams` or `state` belongs to another
             optimizer, and so on; or the loss does not return what `has_aux` and `buffers` require.
         RuntimeError: there is a `callback` under torch.compile, which cannot call it, or it writes
-            to a tensor that it is given.
+            to a tensor that it is given; `batches` writes to one that it has yielded.
 
     Examples:
         >>> import torch, diffopt
@@ -217,25 +218,25 @@ def _until_done(
     ambient = AmbientState((carry, args))
     used: list[Any] = []
     idle: list[Any] = []
-    for x in xs if watch is None else watch.until_stopped(xs):
+    for x, versions in noted(xs if watch is None else watch.until_stopped(xs)):
         noticed = nullcontext() if used else captured.noticed((carry, args, x))
         with torch.no_grad(), noticed:
             carry, output = _tree.detach(step(carry, args, x))
         if all_done(output):
             idle = [x]
             break
-        used.append(x)
+        used.append((x, versions))
         if watch is not None:
             watch(carry, output)
         elif is_compiled(step) and isinstance(xs, list):
             with torch.no_grad():
                 outputs = taken(step, carry, args, xs[1:])[1]
             ended = bool(outputs) and all_done(outputs[-1])
-            used += xs[1 : 1 + len(outputs) - ended]
+            used += noted(xs[1 : 1 + len(outputs) - ended])
             break
     captured.check()
     ambient.restore()
-    return used or idle, len(used)
+    return unwritten(used) or idle, len(used)
 
 
 class _Watch:

@@ -169,6 +169,26 @@ def stamp(x: Tensor) -> Stamp:
     return _torch.version(x), _memory(x)
 
 
+def noted(xs: Iterable[Any]) -> Iterator[tuple[Any, list[int]]]:
+    """Each x with the versions of its tensors, for `unwritten`."""
+    return ((x, _versions(x)) for x in xs)
+
+
+def unwritten(pairs: Iterable[tuple[Any, list[int]]]) -> list[Any]:
+    """The xs; raises if one has been written to, as by a loader that fills one buffer again."""
+    pairs = list(pairs)
+    if any(_versions(x) != then for x, then in pairs):
+        raise RuntimeError(
+            "a tensor of a batch, or of what hparams returned for a step, has been written to "
+            "since, so its step cannot be taken with it or run again: let batches yield clones"
+        )
+    return [x for x, _ in pairs]
+
+
+def _versions(x: Any) -> list[int]:
+    return [] if _modes.compiling() else _modes.versions(_tree.tensors(x))
+
+
 def _memory(x: Tensor) -> int | None:
     """What tensors that share memory have in common; None where there is nothing to modify."""
     if x.is_inference():

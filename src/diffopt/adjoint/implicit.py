@@ -16,6 +16,7 @@ from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants
 from diffopt._diff.gradient import value_and_grad
 from diffopt._diff.tasks import Task
+from diffopt._diff.unmodified import noted, unwritten
 from diffopt._rule import checks, hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import is_ours
@@ -96,10 +97,11 @@ class Implicit(ImplicitDerivative, Adjoint):
             checks.undistributed(carry[0], "params", who)
         # With a tolerance no more of an iterator are read than there are steps.
         whole = step.tol is None or isinstance(xs, list)
-        xs, again = (list(xs),) * 2 if whole else itertools.tee(xs)
-        end, outputs = Truncated(0).run(step, carry, args, xs)
+        xs = unwritten(noted(xs)) if whole else xs
+        pairs, again = itertools.tee(noted(xs))
+        end, outputs = Truncated(0).run(step, carry, args, xs if whole else (x for x, _ in pairs))
         ended = len(outputs) > 1 and all_done(outputs[-1])
-        xs = list(itertools.islice(again, len(outputs) - ended))
+        xs = unwritten(itertools.islice(again, len(outputs) - ended))
         if not _modes.differentiable() or not xs:
             return end, outputs
         (params, state, buffers), (hparams, inputs) = end, args

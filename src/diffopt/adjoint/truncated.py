@@ -13,6 +13,7 @@ import torch
 from diffopt import _modes, _tree
 from diffopt._arguments import check_integer
 from diffopt._diff import functions
+from diffopt._diff.unmodified import noted, unwritten
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step, all_done
 from diffopt.adjoint._steps import taken
@@ -55,7 +56,7 @@ class Truncated(Adjoint):
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if isinstance(xs, list):
             start = max(len(xs) - self.k, 0)
-            first, last = xs[:start], xs[start:]
+            first, last = xs[:start], deque(noted(xs[start:]))
         else:
             last: Any = deque()  # torch.compile traces no deque[Any]()
             first = _but_last(xs, self.k, last, torch.is_grad_enabled())
@@ -64,7 +65,7 @@ class Truncated(Adjoint):
             known = isinstance(step, GradientStep) and step.compiler is None
             if not (known and functions.constant()):  # else its gradient has detached them
                 outputs = [*map(_tree.detach, outputs)]
-        carry, more = taken(step, _tree.detach(end) if outputs else carry, args, [*last])
+        carry, more = taken(step, _tree.detach(end) if outputs else carry, args, unwritten(last))
         outputs += more
         if isinstance(step, GradientStep) and self.k and outputs:
             _refuse_steps_not_taken(outputs[-1])
@@ -73,13 +74,13 @@ class Truncated(Adjoint):
 
 def _but_last(xs: Iterable[Any], k: int, last: deque[Any], enabled: bool) -> Iterator[Any]:
     """All but the last k, which are in `last` in the end: how many there are may be unknown."""
-    xs = iter(xs)
+    pairs = noted(xs)
     while True:
         with torch.set_grad_enabled(enabled):  # as an iterator computes hyperparameters
-            last.extend(itertools.islice(xs, k + 1 - len(last)))
+            last.extend(itertools.islice(pairs, k + 1 - len(last)))
         if len(last) <= k:
             return
-        yield last.popleft()
+        yield from unwritten([last.popleft()])
 
 
 def _refuse_steps_not_taken(output: Any) -> None:
