@@ -128,3 +128,38 @@ def test_steps_in_place_may_come_from_a_mixture():
     opt, p = type("NotedEMA", (Noted, t.ema), {})(diffopt.sgd()), torch.ones(3)
     opt.update_(p, p.clone(), opt.init(p), opt.hparams(lr=0.5))
     assert taken == [True]
+
+
+class Halving:
+    """A mixture for torch.optim classes."""
+
+    def step(self, closure: Any = None):
+        result = super().step(closure)
+        for group in self.param_groups:
+            torch._foreach_mul_([p.data for p in group["params"]], 0.5)
+        return result
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "SparseAdam", "LBFGS", "from_pure", "chain"])
+def test_a_step_that_is_overridden_is_refused_where_it_would_not_be_called(name):
+    net = torch.nn.Linear(2, 1, bias=False)
+    pure = {"from_pure": diffopt.adam(), "chain": t.chain(diffopt.adam())}.get(name)
+    if pure is None:
+        optimizer = type("Own", (Halving, getattr(diffopt.optim, name)), {})(net.parameters())
+    else:
+        optimizer = diffopt.optim.from_pure(pure, net.parameters())
+        optimizer.__class__ = type("Own", (Halving, type(optimizer)), {})
+    for convert in (diffopt.optim.to_pure, lambda o: diffopt.innerloop(net, o).__enter__()):
+        with pytest.raises(TypeError, match="Own"):
+            convert(optimizer)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Muon"])
+def test_a_subclass_that_keeps_the_step_goes_on_as_its_class(name):
+    net = torch.nn.Linear(2, 1, bias=False)
+    base = getattr(diffopt.optim, name)
+    own = type("Own", (base,), {"zero_grad": lambda self: base.zero_grad(self)})(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    own.step()
+    expected = diffopt.optim.to_pure(base(net.parameters())).optimizer
+    assert diffopt.optim.to_pure(own).optimizer == expected

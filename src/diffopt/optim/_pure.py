@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -120,7 +121,7 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
         Hyperparameters that are tensors keep their history.
 
     Raises:
-        TypeError: the class is not supported, or `module` is not a module.
+        TypeError: the class is not supported, or overrides `step`; or `module` is not a module.
         ValueError: groups differ in a flag, such as `amsgrad` (but one may have momentum and
             another not), or there are several of a composition; parameters differ in their number
             of steps, of which a pure state has only one; a parameter is not one of the module's;
@@ -140,6 +141,7 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
         tensor(-1.)
     """
     names = None if module is None else names_in(optimizer, module)
+    _refuse_own_step(optimizer)
     if isinstance(optimizer, TreeOptimizer):
         return _tree_to_pure(optimizer, names)
     if type(optimizer) in (torch.optim.LBFGS, LBFGS):
@@ -163,6 +165,18 @@ def to_pure(optimizer: torch.optim.Optimizer, *, module: nn.Module | None = None
     if isinstance(shell, _classes.SparseAdam):  # whose rule is for the rows of its gradients
         return Pure(sparse_adam(maximize=opt.maximize), params, state, record)
     return Pure(opt, params, state, record)
+
+
+def _refuse_own_step(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if a subclass of ours does something else than its rule."""
+    kinds = RuleOptimizer, TreeOptimizer
+    if isinstance(optimizer, kinds) and inspect.unwrap(type(optimizer).step) not in [
+        inspect.unwrap(kind.step) for kind in kinds
+    ]:
+        raise TypeError(
+            f"{type(optimizer).__name__} overrides `step`, which nothing pure calls: pass a pure "
+            "optimizer that does the same, such as a subclass of diffopt.transforms.Wrapper"
+        )
 
 
 def _common_rule(rules: list[Leafwise[Any, Any]]) -> Leafwise[Any, Any]:
