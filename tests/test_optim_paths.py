@@ -610,3 +610,16 @@ def test_classes_without_the_flag_are_captured_as_in_torch(name):
     for library in (torch.optim, optim):
         params = tensors((3, 2))
         step(getattr(library, name)(params), params, 2)
+
+
+@pytest.mark.parametrize("flag", ["foreach", "fused"])
+@pytest.mark.parametrize("value", ["yes", [True], 1j, 1])
+def test_flags_that_may_be_unset_are_bools_or_none(flag, value):
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = optim.Adam([p])
+    p.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups[0][flag] = value
+    with pytest.raises(TypeError, match=f"{flag}.* but must be a bool"):
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 1

@@ -29,7 +29,7 @@ _PAIRS = {
 _FLAGS = (bool, str, type(None))
 _CONSTANT = (float, int, *_FLAGS)
 _MAY_BE_NONE = ("eps", 0)  # Adafactor's eps1: machine epsilon
-_MAY_BE_UNSET = ("foreach", "fused")  # checkpoints from before there were these flags
+_MAY_BE_UNSET = ("foreach", "fused")  # None, or missing in older checkpoints
 
 
 def name_of(group: Group, i: int, j: int) -> str:
@@ -112,7 +112,7 @@ def check_numbers(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
     for i, group in enumerate(groups):
         for key, default in defaults.items():
             name, value = f"param_groups[{i}][{key!r}]", cast(Any, group.get(key))
-            if type(default) is bool:
+            if type(default) is bool or key in _MAY_BE_UNSET:
                 unset = value is None and (key in _MAY_BE_UNSET or key not in group)
                 if not (unset or type(value) is bool):
                     raise TypeError(f"{name} is {_tree.describe(value)}, but must be a bool")
