@@ -110,6 +110,33 @@ def _length(tensor: Tensor) -> int:
     return tensor.nbytes if tensor.is_contiguous() else span(tensor)
 
 
+def copies(new: Sequence[Any], old: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The new values; copies of those that share memory with another one, an old one or the others.
+
+    The old tensors are going to be overwritten, one after another. One that is the very tensor that
+    it replaces is left as it is. Where memory cannot be seen, only the same tensors are.
+    """
+    place: Any = _itself if _modes.observed() else _storage
+    taken = {place(x) for x in (*old, *others) if isinstance(x, Tensor)}
+    result: list[Any] = []
+    for x, replaced in zip(new, old, strict=True):
+        if x is not replaced and isinstance(x, Tensor):
+            x = x.clone() if place(x) in taken else x
+            taken.add(place(x))
+        result.append(x)
+    return result
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor  # whose hash is its identity; torch.compile does not know `id`
+
+
+def _storage(tensor: Tensor) -> Any:
+    """What tensors that share memory have in common, as far as it can be seen."""
+    plain = _modes.ordinary(tensor) and tensor.layout is torch.strided
+    return (tensor.untyped_storage().data_ptr() if plain else 0) or tensor
+
+
 def address(tensor: Tensor) -> int:
     """The address of the first element; 0 where there is none, or it cannot be seen."""
     return 0 if _modes.observed() or not _modes.ordinary(tensor) else tensor.data_ptr()

@@ -103,15 +103,17 @@ def _place(cls: type, name: str) -> int:
 
 
 def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor, Any]]:
-    """The tensors of old trees that new ones replace, each with its new value.
+    """The tensors of old trees that new ones replace, each with its new value, in other memory.
 
     Raises if a tensor cannot be overwritten; the trees are named in the paths of errors.
     """
     pairs: list[tuple[Any, Any]] = []
     places: list[tuple[str, int]] = []
+    every: list[Any] = []
     for name, tree in old.items():
         leaves, spec = _tree.flatten(tree)
         values = _tree.leaves_like(new[name], spec, tree, (f"the new {name}", name))
+        every += leaves
         for i, pair in enumerate(zip(leaves, values, strict=True)):
             if pair[0] is not pair[1] and (isinstance(pair[0], Tensor) or pair[0] != pair[1]):
                 pairs.append(pair)
@@ -124,9 +126,11 @@ def overwriting(old: dict[str, Tree], new: dict[str, Tree]) -> list[tuple[Tensor
     for k, (leaf, value) in enumerate(pairs):
         if fault := _fault(leaf, value, places[k][0]):
             raise ValueError(f"{path(k)} {fault}")
+    replaced = [leaf for leaf, _ in pairs]
     if not _modes.transformed():
-        _memory.check_apart(path, [leaf for leaf, _ in pairs])
-    return pairs
+        _memory.check_apart(path, replaced)
+    values = _memory.copies([value for _, value in pairs], replaced, every)
+    return list(zip(replaced, values, strict=True))
 
 
 def copy_(pairs: Iterable[tuple[Tensor, Any]]) -> None:

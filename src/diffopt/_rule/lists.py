@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt._rule import ops
 from diffopt._rule.running import (
     AnyRule,
     Numbers,
@@ -60,12 +61,22 @@ def _noted(
     lists = [[*map(seen, c)] if isinstance(c, list) else None for c in columns]
     inputs = [None if x is None else _as_list(x, dtype) for x in lists]
     values = [x or enter(column, dtype) for x, column in zip(inputs, columns, strict=True)]
-    new_p, *new = run(rule, numbers, values)
+    new_p, *new = _apart(run(rule, numbers, values), inputs)
     for column, value in zip(columns[2:], new, strict=True):
         if isinstance(column, Shared):
             column.new = value
     outputs = [x and y for x, y in zip(inputs, (new_p, None, *new), strict=True)]
     return Program(inputs, outputs, into=into, elementwise=rule.elementwise), lists
+
+
+def _apart(results: list[Any], inputs: list[Any]) -> list[Any]:
+    """The results, with copies of lists that are inputs of another place, or another result."""
+    taken = {x for x in inputs if x is not None}
+    for k, (x, old) in enumerate(zip(results, written(inputs), strict=True)):
+        if isinstance(x, TensorList) and x is not old:
+            results[k] = ops.copy(x) if x in taken else x
+            taken.add(x)
+    return results
 
 
 def _as_list(tensors: list[Tensor], dtype: torch.dtype) -> TensorList:

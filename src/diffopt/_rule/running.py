@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt import _modes, _torch
+from diffopt import _memory, _modes, _torch
 from diffopt._arguments import check_result
 from diffopt._rule import hyper, ops
-from diffopt._rule.rule import Rule, unused, working_real
+from diffopt._rule.rule import Rule, is_ours, unused, working_real
 
 AnyRule: TypeAlias = Rule[Any, Any]
 
@@ -171,7 +171,8 @@ def run(
     new_p, new_s = new
     if len(new_s) != len(s):
         raise TypeError(f"the rule returned {len(new_s)} fields of its state, but it has {len(s)}")
-    return [new_p, *new_s[1:]]
+    results = [new_p, *new_s[1:]]
+    return results if is_ours(rule) else _memory.copies(results, [p, *s[1:]], [g])
 
 
 def leaf_(rule: AnyRule, numbers: Numbers, columns: Sequence[Any]) -> None:
