@@ -129,8 +129,13 @@ def test_without_momentum_gradients_are_copied_to_the_buffers(calls):
 def test_many_small_tensors_take_the_kernel_where_a_compiled_one_is_asked_for(kernel, calls):
     opt, numbers = KERNELS[kernel]
     opt = dataclasses.replace(opt, execution="compiled")
-    agree(opt, opt.hparams(lr=0.1, **numbers), [draw(2) for _ in range(100)], steps=2)
+    hp, params = opt.hparams(lr=0.1, **numbers), [draw(2) for _ in range(100)]
+    agree(opt, hp, params, steps=2)
     assert calls == [100, 100]
+    new = opt.update(params, params, opt.init(params), hp)
+    leaf = dataclasses.replace(opt, execution="leaf")
+    expected = leaf.update(params, params, opt.init(params), hp)
+    torch.testing.assert_close(new, expected, rtol=0, atol=0)  # which is not in place
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])

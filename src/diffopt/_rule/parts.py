@@ -47,7 +47,7 @@ def batched(rule: AnyRule, t: Any, values: list[Any], columns: list[Any]) -> lis
     """What `updated` returns; None where tensor by tensor is the fastest way."""
     kernel_values = _for_kernels(values, columns[0][0])
     way = _way(rule, t, kernel_values, columns)
-    if way == "native":
+    if way == "native" and rule.execution == "auto":  # "compiled" asks for it in place only
         copies = _copied(columns)
         if _native_(rule, t, kernel_values, copies):
             return running.written(copies)
