@@ -504,6 +504,7 @@ def test_another_step_raises():
     [
         (diffopt.adam(), r"Reversible requires diffopt.sgd\(\)"),
         (diffopt.rmsprop(), r"Reversible requires diffopt.sgd\(\)"),
+        (type("Own", (diffopt.sgd,), {"rule": lambda *_: None})(), r"requires diffopt.sgd\(\)"),
         (diffopt.sgd(momentum=False), r"requires sgd\(momentum=True\)"),
         (diffopt.sgd(nesterov=True), r"requires sgd\(nesterov=False\)"),
     ],

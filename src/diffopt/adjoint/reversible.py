@@ -133,7 +133,7 @@ class Reversible(Adjoint):
 
 def _check_step(step: GradientStep) -> None:
     opt = step.optimizer
-    if not isinstance(opt, SGD):
+    if not isinstance(opt, SGD) or type(opt).rule is not SGD.rule:
         raise TypeError("Reversible requires diffopt.sgd(): others cannot be run backwards")
     if not opt.momentum:
         raise TypeError("Reversible requires sgd(momentum=True): other steps cannot be undone")
