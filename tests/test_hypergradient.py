@@ -628,6 +628,17 @@ def copied_group(net, optimizer):
     advance(net, optimizer, 1)
 
 
+def test_the_first_update_may_be_traced():
+    opt, p = t.hypergradient(diffopt.sgd()), torch.ones(2)
+
+    def stepped(lr, state):
+        return opt.update(p, p, state, opt.hparams(lr=lr))
+
+    given = torch.tensor(0.1), opt.init(p)
+    traced = torch.compile(stepped, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(*given), stepped(*given))
+
+
 @pytest.mark.parametrize("way", [by_closure, scaled, compiled, copied_group])
 def test_the_class_takes_the_same_steps_however_they_are_called(way):
     ends = []

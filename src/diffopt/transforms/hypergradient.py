@@ -192,7 +192,8 @@ class Hypergradient(Wrapper[HypergradientState]):
                 f"some parts of optimizer, {self.optimizer!r}, ascend and others descend: use one "
                 "hypergradient for each"
             )
-        if _directions(self._outer) != _directions(self.optimizer):
+        # Cached from here on: torch.compile does not trace how they are.
+        if _directions(self._outer) != {self._ascends}:
             raise ValueError(
                 f"one of optimizer, {self.optimizer!r}, and outer, {self.outer!r}, ascends and the "
                 "other descends: pass maximize=True to both or to none"
@@ -219,12 +220,12 @@ class Hypergradient(Wrapper[HypergradientState]):
         return HypergradientHParams(outer=outer, discount=discount)
 
     @cached_property
-    def _sign(self) -> int:
-        return -1 if True in _directions(self.optimizer) else 1
+    def _ascends(self) -> bool:
+        return True in _directions(self.optimizer)
 
     @cached_property
     def _outer(self) -> Optimizer[Any, Any]:
-        return self.outer or adagrad(maximize=self._sign < 0)
+        return self.outer or adagrad(maximize=self._ascends)
 
     def current(self, state: HypergradientState, hparams: tuple[Any, Any]) -> Any:
         """The hyperparameters of the inner optimizer as this state has changed them."""
@@ -444,7 +445,7 @@ class Hypergradient(Wrapper[HypergradientState]):
 
     def _bounded(self, product: Any, squares: Any) -> tuple[Any, Any]:
         """Whether the last step overshot, and the derivative as it counts."""
-        sign = self._sign
+        sign = -1 if self._ascends else 1
         bound = 2 * ops.sqrt(squares)
         overshot = (bound > 0) & (sign * product > bound)
         return overshot, ops.where(overshot, sign * bound, product)
