@@ -143,15 +143,6 @@ def in_place_on_grads(p, g, s, hp, c):
     return sound(p, g, s, hp, c)
 
 
-def aliased_state(p, g, s, hp, _):
-    return p - hp.lr * g, State(s.step, p)
-
-
-def aliased_results(p, g, s, hp, _):
-    new_p = p - hp.lr * g
-    return new_p, State(s.step, new_p)
-
-
 # Optimizers that are not made of a rule have more ways to go wrong.
 
 
@@ -188,6 +179,24 @@ class Trust(diffopt.Optimizer):
             return p if new is old else (old + factor * (new - old)).to(p.dtype)
 
         return _tree.map(blend, params, wide, target), new_state
+
+
+class AliasedState(Trust):
+    """Keeps the old params themselves."""
+
+    inner = diffopt.sgd(momentum=True)
+
+    def update(self, params, grads, state, hp):
+        new, new_state = super().update(params, grads, state, hp)
+        return new, new_state._replace(momentum_buffer=params)
+
+
+class AliasedResults(AliasedState):
+    """Keeps the new params themselves."""
+
+    def update(self, params, grads, state, hp):
+        new, new_state = super().update(params, grads, state, hp)
+        return new, new_state._replace(momentum_buffer=new)
 
 
 class Careless(Trust):
@@ -308,8 +317,8 @@ DEFECTS = [
     ("kept", Promoting),
     ("pure", in_place),
     ("pure", in_place_on_grads),
-    ("pure", aliased_state),
-    ("pure", aliased_results),
+    ("pure", AliasedState),
+    ("pure", AliasedResults),
     ("no_gradient", Careless),
     ("in_place", OtherInPlace),
     ("key_order", InOrder),
