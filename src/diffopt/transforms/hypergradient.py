@@ -344,7 +344,7 @@ class Hypergradient(Wrapper[HypergradientState]):
         """What takes the step where only the rate is learned; it waits for the device."""
         params, grads, state, (own, hparams) = given
         moved, gradients, derivatives = lists
-        offset = state.offsets["lr"]
+        offset, discount = state.offsets["lr"], float(own.discount)  # which may be in params
         dots = _dots(gradients, derivatives)
         on_cpu = all(dot.is_cpu for dot in dots)  # where each can be read at once
         product = sum([x.item() for x in dots]) if on_cpu else _total(dots, offset).item()
@@ -372,7 +372,7 @@ class Hypergradient(Wrapper[HypergradientState]):
                 record = _moved(hparams, state.offsets, ops.coefficient)
             _stepping(self.optimizer, inner, params, grads, state.inner, record)()
             _torch.foreach["add"][1](steps, moved)
-            _torch.foreach["add"][1](steps, derivatives, alpha=float(own.discount))
+            _torch.foreach["add"][1](steps, derivatives, alpha=discount)
             _torch.foreach_copy_(derivatives, steps)
 
         return write
