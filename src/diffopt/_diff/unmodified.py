@@ -169,6 +169,11 @@ def stamp(x: Tensor) -> Stamp:
     return _torch.version(x), _memory(x)
 
 
+def kept(xs: Iterable[Any]) -> list[Any]:
+    """All of them; raises if an iterator has written to what it yielded before."""
+    return list(xs) if isinstance(xs, list) else unwritten(noted(xs))
+
+
 def noted(xs: Iterable[Any]) -> Iterator[tuple[Any, list[int]]]:
     """Each x with the versions of its tensors, for `unwritten`."""
     return ((x, _versions(x)) for x in xs)

@@ -24,7 +24,7 @@ from diffopt._diff.captured import (
 )
 from diffopt._diff.functions import AmbientState, recomputed
 from diffopt._diff.gradient import HVP, check_hvp
-from diffopt._diff.unmodified import Captured, noted, unwritten
+from diffopt._diff.unmodified import Captured, kept
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step, is_compiled
 from diffopt.adjoint._offloaded import Offloaded, staying
@@ -109,7 +109,7 @@ class Checkpointed(Adjoint):
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if _modes.compiling() or _modes.forward_differentiated() or not torch.is_grad_enabled():
             return Unrolled().run(step, carry, args, xs)
-        xs = unwritten(noted(xs))
+        xs = kept(xs)
         if not xs:
             return carry, []
         captured = Captured("the loss or step", step)

@@ -15,7 +15,7 @@ from diffopt._arguments import check_integer
 from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants, refuse_closed_over
 from diffopt._diff.functions import AmbientState
-from diffopt._diff.unmodified import noted, unwritten
+from diffopt._diff.unmodified import kept
 from diffopt._rule import checks
 from diffopt._tree import Tree
 from diffopt.adjoint._base import Adjoint, GradientStep, Step
@@ -122,7 +122,7 @@ class Evolution(Adjoint):
     def run(self, step: Step, carry: Tree, args: Tree, xs: Iterable[Any]) -> tuple[Tree, list[Any]]:
         if not _modes.differentiable():
             return Unrolled().run(step, carry, args, xs)
-        xs = unwritten(noted(xs))
+        xs = kept(xs)
         if not xs:
             return carry, []
         if _modes.compiling() or _modes.forward_differentiated():

@@ -16,7 +16,7 @@ from diffopt._diff import functions
 from diffopt._diff.captured import detach_constants
 from diffopt._diff.gradient import value_and_grad
 from diffopt._diff.tasks import Task
-from diffopt._diff.unmodified import noted, unwritten
+from diffopt._diff.unmodified import kept, noted, unwritten
 from diffopt._rule import checks, hyper
 from diffopt._rule.leafwise import Leafwise
 from diffopt._rule.rule import is_ours
@@ -97,7 +97,7 @@ class Implicit(ImplicitDerivative, Adjoint):
             checks.undistributed(carry[0], "params", who)
         # With a tolerance no more of an iterator are read than there are steps.
         whole = step.tol is None or isinstance(xs, list)
-        xs = unwritten(noted(xs)) if whole else xs
+        xs = kept(xs) if whole else xs
         pairs, again = itertools.tee(noted(xs))
         end, outputs = Truncated(0).run(step, carry, args, xs if whole else (x for x, _ in pairs))
         ended = len(outputs) > 1 and all_done(outputs[-1])

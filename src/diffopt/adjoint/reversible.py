@@ -18,7 +18,7 @@ from diffopt._diff.captured import refuse_closed_over, watched
 from diffopt._diff.functions import AmbientState
 from diffopt._diff.gradient import HVP, check_hvp, value_and_grad
 from diffopt._diff.kernels import UnfitError
-from diffopt._diff.unmodified import Captured, noted, unwritten
+from diffopt._diff.unmodified import Captured, kept
 from diffopt._modes import exact
 from diffopt._rule import checks, hyper, running
 from diffopt._tree import Tree
@@ -115,7 +115,7 @@ class Reversible(Adjoint):
         if step.compiler is not None:
             step.compiler.give_up(UnfitError("Reversible() has steps of its own"))
             step = replace(step, compiler=None)
-        carry, xs = _checked_carry(carry), unwritten(noted(xs))
+        carry, xs = _checked_carry(carry), kept(xs)
         if not xs:
             return carry, []
         captured = Captured("the loss", step)
