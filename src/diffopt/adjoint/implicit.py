@@ -97,11 +97,11 @@ class Implicit(ImplicitDerivative, Adjoint):
             checks.undistributed(carry[0], "params", who)
         # With a tolerance no more of an iterator are read than there are steps.
         whole = step.tol is None or isinstance(xs, list)
-        xs = kept(xs) if whole else xs
-        pairs, again = itertools.tee(noted(xs))
-        end, outputs = Truncated(0).run(step, carry, args, xs if whole else (x for x, _ in pairs))
-        ended = len(outputs) > 1 and all_done(outputs[-1])
-        xs = unwritten(itertools.islice(again, len(outputs) - ended))
+        pairs, again = itertools.tee(() if whole else noted(xs))
+        xs = kept(xs) if whole else (x for x, _ in pairs)
+        end, outputs = Truncated(0).run(step, carry, args, xs)
+        n = len(outputs) - (len(outputs) > 1 and all_done(outputs[-1]))
+        xs = xs[:n] if isinstance(xs, list) else unwritten(itertools.islice(again, n))
         if not _modes.differentiable() or not xs:
             return end, outputs
         (params, state, buffers), (hparams, inputs) = end, args
