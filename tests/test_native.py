@@ -121,8 +121,8 @@ def test_the_rule_runs_where_the_kernel_computes_something_else(opt, numbers, ex
 
 def test_without_momentum_gradients_are_copied_to_the_buffers(calls):
     opt = diffopt.sgd()
-    agree(opt, opt.hparams(lr=0.1), {"a": draw(3), "b": draw(2, 2)})
-    assert calls == [2, 2, 2]
+    agree(opt, opt.hparams(lr=0.1), [draw(3), *(draw(2, 2) for _ in range(7))])
+    assert calls == [8, 8, 8]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

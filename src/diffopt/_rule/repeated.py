@@ -52,11 +52,7 @@ class Repeated:
         # The last hyperparameters: their leaves; if these are numbers, the record that the rule
         # sees; and if nobody can change that, the object that was given.
         self._leaves, self._record, self._same = leaves, None, None
-        # Whether tensor by tensor is known to be the fastest way: a kernel takes as long as some
-        # ten operations on small tensors.
-        used = [column for column in self._buffers if column]
-        few = len(self.params) * len(used) <= 4
-        self._small = few and sum(map(Tensor.numel, self.params)) <= 1 << 14
+        self._small = False  # whether tensor by tensor is known to be the fastest way
         self._names = [number.name for number in work.numbers]
         self._grads: Sequence[Any] = ()
 

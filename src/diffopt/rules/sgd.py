@@ -116,8 +116,8 @@ class SGD(Leafwise[SGDState, MomentumHParams]):
 
     def native(self, p: Any, g: Any, s: SGDState, hp: Any, first: bool | None, amp: Any) -> bool:
         kept = self.momentum and ops.is_zero(hp.momentum)  # the gradient is the buffer
-        if kept and (self.maximize or not ops.is_zero(hp.weight_decay) or amp):
-            return False
+        if kept and (self.maximize or not ops.is_zero(hp.weight_decay) or amp or len(p) < 8):
+            return False  # few tensors take less time one by one
         if self.momentum and not kept and first is None and hp.dampening != 0:
             return False  # it might dampen the first gradient
         if p[0].dtype in WORKING_DTYPE and p[0].device.type == "cpu":
